@@ -1,0 +1,63 @@
+"""A catalog maps names to functions (or classes): losses, rewards, formats, stages."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+from align.errors import AlignError, near_miss
+
+Entry = TypeVar("Entry", bound=Callable[..., Any])
+
+
+class Catalog(Generic[Entry]):
+    """Named entries of one kind. Refuses collisions, lists its names, suggests the near miss.
+
+    >>> losses = Catalog("loss")
+    >>> @losses.add
+    ... def dpo(x, *, beta): ...
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, Entry] = {}
+
+    def add(self, entry: Entry, name: str | None = None) -> Entry:
+        """Register `entry` under `name` (its own name by default) and return it, so this works as a decorator.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        name = name or entry.__name__
+        if name in self._entries:
+            raise ValueError(f"{self.kind} {name!r} is already registered, by {self._entries[name].__module__}")
+        self._entries[name] = entry
+        return entry
+
+    def __getitem__(self, name: str) -> Entry:
+        """The entry called `name`.
+
+        Raises:
+            AlignError: there is none; the message lists the names.
+        """
+        if name not in self._entries:
+            raise AlignError(f"unknown {self.kind} {name!r}{near_miss(name, self._entries)}; known: {', '.join(self._entries)}")
+        return self._entries[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def check_arguments(self, name: str, arguments: dict[str, Any]) -> None:
+        """Raise `AlignError` unless `arguments` are exactly keyword-only parameters of the entry `name` and none required is missing."""
+        parameters = {p.name: p for p in inspect.signature(self[name]).parameters.values() if p.kind is p.KEYWORD_ONLY}
+        for key in arguments:
+            if key not in parameters:
+                known = ", ".join(parameters) or "none"
+                raise AlignError(f"{self.kind} {name!r} takes no {key!r}{near_miss(key, parameters)}; it takes: {known}")
+        for key, parameter in parameters.items():
+            if parameter.default is parameter.empty and key not in arguments:
+                raise AlignError(f"{self.kind} {name!r} needs {key!r}, and it has no default: set it")

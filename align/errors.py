@@ -1,0 +1,18 @@
+"""The one exception for mistakes that the user can fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AlignError(Exception):
+    """A mistake in the input: a file, a row, a config key, a name. Its message says what was wrong, where, what was expected
+    and what to do. The command line prints it as one line on stderr and exits with code 2.
+    """
+
+
+def near_miss(word: str, options: Iterable[str]) -> str:
+    """``" (did you mean 'x'?)"`` for the option closest to `word`, or an empty string when none is close."""
+    close = difflib.get_close_matches(word, list(options), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
