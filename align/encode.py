@@ -1,0 +1,231 @@
+"""Rows to token trees: chat templates, end tokens, loss masks, lengths."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from align.errors import AlignError
+from align.forest import Tree
+from align.schema import Message, PreferenceRow, PromptRow, SFTRow, Text, TextRow
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> None:
+    """Give `tokenizer` the chat template `choice`: None keeps its own; ``auto`` keeps its own or else takes ``plain``; otherwise the name
+    of a shipped template or a file.
+
+    Raises:
+        AlignError: no such template or file.
+    """
+    if choice is None or (choice == "auto" and tokenizer.chat_template):
+        return
+    shipped = {path.stem: path for path in sorted(TEMPLATES.glob("*.jinja"))}
+    path = shipped.get("plain" if choice == "auto" else choice, Path(choice))
+    if not path.is_file():
+        raise AlignError(f"chat_template {choice!r} is neither a file nor one of: auto, {', '.join(shipped)}")
+    tokenizer.chat_template = path.read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token trees and what became of the rows: rows in = trees + set aside."""
+
+    trees: list[Tree]
+    set_aside: Counter[str] = field(default_factory=Counter)
+    cut_rows: int = 0
+    cut_tokens: int = 0
+
+    def summary(self) -> str:
+        """One line that adds up."""
+        total = len(self.trees) + sum(self.set_aside.values())
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.set_aside.items())
+        line = f"{total} rows = {len(self.trees)} used + {sum(self.set_aside.values())} set aside{f' ({reasons})' if reasons else ''}"
+        return line + (f"; {self.cut_tokens} tokens cut from {self.cut_rows} rows by max_length" if self.cut_rows else "")
+
+
+class Encoder:
+    """Turns schema rows into token trees with one tokenizer and one maximum length.
+
+    Strings are raw text. Lists of messages go through the tokenizer's chat template, and answers end with the token that the template
+    puts behind an assistant turn.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self._end_of_turn: int | None = None
+
+    # -- what ends an answer ------------------------------------------------------------------------------------------------
+
+    @property
+    def end_of_turn(self) -> int:
+        """The token that the chat template puts behind an assistant turn.
+
+        Raises:
+            AlignError: the template ends the turn with no special token, so a model could not learn to stop.
+        """
+        if self._end_of_turn is None:
+            marker = "\u2603"
+            turn = [Message(role="user", content="a"), Message(role="assistant", content=marker)]
+            tail = self.render(turn).rpartition(marker)[2]
+            special = [i for i in self._ids(tail) if i in self.tokenizer.all_special_ids]
+            if not special:
+                raise AlignError(
+                    f"the chat template puts no end token behind an assistant turn (it puts {tail!r}), so the model would never learn to stop; "
+                    "add {{ eos_token }} there"
+                )
+            self._end_of_turn = special[0]
+        return self._end_of_turn
+
+    @property
+    def end_of_text(self) -> int:
+        """The tokenizer's end token, put behind raw text."""
+        if self.tokenizer.eos_token_id is None:
+            raise AlignError("the tokenizer has no end token (eos_token), so the model would never learn to stop; set one in its folder")
+        return self.tokenizer.eos_token_id
+
+    # -- rendering -----------------------------------------------------------------------------------------------------------
+
+    def render(self, messages: Iterable[Message], *, generate: bool = False, tools: list[dict[str, Any]] | None = None) -> str:
+        """`messages` through the chat template; with `generate` up to where the assistant begins to speak.
+
+        Raises:
+            AlignError: the tokenizer has no chat template.
+        """
+        if not self.tokenizer.chat_template:
+            raise AlignError(
+                "the data are conversations, but the tokenizer has no chat template; set chat_template to 'plain', 'chatml' or a .jinja file"
+            )
+        plain = [message.model_dump(exclude_none=True) for message in messages]
+        return self.tokenizer.apply_chat_template(plain, tools=tools, tokenize=False, add_generation_prompt=generate)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def prompt_ids(self, prompt: Text) -> list[int]:
+        """Tokens of a prompt, up to where the answer begins."""
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt)["input_ids"] if prompt else []
+        return self._ids(self.render(prompt, generate=True))
+
+    def answer_ids(self, prompt: Text, answer: Text) -> list[int]:
+        """Tokens of `answer` behind `prompt`, with the end token."""
+        if isinstance(answer, str):
+            assert isinstance(prompt, str)
+            head, tail, end = prompt, answer, self.end_of_text
+            prefix, whole = self.prompt_ids(prompt), self.tokenizer(head + tail)["input_ids"]
+        else:
+            turns = [*prompt, *answer]
+            head, text, end = self.render(prompt, generate=True), self.render(turns), self.end_of_turn  # type: ignore[arg-type]
+            if not text.startswith(head):
+                raise AlignError("the chat template renders a conversation differently once it is answered; its prompt is not a prefix")
+            tail = text[len(head) :]
+            prefix, whole = self._ids(head), self._ids(text)
+        # The tokenizer may merge across the border; then the answer is tokenized alone, as the model will meet it when it generates.
+        ids = whole[len(prefix) :] if whole[: len(prefix)] == prefix else self._ids(tail)
+        # What a template puts behind the end token ("\n") is the next turn's, not the answer's.
+        last = len(ids) - 1 - ids[::-1].index(end) if end in ids else None
+        return [*ids, end] if last is None else ids[: last + 1]
+
+    # -- one function a kind of row --------------------------------------------------------------------------------------------
+
+    def text(self, rows: Iterable[TextRow]) -> Encoded:
+        """Documents in blocks of at most `max_length` tokens; every token is a target."""
+        trees = []
+        for row in rows:
+            ids = self.tokenizer(row.text)["input_ids"]
+            if self.tokenizer.eos_token_id is not None and ids[-1:] != [self.tokenizer.eos_token_id]:
+                ids.append(self.tokenizer.eos_token_id)
+            step = self.max_length or len(ids)
+            blocks = [ids[i : i + step] for i in range(0, len(ids), step)]
+            trees += [Tree(block, prompt_mask=[True] * len(block)) for block in blocks if len(block) > 1]
+        return Encoded(trees)
+
+    def sft(self, rows: Iterable[SFTRow]) -> Encoded:
+        """Conversations with the loss on assistant turns, or prompt + completion with the loss on the completion."""
+        return self._collect(rows, self._sft_tree)
+
+    def _sft_tree(self, row: SFTRow) -> Tree:
+        if row.messages is None:
+            prompt, completion = row.prompt, row.completion
+            assert prompt is not None
+            assert completion is not None
+            head, answer = self.prompt_ids(prompt), self.answer_ids(prompt, completion)
+            return Tree(head + answer, prompt_mask=[False] * len(head) + [True] * len(answer))
+        turns = row.messages
+        answered = [i for i, message in enumerate(turns) if message.role == "assistant"]
+        if len(answered) == 1 and answered[0] == len(turns) - 1:
+            head, answer = self.prompt_ids(turns[:-1]) if len(turns) > 1 else [], self.answer_ids(turns[:-1], turns[-1:])
+            return Tree(head + answer, prompt_mask=[False] * len(head) + [True] * len(answer))
+        return self._conversation(turns, answered)
+
+    def _conversation(self, turns: list[Message], answered: list[int]) -> Tree:
+        """Several assistant turns: the characters that each adds to the rendered text, mapped to tokens by their offsets."""
+        text = self.render(turns)
+        spans = []
+        for i in answered:
+            before, after = self.render(turns[:i], generate=True) if i else "", self.render(turns[: i + 1])
+            if not (text.startswith(before) and text.startswith(after)):
+                raise AlignError("the chat template renders earlier turns differently later in the conversation, so turns cannot be told apart")
+            spans.append((len(before), len(after)))
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, mask = encoding["input_ids"], []
+        for start, end in encoding["offset_mapping"]:
+            mask.append(any(start < stop and end > begin for begin, stop in spans))
+        # Whitespace behind the end token belongs to no answer.
+        for i in range(len(ids) - 1):
+            if mask[i] and ids[i] == self.end_of_turn:
+                j = i + 1
+                while j < len(ids) and mask[j] and not self.tokenizer.decode([ids[j]]).strip():
+                    mask[j] = False
+                    j += 1
+        return Tree(ids, prompt_mask=mask)
+
+    def preference(self, rows: Iterable[PreferenceRow]) -> Encoded:
+        """A prompt with two branches, chosen first."""
+        return self._collect(rows, self._preference_tree)
+
+    def _preference_tree(self, row: PreferenceRow) -> Tree:
+        branches = (self.answer_ids(row.prompt, row.chosen), self.answer_ids(row.prompt, row.rejected))
+        margin = {} if row.margin is None else {"margin": [row.margin]}
+        return Tree(self.prompt_ids(row.prompt), branches, values=margin)
+
+    def prompts(self, rows: Iterable[PromptRow]) -> Encoded:
+        """Prompts alone; one that leaves no room within `max_length` is set aside."""
+        return self._collect(rows, lambda row: Tree(self.prompt_ids(row.prompt)))
+
+    # -- lengths -------------------------------------------------------------------------------------------------------------
+
+    def _collect(self, rows: Iterable[Any], encode: Callable[[Any], Tree]) -> Encoded:
+        trees: list[Tree] = []
+        set_aside: Counter[str] = Counter()
+        cut_rows = cut_tokens = 0
+        for row in rows:
+            tree = encode(row)
+            if self.max_length is not None and tree.longest > self.max_length:
+                shorter = _shorten(tree, self.max_length)
+                if shorter is None:
+                    set_aside[f"leave no room for an answer within {self.max_length} tokens"] += 1
+                    continue
+                cut_rows, cut_tokens = cut_rows + 1, cut_tokens + tree.tokens - shorter.tokens
+                tree = shorter
+            trees.append(tree)
+        return Encoded(trees, set_aside, cut_rows, cut_tokens)
+
+
+def _shorten(tree: Tree, max_length: int) -> Tree | None:
+    """Cut the end of `tree`'s paths to `max_length` tokens; None when nothing is left to learn from."""
+    if tree.prompt_mask is not None:
+        mask = tree.prompt_mask[:max_length]
+        return Tree(tree.prompt[:max_length], prompt_mask=mask, values=tree.values) if any(mask[1:]) else None
+    room = max_length - len(tree.prompt)
+    if room < 1 or not tree.branches:
+        return None
+    return Tree(tree.prompt, tuple(branch[:room] for branch in tree.branches), values=tree.values)

@@ -1,0 +1,127 @@
+"""The arithmetic that several stages share: masked statistics, KL estimators, advantages. Imports torch and nothing else.
+
+Masks are true (or 1) where a cell is real. Whatever stands in a masked-out cell, NaN included, reaches no result and no gradient,
+and such a cell of a returned tensor is 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean of `values` where `mask` is true, over everything or over `dim`; NaN where nothing is, as for any empty mean."""
+    mask = mask.bool().expand_as(values)
+    kept = values.masked_fill(~mask, 0)
+    return kept.sum() / mask.sum() if dim is None else kept.sum(dim) / mask.sum(dim)
+
+
+def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+    """`values` scaled to mean 0 and (population) variance 1 over the mask; with ``shift_mean=False`` the mean stays what it was.
+
+    `eps` is added to the variance, so equal values come out as 0 and not as NaN.
+    """
+    mask = mask.bool()
+    mean = masked_mean(values, mask)
+    centred = values.masked_fill(~mask, 0) - mean
+    whitened = centred * torch.rsqrt(masked_mean(centred**2, mask) + eps)
+    return (whitened if shift_mean else whitened + mean).masked_fill(~mask, 0)
+
+
+def log1mexp(logp: Tensor) -> Tensor:
+    """``log(1 - exp(logp))`` for log-probabilities `logp` ≤ 0, finite and with finite gradients up to and including 0.
+
+    A log-probability nearer to 0 than the dtype resolves around 1 counts as that resolution, and gets no gradient.
+    """
+    resolution = torch.finfo(logp.dtype).eps
+    return torch.log(-torch.expm1(logp.clamp(max=-resolution)))
+
+
+# --- KL(policy || reference), estimated per token from samples of the policy (http://joschu.net/blog/kl-approx.html), in nats ---
+
+
+def kl_k1(logps: Tensor, reference: Tensor) -> Tensor:
+    """Unbiased, of either sign, high variance."""
+    return logps - reference
+
+
+def kl_k2(logps: Tensor, reference: Tensor) -> Tensor:
+    """Biased, non-negative, low variance; its gradient is an unbiased gradient of the KL."""
+    return 0.5 * (logps - reference) ** 2
+
+
+def kl_k3(logps: Tensor, reference: Tensor) -> Tensor:
+    """Unbiased, non-negative: ``r - 1 - log r`` with ``r = reference / policy``."""
+    log_ratio = reference - logps
+    return torch.expm1(log_ratio) - log_ratio
+
+
+# --- advantages ---
+
+
+@torch.no_grad()
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation (arXiv:1506.02438, Eq. 16).
+
+    Args:
+        rewards, values, mask: (episodes, steps), padded on the right; an episode ends at its last true step, and the value of
+            what comes after the end is 0.
+        gamma: discount per step.
+        lam: λ; 0 is one-step temporal difference, 1 is Monte Carlo.
+
+    Returns:
+        advantages and returns (``advantages + values``, the critic's targets), both (episodes, steps), without gradient.
+
+    Raises:
+        ValueError: a mask that is not one run of true steps from the first column on.
+    """
+    mask = mask.bool()
+    if (mask[:, 1:] & ~mask[:, :-1]).any():
+        raise ValueError("gae needs episodes padded on the right: each row of the mask must be true steps followed by false ones")
+    dtype = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
+    rewards, values = rewards.to(dtype).masked_fill(~mask, 0), values.to(dtype).masked_fill(~mask, 0)
+    next_values = torch.cat([values[:, 1:], values.new_zeros(len(values), 1)], dim=1)
+    deltas = rewards + gamma * next_values - values  # δ_t = r_t + γ V(s_{t+1}) - V(s_t); 0 in the padding
+    advantages = torch.empty_like(values)
+    running = values.new_zeros(len(values))
+    for step in reversed(range(values.shape[1])):
+        running = deltas[:, step] + gamma * lam * running  # Eq. 16, summed from the end
+        advantages[:, step] = running
+    return advantages, advantages + values
+
+
+def _grouped(rewards: Tensor, group_size: int) -> Tensor:
+    if group_size < 2 or rewards.dim() != 1 or len(rewards) % group_size:
+        raise ValueError(f"rewards of shape {tuple(rewards.shape)} are no whole groups of {group_size}; a group needs at least 2")
+    return rewards.view(-1, group_size)
+
+
+def group_advantages_rloo(rewards: Tensor, group_size: int) -> Tensor:
+    """Each reward minus the mean of the others in its group (REINFORCE leave-one-out, arXiv:2402.14740).
+
+    Args:
+        rewards: (episodes,), the completions of one prompt next to each other, `group_size` at a time.
+    """
+    groups = _grouped(rewards, group_size)
+    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - others).flatten()
+
+
+def group_advantages_grpo(
+    rewards: Tensor, group_size: int, *, scale: bool = True, eps: float = 1e-4, correction: int = 1
+) -> Tensor:
+    """Each reward minus its group's mean, over the group's deviation (arXiv:2402.03300, section 4.1.2).
+
+    Args:
+        rewards: (episodes,), the completions of one prompt next to each other, `group_size` at a time.
+        scale: False leaves out the division, as Dr. GRPO (arXiv:2503.20783) does.
+        eps: added to the deviation. A group of equal rewards gets advantages of 0, also with ``eps=0``.
+        correction: 1 for the sample deviation (TRL's choice), 0 for the population's.
+    """
+    groups = _grouped(rewards, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    if scale:
+        deviation = groups.std(1, keepdim=True, correction=correction) + eps
+        centred = torch.where(deviation > 0, centred / deviation, torch.zeros_like(centred))
+    return centred.flatten()
