@@ -38,6 +38,8 @@ class Encoded:
     """Token trees and what became of the rows: rows in = trees + set aside."""
 
     trees: list[Tree]
+    rows: list[Any]
+    """The row behind each tree (a document may give several trees)."""
     set_aside: Counter[str] = field(default_factory=Counter)
     cut_rows: int = 0
     cut_tokens: int = 0
@@ -138,15 +140,18 @@ class Encoder:
 
     def text(self, rows: Iterable[TextRow]) -> Encoded:
         """Documents in blocks of at most `max_length` tokens; every token is a target."""
-        trees = []
+        trees: list[Tree] = []
+        kept: list[TextRow] = []
         for row in rows:
             ids = self.tokenizer(row.text)["input_ids"]
             if self.tokenizer.eos_token_id is not None and ids[-1:] != [self.tokenizer.eos_token_id]:
                 ids.append(self.tokenizer.eos_token_id)
             step = self.max_length or len(ids)
             blocks = [ids[i : i + step] for i in range(0, len(ids), step)]
-            trees += [Tree(block, prompt_mask=[True] * len(block)) for block in blocks if len(block) > 1]
-        return Encoded(trees)
+            new = [Tree(block, prompt_mask=[True] * len(block)) for block in blocks if len(block) > 1]
+            trees += new
+            kept += [row] * len(new)
+        return Encoded(trees, kept)
 
     def sft(self, rows: Iterable[SFTRow]) -> Encoded:
         """Conversations with the loss on assistant turns, or prompt + completion with the loss on the completion."""
@@ -205,6 +210,7 @@ class Encoder:
 
     def _collect(self, rows: Iterable[Any], encode: Callable[[Any], Tree]) -> Encoded:
         trees: list[Tree] = []
+        kept: list[Any] = []
         set_aside: Counter[str] = Counter()
         cut_rows = cut_tokens = 0
         for row in rows:
@@ -217,7 +223,8 @@ class Encoder:
                 cut_rows, cut_tokens = cut_rows + 1, cut_tokens + tree.tokens - shorter.tokens
                 tree = shorter
             trees.append(tree)
-        return Encoded(trees, set_aside, cut_rows, cut_tokens)
+            kept.append(row)
+        return Encoded(trees, kept, set_aside, cut_rows, cut_tokens)
 
 
 def _shorten(tree: Tree, max_length: int) -> Tree | None:

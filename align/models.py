@@ -162,17 +162,17 @@ class Lora:
     use_dora: bool = False
 
 
-def add_lora(model: nn.Module, lora: Lora, folder: Path) -> PeftModel:
+def add_lora(model: nn.Module, lora: Lora, folder: Path | None = None) -> PeftModel:
     """Freeze `model` and put LoRA adapters on it. A score head is trained and saved with the adapter.
 
     An adapter's folder must name a base that loads. A model that was merged from an earlier adapter exists nowhere on disk, so it is
-    written to ``folder/base`` first.
+    written to ``folder/base`` first (without a `folder` the adapter cannot be saved for later).
 
     Raises:
         AlignError: a target module is not in the model.
     """
     base: Any = model
-    if getattr(base, "merged_from", None):
+    if getattr(base, "merged_from", None) and folder is not None:
         base.save_pretrained(folder / "base")
         base.name_or_path = str((folder / "base").resolve())
     config = LoraConfig(
@@ -188,6 +188,15 @@ def add_lora(model: nn.Module, lora: Lora, folder: Path) -> PeftModel:
         return get_peft_model(base, config)
     except ValueError as error:
         raise AlignError(f"lora_target_modules {lora.target_modules}: {error}") from error
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Switch dropout off for good: the probabilities compared in preference losses and PPO must come from one and the same network."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

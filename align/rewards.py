@@ -1,8 +1,8 @@
 """Reward functions: the protocol (TRL's), a few built-ins, loading by name, and a weighted set with checked outputs.
 
-A reward is one plain function, ``f(prompts, completions, completion_ids=None, **columns) -> list[float | None]``, sync or async: one
-number per completion, or None to abstain. Plain completions are strings, conversational ones lists of messages; the dataset's other
-columns arrive as keyword lists. docs/rewards.md shows how to write one. This module imports nothing heavy.
+A reward is one plain function, ``f(prompts, completions, completion_ids=None, **columns) -> list[float | None]``, sync or async:
+one number per completion, or None to abstain. Plain completions are strings, conversational ones lists of messages; the dataset's
+other columns arrive as keyword lists. docs/rewards.md shows how to write one. This module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import asyncio
 import functools
 import hashlib
 import importlib
-import importlib.util
 import inspect
 import math
 import re
@@ -121,7 +120,9 @@ def load_reward(spec: str) -> RewardFunction:
     function = getattr(module, name, None)
     if function is None:
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise AlignError(f"reward {target!r}: {module.__file__} has no {name!r}{near_miss(name, functions)}")
+        raise AlignError(
+            f"reward {target!r}: {getattr(module, '__file__', module.__name__)} has no {name!r}{near_miss(name, functions)}"
+        )
     if not callable(function):
         raise AlignError(f"reward {target!r} is no function but a {type(function).__name__}")
     if not arguments:
@@ -134,16 +135,35 @@ def load_reward(spec: str) -> RewardFunction:
 
 
 def reward_fingerprint(spec: str) -> str:
-    """SHA-256, in hex, of the source file of the function that `spec` names; of both files if its module only imports it."""
+    """SHA-256, in hex, of the source file of the function that `spec` names; of both files if its module only imports it.
+
+    Arguments in the spec are no part of it: keep the spec beside it.
+
+    Raises:
+        AlignError: no such function, or one without Python source.
+    """
     target, _ = _parse(spec)
-    function = load_reward(spec)
+    function = inspect.unwrap(_unbound(load_reward(spec)))
+    owners: list[Any] = [function if inspect.isroutine(function) else type(function)]
+    if target not in rewards:
+        owners.append(_locate(target)[0])
+    sources = {source for owner in owners if (source := _source_file(owner))}
+    if not sources:
+        raise AlignError(f"reward {target!r} has no Python source file to fingerprint")
+    return hashlib.sha256(b"".join(sorted(Path(source).read_bytes() for source in sources))).hexdigest()
+
+
+def _source_file(thing: Any) -> str | None:
+    try:
+        return inspect.getsourcefile(thing)
+    except TypeError:  # written in C
+        return None
+
+
+def _unbound(function: RewardFunction) -> RewardFunction:
     while isinstance(function, functools.partial):
         function = function.func
-    function = inspect.unwrap(function)
-    owner = function if inspect.isroutine(function) else type(function)
-    sources = {inspect.getsourcefile(owner)} | ({_locate(target)[0].__file__} if target not in rewards else set())
-    contents = sorted(Path(source).read_bytes() for source in sources if source)
-    return hashlib.sha256(b"".join(contents)).hexdigest()
+    return function
 
 
 def _parse(spec: str) -> tuple[str, dict[str, Any]]:
@@ -190,17 +210,15 @@ def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         siblings = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise AlignError(f"reward file {path} does not exist (looked in {Path.cwd()}){near_miss(path.name, siblings)}")
-    path = path.resolve()
-    digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()
-    name = f"_align_reward_{path.stem}_{digest[:16]}"
+    path, source = path.resolve(), path.read_bytes()
+    name = f"_align_reward_{path.stem}_{hashlib.sha256(bytes(path) + source).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
-    module_spec = importlib.util.spec_from_file_location(name, path)
-    assert module_spec
-    assert module_spec.loader
-    module = sys.modules[name] = importlib.util.module_from_spec(module_spec)  # registered first: dataclasses look it up
+    module = sys.modules[name] = ModuleType(name)  # registered before it runs: dataclasses look it up
+    module.__file__ = str(path)
     try:
-        module_spec.loader.exec_module(module)
+        # not through importlib: its bytecode cache can miss a quick edit
+        exec(compile(source, path, "exec", dont_inherit=True), vars(module))
     except Exception as error:
         del sys.modules[name]
         raise AlignError(f"running the reward file {path} failed: {type(error).__name__}: {error}") from error
@@ -266,7 +284,14 @@ class RewardSet:
         for key, value in {**own, **extra}.items():
             if value is not None and len(value) != len(prompts):
                 raise ValueError(f"{len(prompts)} prompts, but {len(value)} {key}")
-        results: dict[str, Any] = {name: _call(name, function, own, extra) for name, function in self.functions.items()}
+        results: dict[str, Any] = {}
+        try:
+            for name, function in self.functions.items():
+                results[name] = _call(name, function, own, extra)
+        except AlignError:
+            for result in filter(inspect.iscoroutine, results.values()):
+                result.close()  # or Python warns that it was never awaited
+            raise
         pending = {name: result for name, result in results.items() if inspect.isawaitable(result)}
         for name, result in zip(pending, _await_all(list(pending.values())), strict=True):
             if isinstance(result, BaseException):
@@ -283,8 +308,7 @@ class RewardSet:
 
 
 def _name(function: RewardFunction) -> str:
-    while isinstance(function, functools.partial):
-        function = function.func
+    function = _unbound(function)
     return getattr(function, "__name__", type(function).__name__)
 
 
@@ -374,20 +398,30 @@ def _short(value: Any, width: int = 60) -> str:
 def from_verl(compute_score: Callable[..., Any]) -> RewardFunction:
     """A verl ``compute_score(data_source, solution_str, ground_truth, extra_info)``, sync or async, as a reward function.
 
-    It is called once per completion. Columns: `ground_truth`, or verl's `reward_model` with that key; `data_source` and `extra_info`
-    if there. Of a dict that it returns, "score" is the reward.
+    It is called once per completion. Columns: `ground_truth`, or verl's `reward_model` with that key; `data_source` and
+    `extra_info` if there. Of a dict that it returns, "score" is the reward.
     """
 
-    async def reward(completions: list, **columns: Any) -> list[float | None]:
+    def reward(completions: list, prompts: Any = None, completion_ids: Any = None, **columns: Any) -> Any:
+        if "ground_truth" not in columns and "reward_model" not in columns:
+            known = ", ".join(columns) or "none"
+            raise AlignError(f"a verl reward needs a column 'ground_truth' or 'reward_model'; the rows have: {known}")
         nothing = [None] * len(completions)
-        truths = columns.get("ground_truth") or [(cell or {}).get("ground_truth") for cell in columns.get("reward_model", nothing)]
-        sources, infos = columns.get("data_source", nothing), columns.get("extra_info", nothing)
-        scores = []
-        for source, completion, truth, info in zip(sources, completions, truths, infos, strict=True):
-            score = compute_score(data_source=source, solution_str=text_of(completion), ground_truth=truth, extra_info=info)
-            scores.append(score)
-        awaited = iter(await asyncio.gather(*(score for score in scores if inspect.isawaitable(score))))
-        scores = [next(awaited) if inspect.isawaitable(score) else score for score in scores]
+        truths = (
+            columns["ground_truth"] if "ground_truth" in columns else [cell["ground_truth"] for cell in columns["reward_model"]]
+        )
+        rows = zip(columns.get("data_source", nothing), completions, truths, columns.get("extra_info", nothing), strict=True)
+        scores = [
+            compute_score(data_source=source, solution_str=text_of(completion), ground_truth=truth, extra_info=info)
+            for source, completion, truth, info in rows
+        ]
+
+        async def gather() -> list[Any]:
+            return numbers(await asyncio.gather(*scores))
+
+        return gather() if scores and inspect.isawaitable(scores[0]) else numbers(scores)
+
+    def numbers(scores: list[Any]) -> list[Any]:
         return [score["score"] if isinstance(score, dict) else score for score in scores]
 
     reward.__name__ = getattr(compute_score, "__name__", "compute_score")
@@ -397,11 +431,12 @@ def from_verl(compute_score: Callable[..., Any]) -> RewardFunction:
 def from_openrlhf(reward_func: Callable[..., Any], label_column: str | None = None) -> RewardFunction:
     """An OpenRLHF ``reward_func(queries, prompts, labels)`` as a reward function.
 
-    `label_column` is the column that OpenRLHF's ``--label_key`` would name; without one, labels are empty strings, as there. Queries are
-    prompt and completion as text, end to end; no chat template is applied to conversations. Of a dict that it returns, "rewards" counts.
+    `label_column` is the column that OpenRLHF's ``--label_key`` would name; without one, labels are empty strings, as there. A
+    query is prompt and completion as text, end to end, with no chat template around a conversation's messages. Of a dict that it
+    returns, "rewards" counts.
     """
 
-    def reward(prompts: list, completions: list, **columns: Any) -> Any:
+    def reward(prompts: list, completions: list, completion_ids: Any = None, **columns: Any) -> Any:
         if label_column is not None and label_column not in columns:
             known = ", ".join(columns) or "none"
             raise AlignError(f"labels come from the column {label_column!r}, which is not there; the rows have: {known}")

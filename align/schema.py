@@ -85,7 +85,9 @@ def _check_prompt(messages: list[Message]) -> None:
     if not messages:
         raise ValueError(problem("prompt", [], "at least one message"))
     if messages[-1].role == "assistant":
-        raise ValueError(problem(f"prompt[{len(messages) - 1}].role", "assistant", "a prompt that ends before the assistant's turn"))
+        raise ValueError(
+            problem(f"prompt[{len(messages) - 1}].role", "assistant", "a prompt that ends before the assistant's turn")
+        )
 
 
 def _check_reply(name: str, messages: list[Message]) -> None:

@@ -1,0 +1,75 @@
+"""What a stage leaves behind. The manifest is written last, so its presence means that the artifact is complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from align import __version__
+
+MANIFEST = "artifact.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The output of one stage, and everything needed to tell where it came from."""
+
+    name: str
+    stage: str
+    """Name of the stage in the catalog."""
+    identity: str
+    """SHA-256 over the resolved config, the parents' identities and the data's fingerprints: same identity, same result."""
+    path: str
+    """Absolute path of the folder: a model folder that ``from_pretrained`` loads, or data files."""
+    config: dict[str, Any]
+    parents: dict[str, str] = field(default_factory=dict)
+    """What each reference in the config meant: ``name@version`` of a registered artifact, a path or a hub id."""
+    data: dict[str, str] = field(default_factory=dict)
+    """Fingerprint of each data source."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    created: str = ""
+    """UTC, ISO 8601."""
+    seconds: float = 0.0
+    version: int = 0
+    """Version in the registry; 0 before it is registered."""
+
+    @property
+    def reference(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    def write(self) -> None:
+        """Write the manifest into the artifact's folder."""
+        write_atomically(Path(self.path) / MANIFEST, json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def read(cls, folder: Path) -> Artifact | None:
+        """The artifact in `folder`, or None where it is missing or not complete."""
+        manifest = folder / MANIFEST
+        return cls(**json.loads(manifest.read_text(encoding="utf-8"))) if manifest.is_file() else None
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    return {"align": __version__, **{name: version(name) for name in ("torch", "transformers", "peft", "trl", "datasets", "accelerate")}}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,307 @@
+"""Foreign data formats: one decorated function each, from a raw row to the fields of a schema row.
+
+A format function returns the fields it finds (``{"prompt": ..., "chosen": ..., "rejected": ...}``), a list of such dictionaries
+when one raw row holds several rows, or `SetAside` when it holds none. Which kind of row the fields make, and what other kinds
+that gives, is the business of `align.data.convert`. Formats are tried in the order of this file; the most general one comes last.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from align.catalog import Catalog
+from align.errors import AlignError
+from align.schema import problem
+from align.turns import Fields, Raw, assistant, cut, shared_prompt, string, tools, truth, turn, turns, user, weighted
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A well-formed row with nothing to train on: `reason` says why. It is counted, never dropped in silence."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Format:
+    """How to recognise the rows of one format, and read them."""
+
+    read: Callable[[Raw], Fields | SetAside | list[Fields]]
+    needs: tuple[str, ...]
+    """Columns without which a row is not of this format."""
+    when: Callable[[Raw], bool]
+    """A look at the other columns or the values, where these columns do not decide."""
+    prompt: tuple[str, ...]
+    """Columns that the prompt is made of; a prompt row keeps all others for the reward functions."""
+
+    def __call__(self, raw: Raw) -> list[Fields] | list[SetAside]:
+        found = self.read(raw)
+        if isinstance(found, SetAside):
+            return [found]
+        return found if isinstance(found, list) else [found]
+
+    def matches(self, raw: Raw) -> bool:
+        return all(column in raw for column in self.needs) and self.when(raw)
+
+
+formats: Catalog[Format] = Catalog("data format")
+
+
+def data_format(*needs: str, when: Callable[[Raw], bool] = lambda raw: True, prompt: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """Register the decorated function as the format of its name; `needs`, `when` and `prompt` are those of `Format`."""
+
+    def register(read: Callable[[Raw], Any]) -> Callable[[Raw], Any]:
+        formats.add(Format(read, needs, when, prompt or needs), read.__name__)
+        return read
+
+    return register
+
+
+@data_format("chosen", "rejected", when=lambda raw: isinstance(raw["chosen"], list) and not isinstance(raw.get("prompt"), list))
+def ultrafeedback(raw: Raw) -> Fields | SetAside:
+    """UltraFeedback-binarized: `chosen` and `rejected` repeat the prompt; the margin is the difference of their scores."""
+    pair = _pair(turns(raw["chosen"], "chosen"), turns(raw["rejected"], "rejected"), raw)
+    return pair if isinstance(pair, SetAside) else {**pair, **_margin(raw)}
+
+
+def _pair(chosen: list[Fields], rejected: list[Fields], raw: Raw) -> Fields | SetAside:
+    """Two whole conversations as a pair: what they share is the prompt, and a question must not be among the rest."""
+    prompt = shared_prompt(chosen, rejected)
+    if not prompt and isinstance(raw.get("prompt"), str):
+        prompt, replies = [user(raw["prompt"])], (chosen, rejected)
+    else:
+        replies = chosen[len(prompt) :], rejected[len(prompt) :]
+    if not prompt or any(message["role"] in ("user", "system") for reply in replies for message in reply):
+        return SetAside("chosen and rejected part before the last reply")
+    return {"prompt": prompt, "chosen": replies[0], "rejected": replies[1], **tools(raw)}
+
+
+def _number(raw: Raw, column: str) -> float:
+    try:
+        return float(raw[column])
+    except (KeyError, TypeError, ValueError):
+        raise AlignError(problem(column, raw.get(column), "a number")) from None
+
+
+@data_format("chosen", "rejected", when=lambda raw: isinstance(raw["chosen"], str) and raw["chosen"].startswith("\n\nHuman:"))
+def hh(raw: Raw) -> Fields | SetAside:
+    """Anthropic HH: whole transcripts; the turns they begin with in common are the prompt."""
+    return _pair(_transcript(raw, "chosen"), _transcript(raw, "rejected"), {})
+
+
+def _transcript(raw: Raw, column: str) -> list[Fields]:
+    """``\\n\\nHuman: ...\\n\\nAssistant: ...`` as messages. The bare words inside a turn are text."""
+    head, *parts = re.split(r"\n\n(Human|Assistant):", string(raw, column))
+    if head or not parts:
+        raise AlignError(problem(column, raw[column], r"a transcript that starts with '\n\nHuman:'"))
+    speakers = {"Human": user, "Assistant": assistant}
+    return [speakers[who](text.strip()) for who, text in zip(parts[::2], parts[1::2], strict=True)]
+
+
+@data_format("prompt", when=lambda raw: isinstance(raw["prompt"], dict) and "replies" in raw["prompt"])
+def oasst(raw: Raw) -> list[Fields] | SetAside:
+    """Open Assistant message trees: the best against the worst reply wherever two or more are ranked."""
+    pairs: list[Fields] = []
+
+    def walk(node: Raw, before: list[Fields], path: str) -> None:
+        messages = [*before, turn({"role": node.get("role"), "content": node.get("text")}, path)]
+        replies = [reply for reply in node.get("replies", []) if not reply.get("deleted")]
+        ranked = sorted((r for r in replies if r.get("rank") is not None and r["role"] == "assistant"), key=lambda r: r["rank"])
+        if len(ranked) > 1:
+            best, worst = string(ranked[0], "text"), string(ranked[-1], "text")
+            pairs.append({"prompt": messages, "chosen": [assistant(best)], "rejected": [assistant(worst)]})
+        for i, reply in enumerate(replies):
+            walk(reply, messages, f"{path}.replies[{i}]")
+
+    walk(raw["prompt"], [], "prompt")
+    return pairs or SetAside("no two ranked replies")
+
+
+@data_format("conversations", prompt=("conversations", "system"))
+def sharegpt(raw: Raw) -> Fields:
+    """ShareGPT: from/value turns, tool calls and tools as JSON strings; with chosen and rejected (a message or a string) a pair."""
+    return _conversation(raw, "conversations")
+
+
+@data_format(
+    when=lambda raw: "messages" in raw or {"chosen_messages", "rejected_messages"} <= raw.keys(), prompt=("messages", "system")
+)
+def openai(raw: Raw) -> Fields | SetAside:
+    """OpenAI messages, content as string, null or parts; LLaMA-Factory v1's chosen_messages and rejected_messages."""
+    if "messages" in raw:
+        return _conversation(raw, "messages")
+    return _pair(turns(raw["chosen_messages"], "chosen_messages"), turns(raw["rejected_messages"], "rejected_messages"), raw)
+
+
+def _conversation(raw: Raw, column: str) -> Fields:
+    """A conversation by itself, with a label for its last reply, or with a chosen and a rejected reply."""
+    messages = turns(raw[column], column)
+    if raw.get("system") and not (messages and messages[0]["role"] == "system"):
+        messages.insert(0, {"role": "system", "content": string(raw, "system")})
+    if "chosen" in raw and "rejected" in raw:
+        return {"prompt": messages, **{side: _reply(raw[side], side) for side in ("chosen", "rejected")}, **tools(raw)}
+    label = raw.get("kto_tag", raw.get("label"))
+    if label is not None:
+        prompt, completion = cut(messages)
+        return {"prompt": prompt, "completion": completion, "label": truth(label), **tools(raw)}
+    system = [{"role": "system"}] * (len(messages) - len(raw[column]))
+    return {**weighted([*system, *raw[column]], messages, column), **tools(raw)}
+
+
+def _reply(value: Any, path: str) -> list[Fields]:
+    """A reply given as a string, as one message or as a list of them."""
+    if isinstance(value, str):
+        return [assistant(value)]
+    return turns(value, path) if isinstance(value, list) else [turn(value, path)]
+
+
+@data_format(
+    "instruction",
+    when=lambda raw: "output" in raw or {"chosen", "rejected"} <= raw.keys(),
+    prompt=("instruction", "input", "system", "history"),
+)
+def alpaca(raw: Raw) -> Fields | SetAside:
+    """Alpaca: instruction and input are one user turn. With chosen and rejected, or with output ranked best to worst, a pair."""
+    system = [{"role": "system", "content": string(raw, "system")}] if raw.get("system") else []
+    history = [
+        speaker(text) for asked, answered in raw.get("history") or [] for speaker, text in ((user, asked), (assistant, answered))
+    ]
+    prompt = [*system, *history, _ask(raw, "instruction", "input")]
+    if "chosen" in raw and "rejected" in raw:
+        return {"prompt": prompt, **{side: _reply(raw[side], side) for side in ("chosen", "rejected")}}
+    if not isinstance(raw["output"], list):
+        reply = [assistant(string(raw, "output"))]
+        label = raw.get("kto_tag", raw.get("label"))
+        return {"messages": prompt + reply} if label is None else {"prompt": prompt, "completion": reply, "label": truth(label)}
+    if len(raw["output"]) < 2:
+        return SetAside("fewer than two ranked replies")
+    return {"prompt": prompt, "chosen": _reply(raw["output"][0], "output[0]"), "rejected": _reply(raw["output"][-1], "output[-1]")}
+
+
+def _ask(raw: Raw, question: str, material: str) -> Fields:
+    """A user turn of a question and, after a blank line, the material it is about, if any."""
+    about = string(raw, material) if raw.get(material) else ""
+    return user("\n\n".join(part for part in (string(raw, question), about) if part))
+
+
+@data_format("instruction", "output_1", "output_2", "preference", prompt=("instruction",))
+def judged(raw: Raw) -> Fields | SetAside:
+    """AlpacaEval annotations: `preference` 1 is for output_1, 2 for output_2, anything between a probability; 0 is a tie."""
+    if raw["preference"] is None or _number(raw, "preference") in (0, 1.5):
+        return SetAside("the judge had no preference")
+    best, worst = ("output_1", "output_2") if _number(raw, "preference") < 1.5 else ("output_2", "output_1")
+    return _answered(_ask(raw, "instruction", "input"), string(raw, best), string(raw, worst))
+
+
+def _answered(question: Fields, chosen: str, rejected: str) -> Fields:
+    return {"prompt": [question], "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
+
+
+@data_format("prompt", "response_0", "response_1", "better_response_id", prompt=("prompt",))
+def saferlhf(raw: Raw) -> Fields:
+    """PKU-SafeRLHF: the helpfulness label `better_response_id` decides (safer_response_id may say otherwise)."""
+    if raw["better_response_id"] not in (0, 1):
+        raise AlignError(problem("better_response_id", raw["better_response_id"], "0 or 1"))
+    better = raw["better_response_id"]
+    return _answered(user(string(raw, "prompt")), string(raw, f"response_{better}"), string(raw, f"response_{1 - better}"))
+
+
+@data_format("question", "response_j", "response_k", prompt=("question",))
+def stack_exchange(raw: Raw) -> Fields:
+    """Paired StackExchange answers: response_j was voted above response_k."""
+    return _answered(user(string(raw, "question")), string(raw, "response_j"), string(raw, "response_k"))
+
+
+@data_format("instruction", "response", prompt=("instruction", "context"))
+def dolly(raw: Raw) -> Fields:
+    """Dolly: an instruction, the context it is about, a response."""
+    return {"messages": [_ask(raw, "instruction", "context"), assistant(string(raw, "response"))]}
+
+
+@data_format("instruction", "instances", prompt=("instruction", "instances"))
+def self_instruct(raw: Raw) -> list[Fields] | SetAside:
+    """Self-Instruct seed tasks: one instruction, several instances of input and output, a row each."""
+    rows = [{"instruction": raw["instruction"], **instance} for instance in raw["instances"]]
+    found = [{"messages": [_ask(row, "instruction", "input"), assistant(string(row, "output"))]} for row in rows]
+    return found or SetAside("no instances")
+
+
+def _graded(raw: Raw) -> list[Raw]:
+    return [value for value in raw.values() if isinstance(value, dict) and {"is_correct", "solution"} <= value.keys()]
+
+
+@data_format("question", when=lambda raw: bool(_graded(raw)))
+def graded(raw: Raw) -> list[Fields]:
+    """Solutions to one question, each marked right or wrong (GSM8K's model solutions)."""
+    prompt = [user(string(raw, "question"))]
+    each = _graded(raw)
+    return [
+        {"prompt": prompt, "completion": [assistant(string(one, "solution"))], "label": truth(one["is_correct"])} for one in each
+    ]
+
+
+@data_format("question", when=lambda raw: isinstance(raw["question"], str))
+def qa(raw: Raw) -> Fields:
+    """A question and, where there is one, its answer (GSM8K)."""
+    question = user(string(raw, "question"))
+    return {"messages": [question, assistant(string(raw, "answer"))]} if "answer" in raw else {"prompt": [question]}
+
+
+@data_format("turns", prompt=("turns",))
+def questions(raw: Raw) -> Fields | SetAside:
+    """MT-Bench and Arena-Hard: the user's turns; the first is the prompt."""
+    if not raw["turns"]:
+        return SetAside("no turns")
+    first = raw["turns"][0]
+    return {"prompt": [user(string(first if isinstance(first, dict) else {"content": first}, "content"))]}
+
+
+@data_format("text", when=lambda raw: not {"prompt", "chosen"} & raw.keys())
+def text(raw: Raw) -> Fields:
+    """Plain text: a `text` column, or the documents of a text file."""
+    return {"text": raw["text"]}
+
+
+def documents(content: str) -> Iterator[str]:
+    """The documents of a text file: parted by ``<|endoftext|>`` if it occurs, else by blank lines, else one a line."""
+    parts = content.split("<|endoftext|>")
+    if len(parts) == 1:
+        parts = re.split(r"\n[^\S\n]*\n", content.strip())
+    if len(parts) == 1:
+        parts = content.split("\n")
+    yield from filter(None, (part.strip() for part in parts))
+
+
+@data_format(when=lambda raw: "prompt" in raw or {"chosen", "rejected"} <= raw.keys(), prompt=("prompt",))
+def native(raw: Raw) -> Fields:
+    """TRL's columns, strings or messages: prompt, prompt + completion [+ label], [prompt +] chosen + rejected [+ margin]."""
+    replies = ("chosen", "rejected") if {"chosen", "rejected"} <= raw.keys() else ("completion",) if "completion" in raw else ()
+    fields = {column: _text(raw, column) for column in ("prompt", *replies) if column in raw}
+    if "prompt" not in raw:
+        fields = _split_strings(string(raw, "chosen"), string(raw, "rejected"))
+    if "label" in raw and "completion" in fields:
+        fields["label"] = truth(raw["label"])
+    return {**fields, **(_margin(raw) if "chosen" in fields else {}), **tools(raw)}
+
+
+def _text(raw: Raw, column: str) -> Any:
+    return turns(raw[column], column) if isinstance(raw[column], list) else string(raw, column)
+
+
+def _split_strings(chosen: str, rejected: str) -> Fields:
+    """Two texts without a prompt of their own: the prompt is what they begin with in common, up to the end of a word."""
+    length = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
+    while length and not chosen[length - 1].isspace():
+        length -= 1
+    return {"prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
+
+
+def _margin(raw: Raw) -> Fields:
+    """How much better the chosen reply was scored: given as such, or as two scores."""
+    if raw.get("margin") not in (None, ""):
+        return {"margin": _number(raw, "margin")}
+    scored = raw.get("score_chosen") is not None and raw.get("score_rejected") is not None
+    return {"margin": _number(raw, "score_chosen") - _number(raw, "score_rejected")} if scored else {}

@@ -1,0 +1,62 @@
+"""What a person sees while work goes on, and the history that is written: ``metrics.jsonl`` first, trackers optional."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm.auto import tqdm
+
+Item = TypeVar("Item")
+
+SHOWN = ("loss", "eval_loss", "rewards/accuracies", "accuracy", "objective/scores", "objective/kl", "mean_token_accuracy")
+"""Metrics worth a place beside the progress bar."""
+
+
+def say(line: str) -> None:
+    """One line for the person at the terminal, on stderr, without tearing a progress bar."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def bar(label: str, total: int, unit: str = "step") -> tqdm:
+    """A progress bar with the time left."""
+    return tqdm(total=total, desc=f"{label:>12}", unit=unit, file=sys.stderr, dynamic_ncols=True, mininterval=0.5)
+
+
+def track(items: Sequence[Item], label: str, unit: str = "pack") -> Iterable[Item]:
+    """Iterate over `items` behind a progress bar."""
+    with bar(label, len(items), unit) as progress:
+        for item in items:
+            yield item
+            progress.update()
+
+
+class History:
+    """The metrics of one stage: appended to a file as they come, shown beside the bar."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: list[dict[str, Any]] = []
+        self._start = time.monotonic()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+
+    def add(self, step: int, metrics: dict[str, Any]) -> None:
+        """Append one record: the step, seconds since the start, and `metrics`."""
+        record = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **metrics}
+        self.records.append(record)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def last(self, name: str) -> Any:
+        """The latest value of `name`, or None."""
+        return next((record[name] for record in reversed(self.records) if name in record), None)
+
+
+def shown(metrics: dict[str, Any]) -> str:
+    """The few metrics that fit beside a progress bar."""
+    return " ".join(f"{name.rsplit('/', 1)[-1]} {metrics[name]:.3f}" for name in SHOWN if name in metrics)

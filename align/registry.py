@@ -1,0 +1,159 @@
+"""The model registry: base models by alias, and every stage's output as ``name@version`` with its lineage.
+
+A registered artifact is one small JSON file, ``registry/NAME/VERSION.json`` under the home folder (``$ALIGN_HOME``, ``runs`` by default).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from align.artifact import Artifact, write_atomically
+from align.errors import AlignError, near_miss
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+ALIASES = {
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B-Base",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+    "gpt2": "openai-community/gpt2",
+}
+"""Short names of base models; `Registry.add_alias` adds your own."""
+
+
+def home() -> Path:
+    """Where runs and the registry live."""
+    return Path(os.environ.get("ALIGN_HOME", "runs"))
+
+
+def check_name(name: str) -> str:
+    """`name`, if it can be a file name.
+
+    Raises:
+        AlignError: it cannot.
+    """
+    if not NAME.fullmatch(name) or len(name) > 100:
+        raise AlignError(f"the name {name!r} must be letters, digits, '.', '_' or '-', start with a letter or digit, and have at most 100 of them")
+    return name
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a model reference means: a path or hub id to load, and the artifact behind it, if there is one."""
+
+    path: str
+    artifact: Artifact | None = None
+
+
+class Registry:
+    """Reads and adds artifacts. Every call looks at the disk, so several processes can share one."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = (root or home()) / "registry"
+
+    def add(self, artifact: Artifact) -> Artifact:
+        """Register `artifact` under the next free version and return it with that version. The same identity and path is not added twice."""
+        folder = self.root / check_name(artifact.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        for known in self.versions(artifact.name):
+            if known.identity == artifact.identity and known.path == artifact.path:
+                return known
+        version = 1 + max((a.version for a in self.versions(artifact.name)), default=0)
+        while True:
+            numbered = replace(artifact, version=version)
+            temporary = folder / f".{os.getpid()}.tmp"
+            write_atomically(temporary, json.dumps(asdict(numbered), indent=1))
+            try:
+                # A hard link fails where the name exists: two processes never take the same version.
+                os.link(temporary, folder / f"{version}.json")
+                return numbered
+            except FileExistsError:
+                version += 1
+            finally:
+                temporary.unlink()
+
+    def names(self) -> list[str]:
+        """Registered names."""
+        return sorted(path.name for path in self.root.iterdir() if path.is_dir()) if self.root.is_dir() else []
+
+    def versions(self, name: str) -> list[Artifact]:
+        """All versions of `name`, oldest first."""
+        files = sorted((self.root / name).glob("[0-9]*.json"), key=lambda path: int(path.stem))
+        return [Artifact(**json.loads(path.read_text(encoding="utf-8"))) for path in files]
+
+    def all(self) -> list[Artifact]:
+        """Everything, by name and version."""
+        return [artifact for name in self.names() for artifact in self.versions(name)]
+
+    def get(self, reference: str) -> Artifact:
+        """The artifact ``NAME`` (its latest version) or ``NAME@VERSION``.
+
+        Raises:
+            AlignError: there is none.
+        """
+        name, _, version = reference.partition("@")
+        versions = self.versions(name) if NAME.fullmatch(name) else []
+        if not versions:
+            known = self.names()
+            raise AlignError(f"no model {name!r} in the registry {self.root}{near_miss(name, known)}; `align models list` shows what there is")
+        if not version:
+            return versions[-1]
+        found = next((a for a in versions if str(a.version) == version), None)
+        if found is None:
+            raise AlignError(f"{name!r} has no version {version!r}; it has {', '.join(str(a.version) for a in versions)}")
+        return found
+
+    def resolve(self, reference: str) -> Resolved:
+        """What ``model: REFERENCE`` means: a folder, a registered name, an alias or a hub id, in this order.
+
+        Raises:
+            AlignError: it looks like a path or a version and there is none.
+        """
+        if Path(reference).is_dir():
+            path = Path(reference).resolve()
+            return Resolved(str(path), Artifact.read(path))
+        if reference.startswith((".", "/", "~")) or reference.count("/") > 1:
+            raise AlignError(f"no model folder {reference!r}")
+        if "@" in reference or reference in self.names():
+            artifact = self.get(reference)
+            if not Path(artifact.path).is_dir():
+                raise AlignError(f"{artifact.reference} was at {artifact.path}, and that folder is gone")
+            return Resolved(artifact.path, artifact)
+        aliases = self.aliases()
+        if reference in aliases:
+            return Resolved(aliases[reference])
+        if "/" not in reference:
+            raise AlignError(
+                f"no model {reference!r}{near_miss(reference, [*self.names(), *aliases])}: it is not a folder, not in the registry "
+                f"({self.root}), not an alias, and a hub id reads OWNER/NAME"
+            )
+        return Resolved(reference)
+
+    def lineage(self, reference: str) -> list[tuple[int, str, Artifact | None]]:
+        """`reference` and its ancestors, depth first: (depth, reference, artifact or None for a base model)."""
+        found: list[tuple[int, str, Artifact | None]] = []
+
+        def visit(name: str, depth: int) -> None:
+            artifact = self.get(name) if "@" in name or name in self.names() else None
+            found.append((depth, artifact.reference if artifact else name, artifact))
+            for parent in dict.fromkeys(artifact.parents.values() if artifact else ()):
+                visit(parent, depth + 1)
+
+        visit(self.get(reference).reference, 0)
+        return found
+
+    def aliases(self) -> dict[str, str]:
+        """Short names of base models: the shipped ones and the user's."""
+        path = self.root / "aliases.json"
+        return {**ALIASES, **(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})}
+
+    def add_alias(self, alias: str, target: str) -> None:
+        """Let `alias` stand for `target`, a path or a hub id."""
+        own = {name: value for name, value in self.aliases().items() if ALIASES.get(name) != value}
+        write_atomically(self.root / "aliases.json", json.dumps({**own, check_name(alias): target}, indent=1))

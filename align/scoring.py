@@ -1,0 +1,153 @@
+"""Scores of token sequences under a model: rewards, log-probs, divergences."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from align.engine import enable_forest
+from align.errors import AlignError
+from align.forest import Tree, cut, plant
+from align.models import load_reward_model, load_tokenizer
+from align.rewards import RewardSet
+from align.rollout import Completion
+from align.schema import PromptRow, Text
+
+SCORE_SCALE = "score_scale.json"
+"""In a reward model's folder: mean and deviation of its scores on held-out answers."""
+
+
+@torch.no_grad()
+def branch_logps(model: nn.Module, trees: Sequence[Tree], max_tokens: int, temperature: float = 1.0) -> list[list[float]]:
+    """Log-probs (nats) of each tree's branches, summed over tokens."""
+    return _per_branch(
+        trees,
+        (
+            forest.per_sequence(model(forest=forest, temperature=temperature).logps).tolist()
+            for forest in _forests(model, trees, max_tokens)
+        ),
+    )
+
+
+@torch.no_grad()
+def branch_scores(model: nn.Module, trees: Sequence[Tree], max_tokens: int) -> list[list[float]]:
+    """A reward model's score of each tree's branches."""
+    return _per_branch(trees, (model(forest=forest, read="ends").tolist() for forest in _forests(model, trees, max_tokens)))
+
+
+@torch.no_grad()
+def mean_nll(model: nn.Module, trees: Sequence[Tree], max_tokens: int) -> float:
+    """Mean negative log-likelihood (nats) of the target tokens; its exponential is the perplexity."""
+    total = tokens = 0.0
+    for forest in _forests(model, trees, max_tokens):
+        total -= model(forest=forest).logps.sum().item()
+        tokens += forest.targets.numel()
+    return total / tokens
+
+
+def _forests(model: nn.Module, trees: Sequence[Tree], max_tokens: int) -> Iterable:
+    model.eval()
+    device = next(model.parameters()).device
+    for pack in cut(trees, max_tokens):
+        yield plant(pack).to(device)
+
+
+def _per_branch(trees: Sequence[Tree], parts: Iterable[list[float]]) -> list[list[float]]:
+    flat = iter([value for part in parts for value in part])
+    return [[next(flat) for _ in tree.branches] for tree in trees]
+
+
+class RewardScorer:
+    """A reward model that scores sampled tokens as they are.
+
+    Args:
+        normalize: subtract the mean and divide by the deviation of the scores that the reward stage stored with the model.
+
+    Raises:
+        AlignError: its tokenizer differs from the policy's, or there is no stored scale to normalize by.
+    """
+
+    def __init__(self, path: str, vocabulary: dict[str, int], *, dtype: str, max_tokens: int, normalize: bool) -> None:
+        if load_tokenizer(path).get_vocab() != vocabulary:
+            raise AlignError(f"the reward model {path} has another tokenizer than the policy; train both from one base")
+        self.model = load_reward_model(path, dtype=dtype)
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.model.requires_grad_(False)
+        enable_forest(self.model)
+        self.max_tokens = max_tokens
+        self.mean, self.std = 0.0, 1.0
+        scale = Path(path) / SCORE_SCALE
+        if normalize:
+            if not scale.is_file():
+                raise AlignError(f"{path} stores no scale of its scores ({SCORE_SCALE}); set normalize_scores to false")
+            stored = json.loads(scale.read_text())
+            self.mean, self.std = stored["score_mean"], max(stored["score_std"], 1e-6)
+
+    def __call__(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> list[float]:
+        """Scores of completions, read at their last token."""
+        trees = [Tree(prompt, (completion,)) for prompt, completion in zip(prompts, completions, strict=True)]
+        return [(score - self.mean) / self.std for (score,) in branch_scores(self.model, trees, self.max_tokens)]
+
+
+class Judge:
+    """Scores sampled answers by reward functions and a reward model together.
+
+    Args:
+        functions: reward functions with their weights, or None.
+        reward_model: or None; it gives the component ``reward_model``.
+        model_weight: its weight.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        functions: RewardSet | None,
+        reward_model: RewardScorer | None = None,
+        model_weight: float = 1.0,
+    ) -> None:
+        self.tokenizer, self.functions, self.reward_model, self.model_weight = tokenizer, functions, reward_model, model_weight
+
+    def __call__(
+        self, rows: Sequence[PromptRow], prompts: Sequence[list[int]], completions: Sequence[Completion]
+    ) -> tuple[list[float], dict[str, list[float | None]]]:
+        """Total of each completion and its components."""
+        totals, components = [0.0] * len(rows), {}
+        if self.functions is not None:
+            names = {name for row in rows for name in row.columns}
+            columns = {name: [row.columns.get(name) for row in rows] for name in sorted(names)}
+            answers = [answer(row, text) for row, text in zip(rows, self.texts(completions), strict=True)]
+            ids = [completion.tokens for completion in completions]
+            result = self.functions.score([plain(row.prompt) for row in rows], answers, columns, completion_ids=ids)
+            totals, components = list(result.total), dict(result.components)
+        if self.reward_model is not None:
+            scores = self.reward_model(prompts, [completion.tokens for completion in completions])
+            totals = [total + self.model_weight * score for total, score in zip(totals, scores, strict=True)]
+            components["reward_model"] = list(scores)
+        return totals, components
+
+    def texts(self, completions: Sequence[Completion]) -> list[str]:
+        """What a person reads: without special tokens."""
+        return [text.strip() for text in self.tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)]
+
+
+def plain(text: Text) -> Any:
+    """A prompt as reward functions get it: a string, or a list of plain dictionaries."""
+    return text if isinstance(text, str) else [message.model_dump(exclude_none=True) for message in text]
+
+
+def answer(row: PromptRow, text: str) -> Any:
+    """A completion as reward functions get it: a string behind a raw prompt, else one assistant message."""
+    return text if isinstance(row.prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def component_means(components: dict[str, list[float | None]]) -> dict[str, float]:
+    """Mean of each component over the completions on which it did not abstain."""
+    kept = {name: [value for value in values if value is not None] for name, values in components.items()}
+    return {name: statistics.fmean(values) for name, values in kept.items() if values}

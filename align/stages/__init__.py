@@ -1,0 +1,12 @@
+"""The stages, one file each. Importing this package fills the catalog and imports nothing heavy."""
+
+from align.stages.base import Stage, stages
+from align.stages.evaluate import Evaluate
+from align.stages.pairs import Pairs
+from align.stages.ppo import PPO
+from align.stages.preference import Preference
+from align.stages.pretrain import Pretrain
+from align.stages.reward import RewardModel
+from align.stages.sft import SFT
+
+__all__ = ["PPO", "SFT", "Evaluate", "Pairs", "Preference", "Pretrain", "RewardModel", "Stage", "stages"]

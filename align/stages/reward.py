@@ -1,0 +1,39 @@
+"""A reward model: one score an answer, from which of two answers people preferred (Bradley-Terry)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from align.stages.base import Context, TrainingStage, stage
+
+
+@stage("reward")
+class RewardModel(TrainingStage):
+    """Train a score head on a language model, from preference pairs."""
+
+    learning_rate: float = Field(1e-5, gt=0)
+    """Peak learning rate: about 1e-5 for all weights of a pretrained model, ten times that for LoRA."""
+    center_rewards_coefficient: float = Field(0.0, ge=0)
+    """Weight of the term that keeps the mean of chosen and rejected scores at zero (arXiv:2312.09244)."""
+
+    def run(self, context: Context) -> dict[str, Any]:
+        from align.models import disable_dropout, load_reward_model
+        from align.stages import training as t
+        from align.trainers.objectives import RewardModel as Objective
+
+        t.seed_everything(self)
+        rows, held = t.rows_of(self, "preference", context.name)
+        tokenizer, encoder = t.tokenizer_of(self)
+        if self.engine == "trl":
+            from align.trainers import trl
+
+            return trl.reward(self, context, tokenizer, rows, held)
+        trees = t.encoded(encoder.preference, rows, context.name)
+        held_trees = t.encoded(encoder.preference, held, f"{context.name} (held out)")
+        model = load_reward_model(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        disable_dropout(model)
+        model = t.make_ready(self, context.name, model, tokenizer, t.longest(trees, held_trees), context.folder)
+        metrics = t.train_on_forest(self, context, model, tokenizer, Objective(self.center_rewards_coefficient), trees, held_trees)
+        return {**metrics, **t.store_score_scale(self, context, model, held_trees or trees)}

@@ -1,0 +1,71 @@
+"""Fields shared by the stages that sample answers and score them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from align.stages.base import Fields, ModelRef, RewardRefs
+
+if TYPE_CHECKING:
+    from align.rollout import Sampling
+    from align.scoring import Judge
+
+
+class SamplingFields(Fields):
+    """How answers are drawn."""
+
+    max_completion_length: int = Field(128, gt=0)
+    """Most tokens in an answer."""
+    temperature: float = Field(1.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the likeliest tokens that hold this much probability."""
+    top_k: int = Field(0, ge=0)
+    """Sample from this many likeliest tokens; 0 for all."""
+    rollout_batch_size: int = Field(128, gt=0)
+    """Answers sampled side by side."""
+
+    def sampling(self, **changes: Any) -> Sampling:
+        from align.rollout import Sampling
+
+        settings = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, **changes}
+        return Sampling(self.max_completion_length, batch_size=self.rollout_batch_size, **settings)
+
+
+class RewardFields(Fields):
+    """What judges an answer: functions, a reward model, or both."""
+
+    reward_funcs: RewardRefs = []
+    """Reward functions: built-in names, `package.module:function` or `file.py:function`."""
+    reward_weights: list[float] | None = None
+    """One weight for each function, then one for the reward model; 1 by default."""
+    reward_model: ModelRef | None = None
+    """A reward model made by the stage `reward`."""
+    normalize_scores: bool = True
+    """Shift and scale the reward model's scores by the mean and deviation it had on held-out answers."""
+
+    def judge(self, tokenizer: Any, *, dtype: str, max_tokens: int) -> Judge:
+        """Build the judge.
+
+        Raises:
+            AlignError: there is nothing to judge by, or a weight too many or too few.
+        """
+        from align.errors import AlignError
+        from align.rewards import RewardSet
+        from align.scoring import Judge, RewardScorer
+
+        count = len(self.reward_funcs) + (self.reward_model is not None)
+        if not count:
+            raise AlignError("nothing judges the answers: set reward_funcs, reward_model or both")
+        weights = self.reward_weights or [1.0] * count
+        if len(weights) != count:
+            raise AlignError(f"reward_weights has {len(weights)} numbers; there are {count} rewards (functions first, then the reward model)")
+        functions = RewardSet(self.reward_funcs, weights[: len(self.reward_funcs)]) if self.reward_funcs else None
+        scorer = None
+        if self.reward_model is not None:
+            scorer = RewardScorer(
+                self.reward_model, tokenizer.get_vocab(), dtype=dtype, max_tokens=max_tokens, normalize=self.normalize_scores
+            )
+        return Judge(tokenizer, functions, scorer, weights[-1] if scorer else 1.0)

@@ -1,0 +1,36 @@
+"""Supervised fine-tuning: the loss is the negative log-likelihood of the assistant's words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from align.stages.base import Context, TrainingStage, stage
+
+
+@stage("sft")
+class SFT(TrainingStage):
+    """Teach a model to answer, from demonstrations."""
+
+    learning_rate: float = Field(2e-5, gt=0)
+    """Peak learning rate: 1e-5 to 5e-5 for all weights of a pretrained model, ten times that for LoRA."""
+
+    def run(self, context: Context) -> dict[str, Any]:
+        from align.models import load_causal_lm
+        from align.stages import training as t
+        from align.trainers.objectives import LanguageModel
+
+        t.seed_everything(self)
+        rows, held = t.rows_of(self, "sft", context.name)
+        tokenizer, encoder = t.tokenizer_of(self)
+        if self.engine == "trl":
+            from align.trainers import trl
+
+            return trl.sft(self, context, tokenizer, rows, held)
+        trees, held_trees = t.encoded(encoder.sft, rows, context.name), t.encoded(encoder.sft, held, f"{context.name} (held out)")
+        t.check_end_token(encoder, rows, trees)
+        model = load_causal_lm(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        t.teach_end_token(model, t.end_token(encoder, rows))
+        model = t.make_ready(self, context.name, model, tokenizer, t.longest(trees, held_trees), context.folder)
+        return t.train_on_forest(self, context, model, tokenizer, LanguageModel(), trees, held_trees)

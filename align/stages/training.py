@@ -1,0 +1,254 @@
+"""What the training stages have in common: rows to trees, a model made ready, the Trainer run, the result saved."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from align.data import load_rows, split_by_prompt
+from align.encode import Encoded, Encoder, set_chat_template
+from align.engine import enable_forest
+from align.errors import AlignError
+from align.forest import Tree
+from align.models import Lora, add_lora, ensure_pad_token, load_tokenizer, save_model
+from align.progress import say
+from align.scoring import SCORE_SCALE, branch_scores
+from align.stages.base import Context, DataFields, OptimizerFields, TrainingStage
+from align.trainers.callbacks import Watch
+from align.trainers.forest import ForestTrainer
+from align.trainers.objectives import Objective
+
+
+def rows_of(stage: DataFields, kind: str, label: str) -> tuple[list[Any], list[Any]]:
+    """Training and held-out rows of `kind`, with a line for each source that says what became of its rows.
+
+    Raises:
+        AlignError: from loading; or nothing is left to train on.
+    """
+    rows = read_rows(stage, stage.data, kind, label)
+    if stage.eval_data is not None:
+        return rows, read_rows(stage, stage.eval_data, kind, f"{label} (held out)")
+    train, held_out = split_by_prompt(rows, stage.held_out) if stage.held_out else (rows, [])
+    if not train:
+        raise AlignError(f"{', '.join(stage.data)}: no row is left to train on after holding out {stage.held_out:.0%} of the prompts")
+    return train, held_out
+
+
+def read_rows(stage: DataFields, sources: Sequence[str], kind: str, label: str) -> list[Any]:
+    """Rows of `kind` from each of `sources` in turn."""
+    rows = []
+    for source in sources:
+        loaded = load_rows(
+            source, kind, format=stage.data_format, split=stage.data_split, limit=stage.max_rows, on_bad_row=stage.on_bad_row
+        )
+        say(f"{label}: {source}: {loaded.summary()}")
+        rows += loaded.rows
+    return rows
+
+
+def encoded(encode: Callable[[Sequence[Any]], Encoded], rows: Sequence[Any], label: str) -> list[Tree]:
+    """Trees of `rows`; see `usable`."""
+    return usable(encode(rows), label) if rows else []
+
+
+def usable(result: Encoded, label: str) -> list[Tree]:
+    """The trees of `result`, with a line where a row was cut or set aside.
+
+    Raises:
+        AlignError: no row survived.
+    """
+    if result.set_aside or result.cut_rows:
+        say(f"{label}: {result.summary()}")
+    if not result.trees:
+        raise AlignError(f"{label}: none of the rows can be used: {result.summary()}")
+    return result.trees
+
+
+def tokenizer_of(stage: Any) -> tuple[PreTrainedTokenizerBase, Encoder]:
+    """The tokenizer of the stage's model with its chat template set, and an encoder of the stage's maximum length."""
+    tokenizer = load_tokenizer(stage.model, trust_remote_code=stage.trust_remote_code)
+    set_chat_template(tokenizer, stage.chat_template)
+    return tokenizer, Encoder(tokenizer, stage.max_length)
+
+
+def make_ready(stage: Any, label: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, longest: int, folder: Path | None) -> nn.Module:
+    """Embeddings that fit the tokenizer, a padding token, LoRA where asked, the device, and the forest path (or a line that says why not)."""
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # type: ignore[operator, union-attr]
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # type: ignore[operator]
+    ensure_pad_token(tokenizer, model)
+    if stage.use_peft:
+        model = add_lora(model, lora_of(stage), folder)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    say(f"{label}: {trainable:,} of {total:,} parameters train ({trainable / total:.1%})")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if reason := enable_forest(model, longest):
+        say(f"{label}: trains on padded rows, as {reason}")
+    return model
+
+
+def longest(*groups: Sequence[Tree]) -> int:
+    """Tokens in the longest path of all `groups`."""
+    return max(tree.longest for group in groups for tree in group)
+
+
+def lora_of(stage: Any) -> Lora:
+    """The stage's LoRA fields."""
+    alpha = 2 * stage.lora_r if stage.lora_alpha is None else stage.lora_alpha
+    return Lora(stage.lora_r, alpha, stage.lora_dropout, stage.lora_target_modules, stage.use_rslora, stage.use_dora)
+
+
+def teach_end_token(model: nn.Module, end: int) -> None:
+    """Let `generate` stop at the end token that the data teach."""
+    config: Any = getattr(model, "generation_config", None)
+    if config is not None:
+        known = config.eos_token_id
+        known = [] if known is None else [known] if isinstance(known, int) else list(known)
+        config.eos_token_id = [end, *(i for i in known if i != end)] if known != [end] else end
+
+
+def training_arguments(stage: TrainingStage, context: Context, *, has_eval: bool, **overrides: Any) -> dict[str, Any]:
+    """The stage's fields as arguments of `transformers.TrainingArguments` and its subclasses."""
+    stopping = stage.early_stopping_patience is not None
+    if stopping and not has_eval:
+        raise AlignError("early_stopping_patience needs held-out rows: set eval_data or held_out")
+    steps = stage.eval_steps
+    saves = stage.save_steps or (steps if stopping else None)
+    arguments: dict[str, Any] = {
+        "output_dir": str(context.folder / "checkpoints"),
+        "learning_rate": stage.learning_rate,
+        "num_train_epochs": stage.num_train_epochs,
+        "max_steps": stage.max_steps,
+        "per_device_train_batch_size": stage.per_device_train_batch_size,
+        "per_device_eval_batch_size": stage.per_device_train_batch_size,
+        "gradient_accumulation_steps": stage.gradient_accumulation_steps,
+        "gradient_checkpointing": stage.gradient_checkpointing,
+        "max_grad_norm": stage.max_grad_norm,
+        "weight_decay": stage.weight_decay,
+        "adam_beta1": stage.adam_beta1,
+        "adam_beta2": stage.adam_beta2,
+        "warmup_steps": stage.warmup_ratio,
+        "lr_scheduler_type": stage.lr_scheduler_type,
+        "lr_scheduler_kwargs": stage.lr_scheduler_kwargs,
+        "bf16": stage.bf16,
+        "logging_steps": stage.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": ("steps" if steps else "epoch") if has_eval else "no",
+        "eval_steps": steps,
+        "save_strategy": "steps" if saves else "epoch" if stopping else "no",
+        "save_steps": saves or 500,
+        "save_total_limit": stage.save_total_limit,
+        "load_best_model_at_end": stopping,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "seed": stage.seed,
+        "report_to": stage.report_to,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "disable_tqdm": True,
+    }
+    return {**arguments, **overrides}
+
+
+def callbacks_of(stage: TrainingStage, context: Context) -> list[TrainerCallback]:
+    """Progress and history, and early stopping where asked."""
+    callbacks: list[TrainerCallback] = [Watch(context.name, context.history)]
+    if stage.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(stage.early_stopping_patience))
+    return callbacks
+
+
+def run_trainer(trainer: Any, stage: TrainingStage, context: Context, *, has_eval: bool) -> dict[str, Any]:
+    """Train, resuming from the last checkpoint if there is one; returns the metrics before and after."""
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)
+    checkpoints = context.folder / "checkpoints"
+    last = get_last_checkpoint(str(checkpoints)) if stage.resume_from_checkpoint and checkpoints.is_dir() else None
+    if last is None and has_eval:
+        trainer.evaluate()
+    trainer.train(resume_from_checkpoint=last)
+    if has_eval and context.history.records[-1].get("eval_loss") is None:
+        trainer.evaluate()
+    return summary(context)
+
+
+def summary(context: Context) -> dict[str, Any]:
+    """First and last of every held-out metric, and the last training loss."""
+    records = context.history.records
+    metrics: dict[str, Any] = {"train_loss": context.history.last("loss")}
+    for name in {key: None for record in records for key in record if key.startswith("eval_")}:
+        values = [record[name] for record in records if name in record]
+        metrics[name] = values[-1]
+        metrics[f"{name}_before"] = values[0]
+    return metrics
+
+
+def train_on_forest(
+    stage: TrainingStage, context: Context, ready: nn.Module, tokenizer: PreTrainedTokenizerBase, objective: Objective, trees: list[Tree], held: list[Tree]
+) -> dict[str, Any]:
+    """Run the forest trainer and save the model."""
+    trainer = ForestTrainer(
+        ready,
+        objective,
+        TrainingArguments(**training_arguments(stage, context, has_eval=bool(held))),
+        trees,
+        held or None,
+        max_tokens=stage.max_tokens_per_micro_batch,
+        tokenizer=tokenizer,
+        callbacks=callbacks_of(stage, context),
+    )
+    metrics = run_trainer(trainer, stage, context, has_eval=bool(held))
+    save_model(ready, tokenizer, context.folder)
+    return metrics
+
+
+def seed_everything(stage: OptimizerFields) -> None:
+    """Seed every generator that training uses."""
+    set_seed(stage.seed)
+
+
+def end_token(encoder: Encoder, rows: Sequence[Any]) -> int:
+    """The token that ends an answer in `rows`: the chat template's for conversations, the tokenizer's for raw text.
+
+    Raises:
+        AlignError: there is none.
+    """
+    first = rows[0]
+    conversational = isinstance(getattr(first, "messages", None), list) or isinstance(getattr(first, "prompt", None), list)
+    return encoder.end_of_turn if conversational else encoder.end_of_text
+
+
+def check_end_token(encoder: Encoder, rows: Sequence[Any], trees: Sequence[Tree]) -> None:
+    """Make sure that an end token carries a loss somewhere: otherwise the model never learns to stop.
+
+    Raises:
+        AlignError: it does not.
+    """
+    end = end_token(encoder, rows)
+    for tree in trees:
+        assert tree.prompt_mask is not None
+        if any(token == end and counts for token, counts in zip(tree.prompt, tree.prompt_mask, strict=True)):
+            return
+    raise AlignError(
+        f"the end token {encoder.tokenizer.convert_ids_to_tokens(end)!r} carries a loss in none of the {len(trees)} rows, so the model would "
+        "never learn to stop; raise max_length (every answer was cut) or mend the chat template"
+    )
+
+
+def store_score_scale(stage: TrainingStage, context: Context, model: nn.Module, trees: Sequence[Tree]) -> dict[str, float]:
+    """Mean and deviation of the scores of `trees`' answers, written beside the reward model for PPO to normalize by."""
+    scores = [score for pair in branch_scores(model, trees, stage.max_tokens_per_micro_batch) for score in pair]
+    scale = {"score_mean": statistics.fmean(scores), "score_std": statistics.pstdev(scores)}
+    (context.folder / SCORE_SCALE).write_text(json.dumps(scale))
+    return scale
