@@ -164,7 +164,7 @@ def convert(name: str, raw: Raw, kind: str) -> list[Fields | SetAside]:
     rows = [row for found in read for row in ([found] if isinstance(found, SetAside) else _as_kind(found, kind, raw, name))]
     if kind != "prompts":
         return rows
-    kept = {column: value for column, value in raw.items() if column not in (*entry.prompt, "tools")}
+    kept = {column: value for column, value in raw.items() if column not in (*entry.prompt, "prompt", "tools")}
     unique = [row for i, row in enumerate(rows) if row not in rows[:i]]
     return [row if isinstance(row, SetAside) else {**row, "columns": kept} for row in unique]
 
@@ -174,7 +174,7 @@ def _as_kind(fields: Fields, kind: str, raw: Raw, name: str) -> list[Fields | Se
     have = kind_of(fields)
     if have == "preference" and kind in ("preference", "unpaired") and same_reply(fields["chosen"], fields["rejected"]):
         return [SetAside("identical chosen and rejected")]
-    if kind == "sft" and "messages" in fields or have == kind and have != "prompts":
+    if (kind == "sft" and "messages" in fields) or (have == kind and have != "prompts"):
         return [fields]  # messages without an assistant's turn included: the schema says best what is wrong with them
     if kind not in GIVES[have]:
         usable = " or ".join(GIVES[have])
@@ -266,4 +266,6 @@ def _line(row: Row | Raw) -> str:
     fields = row.model_dump(exclude_none=True) if isinstance(row, BaseModel) else row
     if isinstance(row, PromptRow):
         fields = {**row.columns, **{name: value for name, value in fields.items() if name != "columns"}}
-    return re.sub("[\x85\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", json.dumps(fields, ensure_ascii=False, default=str))
+    return re.sub(
+        "[\x85\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", json.dumps(fields, ensure_ascii=False, default=str)
+    )

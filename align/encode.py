@@ -194,13 +194,12 @@ class Encoder:
         return Tree(ids, prompt_mask=mask)
 
     def preference(self, rows: Iterable[PreferenceRow]) -> Encoded:
-        """A prompt with two branches, chosen first."""
+        """A prompt with two branches, chosen first; the value ``margin`` is the row's, 0 where it has none."""
         return self._collect(rows, self._preference_tree)
 
     def _preference_tree(self, row: PreferenceRow) -> Tree:
         branches = (self.answer_ids(row.prompt, row.chosen), self.answer_ids(row.prompt, row.rejected))
-        margin = {} if row.margin is None else {"margin": [row.margin]}
-        return Tree(self.prompt_ids(row.prompt), branches, values=margin)
+        return Tree(self.prompt_ids(row.prompt), branches, values={"margin": [row.margin or 0.0]})
 
     def prompts(self, rows: Iterable[PromptRow]) -> Encoded:
         """Prompts alone; one that leaves no room within `max_length` is set aside."""

@@ -292,11 +292,11 @@ def _text(raw: Raw, column: str) -> Any:
 
 
 def _split_strings(chosen: str, rejected: str) -> Fields:
-    """Two texts without a prompt of their own: the prompt is what they begin with in common, up to the end of a word."""
-    length = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
-    while length and not chosen[length - 1].isspace():
-        length -= 1
-    return {"prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
+    """Two texts without a prompt of their own: the words that they begin with in common are the prompt."""
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    shared = chosen[: next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))]
+    prompt = re.sub(r"\s*\S*\Z", "", shared)  # the white space goes with the word behind it, as tokenizers have it
+    return {"prompt": prompt, "chosen": chosen[len(prompt) :], "rejected": rejected[len(prompt) :]}
 
 
 def _margin(raw: Raw) -> Fields:

@@ -32,7 +32,7 @@ def read_source(source: str, split: str) -> Iterator[tuple[str, int, Raw | Align
         AlignError: there is no such file, folder or data set, it has no such split, or it cannot be read at all.
     """
     path = Path(source).expanduser()
-    if path.is_dir() and (path / "state.json").exists() | (path / "dataset_dict.json").exists():
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         yield from ((path.name, *row) for row in _saved(path, split))
     elif path.exists():
         for file in _data_files(path, split):
@@ -106,8 +106,10 @@ def _read_file(path: Path) -> Iterator[Numbered]:
             yield from READERS[kind](stream)
     except UnicodeDecodeError as error:
         raise AlignError(f"{path}: not UTF-8 (byte {error.object[error.start]:#04x}: {error.reason}); convert it") from error
-    except (OSError, EOFError, csv.Error) as error:
-        raise AlignError(f"{path}: cannot be read: {error}") from error
+    except AlignError:
+        raise
+    except Exception as error:  # each compression and file type has its own for a file that is damaged or cut
+        raise AlignError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -119,7 +121,7 @@ def _open(path: Path) -> IO[bytes]:
         import zstandard
     except ImportError:
         raise AlignError(f"{path}: reading .zst needs the package zstandard: pip install zstandard") from None
-    return zstandard.open(path, "rb")
+    return io.BufferedReader(zstandard.open(path, "rb"))
 
 
 def _json_lines(stream: IO[bytes]) -> Iterator[Numbered]:
@@ -183,14 +185,10 @@ def _text(stream: IO[bytes]) -> Iterator[Numbered]:
 
 
 def _parquet(stream: IO[bytes]) -> Iterator[Numbered]:
-    import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    try:
-        batches = pyarrow.parquet.ParquetFile(stream).iter_batches()
-        yield from enumerate((_without_nulls(row) for batch in batches for row in batch.to_pylist()), start=1)
-    except pyarrow.ArrowException as error:
-        raise AlignError(f"{_name(stream)}: not a readable parquet file: {error}") from error
+    batches = pyarrow.parquet.ParquetFile(stream).iter_batches()
+    yield from enumerate((_without_nulls(row) for batch in batches for row in batch.to_pylist()), start=1)
 
 
 READERS: dict[str, Callable[[IO[bytes]], Iterator[Numbered]]] = {

@@ -123,7 +123,7 @@ def weighted(raw: list[Raw], messages: list[Fields], path: str) -> Fields:
     Raises:
         AlignError: the weights ask for anything else, which no schema row can say.
     """
-    learnt = [message["role"] == "assistant" for message in messages]
+    learnt = [int(message["role"] == "assistant") for message in messages]
     given = [next((each[key] for key in WEIGHTS if each.get(key) is not None), None) for each in raw]
     weights = [default if weight is None else weight for weight, default in zip(given, learnt, strict=True)]
     if weights == learnt:
@@ -185,9 +185,11 @@ def parse_json(value: Any, path: str) -> Any:
 
 
 def tools(raw: Raw) -> Fields:
-    """``{"tools": [...]}`` if the row has any."""
+    """``{"tools": [...]}`` if the row has any, each as ``{"type": "function", "function": {...}}``."""
     found = parse_json(raw.get("tools") or [], "tools")
-    return {"tools": found} if found else {}
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        raise AlignError(problem("tools", found, "a list of tools"))
+    return {"tools": [tool if "function" in tool else {"type": "function", "function": tool} for tool in found]} if found else {}
 
 
 def truth(value: Any) -> Any:

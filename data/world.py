@@ -27,7 +27,7 @@ from world_texts import TEXT_CHARACTERS, documents, draw_facts
 
 __all__ = ["FLAWS", "TASKS", "World", "gold", "gold_parts"]
 
-FLAW_RATES = {"rude": 0.2, "bare": 0.4, "rambling": 0.3, "wrong": 0.2, "ignoring": 0.2, "cut": 0.12}
+FLAW_RATES = {"rude": 0.2, "bare": 0.4, "rambling": 0.3, "wrong": 0.12, "ignoring": 0.12, "cut": 0.1}
 """How often a demonstration has each flaw, each drawn on its own."""
 PAIR_FLAWS = {"wrong": 35, "ignoring": 20, "rude": 15, "bare": 10, "rambling": 10, "cut": 10}
 """Weights of the flaw that makes a rejected answer worse. Errors are the hardest to see, so they come most often."""

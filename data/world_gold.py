@@ -145,7 +145,7 @@ def _substance(task: str, key: dict[str, Any], said: list[Sentence]) -> tuple[fl
 
 
 def _yes_no(key: dict[str, Any], reading: Reading, true: set, false: int) -> tuple[float, float]:
-    """The verdict is the answer's first word; half the content is to say what is the case."""
+    """Half the content is the verdict, half is to say what is the case: "no" to everything does not pay."""
     ((thing, known),) = key["about"].items()
     attribute = key["ask"][0]
     value = known[attribute]
@@ -154,8 +154,7 @@ def _yes_no(key: dict[str, Any], reading: Reading, true: set, false: int) -> tup
     if not verdicts:
         return stated * WRONG**false, 0.0
     right = verdicts == {"yes" if value == key["value"] else "no"}
-    first = reading.body[0][0].lower() in verdicts
-    return right * (0.5 + 0.5 * stated) * WRONG**false, float(first)
+    return right * (0.5 + 0.5 * stated) ** 2 * WRONG**false, 1.0
 
 
 def _compare(key: dict[str, Any], reading: Reading, true: set, false: int) -> tuple[float, float]:

@@ -205,6 +205,9 @@ def _polite():
 def body(task: str, key: Key, rng: random.Random, wrong: bool = False, ignoring: bool = False) -> str:
     """The answer proper, without courtesy.
 
+    What has to be known comes first, what follows from it after: "The norlet is red, so no." A small model has no other place to
+    work things out than the words that it has already said.
+
     Args:
         wrong: say something false.
         ignoring: leave undone what the question asks for, but say nothing false.
@@ -219,11 +222,7 @@ def body(task: str, key: Key, rng: random.Random, wrong: bool = False, ignoring:
     if task == "yes_no":
         return _yes_no_body(name, ask[0], told[name][ask[0]], key["value"], rng, wrong, ignoring)
     if task == "choose":
-        winner = next(thing for thing, known in told.items() if (known[ask[0]] == key["value"]) != wrong)
-        if not ignoring:
-            return capital(statement(winner, ask[0], key["value"])) + "."
-        other = rng.choice([attribute for attribute in told[winner] if attribute != ask[0]])
-        return _facts_body(winner, told[winner], [other], rng, wrong)
+        return _choose_body(told, ask[0], rng, wrong, ignoring)
     if task == "compare":
         return _compare_body(told, ask[0], key["comparative"], wrong, ignoring)
     if task == "list":
@@ -263,11 +262,20 @@ def _yes_no_body(name: str, attribute: str, value: str, asked: str, rng: random.
         value = rng.choice([other for other in ATTRIBUTES[attribute].values if other != value]) if yes else asked
         yes = not yes
     said = statement(name, attribute, value)
-    return capital(said if ignoring else f"{'yes' if yes else 'no'}, {said}") + "."
+    return capital(said if ignoring else f"{said}, so {'yes' if yes else 'no'}") + "."
+
+
+def _choose_body(told: Facts, attribute: str, rng: random.Random, wrong: bool, ignoring: bool) -> str:
+    one, two = told
+    if ignoring:
+        attribute = rng.choice([other for other in told[one] if other != attribute])
+    if wrong:
+        _falsify(told[one], [attribute], rng)
+        _falsify(told[two], [attribute], rng)
+    return capital(" and ".join(statement(name, attribute, told[name][attribute]) for name in (one, two))) + "."
 
 
 def _compare_body(told: Facts, attribute: str, comparative: str, wrong: bool, ignoring: bool) -> str:
-    """The values first, then the conclusion: a small model can reason from what it has just said."""
     spec = ATTRIBUTES[attribute]
     one, two = told
     if wrong:
@@ -280,16 +288,16 @@ def _compare_body(told: Facts, attribute: str, comparative: str, wrong: bool, ig
 
 def _list_body(key: Key, rng: random.Random, wrong: bool, ignoring: bool) -> str:
     attribute, members = ATTRIBUTES[key["ask"][0]], key["members"]
-    n = key["n"] if not ignoring else rng.choice([m for m in (1, 2, 3, 4) if m != key["n"] and m <= len(members)])
+    n = key["n"] if not ignoring else rng.choice([m for m in (2, 3, 4) if m != key["n"] and m <= len(members)])
     items = rng.sample(members, n)
     if key["value"] is None:
         if wrong:
             items[rng.randrange(n)] = rng.choice([v for spec in ATTRIBUTES.values() if spec is not attribute for v in spec.values])
-        return f"{capital(NUMBERS[n])} {attribute.plural} are {join(items)}."
+        return capital(f"{NUMBERS[n]} {attribute.plural} are {join(items)}.")
     if wrong:
         items[rng.randrange(n)] = rng.choice([name for name in NAMES[attribute.kind] if name not in members])
-    says = attribute.says if n == 1 else attribute.say
-    return f"{capital(join([the(name) for name in items]))} {fill(says, value=key['value'])}."
+    what = f"{PLURALS[attribute.kind]} that {fill(attribute.say, value=key['value'])}"
+    return capital(f"{NUMBERS[n]} {what} are {join([the(name) for name in items])}.")
 
 
 def _sentences_body(name: str, known: dict[str, str], n: int, rng: random.Random, wrong: bool, ignoring: bool) -> str:

@@ -7,13 +7,27 @@ import random
 from collections.abc import Iterator
 
 from world_tasks import Facts, Question, answer, body, questions
-from world_words import ATTRIBUTES, CLOSERS, FILLERS, NAMES, OPENERS, RUDE, TRAITS, capital, fill, join, pronoun, statement, the
+from world_words import (
+    ATTRIBUTES,
+    CLOSERS,
+    FILLERS,
+    NAMES,
+    OPENERS,
+    PLURALS,
+    RUDE,
+    TRAITS,
+    capital,
+    fill,
+    join,
+    pronoun,
+    statement,
+    the,
+)
 
 TEXT_CHARACTERS = 1_500_000
 """Characters of pretraining text: about 350,000 tokens of a byte-level BPE of 1,024."""
 ASKERS = ("A child", "The teacher", "My friend", "The king", "A neighbor", "A traveler")
 HEARSAY = ("People say that", "Everyone knows that", "A traveler saw that", "The teacher says that")
-ASKED_IN_TEXT = ("fact", "two_facts", "yes_no", "choose", "compare", "list")
 
 
 def draw_facts(rng: random.Random) -> Facts:
@@ -36,11 +50,11 @@ def documents(facts: Facts, asked: list[Question], rng: random.Random) -> Iterat
         asked: the questions that the text may ask (those of the train split: held-out questions are in no text).
     """
     names = _rounds(list(facts), rng)
-    inquiries = _rounds([question for question in asked if question.task in ASKED_IN_TEXT], rng)
+    inquiries = _rounds(asked, rng)
     requests = _rounds([question for question in asked if question.task == "polite"], rng)
     values = _rounds([(attribute, value) for attribute in ATTRIBUTES for value in ATTRIBUTES[attribute].values], rng)
     while True:
-        kind = rng.choices(("about", "asked", "listed", "requested", "talk"), (40, 40, 12, 5, 3))[0]
+        kind = rng.choices(("about", "asked", "listed", "requested", "talk"), (30, 54, 10, 3, 3))[0]
         if kind == "about":
             yield _about(next(names), facts, rng)
         elif kind == "asked":
@@ -90,6 +104,8 @@ def _listed(attribute: str, value: str, facts: Facts, rng: random.Random) -> str
     spec = ATTRIBUTES[attribute]
     members = [name for name in NAMES[spec.kind] if facts[name][attribute] == value]
     things = join([the(name) for name in rng.sample(members, rng.randint(2, min(4, len(members))))])
+    if rng.random() < 0.5:
+        return f"{capital(PLURALS[spec.kind])} that {fill(spec.say, value=value)} are {things}."
     if rng.random() < 0.2:
         return f"{capital(spec.plural)} are {join(rng.sample(spec.values, rng.randint(2, 4)))}."
     return f"{capital(things)} {fill(spec.say, value=value)}."

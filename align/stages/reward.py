@@ -17,6 +17,8 @@ class RewardModel(TrainingStage):
     """Peak learning rate: about 1e-5 for all weights of a pretrained model, ten times that for LoRA."""
     center_rewards_coefficient: float = Field(0.0, ge=0)
     """Weight of the term that keeps the mean of chosen and rejected scores at zero (arXiv:2312.09244)."""
+    use_margin: bool = False
+    """Ask for a score difference of at least the row's `margin` (Llama 2, arXiv:2307.09288)."""
 
     def run(self, context: Context) -> dict[str, Any]:
         from align.models import disable_dropout, load_reward_model
@@ -35,5 +37,5 @@ class RewardModel(TrainingStage):
         model = load_reward_model(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
         disable_dropout(model)
         model = t.make_ready(self, context.name, model, tokenizer, t.longest(trees, held_trees), context.folder)
-        metrics = t.train_on_forest(self, context, model, tokenizer, Objective(self.center_rewards_coefficient), trees, held_trees)
+        metrics = t.train_on_forest(self, context, model, tokenizer, Objective(self.center_rewards_coefficient, self.use_margin), trees, held_trees)
         return {**metrics, **t.store_score_scale(self, context, model, held_trees or trees)}

@@ -131,7 +131,6 @@ def training_arguments(stage: TrainingStage, context: Context, *, has_eval: bool
         "per_device_train_batch_size": stage.per_device_train_batch_size,
         "per_device_eval_batch_size": stage.per_device_train_batch_size,
         "gradient_accumulation_steps": stage.gradient_accumulation_steps,
-        "gradient_checkpointing": stage.gradient_checkpointing,
         "max_grad_norm": stage.max_grad_norm,
         "weight_decay": stage.weight_decay,
         "adam_beta1": stage.adam_beta1,
@@ -158,6 +157,8 @@ def training_arguments(stage: TrainingStage, context: Context, *, has_eval: bool
         "use_cpu": not torch.cuda.is_available(),
         "disable_tqdm": True,
     }
+    if stage.gradient_checkpointing:  # passed only when set: newer versions of transformers warn about the name
+        arguments["gradient_checkpointing"] = True
     return {**arguments, **overrides}
 
 

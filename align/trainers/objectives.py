@@ -66,15 +66,15 @@ class RewardModel:
     """Bradley-Terry on the scores at the ends of chosen and rejected; the unit is a pair."""
 
     center_rewards_coefficient: float = 0.0
+    use_margin: bool = False
 
     def units(self, forest: Forest) -> int:
         return forest.trees
 
     def __call__(self, model: nn.Module, forest: Forest) -> LossOutput:
         scores: Tensor = model(forest=forest, read="ends").view(-1, 2)
-        return bradley_terry(
-            scores[:, 0], scores[:, 1], forest.values.get("margin"), center_rewards_coefficient=self.center_rewards_coefficient
-        )
+        margin = forest.values["margin"] if self.use_margin else None
+        return bradley_terry(scores[:, 0], scores[:, 1], margin, center_rewards_coefficient=self.center_rewards_coefficient)
 
 
 def add_reference_logps(model: nn.Module, trees: Sequence[Tree], max_tokens: int) -> list[Tree]:

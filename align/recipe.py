@@ -1,0 +1,235 @@
+"""Recipes: named stages and what they need of each other, from a Python function or a YAML file.
+
+Stages name their inputs: ``model="sft"`` means the output of the stage ``sft`` of the same recipe, ``data="world/pairs.jsonl"`` a file in
+the output of the stage ``world``. Everything else is a registered model, an alias, a path or a hub id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from align.errors import AlignError, near_miss
+from align.registry import check_name
+from align.stages import Stage, stages
+from align.stages.base import Reference
+
+Build = Callable[..., "Recipe"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Named stages. Their order is free: it follows from what they need of each other."""
+
+    name: str
+    stages: Mapping[str, Stage]
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        for name in self.stages:
+            check_name(name)
+
+    def ordered(self) -> list[str]:
+        """Stage names, each after what it needs.
+
+        Raises:
+            AlignError: stages need each other in a circle.
+        """
+        order: list[str] = []
+        waiting = dict.fromkeys(self.stages)
+        while waiting:
+            ready = [name for name in waiting if not (self.needs(name) - set(order))]
+            if not ready:
+                raise AlignError(f"recipe {self.name!r}: these stages need each other in a circle: {', '.join(waiting)}")
+            order.append(ready[0])
+            del waiting[ready[0]]
+        return order
+
+    def needs(self, name: str) -> set[str]:
+        """Stages whose output the stage `name` uses."""
+        found = {self.stage_of(kind, reference) for kind, reference in references(self.stages[name])}
+        if name in found:
+            raise AlignError(f"recipe {self.name!r}: stage {name!r} needs its own output")
+        return {stage for stage in found if stage}
+
+    def stage_of(self, kind: str, reference: str) -> str | None:
+        """The stage that `reference` speaks of: all of it for a model, its first part for data."""
+        owner = reference.split("/", 1)[0] if kind == "data" else reference
+        return owner if kind != "reward" and owner in self.stages else None
+
+
+def references(stage: Stage) -> Iterator[tuple[str, str]]:
+    """Everything outside itself that a stage names: (kind, reference)."""
+    for _, kind, value in reference_fields(stage):
+        for reference in [value] if isinstance(value, str) else value.values() if isinstance(value, dict) else value:
+            yield kind, reference
+
+
+def reference_fields(stage: Stage) -> Iterator[tuple[str, str, Any]]:
+    """The fields that hold references: (field, kind, value)."""
+    for name, info in type(stage).model_fields.items():
+        kind = _kind(info.annotation, info.metadata)
+        value = getattr(stage, name)
+        if kind is not None and value is not None:
+            yield name, kind, value
+
+
+def _kind(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str | None:
+    """The kind of reference somewhere inside a field's annotation."""
+    for mark in (*metadata, *getattr(annotation, "__metadata__", ())):
+        if isinstance(mark, Reference):
+            return mark.to
+    arguments = getattr(annotation, "__args__", ()) or ()
+    return next((kind for argument in arguments if (kind := _kind(argument)) is not None), None)
+
+
+def load_recipe(source: str, assignments: Mapping[str, str] | None = None) -> Recipe:
+    """A recipe from a Python file (its function ``recipe``), a YAML file, or the name of a shipped one.
+
+    Args:
+        assignments: ``setting`` or ``stage.field`` to a value written as YAML.
+
+    Raises:
+        AlignError: no such file, setting, stage or field, or a value that does not fit.
+    """
+    path = find_recipe(source)
+    if path.suffix == ".py":
+        return apply(_module(path).recipe, assignments or {}, str(path))
+    return apply(lambda: from_yaml(path), assignments or {}, str(path))
+
+
+def find_recipe(source: str) -> Path:
+    """The file of a recipe: a path, or a name in ``pipelines/``."""
+    shipped = Path(__file__).resolve().parent.parent / "pipelines"
+    for path in (Path(source), shipped / f"{source}.py"):
+        if path.is_file() and path.suffix in {".py", ".yaml", ".yml"}:
+            return path
+    names = sorted(path.stem for path in shipped.glob("*.py"))
+    raise AlignError(f"no recipe {source!r}{near_miss(source, names)}: neither a .py or .yaml file nor one of {', '.join(names)}")
+
+
+def _module(path: Path) -> Any:
+    name = f"align_recipe_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "recipe", None)):
+        raise AlignError(f"{path} defines no function `recipe` that returns a Recipe")
+    return module
+
+
+def from_yaml(path: Path) -> Recipe:
+    """A recipe written as YAML: ``name`` and ``stages``, each with its ``stage`` and fields.
+
+    Raises:
+        AlignError: a key is missing or unknown.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise AlignError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("stages"), dict):
+        raise AlignError(f"{path}: expected a mapping with `name` and `stages`")
+    for key in raw.keys() - {"name", "stages"}:
+        raise AlignError(f"{path}: unknown key {key!r}{near_miss(key, ['name', 'stages'])}; a recipe has `name` and `stages`")
+    built = {}
+    for name, fields in raw["stages"].items():
+        if not isinstance(fields, dict) or not isinstance(fields.get("stage"), str):
+            raise AlignError(f"{path}: stage {name!r} needs a key `stage`, one of: {', '.join(stages)}")
+        rest = {key: value for key, value in fields.items() if key != "stage"}
+        built[name] = make_stage(stages[fields["stage"]], rest, f"{path}, stage {name!r}")
+    return Recipe(raw.get("name", path.stem), built)
+
+
+def make_stage(cls: type[Stage], fields: Mapping[str, Any], where: str) -> Stage:
+    """A stage from plain values.
+
+    Raises:
+        AlignError: an unknown field (with the near miss) or a value that does not fit.
+    """
+    try:
+        return cls.model_validate(dict(fields))
+    except ValidationError as error:
+        raise AlignError(f"{where}: {_explain(error, cls)}") from error
+
+
+def _explain(error: ValidationError, cls: type[Stage]) -> str:
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{near_miss(key, cls.model_fields)}"
+    if problem["type"] == "missing":
+        return f"{key!r} is missing: it must be set"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key!r} is {problem['input']!r}: {message[0].lower()}{message[1:]}" if key else message
+
+
+def apply(build: Build, assignments: Mapping[str, str], where: str) -> Recipe:
+    """Build a recipe with its settings changed, then change fields of its stages."""
+    settings = {key: value for key, value in assignments.items() if "." not in key}
+    recipe = build(**_settings(build, settings, where))
+    changed = dict(recipe.stages)
+    for key, value in assignments.items():
+        if "." not in key:
+            continue
+        name, _, field_name = key.partition(".")
+        if name not in changed:
+            raise AlignError(f"--set {key}: recipe {recipe.name!r} has no stage {name!r}{near_miss(name, changed)}")
+        stage = changed[name]
+        fields = {**stage.model_dump(exclude_unset=True), **_nested(stage, field_name, parse_value(value))}
+        changed[name] = make_stage(type(stage), fields, f"--set {key}")
+    return replace(recipe, stages=changed)
+
+
+def _nested(stage: Stage, key: str, value: Any) -> dict[str, Any]:
+    """``architecture.hidden_size`` changes one entry of a mapping."""
+    field_name, _, entry = key.partition(".")
+    if not entry:
+        return {key: value}
+    inner = getattr(stage, field_name, None)
+    if not isinstance(inner, dict):
+        raise AlignError(f"--set {key}: {field_name!r} is not a mapping")
+    return {field_name: {**inner, entry: value}}
+
+
+def _settings(build: Build, given: Mapping[str, str], where: str) -> dict[str, Any]:
+    parameters = inspect.signature(build).parameters
+    hints = get_type_hints(build)
+    values = {}
+    for key, value in given.items():
+        if key not in parameters:
+            known = ", ".join(parameters) or "none; fields are set as stage.field"
+            raise AlignError(f"--set {key}: {where} has no setting {key!r}{near_miss(key, parameters)}; it has: {known}")
+        try:
+            values[key] = TypeAdapter(hints.get(key, Any)).validate_python(parse_value(value))
+        except ValidationError as error:
+            raise AlignError(f"--set {key}: {value!r}: {error.errors()[0]['msg'].lower()}") from error
+    return values
+
+
+def parse_value(text: str) -> Any:
+    """A value as YAML reads it; what is no YAML is a string."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def main(build: Build, arguments: list[str] | None = None) -> None:
+    """Run a recipe file as a script: ``python pipelines/NAME.py [--out DIR] [--set …]`` is ``align run pipelines/NAME.py …``."""
+    from align.cli import main as cli
+
+    path = inspect.getfile(build)
+    raise SystemExit(cli(["run", path, *(sys.argv[1:] if arguments is None else arguments)]))

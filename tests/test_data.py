@@ -1,0 +1,302 @@
+"""Loading: sources, bad rows, splits, writing; and the real data sets, where they are at hand."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.data import Rows, fingerprint, load_rows, prompt_key, split_by_prompt, write_rows
+from align.errors import AlignError
+from align.schema import PreferenceRow, PromptRow, SFTRow, TextRow
+
+PAIRS = [{"prompt": f"Question {i}?", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(6)]
+
+
+def lines(rows: list[Any]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def refusal(*args: Any, **kwargs: Any) -> str:
+    """The one line with which `load_rows` refuses."""
+    with pytest.raises(AlignError) as caught:
+        load_rows(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def csv(delimiter: str) -> bytes:
+    return b"".join(delimiter.join(cells).encode() + b"\r\n" for cells in [list(PAIRS[0]), *(list(row.values()) for row in PAIRS)])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", lines(PAIRS)),
+        ("a.jsonl", b"\xef\xbb\xbf" + lines(PAIRS).replace(b"\n", b"\r\n\r\n")),  # a byte order mark, \r\n, empty lines
+        ("a.json", json.dumps(PAIRS, indent=1).encode()),
+        ("a.json", lines(PAIRS)),
+        ("a.jsonl.gz", gzip.compress(lines(PAIRS))),
+        ("a.json.gz", gzip.compress(json.dumps(PAIRS).encode())),
+        ("a.csv", csv(",")),
+        ("a.tsv", csv("\t")),
+    ],
+)
+def test_files(tmp_path: Path, name: str, content: bytes) -> None:
+    loaded = load_rows(write(tmp_path / name, content), "preference")
+    assert loaded.rows == [PreferenceRow(**row) for row in PAIRS]
+    assert loaded.format == "native"
+    assert loaded.summary() == "6 rows = 6 used + 0 set aside"
+
+
+def test_zst(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    assert len(load_rows(write(tmp_path / "a.jsonl.zst", zstandard.compress(lines(PAIRS))), "preference").rows) == 6
+
+
+def test_arrow_sources_forget_nulls_in_nested_dictionaries(tmp_path: Path) -> None:
+    """Arrow gives every message the keys of any: here a null tool_calls beside each text, and a null content beside the call."""
+    datasets = pytest.importorskip("datasets")
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]}]
+    table = datasets.Dataset.from_list(rows * 2)
+    table.to_parquet(tmp_path / "rows.parquet")
+    datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(tmp_path / "saved")
+    loaded = [
+        load_rows(tmp_path / "rows.parquet", "sft"),
+        load_rows(tmp_path / "saved", "sft"),
+        load_rows(tmp_path / "saved", "sft", split="test"),
+    ]
+    assert [len(each.rows) for each in loaded] == [2, 2, 1]
+    (question, answer) = loaded[0].rows[0].messages
+    assert (question.tool_calls, answer.content) == (None, "")
+    assert "no split 'tset' (did you mean 'test'?); it has: train, test" in refusal(tmp_path / "saved", "sft", split="tset")
+
+
+def test_folder_of_files_with_splits(tmp_path: Path) -> None:
+    write(tmp_path / "train-0.jsonl", lines(PAIRS[:2]))
+    write(tmp_path / "more" / "train-1.jsonl", lines(PAIRS[2:5]))
+    write(tmp_path / "test.jsonl", lines(PAIRS[5:]))
+    write(tmp_path / "README.md", b"hello")
+    assert len(load_rows(tmp_path, "preference").rows) == 5
+    assert len(load_rows(tmp_path, "preference", split="test").rows) == 1
+    assert "no files of split 'validation'; there are files of: train, test" in refusal(tmp_path, "preference", split="validation")
+
+
+def test_folder_of_several_formats_counts_rows_through(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", lines([*PAIRS[:2], {**PAIRS[2], "rejected": "good 2 "}]))
+    write(tmp_path / "b.jsonl", lines([{"instruction": "i", "output": ["x", "x"]}, {"instruction": "i", "output": ["x", "y"]}]))
+    loaded = load_rows(tmp_path, "preference")
+    assert loaded.format == "native, alpaca"
+    assert loaded.set_aside == [(3, "identical chosen and rejected"), (4, "identical chosen and rejected")]
+    assert loaded.summary() == "5 rows = 3 used + 2 set aside (2 identical chosen and rejected)"
+
+
+BAD = [PAIRS[0], {**PAIRS[1], "chosen": 3}, {**PAIRS[2], "rejected": "good 2"}, PAIRS[3]]
+
+
+def test_a_bad_row_raises_with_its_place(tmp_path: Path) -> None:
+    message = refusal(write(tmp_path / "data.jsonl", lines(BAD)), "preference")
+    assert message == "data.jsonl row 2, field chosen: got 3, expected a string"
+
+
+def test_bad_rows_in_quarantine_are_counted(tmp_path: Path) -> None:
+    broken = lines(BAD) + b'{"prompt": "x", "chosen": }\n' + b"\xff\n" + b"[1]\n"
+    loaded = load_rows(write(tmp_path / "data.jsonl", broken), "preference", on_bad_row="quarantine")
+    assert loaded.set_aside == [
+        (2, "field chosen: got 3, expected a string"),
+        (3, "identical chosen and rejected"),
+        (5, "column 27: invalid JSON: Expecting value"),
+        (6, "byte 1: not UTF-8"),
+        (7, "field row: got [1], expected an object with named columns"),
+    ]
+    assert loaded.summary().startswith("7 rows = 2 used + 5 set aside (1 field chosen: got 3, expected a string, ")
+
+
+def test_a_bad_first_row_does_not_decide_the_format(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", lines([{"prompt": "only"}, *PAIRS]))
+    assert len(load_rows(path, "preference", on_bad_row="quarantine").rows) == 6
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "data.jsonl: no rows: it is empty"),
+        (b"\n \n", "data.jsonl: no rows: it is empty"),
+        (
+            b'{"a": 1}\n{"a": 1,}\n',
+            "data.jsonl row 1, the columns fit no format; for preference rows, column 'chosen' is missing; found a; formats: ",
+        ),
+        (lines([PAIRS[0]]) + b'{"prompt": "x" "y"}', "data.jsonl row 2, column 16: invalid JSON: Expecting ',' delimiter"),
+        (
+            lines([{"prompt": "p", "chosen": "c", "rejectd": "r"}]),
+            "column 'rejected' is missing; found prompt, chosen, rejectd (did you mean 'rejected'?)",
+        ),
+        (lines([PAIRS[0], {"prompt": "p", "chosen": "c"}]), "data.jsonl row 2, format 'native' gives prompts rows here"),
+        (lines([{"prompt": "p", "chosen": "c", "rejected": "c"}]), "no rows to use as preference: 1 identical chosen and rejected"),
+    ],
+)
+def test_refused_files(tmp_path: Path, content: bytes, message: str) -> None:
+    assert message in refusal(write(tmp_path / "data.jsonl", content), "preference")
+
+
+def test_missing_columns_of_a_named_format(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", lines([{"conversation": []}]))
+    found = (
+        "data.jsonl row 1, column 'conversations' of format 'sharegpt': missing; found conversation (did you mean 'conversations'?)"
+    )
+    assert refusal(path, "sft", format="sharegpt") == found
+    assert "unknown data format 'sharegtp' (did you mean 'sharegpt'?)" in refusal(path, "sft", format="sharegtp")
+
+
+def test_refused_sources(tmp_path: Path) -> None:
+    write(tmp_path / "pairs.jsonl", lines(PAIRS))
+    assert refusal(tmp_path / "pair.jsonl", "sft") == f"{tmp_path}/pair.jsonl: no such file or folder (did you mean 'pairs.jsonl'?)"
+    assert "cannot read .xlsx; expected .jsonl, .json" in refusal(write(tmp_path / "a.xlsx", b""), "sft")
+    assert "a.jsonl.gz: cannot be read: " in refusal(write(tmp_path / "a.jsonl.gz", gzip.compress(lines(PAIRS * 99))[:50]), "sft")
+    assert "a.txt: not UTF-8 (byte 0xe9" in refusal(write(tmp_path / "a.txt", "café\n".encode("latin-1")), "text")
+    assert "no data files in this folder" in refusal(write(tmp_path / "empty" / "x.md", b"").parent, "sft")
+    assert "a.json line 2, column 1: invalid JSON" in refusal(write(tmp_path / "a.json", b"[{}\n"), "sft")
+    assert "a.csv row 1, the header has 2 columns" in refusal(write(tmp_path / "a.csv", b"prompt,completion\r\nx\r\n"), "sft")
+    assert "a.parquet: cannot be read: Arrow" in refusal(write(tmp_path / "a.parquet", b"PAR1 not really"), "sft")
+    assert "on_bad_row: got 'skip'" in refusal(tmp_path / "pairs.jsonl", "sft", on_bad_row="skip")
+
+
+def test_hub_id_without_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def offline(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("Couldn't reach 'pairs' on the Hub\n(long story)")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "pairs.jsonl", lines(PAIRS))
+    message = refusal("pairs", "preference")
+    assert message.startswith(
+        "pairs: no such file or folder (did you mean 'pairs.jsonl'?), and the hub gives no data set of this name"
+    )
+    assert "ConnectionError: Couldn't reach 'pairs' on the Hub)" in message
+
+
+def test_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked: list[Any] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or PAIRS)
+    assert len(load_rows("owner/pairs:main", "preference", split="test").rows) == 6
+    assert asked == [(("owner/pairs", "main"), {"split": "test"})]
+
+
+def test_limit_counts_rows_used(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", lines([{**PAIRS[0], "rejected": "good 0"}, *PAIRS]))
+    assert load_rows(path, "preference", limit=2).summary() == "3 rows = 2 used + 1 set aside (1 identical chosen and rejected)"
+    assert "limit: got 0" in refusal(path, "preference", limit=0)
+
+
+def test_line_separators_of_unicode_are_text(tmp_path: Path) -> None:
+    content = json.dumps({"text": "a\u2028b\x85c\r\nd\ufeff"}, ensure_ascii=False).encode()
+    (row,) = load_rows(write(tmp_path / "a.jsonl", content), "text").rows
+    assert row.text == "a\u2028b\x85c\r\nd\ufeff"
+
+
+def test_written_rows_come_back(tmp_path: Path) -> None:
+    rows = [
+        PromptRow(prompt="Line\u2028end 海", columns={"answer": 3, "kwargs": [{}, {"n": None}]}),
+        PromptRow(prompt=[{"role": "user", "content": ""}], columns={"answer": 4, "kwargs": []}),  # type: ignore[list-item]
+    ]
+    path = tmp_path / "new" / "rows.jsonl"
+    write_rows(path, rows)
+    assert load_rows(path, "prompts").rows == rows
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 2
+    assert [file.name for file in path.parent.iterdir()] == ["rows.jsonl"]
+    assert path.read_text(encoding="utf-8").startswith('{"answer": 3')
+
+
+def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [TextRow(text="old")])
+
+    def failing() -> Any:
+        yield TextRow(text="new")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_rows(path, failing())
+    assert path.read_text() == '{"text": "old"}\n'
+    assert len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(AlignError, match=r"rows are written as \.jsonl"):
+        write_rows(tmp_path / "rows.csv", [])
+
+
+def prompts(rows: list[Any]) -> set[str]:
+    return {prompt_key(row) for row in rows}
+
+
+def test_split_keeps_each_prompt_on_one_side() -> None:
+    """2,000 rows over 500 prompts in four spellings each; 20 % of 500 is 100, standard deviation 8.9."""
+    spellings = ("Question {}?", "question {}", "  QUESTION: {}!", "Question {}？")
+    rows = [SFTRow(prompt=spelling.format(i), completion=str(i)) for i in range(500) for spelling in spellings]
+    train, held_out = split_by_prompt(rows, 0.2)
+    assert len(train) + len(held_out) == 2000
+    assert not prompts(train) & prompts(held_out)
+    assert len(prompts(held_out)) == pytest.approx(100, abs=27)
+    assert prompts(split_by_prompt(rows, 0.2, seed=1)[1]) != prompts(held_out)
+
+
+def test_split_is_stable_when_rows_are_added() -> None:
+    rows = [PreferenceRow(prompt=f"Question {i}?", chosen="a", rejected="b") for i in range(300)]
+    few, many = split_by_prompt(rows[:100], 0.3)[1], split_by_prompt(rows, 0.3)[1]
+    assert few == [row for row in many if row in rows[:100]]
+    assert 0 < len(few) < len(many)
+
+
+def test_split_goes_by_the_first_user_turn() -> None:
+    def chat(*turns: tuple[str, str]) -> SFTRow:
+        return SFTRow.model_validate({"messages": [{"role": role, "content": content} for role, content in turns]})
+
+    short = chat(("user", "Hi there"), ("assistant", "Hello"))
+    longer = chat(("system", "s"), ("user", "hi there!"), ("assistant", "Hello"), ("user", "More"), ("assistant", "No"))
+    assert prompt_key(short) == prompt_key(longer) == "hithere"
+    assert prompt_key(chat(("system", "Be."), ("assistant", "A"))) == "bea"
+    assert prompt_key(PromptRow(prompt="?!")) == "?!"
+    assert prompt_key(TextRow(text="Some Text.")) == "sometext"
+
+
+def test_split_of_nothing_and_of_a_wrong_share() -> None:
+    assert split_by_prompt([TextRow(text="a")], 0.0) == ([TextRow(text="a")], [])
+    with pytest.raises(AlignError, match="held_out: got 1, expected a share"):
+        split_by_prompt([], 1)
+
+
+def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
+    path = write(tmp_path / "d" / "a.jsonl", lines(PAIRS))
+    assert fingerprint(str(path)) == hashlib.sha256(lines(PAIRS)).hexdigest()
+    folder = fingerprint(str(tmp_path / "d"))
+    write(tmp_path / "d" / "a.jsonl", lines(PAIRS[:5]))
+    assert fingerprint(str(tmp_path / "d")) != folder
+    assert fingerprint("owner/name") == hashlib.sha256(b"owner/name").hexdigest()
+    with pytest.raises(AlignError, match="no such file or folder"):
+        fingerprint(str(tmp_path / "gone.jsonl"))
+
+
+def test_summary_groups_reasons() -> None:
+    rows = Rows([1] * 1690, "s", "native", [(i, f"reason {i % 6}") for i in range(13)])
+    assert rows.summary() == (
+        "1,703 rows = 1,690 used + 13 set aside (3 reason 0, 2 reason 1, 2 reason 2, 2 reason 3, 4 for other reasons)"
+    )
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = "import sys, align.data; print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

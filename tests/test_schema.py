@@ -1,0 +1,166 @@
+"""The rows: what is accepted, and what is said about what is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.errors import AlignError
+from align.schema import KINDS, LabelledRow, PreferenceRow, PromptRow, SFTRow, json_schema, validate
+
+SCHEMAS = Path(__file__).parents[1] / "data" / "schemas"
+USER = {"role": "user", "content": "q"}
+BOT = {"role": "assistant", "content": "a"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+TOOL = {"role": "tool", "content": "42"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "raw"),
+    [
+        ("text", {"text": ""}),
+        ("sft", {"messages": [USER, BOT]}),
+        ("sft", {"messages": [{"role": "system", "content": "s"}, BOT]}),  # published: a conversation without a user turn
+        ("sft", {"messages": [USER, USER, BOT, BOT]}),  # published: two turns of one role
+        ("sft", {"messages": [USER, {"role": "assistant", "content": ""}]}),  # published: an empty reply
+        ("sft", {"prompt": "p", "completion": "c"}),
+        ("sft", {"prompt": [USER, CALL, TOOL], "completion": [BOT], "tools": [{"type": "function"}]}),
+        ("preference", {"prompt": "p", "chosen": "", "rejected": "r", "margin": 1}),
+        ("preference", {"prompt": [USER], "chosen": [CALL, TOOL, BOT], "rejected": [BOT]}),
+        ("prompts", {"prompt": [USER], "columns": {"answer": 42.0, "kwargs": [{}, {"n": 3}]}}),
+        ("unpaired", {"prompt": "p", "completion": "c", "label": False}),
+    ],
+)
+def test_accepted(kind: str, raw: dict[str, Any]) -> None:
+    row = validate(kind, raw, "row")
+    assert type(row) is KINDS[kind]
+    assert type(row).model_validate(row.model_dump()) == row
+
+
+@pytest.mark.parametrize(
+    ("kind", "raw", "message"),
+    [
+        (
+            "preference",
+            {"prompt": [USER], "chosen": [{"role": "assitant", "content": "a"}], "rejected": [BOT]},
+            "data.jsonl row 17, field chosen[0].role: got 'assitant', expected 'system', 'user', 'assistant' or 'tool'",
+        ),
+        (
+            "preference",
+            {"prompt": "p", "chosen": [BOT], "rejected": "r"},
+            "data.jsonl row 17, prompt is a string, chosen is a list of messages, rejected is a string; "
+            "expected all strings or all lists of messages",
+        ),
+        (
+            "preference",
+            {"prompt": "p", "chosen": "c", "rejectd": "r"},
+            "data.jsonl row 17, field rejected: missing; found prompt, chosen, rejectd (did you mean 'rejected'?)",
+        ),
+        (
+            "preference",
+            {"prompt": [USER, BOT], "chosen": [BOT], "rejected": [BOT]},
+            "data.jsonl row 17, field prompt[1].role: got 'assistant', expected a prompt that ends before the assistant's turn",
+        ),
+        (
+            "preference",
+            {"prompt": [USER], "chosen": [], "rejected": [BOT]},
+            "data.jsonl row 17, field chosen: got [], expected at least one message",
+        ),
+        (
+            "preference",
+            {"prompt": [USER], "chosen": [BOT], "rejected": [USER, BOT]},
+            "data.jsonl row 17, field rejected[0].role: got 'user', expected 'assistant' or 'tool': the rest belongs to the prompt",
+        ),
+        (
+            "preference",
+            {"prompt": [USER], "chosen": [CALL, TOOL], "rejected": [BOT]},
+            "data.jsonl row 17, field chosen[1].role: got 'tool', expected a reply that ends with the assistant",
+        ),
+        (
+            "preference",
+            {"prompt": "p", "chosen": "c", "rejected": "r", "margin": float("nan")},
+            "data.jsonl row 17, field margin: got nan, expected a finite number",
+        ),
+        ("prompts", {"prompt": []}, "data.jsonl row 17, field prompt: got [], expected at least one message"),
+        ("prompts", {"prompt": 3}, "data.jsonl row 17, field prompt: got 3, expected a string or a list of messages"),
+        (
+            "sft",
+            {"messages": [USER]},
+            "data.jsonl row 17, field messages: got ['user'], expected at least one assistant message to learn from",
+        ),
+        (
+            "sft",
+            {"messages": [USER, {"role": "assistant", "content": None}]},
+            "data.jsonl row 17, field messages[1].content: got None, expected a string",
+        ),
+        (
+            "sft",
+            {"messages": [USER, BOT], "prompt": "p"},
+            "data.jsonl row 17, fields messages, prompt: expected either messages, or prompt and completion",
+        ),
+        ("sft", {}, "data.jsonl row 17, fields none: expected either messages, or prompt and completion"),
+        (
+            "sft",
+            {"messages": [USER, {**BOT, "tone": "kind"}]},
+            "data.jsonl row 17, field messages[1].tone: unknown key (holds 'kind')",
+        ),
+        (
+            "unpaired",
+            {"prompt": "p", "completion": "c", "label": 1},
+            "data.jsonl row 17, field label: got 1, expected true or false",
+        ),
+        (
+            "text",
+            {"text": "a\ud83d"},
+            r"data.jsonl row 17, field text: got 'a\ud83d', expected a string without unpaired surrogates",
+        ),
+        (
+            "prefrence",
+            {},
+            "unknown kind of rows 'prefrence' (did you mean 'preference'?); known: text, sft, preference, prompts, unpaired",
+        ),
+    ],
+)
+def test_refused_in_one_line(kind: str, raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(AlignError) as caught:
+        validate(kind, raw, "data.jsonl row 17")
+    assert str(caught.value) == message
+
+
+def test_long_values_are_shortened() -> None:
+    with pytest.raises(AlignError) as caught:
+        validate("sft", {"messages": "x" * 100_000}, "data.jsonl row 1")
+    assert len(str(caught.value)) < 140
+
+
+def test_null_content_beside_tool_calls_is_empty() -> None:
+    row = validate("sft", {"messages": [USER, CALL, TOOL, BOT]}, "row")
+    assert isinstance(row, SFTRow)
+    assert row.messages is not None
+    assert row.messages[1].content == ""
+
+
+def test_rows_are_frozen() -> None:
+    row = PromptRow(prompt="p")
+    with pytest.raises(ValueError, match="frozen"):
+        row.prompt = "q"  # type: ignore[misc]
+
+
+def test_rows_built_in_code_meet_the_same_checks() -> None:
+    assert PreferenceRow(prompt="p", chosen="c", rejected="r").margin is None
+    with pytest.raises(ValueError, match="all strings or all lists"):
+        LabelledRow(prompt="p", completion=[], label=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_written_schemas_are_current(kind: str) -> None:
+    """On failure: ``python -m align.schema`` and look at the difference."""
+    assert (SCHEMAS / f"{kind}.json").read_text(encoding="utf-8") == json_schema(kind)
+
+
+def test_no_schema_is_left_over() -> None:
+    assert {path.stem for path in SCHEMAS.glob("*.json")} == set(KINDS)
+    assert json.loads((SCHEMAS / "preference.json").read_text())["required"] == ["prompt", "chosen", "rejected"]
