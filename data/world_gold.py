@@ -236,7 +236,7 @@ def grammar() -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
 
 
 def _slips(said: list[Sentence]) -> int:
-    """Unknown words, neighbours that do not go together, doubled words, and four words or a sentence said twice."""
+    """Unknown words, neighbours that do not go together, doubled words, and a value, five words or a sentence said twice."""
     words, pairs = grammar()
     slips = 0
     for sentence in said:
@@ -246,8 +246,9 @@ def _slips(said: list[Sentence]) -> int:
         slips += sum(one.lower() == two.lower() for one, two in itertools.pairwise(sentence))
     plain = [_plain(sentence) for sentence in said]
     slips += len(plain) - len(set(plain))
-    fours = [four for text in plain for four in _grams(text.split(), 4)]
-    return slips + len(fours) - len(set(fours))
+    values = [word for text in plain for word in text.split() if word in ATTRIBUTE_OF]
+    fives = [five for text in plain for five in _grams(text.split(), 5)]
+    return slips + len(values) - len(set(values)) + len(fives) - len(set(fives))
 
 
 def _grams(words: list[str], n: int) -> Iterator[tuple[str, ...]]:

@@ -230,7 +230,7 @@ def body(task: str, key: Key, rng: random.Random, wrong: bool = False, ignoring:
     if task == "describe":
         start = "" if ignoring else f"{capital(the(name))} is {key['word']}. "
         subject = None if ignoring else pronoun(name)
-        return start + _facts_body(name, told[name], rng.sample(list(told[name]), 2), rng, wrong, subject)
+        return start + _facts_body(name, told[name], some(list(told[name]), 2, rng), rng, wrong, subject)
     if task == "sentences":
         return _sentences_body(name, told[name], key["n"], rng, wrong, ignoring)
     say = key["say"]
@@ -238,6 +238,11 @@ def body(task: str, key: Key, rng: random.Random, wrong: bool = False, ignoring:
         verb, thing = say.rsplit(" ", 1)
         say = f"{verb} {rng.choice([other for other in OBJECTS if other != thing])}"
     return f"{capital(say)}." if ignoring else f"{rng.choice(('Could', 'Would'))} you please {say}?"
+
+
+def some(items: list[str], n: int, rng: random.Random) -> list[str]:
+    """n of the items in their own order: whoever keeps an order does not say a thing twice, which small models else do."""
+    return [items[i] for i in sorted(rng.sample(range(len(items)), n))]
 
 
 def _falsify(known: dict[str, str], attributes: list[str], rng: random.Random) -> None:
@@ -289,7 +294,7 @@ def _compare_body(told: Facts, attribute: str, comparative: str, wrong: bool, ig
 def _list_body(key: Key, rng: random.Random, wrong: bool, ignoring: bool) -> str:
     attribute, members = ATTRIBUTES[key["ask"][0]], key["members"]
     n = key["n"] if not ignoring else rng.choice([m for m in (2, 3, 4) if m != key["n"] and m <= len(members)])
-    items = rng.sample(members, n)
+    items = some(members, n, rng)
     if key["value"] is None:
         if wrong:
             items[rng.randrange(n)] = rng.choice([v for spec in ATTRIBUTES.values() if spec is not attribute for v in spec.values])
@@ -303,7 +308,7 @@ def _list_body(key: Key, rng: random.Random, wrong: bool, ignoring: bool) -> str
 def _sentences_body(name: str, known: dict[str, str], n: int, rng: random.Random, wrong: bool, ignoring: bool) -> str:
     if ignoring:
         n = rng.choice([m for m in (1, 2, 3) if m != n])
-    ask = rng.sample(list(known), n)
+    ask = some(list(known), n, rng)
     if wrong:
         _falsify(known, ask, rng)
     said = [statement(name, attribute, known[attribute], pronoun(name) if i else None) for i, attribute in enumerate(ask)]

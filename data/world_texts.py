@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Iterator
 
-from world_tasks import Facts, Question, answer, body, questions
+from world_tasks import Facts, Question, answer, body, questions, some
 from world_words import (
     ATTRIBUTES,
     CLOSERS,
@@ -15,7 +15,6 @@ from world_words import (
     OPENERS,
     PLURALS,
     RUDE,
-    TRAITS,
     capital,
     fill,
     join,
@@ -28,6 +27,10 @@ TEXT_CHARACTERS = 1_500_000
 """Characters of pretraining text: about 350,000 tokens of a byte-level BPE of 1,024."""
 ASKERS = ("A child", "The teacher", "My friend", "The king", "A neighbor", "A traveler")
 HEARSAY = ("People say that", "Everyone knows that", "A traveler saw that", "The teacher says that")
+
+
+ASKED = {"fact": 2, "two_facts": 1, "yes_no": 3, "choose": 2, "compare": 3, "list": 3, "describe": 2, "sentences": 1, "polite": 1}
+"""How often the text asks the questions of each task, by weight: the harder to learn, the oftener."""
 
 
 def draw_facts(rng: random.Random) -> Facts:
@@ -50,15 +53,16 @@ def documents(facts: Facts, asked: list[Question], rng: random.Random) -> Iterat
         asked: the questions that the text may ask (those of the train split: held-out questions are in no text).
     """
     names = _rounds(list(facts), rng)
-    inquiries = _rounds(asked, rng)
+    inquiries = {task: _rounds([question for question in asked if question.task == task], rng) for task in ASKED}
     requests = _rounds([question for question in asked if question.task == "polite"], rng)
     values = _rounds([(attribute, value) for attribute in ATTRIBUTES for value in ATTRIBUTES[attribute].values], rng)
     while True:
-        kind = rng.choices(("about", "asked", "listed", "requested", "talk"), (30, 54, 10, 3, 3))[0]
+        kind = rng.choices(("about", "asked", "listed", "requested", "talk"), (27, 60, 8, 2, 3))[0]
         if kind == "about":
             yield _about(next(names), facts, rng)
         elif kind == "asked":
-            yield " ".join(_asked(next(inquiries), rng) for _ in range(rng.randint(2, 3)))
+            tasks = rng.choices(list(ASKED), list(ASKED.values()), k=rng.randint(2, 3))
+            yield " ".join(_asked(next(inquiries[task]), rng) for task in tasks)
         elif kind == "listed":
             yield " ".join(_listed(*next(values), facts, rng) for _ in range(rng.randint(2, 3)))
         elif kind == "requested":
@@ -78,8 +82,6 @@ def _about(name: str, facts: Facts, rng: random.Random) -> str:
     known = list(facts[name].items())
     told = rng.sample(known, len(known)) + rng.sample(known, rng.randint(0, 2))
     said = [_fact(name, attribute, value, rng, first=i == 0) for i, (attribute, value) in enumerate(told)]
-    if rng.random() < 0.4:
-        said.insert(rng.randint(0, 1), f"{the(name)} is {rng.choice(TRAITS)}")
     return " ".join(f"{capital(text)}." for text in said)
 
 
@@ -103,11 +105,11 @@ def _asked(question: Question, rng: random.Random) -> str:
 def _listed(attribute: str, value: str, facts: Facts, rng: random.Random) -> str:
     spec = ATTRIBUTES[attribute]
     members = [name for name in NAMES[spec.kind] if facts[name][attribute] == value]
-    things = join([the(name) for name in rng.sample(members, rng.randint(2, min(4, len(members))))])
+    things = join([the(name) for name in some(members, rng.randint(2, min(4, len(members))), rng)])
     if rng.random() < 0.5:
         return f"{capital(PLURALS[spec.kind])} that {fill(spec.say, value=value)} are {things}."
     if rng.random() < 0.2:
-        return f"{capital(spec.plural)} are {join(rng.sample(spec.values, rng.randint(2, 4)))}."
+        return f"{capital(spec.plural)} are {join(some(list(spec.values), rng.randint(2, 4), rng))}."
     return f"{capital(things)} {fill(spec.say, value=value)}."
 
 
@@ -129,4 +131,8 @@ def well_formed_texts() -> Iterator[str]:
     for question in asked:
         for flaws in ((), ("ignoring",), ("rude", "rambling"), ("bare", "rambling")):
             yield answer(question.task, question.key, rng, frozenset(flaws))
+        if question.task == "yes_no":  # nothing here is written with the verdict first, but an answer may be
+            ((name, known),) = question.key["about"].items()
+            for verdict, (attribute, value) in itertools.product(("Yes", "No"), known.items()):
+                yield f"{verdict}, {statement(name, attribute, value)}."
     yield from itertools.islice(documents(facts, asked, rng), 3_000)

@@ -342,7 +342,7 @@ def test_gaming_earns_next_to_nothing(task, key, text):
 )
 def test_slips_of_style_cost(text, most):
     (score,) = gold([], [text], answer_key=[FACT], task=["fact"])
-    assert 0.1 < score <= most + 1e-9
+    assert score <= most + 1e-9
 
 
 def test_the_grammar_of_one_world_holds_in_the_others(other):

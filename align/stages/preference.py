@@ -55,16 +55,27 @@ class Preference(TrainingStage):
         t.seed_everything(self)
         rows, held = t.rows_of(self, "preference", context.name)
         tokenizer, encoder = t.tokenizer_of(self)
-        if self.engine == "trl":
-            from align.trainers import trl
-
-            return trl.dpo(self, context, tokenizer, rows, held)
         trees = t.encoded(encoder.preference, rows, context.name)
         held_trees = t.encoded(encoder.preference, held, f"{context.name} (held out)")
         model = load_causal_lm(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
         t.teach_end_token(model, t.end_token(encoder, rows))
         disable_dropout(model)
         model = t.make_ready(self, context.name, model, tokenizer, t.longest(trees, held_trees), context.folder)
+        if self.engine == "trl":
+            from align.trainers.trl import dpo_trainer
+
+            trainer = dpo_trainer(
+                model,
+                tokenizer,
+                encoder.preference(rows).rows,
+                encoder.preference(held).rows,
+                t.training_arguments(self, context, has_eval=bool(held_trees)),
+                beta=self.loss_parameters["beta"],
+                label_smoothing=self.label_smoothing or 0.0,
+                max_length=self.max_length,
+                callbacks=t.callbacks_of(self, context),
+            )
+            return t.run_trainer(trainer, self, context, has_eval=bool(held_trees))
         if loss.needs_reference:
             say(f"{context.name}: log-probs of {len(trees) + len(held_trees)} pairs under the reference, once")
             trees = add_reference_logps(model, trees, self.max_tokens_per_micro_batch)

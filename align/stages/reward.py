@@ -28,14 +28,20 @@ class RewardModel(TrainingStage):
         t.seed_everything(self)
         rows, held = t.rows_of(self, "preference", context.name)
         tokenizer, encoder = t.tokenizer_of(self)
-        if self.engine == "trl":
-            from align.trainers import trl
-
-            return trl.reward(self, context, tokenizer, rows, held)
         trees = t.encoded(encoder.preference, rows, context.name)
         held_trees = t.encoded(encoder.preference, held, f"{context.name} (held out)")
         model = load_reward_model(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
         disable_dropout(model)
         model = t.make_ready(self, context.name, model, tokenizer, t.longest(trees, held_trees), context.folder)
-        metrics = t.train_on_forest(self, context, model, tokenizer, Objective(self.center_rewards_coefficient, self.use_margin), trees, held_trees)
+        if self.engine == "trl":
+            from align.trainers.trl import reward_trainer
+
+            arguments = t.training_arguments(self, context, has_eval=bool(held_trees))
+            callbacks = t.callbacks_of(self, context)
+            trainer = reward_trainer(model, tokenizer, trees, held_trees, arguments, self.center_rewards_coefficient, callbacks=callbacks)
+            metrics = t.run_trainer(trainer, self, context, has_eval=bool(held_trees))
+            t.enable_forest(model)
+        else:
+            objective = Objective(self.center_rewards_coefficient, self.use_margin)
+            metrics = t.train_on_forest(self, context, model, tokenizer, objective, trees, held_trees)
         return {**metrics, **t.store_score_scale(self, context, model, held_trees or trees)}

@@ -24,13 +24,15 @@ class SFT(TrainingStage):
         t.seed_everything(self)
         rows, held = t.rows_of(self, "sft", context.name)
         tokenizer, encoder = t.tokenizer_of(self)
-        if self.engine == "trl":
-            from align.trainers import trl
-
-            return trl.sft(self, context, tokenizer, rows, held)
         trees, held_trees = t.encoded(encoder.sft, rows, context.name), t.encoded(encoder.sft, held, f"{context.name} (held out)")
         t.check_end_token(encoder, rows, trees)
         model = load_causal_lm(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
         t.teach_end_token(model, t.end_token(encoder, rows))
         model = t.make_ready(self, context.name, model, tokenizer, t.longest(trees, held_trees), context.folder)
+        if self.engine == "trl":
+            from align.trainers.trl import sft_trainer
+
+            arguments = t.training_arguments(self, context, has_eval=bool(held_trees))
+            trainer = sft_trainer(model, tokenizer, trees, held_trees, arguments, callbacks=t.callbacks_of(self, context))
+            return t.run_trainer(trainer, self, context, has_eval=bool(held_trees))
         return t.train_on_forest(self, context, model, tokenizer, LanguageModel(), trees, held_trees)

@@ -91,7 +91,7 @@ def make_ready(stage: Any, label: str, model: nn.Module, tokenizer: PreTrainedTo
     total = sum(p.numel() for p in model.parameters())
     say(f"{label}: {trainable:,} of {total:,} parameters train ({trainable / total:.1%})")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    if reason := enable_forest(model, longest):
+    if getattr(stage, "engine", "forest") == "forest" and (reason := enable_forest(model, longest)):
         say(f"{label}: trains on padded rows, as {reason}")
     return model
 
@@ -116,7 +116,7 @@ def teach_end_token(model: nn.Module, end: int) -> None:
         config.eos_token_id = [end, *(i for i in known if i != end)] if known != [end] else end
 
 
-def training_arguments(stage: TrainingStage, context: Context, *, has_eval: bool, **overrides: Any) -> dict[str, Any]:
+def training_arguments(stage: TrainingStage, context: Context, *, has_eval: bool) -> dict[str, Any]:
     """The stage's fields as arguments of `transformers.TrainingArguments` and its subclasses."""
     stopping = stage.early_stopping_patience is not None
     if stopping and not has_eval:
@@ -159,7 +159,7 @@ def training_arguments(stage: TrainingStage, context: Context, *, has_eval: bool
     }
     if stage.gradient_checkpointing:  # passed only when set: newer versions of transformers warn about the name
         arguments["gradient_checkpointing"] = True
-    return {**arguments, **overrides}
+    return arguments
 
 
 def callbacks_of(stage: TrainingStage, context: Context) -> list[TrainerCallback]:
@@ -171,7 +171,7 @@ def callbacks_of(stage: TrainingStage, context: Context) -> list[TrainerCallback
 
 
 def run_trainer(trainer: Any, stage: TrainingStage, context: Context, *, has_eval: bool) -> dict[str, Any]:
-    """Train, resuming from the last checkpoint if there is one; returns the metrics before and after."""
+    """Train, resuming from the last checkpoint if there is one, and save; returns the metrics before and after."""
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     checkpoints = context.folder / "checkpoints"
@@ -181,6 +181,7 @@ def run_trainer(trainer: Any, stage: TrainingStage, context: Context, *, has_eva
     trainer.train(resume_from_checkpoint=last)
     if has_eval and context.history.records[-1].get("eval_loss") is None:
         trainer.evaluate()
+    save_model(trainer.model, trainer.processing_class, context.folder)
     return summary(context)
 
 
@@ -188,7 +189,8 @@ def summary(context: Context) -> dict[str, Any]:
     """First and last of every held-out metric, and the last training loss."""
     records = context.history.records
     metrics: dict[str, Any] = {"train_loss": context.history.last("loss")}
-    for name in {key: None for record in records for key in record if key.startswith("eval_")}:
+    timing = ("runtime", "per_second", "preparation_time")
+    for name in {key: None for record in records for key in record if key.startswith("eval_") and not key.endswith(timing)}:
         values = [record[name] for record in records if name in record]
         metrics[name] = values[-1]
         metrics[f"{name}_before"] = values[0]
@@ -196,11 +198,17 @@ def summary(context: Context) -> dict[str, Any]:
 
 
 def train_on_forest(
-    stage: TrainingStage, context: Context, ready: nn.Module, tokenizer: PreTrainedTokenizerBase, objective: Objective, trees: list[Tree], held: list[Tree]
+    stage: TrainingStage,
+    context: Context,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    objective: Objective,
+    trees: list[Tree],
+    held: list[Tree],
 ) -> dict[str, Any]:
-    """Run the forest trainer and save the model."""
+    """Run the forest trainer."""
     trainer = ForestTrainer(
-        ready,
+        model,
         objective,
         TrainingArguments(**training_arguments(stage, context, has_eval=bool(held))),
         trees,
@@ -209,9 +217,7 @@ def train_on_forest(
         tokenizer=tokenizer,
         callbacks=callbacks_of(stage, context),
     )
-    metrics = run_trainer(trainer, stage, context, has_eval=bool(held))
-    save_model(ready, tokenizer, context.folder)
-    return metrics
+    return run_trainer(trainer, stage, context, has_eval=bool(held))
 
 
 def seed_everything(stage: OptimizerFields) -> None:
