@@ -14,7 +14,7 @@ from align.errors import AlignError
 from align.forest import Tree
 from align.schema import Message, PreferenceRow, PromptRow, SFTRow, Text, TextRow
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parent / "templates" / "chat"
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> None:

@@ -24,13 +24,9 @@ from world_words import (
 )
 
 TEXT_CHARACTERS = 1_500_000
-"""Characters of pretraining text: about 350,000 tokens of a byte-level BPE of 1,024."""
+"""Characters of pretraining text: about 350,000 tokens of a byte-level BPE of 1,280, in which every name and value is one token."""
 ASKERS = ("A child", "The teacher", "My friend", "The king", "A neighbor", "A traveler")
 HEARSAY = ("People say that", "Everyone knows that", "A traveler saw that", "The teacher says that")
-
-
-ASKED = {"fact": 2, "two_facts": 1, "yes_no": 3, "choose": 2, "compare": 3, "list": 3, "describe": 2, "sentences": 1, "polite": 1}
-"""How often the text asks the questions of each task, by weight: the harder to learn, the oftener."""
 
 
 def draw_facts(rng: random.Random) -> Facts:
@@ -53,16 +49,15 @@ def documents(facts: Facts, asked: list[Question], rng: random.Random) -> Iterat
         asked: the questions that the text may ask (those of the train split: held-out questions are in no text).
     """
     names = _rounds(list(facts), rng)
-    inquiries = {task: _rounds([question for question in asked if question.task == task], rng) for task in ASKED}
+    inquiries = _rounds(asked, rng)
     requests = _rounds([question for question in asked if question.task == "polite"], rng)
     values = _rounds([(attribute, value) for attribute in ATTRIBUTES for value in ATTRIBUTES[attribute].values], rng)
     while True:
-        kind = rng.choices(("about", "asked", "listed", "requested", "talk"), (27, 60, 8, 2, 3))[0]
+        kind = rng.choices(("about", "asked", "listed", "requested", "talk"), (30, 54, 10, 3, 3))[0]
         if kind == "about":
             yield _about(next(names), facts, rng)
         elif kind == "asked":
-            tasks = rng.choices(list(ASKED), list(ASKED.values()), k=rng.randint(2, 3))
-            yield " ".join(_asked(next(inquiries[task]), rng) for task in tasks)
+            yield " ".join(_asked(next(inquiries), rng) for _ in range(rng.randint(2, 3)))
         elif kind == "listed":
             yield " ".join(_listed(*next(values), facts, rng) for _ in range(rng.randint(2, 3)))
         elif kind == "requested":

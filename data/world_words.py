@@ -16,7 +16,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 # Hand-written rather than spliced from syllables: two halves of two names never make a third, so a garbled name is always noticed.
-# The names are few and short enough to become one or two tokens each of a byte-level BPE of 1,024, which makes copying them easy.
+# The names are few and short enough for each to become one token of a byte-level BPE of 1,280, which makes copying them easy.
 NAMES: dict[str, tuple[str, ...]] = {
     "creature": _words(
         """norlet bimmo tarku zelfin quopa drasil wumbo fennik gorlu pilka sivvo yarrel klomp urbit jassle hovin vekka ruffin tibbot
