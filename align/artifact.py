@@ -56,7 +56,10 @@ class Artifact:
 
 def library_versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    return {"align": __version__, **{name: version(name) for name in ("torch", "transformers", "peft", "trl", "datasets", "accelerate")}}
+    return {
+        "align": __version__,
+        **{name: version(name) for name in ("torch", "transformers", "peft", "trl", "datasets", "accelerate")},
+    }
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -4,8 +4,8 @@ Transformers lets us register an attention function by name and hands it the ext
 is forked: ``model(input_ids, position_ids=…, forest=plan)``.
 
 The runs of a forest (`Segment`) are grouped into *buckets* of similar length, and each bucket is one call of
-``scaled_dot_product_attention``. Only attention sees the little padding inside a bucket; every matrix product of the model runs on the
-forest's own tokens.
+``scaled_dot_product_attention``. Only attention sees the little padding inside a bucket; every matrix product of the model
+runs on the forest's own tokens.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def make_plan(forest: Forest) -> AttentionPlan:
 
 
 def _group(segments: tuple[Segment, ...]) -> list[list[Segment]]:
-    """Split `segments` into groups whose lengths differ by at most a quarter (or 8 tokens, where a call costs more than padding)."""
+    """Split `segments` into groups whose lengths differ by at most a quarter (or 8 tokens, where a call costs more than
+    padding).
+    """
     groups: list[list[Segment]] = []
     for segment in sorted(segments, key=lambda s: (s.prefix_length > 0, s.length + s.prefix_length, s.length), reverse=True):
         if groups and _fits(groups[-1][0], segment):

@@ -52,7 +52,9 @@ class Catalog(Generic[Entry]):
         return iter(self._entries)
 
     def check_arguments(self, name: str, arguments: dict[str, Any]) -> None:
-        """Raise `AlignError` unless `arguments` are exactly keyword-only parameters of the entry `name` and none required is missing."""
+        """Raise `AlignError` unless `arguments` are exactly keyword-only parameters of the entry `name` and none required is
+        missing.
+        """
         parameters = {p.name: p for p in inspect.signature(self[name]).parameters.values() if p.kind is p.KEYWORD_ONLY}
         for key in arguments:
             if key not in parameters:

@@ -1,4 +1,6 @@
-"""The command line: ``align <verb> [--config file.yaml] [--same_named_flag value]``. Mistakes in the input end with one line and exit code 2."""
+"""The command line: ``align <verb> [--config file.yaml] [--same_named_flag value]``. Mistakes in the input end with one line and
+exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def _dispatch(arguments: list[str]) -> int:
     run.add_argument("--out", type=Path, metavar="DIR", help="output folder (default: runs/NAME)")
     run.add_argument("--plan", action="store_true", help="show what would run and why, and stop")
     run.add_argument("--only", metavar="STAGE", help="run just this stage")
-    run.add_argument("--set", dest="assignments", action="append", default=[], metavar="KEY=VALUE", help="a setting, or stage.field")
+    run.add_argument(
+        "--set", dest="assignments", action="append", default=[], metavar="KEY=VALUE", help="a setting, or stage.field"
+    )
     run.add_argument("--json", action="store_true", help="print results as JSON")
     run.set_defaults(handler=_run)
 
@@ -221,7 +225,12 @@ def _config_file(path: Path) -> dict[str, Any]:
 def _stage_help(verb: str, cls: type[Stage]) -> str:
     lines = [f"align {verb} [--config FILE.yaml] [--KEY VALUE ...]", "", (cls.__doc__ or "").strip(), ""]
     lines += ["  --config FILE         fields from a YAML file; flags win", "  --output_dir DIR      write into this folder"]
-    lines += ["  --name NAME           name in the registry", "  --plan                show what would run, and stop", "  --json                print JSON", ""]
+    lines += [
+        "  --name NAME           name in the registry",
+        "  --plan                show what would run, and stop",
+        "  --json                print JSON",
+        "",
+    ]
     for name, info in cls.model_fields.items():
         if verb in PREFERENCE_VERBS and name == "loss":
             continue
@@ -237,7 +246,9 @@ def _models(options: argparse.Namespace) -> int:
     registry = Registry()
     if options.action == "list":
         rows = [asdict(artifact) for artifact in registry.all()]
-        _print(rows, options.json, lambda a: f"{a['name'] + '@' + str(a['version']):<28} {a['stage']:<11} {a['created']}  {a['path']}")
+        _print(
+            rows, options.json, lambda a: f"{a['name'] + '@' + str(a['version']):<28} {a['stage']:<11} {a['created']}  {a['path']}"
+        )
         if not rows and not options.json:
             say(f"the registry {registry.root} is empty: every stage that finishes adds to it")
         return 0
@@ -249,9 +260,16 @@ def _models(options: argparse.Namespace) -> int:
         registry.add_alias(options.name, options.target)
     elif options.action == "show":
         artifact = asdict(registry.get(options.name))
-        print(json.dumps(artifact, indent=1) if options.json else yaml.safe_dump(artifact, sort_keys=False, allow_unicode=True).rstrip())
+        print(
+            json.dumps(artifact, indent=1)
+            if options.json
+            else yaml.safe_dump(artifact, sort_keys=False, allow_unicode=True).rstrip()
+        )
     else:
-        rows = [{"depth": d, "reference": r, "stage": a.stage if a else None, "path": a.path if a else None} for d, r, a in registry.lineage(options.name)]
+        rows = [
+            {"depth": d, "reference": r, "stage": a.stage if a else None, "path": a.path if a else None}
+            for d, r, a in registry.lineage(options.name)
+        ]
         _print(rows, options.json, lambda row: f"{'  ' * row['depth']}{row['reference']}  ({row['stage'] or 'base'})")
     return 0
 

@@ -18,8 +18,8 @@ TEMPLATES = Path(__file__).parent / "templates" / "chat"
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> None:
-    """Give `tokenizer` the chat template `choice`: None keeps its own; ``auto`` keeps its own or else takes ``plain``; otherwise the name
-    of a shipped template or a file.
+    """Give `tokenizer` the chat template `choice`: None keeps its own; ``auto`` keeps its own or else takes ``plain``; otherwise
+    the name of a shipped template or a file.
 
     Raises:
         AlignError: no such template or file.
@@ -48,15 +48,17 @@ class Encoded:
         """One line that adds up."""
         total = len(self.trees) + sum(self.set_aside.values())
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.set_aside.items())
-        line = f"{total} rows = {len(self.trees)} used + {sum(self.set_aside.values())} set aside{f' ({reasons})' if reasons else ''}"
+        line = (
+            f"{total} rows = {len(self.trees)} used + {sum(self.set_aside.values())} set aside{f' ({reasons})' if reasons else ''}"
+        )
         return line + (f"; {self.cut_tokens} tokens cut from {self.cut_rows} rows by max_length" if self.cut_rows else "")
 
 
 class Encoder:
     """Turns schema rows into token trees with one tokenizer and one maximum length.
 
-    Strings are raw text. Lists of messages go through the tokenizer's chat template, and answers end with the token that the template
-    puts behind an assistant turn.
+    Strings are raw text. Lists of messages go through the tokenizer's chat template, and answers end with the token that the
+    template puts behind an assistant turn.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
@@ -80,8 +82,8 @@ class Encoder:
             special = [i for i in self._ids(tail) if i in self.tokenizer.all_special_ids]
             if not special:
                 raise AlignError(
-                    f"the chat template puts no end token behind an assistant turn (it puts {tail!r}), so the model would never learn to stop; "
-                    "add {{ eos_token }} there"
+                    f"the chat template puts no end token behind an assistant turn (it puts {tail!r}), so the model would "
+                    "never learn to stop; add {{ eos_token }} there"
                 )
             self._end_of_turn = special[0]
         return self._end_of_turn
@@ -90,7 +92,9 @@ class Encoder:
     def end_of_text(self) -> int:
         """The tokenizer's end token, put behind raw text."""
         if self.tokenizer.eos_token_id is None:
-            raise AlignError("the tokenizer has no end token (eos_token), so the model would never learn to stop; set one in its folder")
+            raise AlignError(
+                "the tokenizer has no end token (eos_token), so the model would never learn to stop; set one in its folder"
+            )
         return self.tokenizer.eos_token_id
 
     # -- rendering -----------------------------------------------------------------------------------------------------------
@@ -103,7 +107,8 @@ class Encoder:
         """
         if not self.tokenizer.chat_template:
             raise AlignError(
-                "the data are conversations, but the tokenizer has no chat template; set chat_template to 'plain', 'chatml' or a .jinja file"
+                "the data are conversations, but the tokenizer has no chat template; set chat_template to 'plain', 'chatml' "
+                "or a .jinja file"
             )
         plain = [message.model_dump(exclude_none=True) for message in messages]
         return self.tokenizer.apply_chat_template(plain, tools=tools, tokenize=False, add_generation_prompt=generate)
@@ -127,10 +132,13 @@ class Encoder:
             turns = [*prompt, *answer]
             head, text, end = self.render(prompt, generate=True), self.render(turns), self.end_of_turn  # type: ignore[arg-type]
             if not text.startswith(head):
-                raise AlignError("the chat template renders a conversation differently once it is answered; its prompt is not a prefix")
+                raise AlignError(
+                    "the chat template renders a conversation differently once it is answered; its prompt is not a prefix"
+                )
             tail = text[len(head) :]
             prefix, whole = self._ids(head), self._ids(text)
-        # The tokenizer may merge across the border; then the answer is tokenized alone, as the model will meet it when it generates.
+        # The tokenizer may merge across the border; then the answer is tokenized alone, as the model will meet it when it
+        # generates.
         ids = whole[len(prefix) :] if whole[: len(prefix)] == prefix else self._ids(tail)
         # What a template puts behind the end token ("\n") is the next turn's, not the answer's.
         last = len(ids) - 1 - ids[::-1].index(end) if end in ids else None
@@ -178,7 +186,9 @@ class Encoder:
         for i in answered:
             before, after = self.render(turns[:i], generate=True) if i else "", self.render(turns[: i + 1])
             if not (text.startswith(before) and text.startswith(after)):
-                raise AlignError("the chat template renders earlier turns differently later in the conversation, so turns cannot be told apart")
+                raise AlignError(
+                    "the chat template renders earlier turns differently later in the conversation, so turns cannot be told apart"
+                )
             spans.append((len(before), len(after)))
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, mask = encoding["input_ids"], []

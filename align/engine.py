@@ -1,8 +1,8 @@
 """Runs a transformers model on a forest: ``model(forest=forest)``.
 
-`enable_forest` gives a loaded model that call, after checking on random tokens that it answers as the model itself does. A model that
-cannot run on a forest unfolds it into padded rows instead, and the caller is told why. Everything else about the model stays as it is:
-``save_pretrained``, ``generate``, wrapping by accelerate, gradient checkpointing.
+`enable_forest` gives a loaded model that call, after checking on random tokens that it answers as the model itself does. A model
+that cannot run on a forest unfolds it into padded rows instead, and the caller is told why. Everything else about the model stays
+as it is: ``save_pretrained``, ``generate``, wrapping by accelerate, gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 5e-
 def enable_forest(model: nn.Module, longest: int | None = None) -> str | None:
     """Let `model` be called with ``forest=`` and find its path. Returns None for the forest path, or why it takes the padded one.
 
-    A causal language model then answers with `TokenScores` of the forest's targets. A model with a score head (sequence classification)
-    answers with scores, at the ends of the sequences (``read="ends"``) or at the sources of the targets (``read="sources"``).
+    A causal language model then answers with `TokenScores` of the forest's targets. A model with a score head (sequence
+    classification) answers with scores, at the ends of the sequences (``read="ends"``) or at the sources of the targets
+    (``read="sources"``).
 
     Args:
         longest: tokens in the longest path to come, held against the model's sliding window.
@@ -34,7 +35,7 @@ def enable_forest(model: nn.Module, longest: int | None = None) -> str | None:
     Raises:
         AlignError: neither path gives the model's own log-probs.
     """
-    model.forward = MethodType(_forward, model)  # type: ignore[method-assign]
+    model.forward = MethodType(_forward, model)
     base = base_model(model)
     before = base.config._attn_implementation
     reason = _refused_by_config(base.config, longest)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from align.data import load_rows
+from align.data import load_rows, split_by_prompt
 from align.encode import Encoder, set_chat_template
 from align.engine import enable_forest
 from align.errors import AlignError
@@ -51,9 +51,22 @@ class Evaluation:
     def _rows(self, sources: list[str] | None, kind: str) -> list[Any]:
         rows = []
         for source in sources or []:
-            loaded = load_rows(source, kind, format=self.stage.data_format, on_bad_row=self.stage.on_bad_row)
+            loaded = load_rows(
+                source,
+                kind,
+                format=self.stage.data_format,
+                split=self.stage.data_split,
+                limit=self.stage.max_rows,
+                on_bad_row=self.stage.on_bad_row,
+            )
             say(f"{self.context.name}: {source}: {loaded.summary()}")
             rows += loaded.rows
+        if self.stage.held_out and sources:
+            rows = split_by_prompt(rows, self.stage.held_out)[1]
+            if not rows:
+                raise AlignError(
+                    f"{', '.join(sources)}: held_out={self.stage.held_out} keeps no prompt apart; raise it or give more rows"
+                )
         return rows
 
     def policy(self, name: str, path: str) -> dict[str, Any]:
@@ -67,7 +80,9 @@ class Evaluation:
         enable_forest(model)
         result: dict[str, Any] = {}
         if self.demonstrations:
-            result["perplexity"] = math.exp(min(mean_nll(model, encoder.sft(self.demonstrations).trees, stage.max_tokens_per_micro_batch), 700))
+            result["perplexity"] = math.exp(
+                min(mean_nll(model, encoder.sft(self.demonstrations).trees, stage.max_tokens_per_micro_batch), 700)
+            )
         if self.prompts:
             result.update(self._answer(name, model, Encoder(tokenizer, stage.max_length - stage.max_completion_length)))
         if self.pairs:
@@ -152,4 +167,3 @@ class Evaluation:
         """The first prompts with every model's answers."""
         kept = list(zip(self.prompts, self._answers, strict=True))[: self.stage.samples_kept]
         return [{"prompt": plain(row.prompt), "columns": row.columns, "answers": answers} for row, answers in kept]
-

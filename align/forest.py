@@ -1,7 +1,8 @@
 """The packed token forest: what every stage trains on.
 
-A *tree* is one prompt and zero or more branches that continue it. A *forest* is a batch of trees laid end to end in one row of tokens,
-without padding, each prompt stored once. Positions restart at each tree, and a branch continues from the end of its prompt.
+A *tree* is one prompt and zero or more branches that continue it. A *forest* is a batch of trees laid end to end in one row of
+tokens, without padding, each prompt stored once. Positions restart at each tree, and a branch continues from the end of its
+prompt.
 
 Layout of one tree with two branches (every cell is one token, counted once)::
 
@@ -67,7 +68,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class Forest:
-    """A batch of trees in one row of tokens. `sequences` are the paths that a loss speaks of: each branch, or a document without any."""
+    """A batch of trees in one row of tokens. `sequences` are the paths that a loss speaks of: each branch, or a document without
+    any.
+    """
 
     input_ids: Tensor  # (tokens,)
     position_ids: Tensor  # (tokens,)

@@ -66,9 +66,7 @@ def token_scores(hidden: Tensor, targets: Tensor, head: Head, temperature: float
 
     Log-probs and entropy are differentiable; `correct` is not.
     """
-    logps, entropy, correct = _TokenScores.apply(
-        hidden, head.weight, head.bias, targets, head.scale, head.softcap, temperature
-    )
+    logps, entropy, correct = _TokenScores.apply(hidden, head.weight, head.bias, targets, head.scale, head.softcap, temperature)
     return TokenScores(logps, entropy, correct)
 
 

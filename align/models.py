@@ -119,7 +119,11 @@ def build_causal_lm(architecture: dict[str, Any], tokenizer: PreTrainedTokenizer
         raise AlignError(f"architecture: model_type {model_type!r} is unknown to transformers") from error
     if unknown := fields.keys() - known.keys():
         raise AlignError(f"architecture: a {model_type} config has no {sorted(unknown)[0]!r}")
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **special, **fields})
     return AutoModelForCausalLM.from_config(config)
 
@@ -165,8 +169,8 @@ class Lora:
 def add_lora(model: nn.Module, lora: Lora, folder: Path | None = None) -> PeftModel:
     """Freeze `model` and put LoRA adapters on it. A score head is trained and saved with the adapter.
 
-    An adapter's folder must name a base that loads. A model that was merged from an earlier adapter exists nowhere on disk, so it is
-    written to ``folder/base`` first (without a `folder` the adapter cannot be saved for later).
+    An adapter's folder must name a base that loads. A model that was merged from an earlier adapter exists nowhere on disk, so it
+    is written to ``folder/base`` first (without a `folder` the adapter cannot be saved for later).
 
     Raises:
         AlignError: a target module is not in the model.
@@ -191,7 +195,9 @@ def add_lora(model: nn.Module, lora: Lora, folder: Path | None = None) -> PeftMo
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Switch dropout off for good: the probabilities compared in preference losses and PPO must come from one and the same network."""
+    """Switch dropout off for good: the probabilities compared in preference losses and PPO must come from one and the same
+    network.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -128,7 +128,9 @@ class Run:
             if step.done is None and (only is None or name == only):
                 missing = [parent for parent in self.recipe.needs(name) if finished[parent].done is None]
                 if missing:
-                    raise AlignError(f"stage {name!r} needs {', '.join(missing)}, which has not run; run it first, or leave out --only")
+                    raise AlignError(
+                        f"stage {name!r} needs {', '.join(missing)}, which has not run; run it first, or leave out --only"
+                    )
                 step = replace(step, done=self._run_stage(step))
             elif step.done is not None:
                 say(f"{name}: up to date ({step.folder})")

@@ -1,7 +1,7 @@
 """Recipes: named stages and what they need of each other, from a Python function or a YAML file.
 
-Stages name their inputs: ``model="sft"`` means the output of the stage ``sft`` of the same recipe, ``data="world/pairs.jsonl"`` a file in
-the output of the stage ``world``. Everything else is a registered model, an alias, a path or a hub id.
+Stages name their inputs: ``model="sft"`` means the output of the stage ``sft`` of the same recipe, ``data="world/pairs.jsonl"`` a
+file in the output of the stage ``world``. Everything else is a registered model, an alias, a path or a hub id.
 """
 
 from __future__ import annotations

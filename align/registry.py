@@ -1,6 +1,7 @@
 """The model registry: base models by alias, and every stage's output as ``name@version`` with its lineage.
 
-A registered artifact is one small JSON file, ``registry/NAME/VERSION.json`` under the home folder (``$ALIGN_HOME``, ``runs`` by default).
+A registered artifact is one small JSON file, ``registry/NAME/VERSION.json`` under the home folder (``$ALIGN_HOME``, ``runs`` by
+default).
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ def check_name(name: str) -> str:
         AlignError: it cannot.
     """
     if not NAME.fullmatch(name) or len(name) > 100:
-        raise AlignError(f"the name {name!r} must be letters, digits, '.', '_' or '-', start with a letter or digit, and have at most 100 of them")
+        raise AlignError(
+            f"the name {name!r} must be letters, digits, '.', '_' or '-', start with a letter or digit, and have at most "
+            f"100 of them"
+        )
     return name
 
 
@@ -58,7 +62,9 @@ class Registry:
         self.root = (root or home()) / "registry"
 
     def add(self, artifact: Artifact) -> Artifact:
-        """Register `artifact` under the next free version and return it with that version. The same identity and path is not added twice."""
+        """Register `artifact` under the next free version and return it with that version. The same identity and path is not
+        added twice.
+        """
         folder = self.root / check_name(artifact.name)
         folder.mkdir(parents=True, exist_ok=True)
         for known in self.versions(artifact.name):
@@ -101,7 +107,9 @@ class Registry:
         versions = self.versions(name) if NAME.fullmatch(name) else []
         if not versions:
             known = self.names()
-            raise AlignError(f"no model {name!r} in the registry {self.root}{near_miss(name, known)}; `align models list` shows what there is")
+            raise AlignError(
+                f"no model {name!r} in the registry {self.root}{near_miss(name, known)}; `align models list` shows what there is"
+            )
         if not version:
             return versions[-1]
         found = next((a for a in versions if str(a.version) == version), None)

@@ -57,7 +57,9 @@ def complete(
     try:
         for start in range(0, len(order), sampling.batch_size):
             batch = order[start : start + sampling.batch_size]
-            for i, completion in zip(batch, _complete_batch(model, [prompts[i] for i in batch], sampling, stop_ids, generator), strict=True):
+            for i, completion in zip(
+                batch, _complete_batch(model, [prompts[i] for i in batch], sampling, stop_ids, generator), strict=True
+            ):
                 results[i] = completion
             if progress is not None:
                 progress(len(batch))
@@ -83,7 +85,12 @@ def _complete_batch(
 
     for step in range(sampling.max_new_tokens):
         output = model(
-            input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
         drawn = draw(output.logits[:, -1].float(), sampling, generator)
         ended = torch.isin(drawn, stops)

@@ -20,5 +20,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=special[0], bos_token=special[1], eos_token=special[2], clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token=special[0],
+        bos_token=special[1],
+        eos_token=special[2],
+        clean_up_tokenization_spaces=False,
     )

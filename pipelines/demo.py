@@ -97,7 +97,9 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                 seed=seed,
                 **answers,
             ),
-            "reward": RewardModel(model="sft", num_train_epochs=2, per_device_train_batch_size=32, learning_rate=1e-3, **pairs, **common, **schedule),
+            "reward": RewardModel(
+                model="sft", num_train_epochs=2, per_device_train_batch_size=32, learning_rate=1e-3, **pairs, **common, **schedule
+            ),
             "ppo": PPO(
                 model="sft",
                 reward_model="reward",
@@ -115,11 +117,29 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                 **schedule,
             ),
             "dpo": Preference(
-                model="sft", loss="rpo", beta=0.2, rpo_alpha=0.2, per_device_train_batch_size=32, learning_rate=2e-4, **pairs, **common, **schedule
+                model="sft",
+                loss="rpo",
+                beta=0.2,
+                rpo_alpha=0.2,
+                per_device_train_batch_size=32,
+                learning_rate=2e-4,
+                **pairs,
+                **common,
+                **schedule,
             ),
-            "orpo": Preference(model="sft", loss="orpo", lam=1.0, per_device_train_batch_size=32, learning_rate=1e-3, **pairs, **common, **schedule),
+            "orpo": Preference(
+                model="sft", loss="orpo", lam=1.0, per_device_train_batch_size=32, learning_rate=1e-3, **pairs, **common, **schedule
+            ),
             "simpo": Preference(
-                model="sft", loss="simpo", beta=2.0, gamma=1.0, per_device_train_batch_size=32, learning_rate=1e-4, **pairs, **common, **schedule
+                model="sft",
+                loss="simpo",
+                beta=2.0,
+                gamma=1.0,
+                per_device_train_batch_size=32,
+                learning_rate=1e-4,
+                **pairs,
+                **common,
+                **schedule,
             ),
             "evaluate": Evaluate(
                 models={name: name for name in ("base", "sft", "ppo", "dpo", "orpo", "simpo")},

@@ -85,7 +85,9 @@ class DataFields(Fields):
     """Where rows come from, and how they are read."""
 
     data: DataRefs = Field(validation_alias=AliasChoices("data", "dataset_name"))
-    """A file (JSONL, JSON, CSV, Parquet, text; .gz too), a folder, or a data set of the hub; several are read one after the other."""
+    """A file (JSONL, JSON, CSV, Parquet, text; .gz too), a folder, or a data set of the hub; several are read one after the
+    other.
+    """
     data_format: str | None = None
     """Name of the data's format; recognized by its columns by default."""
     data_split: str = "train"

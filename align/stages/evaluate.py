@@ -25,6 +25,12 @@ class Evaluate(Stage, SamplingFields, RewardFields):
     """Prompts to answer, with the columns that the rewards need."""
     data_format: str | None = None
     """Name of the data's format; recognized by its columns by default."""
+    data_split: str = "train"
+    """Split of a hub data set."""
+    max_rows: int | None = Field(None, gt=0)
+    """Read only the first rows of each source."""
+    held_out: float = Field(0.0, ge=0, lt=1)
+    """Measure only on the prompts that training stages with this `held_out` kept apart; 0 for all rows."""
     perplexity_data: DataRefs | None = None
     """Demonstrations whose answers' perplexity is measured."""
     preference_data: DataRefs | None = None
@@ -68,4 +74,3 @@ class Evaluate(Stage, SamplingFields, RewardFields):
         lines = [json.dumps(sample, ensure_ascii=False) for sample in evaluation.samples()]
         (context.folder / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         return {"models": results}
-

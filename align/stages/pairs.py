@@ -13,7 +13,9 @@ from align.stages.sampling import RewardFields, SamplingFields
 
 @stage("pairs")
 class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
-    """Write ``preferences.jsonl`` (from `data`) and ``held_out.jsonl`` (from the held-out prompts) for the reward and preference stages."""
+    """Write ``preferences.jsonl`` (from `data`) and ``held_out.jsonl`` (from the held-out prompts) for the reward and preference
+    stages.
+    """
 
     num_generations: int = Field(4, gt=1)
     """Answers sampled for each prompt."""
@@ -63,7 +65,9 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
                 best, worst = max(group, key=scores.__getitem__), min(group, key=scores.__getitem__)
                 if scores[best] - scores[worst] > self.min_gap and texts[best] != texts[worst]:
                     row = repeated[start]
-                    pairs.append({"prompt": plain(row.prompt), "chosen": answer(row, texts[best]), "rejected": answer(row, texts[worst])})
+                    pairs.append(
+                        {"prompt": plain(row.prompt), "chosen": answer(row, texts[best]), "rejected": answer(row, texts[worst])}
+                    )
             write_rows(context.folder / f"{name}.jsonl", pairs)
             say(f"{context.name}: {len(encoded.trees)} prompts gave {len(pairs)} pairs ({name}); {encoded.summary()}")
             metrics[f"{name}_pairs"] = len(pairs)

@@ -75,7 +75,11 @@ class PPO(Stage, DataFields, ModelFields, OptimizerFields, SamplingFields, Rewar
             if not test.trees:
                 return {}
             answers = complete(
-                policy, [tree.prompt for tree in test.trees], self.sampling(), stop_ids, torch.Generator(trainer.device).manual_seed(self.seed)
+                policy,
+                [tree.prompt for tree in test.trees],
+                self.sampling(),
+                stop_ids,
+                torch.Generator(trainer.device).manual_seed(self.seed),
             )
             totals, components = judge(test.rows, [tree.prompt for tree in test.trees], answers)
             means = {"eval_score": sum(totals) / len(totals), **{f"eval_{k}": v for k, v in component_means(components).items()}}

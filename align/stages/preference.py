@@ -18,7 +18,9 @@ class Preference(TrainingStage):
     learning_rate: float = Field(5e-7, gt=0)
     """Peak learning rate: 3e-7 to 1e-6 for all weights of a pretrained model (ORPO 5e-6 to 8e-6), ten times that for LoRA."""
     beta: float | None = None
-    """dpo, ipo, robust, hinge, apo_zero, rpo: strength of the pull to the reference, 0.01 to 0.5. simpo: scale of the reward, 2 to 10."""
+    """dpo, ipo, robust, hinge, apo_zero, rpo: strength of the pull to the reference, 0.01 to 0.5. simpo: scale of the reward, 2
+    to 10.
+    """
     gamma: float | None = None
     """simpo: target margin; the paper recommends gamma / beta of 0.3 to 0.5."""
     lam: float | None = None

@@ -38,7 +38,9 @@ class RewardModel(TrainingStage):
 
             arguments = t.training_arguments(self, context, has_eval=bool(held_trees))
             callbacks = t.callbacks_of(self, context)
-            trainer = reward_trainer(model, tokenizer, trees, held_trees, arguments, self.center_rewards_coefficient, callbacks=callbacks)
+            trainer = reward_trainer(
+                model, tokenizer, trees, held_trees, arguments, self.center_rewards_coefficient, callbacks=callbacks
+            )
             metrics = t.run_trainer(trainer, self, context, has_eval=bool(held_trees))
             t.enable_forest(model)
         else:

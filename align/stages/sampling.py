@@ -37,7 +37,7 @@ class SamplingFields(Fields):
 class RewardFields(Fields):
     """What judges an answer: functions, a reward model, or both."""
 
-    reward_funcs: RewardRefs = []
+    reward_funcs: RewardRefs = Field(default_factory=list)
     """Reward functions: built-in names, `package.module:function` or `file.py:function`."""
     reward_weights: list[float] | None = None
     """One weight for each function, then one for the reward model; 1 by default."""
@@ -61,7 +61,9 @@ class RewardFields(Fields):
             raise AlignError("nothing judges the answers: set reward_funcs, reward_model or both")
         weights = self.reward_weights or [1.0] * count
         if len(weights) != count:
-            raise AlignError(f"reward_weights has {len(weights)} numbers; there are {count} rewards (functions first, then the reward model)")
+            raise AlignError(
+                f"reward_weights has {len(weights)} numbers; there are {count} rewards (functions first, then the reward model)"
+            )
         functions = RewardSet(self.reward_funcs, weights[: len(self.reward_funcs)]) if self.reward_funcs else None
         scorer = None
         if self.reward_model is not None:

@@ -39,7 +39,9 @@ def rows_of(stage: DataFields, kind: str, label: str) -> tuple[list[Any], list[A
         return rows, read_rows(stage, stage.eval_data, kind, f"{label} (held out)")
     train, held_out = split_by_prompt(rows, stage.held_out) if stage.held_out else (rows, [])
     if not train:
-        raise AlignError(f"{', '.join(stage.data)}: no row is left to train on after holding out {stage.held_out:.0%} of the prompts")
+        raise AlignError(
+            f"{', '.join(stage.data)}: no row is left to train on after holding out {stage.held_out:.0%} of the prompts"
+        )
     return train, held_out
 
 
@@ -80,8 +82,12 @@ def tokenizer_of(stage: Any) -> tuple[PreTrainedTokenizerBase, Encoder]:
     return tokenizer, Encoder(tokenizer, stage.max_length)
 
 
-def make_ready(stage: Any, label: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, longest: int, folder: Path | None) -> nn.Module:
-    """Embeddings that fit the tokenizer, a padding token, LoRA where asked, the device, and the forest path (or a line that says why not)."""
+def make_ready(
+    stage: Any, label: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, longest: int, folder: Path | None
+) -> nn.Module:
+    """Embeddings that fit the tokenizer, a padding token, LoRA where asked, the device, and the forest path (or a line that says
+    why not).
+    """
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # type: ignore[operator, union-attr]
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # type: ignore[operator]
     ensure_pad_token(tokenizer, model)
@@ -248,8 +254,8 @@ def check_end_token(encoder: Encoder, rows: Sequence[Any], trees: Sequence[Tree]
         if any(token == end and counts for token, counts in zip(tree.prompt, tree.prompt_mask, strict=True)):
             return
     raise AlignError(
-        f"the end token {encoder.tokenizer.convert_ids_to_tokens(end)!r} carries a loss in none of the {len(trees)} rows, so the model would "
-        "never learn to stop; raise max_length (every answer was cut) or mend the chat template"
+        f"the end token {encoder.tokenizer.convert_ids_to_tokens(end)!r} carries a loss in none of the {len(trees)} rows, "
+        "so the model would never learn to stop; raise max_length (every answer was cut) or mend the chat template"
     )
 
 

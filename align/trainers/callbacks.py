@@ -27,7 +27,12 @@ class Watch(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             self.history.add(state.global_step, {k: v for k, v in logs.items() if isinstance(v, int | float)})

@@ -20,8 +20,8 @@ class ForestTrainer(Trainer):
     """Trains `model` (see `align.engine.enable_forest`) on token trees.
 
     A batch of trees is cut into forests of at most `max_tokens` tokens, each with its own forward and backward pass. The loss is
-    the mean over the units (tokens or pairs) of the optimizer step's *whole* batch: the gradient is the same for any cut, any number of
-    accumulation steps and any number of processes.
+    the mean over the units (tokens or pairs) of the optimizer step's *whole* batch: the gradient is the same for any cut, any
+    number of accumulation steps and any number of processes.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class ForestTrainer(Trainer):
             means["perplexity"] = math.exp(min(means["loss"], 700.0))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def floating_point_ops(self, inputs: list[Forest]) -> int:

@@ -1,7 +1,7 @@
 """Proximal policy optimization (Schulman et al., arXiv:1707.06347) for language models, as numbered steps.
 
-An *episode* is a prompt and one sampled completion. The state before a token is the text so far, the action is the token, the reward is
-minus the price of diverging from the reference, plus the score of the whole completion on its last token.
+An *episode* is a prompt and one sampled completion. The state before a token is the text so far, the action is the token, the
+reward is minus the price of diverging from the reference, plus the score of the whole completion on its last token.
 """
 
 from __future__ import annotations

@@ -21,7 +21,12 @@ from align.schema import PreferenceRow
 
 
 def sft_trainer(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, trees: Sequence[Tree], held: Sequence[Tree], arguments: dict[str, Any], **rest: Any
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    trees: Sequence[Tree],
+    held: Sequence[Tree],
+    arguments: dict[str, Any],
+    **rest: Any,
 ) -> SFTTrainer:
     """`SFTTrainer` on our tokens, the loss on the same ones."""
 

@@ -1,0 +1,40 @@
+"""SimPO: base → SFT → simple preference optimization → evaluation.
+
+align run simpo --set model=Qwen/Qwen2.5-0.5B --set sft_data=tatsu-lab/alpaca --set preference_data=Anthropic/hh-rlhf
+"""
+
+from __future__ import annotations
+
+from align.recipe import Recipe, main
+from align.stages import SFT, Evaluate, Preference
+
+
+def recipe(
+    model: str = "Qwen/Qwen2.5-0.5B",
+    sft_data: str = "tatsu-lab/alpaca",
+    preference_data: str = "Anthropic/hh-rlhf",
+    max_rows: int | None = None,
+    max_length: int = 512,
+    held_out: float = 0.1,
+    chat_template: str = "auto",
+) -> Recipe:
+    """SimPO (arXiv:2405.14734) needs no reference; beta 2 and gamma 1 keep gamma / beta at the recommended 0.5."""
+    rows = {"max_rows": max_rows, "max_length": max_length, "held_out": held_out}
+    return Recipe(
+        "simpo",
+        {
+            "sft": SFT(model=model, data=sft_data, chat_template=chat_template, **rows),
+            "simpo": Preference(model="sft", loss="simpo", beta=2.0, gamma=1.0, data=preference_data, **rows),
+            "evaluate": Evaluate(
+                models={"sft": "sft", "simpo": "simpo"},
+                reference="sft",
+                perplexity_data=sft_data,
+                preference_data=preference_data,
+                **rows,
+            ),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main(recipe)
