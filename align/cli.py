@@ -256,7 +256,7 @@ def _models(options: argparse.Namespace) -> int:
         raise AlignError(f"`align models {options.action}` needs a NAME")
     if options.action == "alias":
         if options.target is None:
-            raise AlignError("`align models alias NAME TARGET` needs a TARGET: a path or a hub id")
+            raise AlignError("`align models alias NAME TARGET` needs a TARGET: a registered name, a path or a hub id")
         registry.add_alias(options.name, options.target)
     elif options.action == "show":
         artifact = asdict(registry.get(options.name))

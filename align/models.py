@@ -138,7 +138,7 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> No
             tokenizer.pad_token = tokenizer.unk_token
         else:
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-            if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # type: ignore[operator, union-attr]
+            if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # type: ignore[operator]
                 model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # type: ignore[operator]
     model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
     if getattr(model, "generation_config", None) is not None:

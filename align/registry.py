@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def check_name(name: str) -> str:
     Raises:
         AlignError: it cannot.
     """
-    if not NAME.fullmatch(name) or len(name) > 100:
+    if not isinstance(name, str) or not NAME.fullmatch(name) or len(name) > 100:
         raise AlignError(
             f"the name {name!r} must be letters, digits, '.', '_' or '-', start with a letter or digit, and have at most "
             f"100 of them"
@@ -73,10 +74,10 @@ class Registry:
         version = 1 + max((a.version for a in self.versions(artifact.name)), default=0)
         while True:
             numbered = replace(artifact, version=version)
-            temporary = folder / f".{os.getpid()}.tmp"
+            temporary = folder / f".{uuid.uuid4().hex}.tmp"
             write_atomically(temporary, json.dumps(asdict(numbered), indent=1))
             try:
-                # A hard link fails where the name exists: two processes never take the same version.
+                # A hard link fails where the name exists: no two writers ever take the same version.
                 os.link(temporary, folder / f"{version}.json")
                 return numbered
             except FileExistsError:
@@ -123,8 +124,8 @@ class Registry:
         Raises:
             AlignError: it looks like a path or a version and there is none.
         """
-        if Path(reference).is_dir():
-            path = Path(reference).resolve()
+        path = Path(reference).expanduser().resolve()
+        if reference and path.is_dir():
             return Resolved(str(path), Artifact.read(path))
         if reference.startswith((".", "/", "~")) or reference.count("/") > 1:
             raise AlignError(f"no model folder {reference!r}")
@@ -135,7 +136,7 @@ class Registry:
             return Resolved(artifact.path, artifact)
         aliases = self.aliases()
         if reference in aliases:
-            return Resolved(aliases[reference])
+            return self.resolve(aliases[reference])
         if "/" not in reference:
             raise AlignError(
                 f"no model {reference!r}{near_miss(reference, [*self.names(), *aliases])}: it is not a folder, not in the registry "
@@ -162,6 +163,13 @@ class Registry:
         return {**ALIASES, **(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})}
 
     def add_alias(self, alias: str, target: str) -> None:
-        """Let `alias` stand for `target`, a path or a hub id."""
+        """Let `alias` stand for what `target` means now: the folder of a registered NAME[@VERSION], any other folder, or a hub id.
+
+        Raises:
+            AlignError: `target` leads nowhere, or a registered model has the name `alias` and would hide it.
+        """
+        if check_name(alias) in self.names():
+            raise AlignError(f"{alias!r} is the name of a registered model; choose another alias")
+        path = self.resolve(target).path
         own = {name: value for name, value in self.aliases().items() if ALIASES.get(name) != value}
-        write_atomically(self.root / "aliases.json", json.dumps({**own, check_name(alias): target}, indent=1))
+        write_atomically(self.root / "aliases.json", json.dumps({**own, alias: path}, indent=1))

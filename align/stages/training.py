@@ -88,7 +88,7 @@ def make_ready(
     """Embeddings that fit the tokenizer, a padding token, LoRA where asked, the device, and the forest path (or a line that says
     why not).
     """
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # type: ignore[operator, union-attr]
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # type: ignore[operator]
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # type: ignore[operator]
     ensure_pad_token(tokenizer, model)
     if stage.use_peft:
