@@ -20,12 +20,15 @@ from align.artifact import Artifact
 from align.errors import AlignError, near_miss
 from align.pipeline import Run, default_out
 from align.progress import say
-from align.recipe import Recipe, load_recipe, make_stage, parse_value
+from align.recipe import Recipe, field_name, load_recipe, make_stage, other_names, parse_value, read_yaml
 from align.registry import Registry, check_name, home
 from align.stages import Preference, Stage, stages
 
 PREFERENCE_VERBS = ("dpo", "orpo", "simpo", "ipo")
 """Preference losses that are verbs of their own; the others run as ``align preference --loss NAME``."""
+
+OWN_FLAGS = ("config", "output_dir", "name", "plan", "json")
+"""What a stage verb takes besides the stage's fields."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -105,21 +108,21 @@ def _run(options: argparse.Namespace) -> int:
             raise AlignError(f"--set {assignment}: write it as KEY=VALUE")
         assignments[key] = value
     recipe = load_recipe(options.recipe, assignments)
-    return _execute(recipe, options.out or default_out(recipe), plan=options.plan, only=options.only, as_json=options.json)
-
-
-def _execute(recipe: Recipe, out: Path, *, plan: bool, only: str | None, as_json: bool) -> int:
+    out = options.out or default_out(recipe)
     run = Run(recipe, out)
-    if plan:
-        steps = run.plan()
-        rows = [{"stage": s.name, "runs": s.done is None, "reason": s.reason, "folder": str(s.folder)} for s in steps]
-        _print(rows, as_json, lambda row: f"{'run ' if row['runs'] else 'skip'}  {row['stage']:<14} {row['reason']}")
-        return 0
-    artifacts = run.execute(only)
-    if only is None:
+    if options.plan:
+        return _show_plan(run, as_json=options.json)
+    artifacts = run.execute(options.only)
+    if options.only is None:
         from align.report import write_report
 
-        write_report(out, recipe.name, artifacts, as_json=as_json)
+        write_report(out, recipe.name, artifacts, as_json=options.json)
+    return 0
+
+
+def _show_plan(run: Run, *, as_json: bool) -> int:
+    rows = [{"stage": s.name, "runs": s.done is None, "reason": s.reason, "folder": str(s.folder)} for s in run.plan()]
+    _print(rows, as_json, lambda row: f"{'run ' if row['runs'] else 'skip'}  {row['stage']:<14} {row['reason']}")
     return 0
 
 
@@ -138,32 +141,20 @@ def _stage(options: argparse.Namespace, rest: list[str]) -> int:
         print(_stage_help(options.verb, cls))
         return 0
     fields = _flags(rest, cls, options.verb)
-    own: dict[str, Any] = {key: fields.pop(key, None) for key in ("config", "output_dir", "name", "plan", "json")}
-    if own["config"]:
-        fields = {**_config_file(Path(own["config"])), **fields}
-    for key in ("output_dir", "name"):
-        own[key] = fields.pop(key, None) if own[key] is None else own[key]
+    if "config" in fields:
+        fields = _merged(_config_file(Path(fields.pop("config")), cls), fields)
+    own = {key: fields.pop(key, None) for key in OWN_FLAGS}
     if verb in PREFERENCE_VERBS:
         if fields.get("loss", verb) != verb:
             raise AlignError(f"`align {verb}` with loss {fields['loss']!r}: use `align preference --loss {fields['loss']}`")
         fields["loss"] = verb
     name = check_name(own["name"] or verb)
     recipe = Recipe(name, {name: make_stage(cls, fields, f"align {options.verb}")})
-    if own["output_dir"] is not None:
-        return _into_folder(recipe, Path(own["output_dir"]), as_json=bool(own["json"]))
-    out = home() / "stages"
+    folder = None if own["output_dir"] is None else Path(str(own["output_dir"]))  # `--output_dir` promises exactly this folder
+    run = Run(recipe, home() / "stages" if folder is None else folder.parent, folder)
     if own["plan"]:
-        return _execute(recipe, out, plan=True, only=None, as_json=bool(own["json"]))
-    artifact = Run(recipe, out).execute()[name]
-    _show_result(artifact, as_json=bool(own["json"]))
-    return 0
-
-
-def _into_folder(recipe: Recipe, folder: Path, *, as_json: bool) -> int:
-    """Run a single stage into exactly `folder`, as ``--output_dir`` promises."""
-    run = Run(recipe, folder.parent, folder=folder)
-    (artifact,) = run.execute().values()
-    _show_result(artifact, as_json=as_json)
+        return _show_plan(run, as_json=bool(own["json"]))
+    _show_result(run.execute()[name], as_json=bool(own["json"]))
     return 0
 
 
@@ -178,7 +169,7 @@ def _show_result(artifact: Artifact, *, as_json: bool) -> None:
 
 def _flags(rest: list[str], cls: type[Stage], verb: str) -> dict[str, Any]:
     """``--key value``, ``--key=value`` and ``--switch`` to fields; several values make a list."""
-    known = {*cls.model_fields, *_aliases(cls), "config", "output_dir", "name", "plan", "json"}
+    known = {*cls.model_fields, *OWN_FLAGS, *(name for info in cls.model_fields.values() for name in other_names(info))}
     fields: dict[str, Any] = {}
     index = 0
     while index < len(rest):
@@ -186,40 +177,41 @@ def _flags(rest: list[str], cls: type[Stage], verb: str) -> dict[str, Any]:
         if not flag.startswith("--"):
             raise AlignError(f"align {verb}: {flag!r} is not a flag; write --KEY VALUE")
         key, equals, value = flag[2:].partition("=")
-        key, _, entry = key.replace("-", "_").partition(".")
+        key, _, entry = key.partition(".")
+        key = key.replace("-", "_")
         if key not in known:
             raise AlignError(f"align {verb}: unknown flag --{key}{near_miss(key, known)}; see `align {verb} --help`")
+        key = field_name(cls, key)
         index += 1
         values = [value] if equals else []
         while not equals and index < len(rest) and not rest[index].startswith("--"):
             values.append(rest[index])
             index += 1
-        parsed = [parse_value(item) for item in values]
+        parsed = values if key in OWN_FLAGS else [parse_value(item) for item in values]
         result = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
+        if key in ("config", "output_dir", "name") and not isinstance(result, str):
+            raise AlignError(f"align {verb}: --{key} takes one value")
         if entry:
-            fields.setdefault(key, {})[entry] = result
+            before = fields.get(key)
+            fields[key] = {**(before if isinstance(before, dict) else {}), entry: result}
         else:
             fields[key] = result
     return fields
 
 
-def _aliases(cls: type[Stage]) -> set[str]:
-    found: set[str] = set()
-    for info in cls.model_fields.values():
-        found.update(str(choice) for choice in getattr(info.validation_alias, "choices", ()))
-    return found
-
-
-def _config_file(path: Path) -> dict[str, Any]:
+def _config_file(path: Path, cls: type[Stage]) -> dict[str, Any]:
     if not path.is_file():
         raise AlignError(f"--config {path}: there is no such file")
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise AlignError(f"--config {path}: not YAML: {error}") from error
+    fields = read_yaml(path)
     if not isinstance(fields, dict):
         raise AlignError(f"--config {path}: expected `key: value` lines")
-    return fields
+    return {field_name(cls, key): value for key, value in fields.items()}
+
+
+def _merged(config: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags win; of a mapping they change the entries that they name."""
+    both = {key for key in config.keys() & flags.keys() if isinstance(config[key], dict) and isinstance(flags[key], dict)}
+    return {**config, **flags, **{key: {**config[key], **flags[key]} for key in both}}
 
 
 def _stage_help(verb: str, cls: type[Stage]) -> str:

@@ -14,6 +14,9 @@ from align.errors import AlignError
 from align.forest import Tree
 from align.schema import Message, PreferenceRow, PromptRow, SFTRow, Text, TextRow
 
+Tools = list[dict[str, Any]] | None
+"""Descriptions of functions that the chat template shows to the model."""
+
 TEMPLATES = Path(__file__).parent / "templates" / "chat"
 
 
@@ -35,7 +38,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) ->
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token trees and what became of the rows: rows in = trees + set aside."""
+    """Token trees and what became of the rows: rows in = rows used + set aside."""
 
     trees: list[Tree]
     rows: list[Any]
@@ -46,11 +49,9 @@ class Encoded:
 
     def summary(self) -> str:
         """One line that adds up."""
-        total = len(self.trees) + sum(self.set_aside.values())
+        used, aside = len({id(row) for row in self.rows}), sum(self.set_aside.values())
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.set_aside.items())
-        line = (
-            f"{total} rows = {len(self.trees)} used + {sum(self.set_aside.values())} set aside{f' ({reasons})' if reasons else ''}"
-        )
+        line = f"{used + aside} rows = {used} used + {aside} set aside{f' ({reasons})' if reasons else ''}"
         return line + (f"; {self.cut_tokens} tokens cut from {self.cut_rows} rows by max_length" if self.cut_rows else "")
 
 
@@ -99,7 +100,7 @@ class Encoder:
 
     # -- rendering -----------------------------------------------------------------------------------------------------------
 
-    def render(self, messages: Iterable[Message], *, generate: bool = False, tools: list[dict[str, Any]] | None = None) -> str:
+    def render(self, messages: Iterable[Message], *, generate: bool = False, tools: Tools = None) -> str:
         """`messages` through the chat template; with `generate` up to where the assistant begins to speak.
 
         Raises:
@@ -116,13 +117,13 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def prompt_ids(self, prompt: Text) -> list[int]:
+    def prompt_ids(self, prompt: Text, tools: Tools = None) -> list[int]:
         """Tokens of a prompt, up to where the answer begins."""
         if isinstance(prompt, str):
             return self.tokenizer(prompt)["input_ids"] if prompt else []
-        return self._ids(self.render(prompt, generate=True))
+        return self._ids(self.render(prompt, generate=True, tools=tools))
 
-    def answer_ids(self, prompt: Text, answer: Text) -> list[int]:
+    def answer_ids(self, prompt: Text, answer: Text, tools: Tools = None) -> list[int]:
         """Tokens of `answer` behind `prompt`, with the end token."""
         if isinstance(answer, str):
             assert isinstance(prompt, str)
@@ -130,7 +131,8 @@ class Encoder:
             prefix, whole = self.prompt_ids(prompt), self.tokenizer(head + tail)["input_ids"]
         else:
             turns = [*prompt, *answer]
-            head, text, end = self.render(prompt, generate=True), self.render(turns), self.end_of_turn  # type: ignore[arg-type]
+            head, text = self.render(prompt, generate=True, tools=tools), self.render(turns, tools=tools)  # type: ignore[arg-type]
+            end = self.end_of_turn
             if not text.startswith(head):
                 raise AlignError(
                     "the chat template renders a conversation differently once it is answered; its prompt is not a prefix"
@@ -147,19 +149,28 @@ class Encoder:
     # -- one function a kind of row --------------------------------------------------------------------------------------------
 
     def text(self, rows: Iterable[TextRow]) -> Encoded:
-        """Documents in blocks of at most `max_length` tokens; every token is a target."""
+        """Documents in blocks of at most `max_length` tokens; every token but a block's first is a target.
+
+        A last block of one token has none and is cut.
+        """
         trees: list[Tree] = []
         kept: list[TextRow] = []
+        set_aside: Counter[str] = Counter()
+        cut_rows = 0
         for row in rows:
             ids = self.tokenizer(row.text)["input_ids"]
             if self.tokenizer.eos_token_id is not None and ids[-1:] != [self.tokenizer.eos_token_id]:
                 ids.append(self.tokenizer.eos_token_id)
-            step = self.max_length or len(ids)
+            step = self.max_length or max(len(ids), 1)
             blocks = [ids[i : i + step] for i in range(0, len(ids), step)]
             new = [Tree(block, prompt_mask=[True] * len(block)) for block in blocks if len(block) > 1]
             trees += new
             kept += [row] * len(new)
-        return Encoded(trees, kept)
+            if not new:
+                set_aside["have no token to predict"] += 1
+            elif len(new) < len(blocks):
+                cut_rows += 1
+        return Encoded(trees, kept, set_aside, cut_rows, cut_tokens=cut_rows)
 
     def sft(self, rows: Iterable[SFTRow]) -> Encoded:
         """Conversations with the loss on assistant turns, or prompt + completion with the loss on the completion."""
@@ -170,21 +181,23 @@ class Encoder:
             prompt, completion = row.prompt, row.completion
             assert prompt is not None
             assert completion is not None
-            head, answer = self.prompt_ids(prompt), self.answer_ids(prompt, completion)
+            head, answer = self.prompt_ids(prompt, row.tools), self.answer_ids(prompt, completion, row.tools)
             return Tree(head + answer, prompt_mask=[False] * len(head) + [True] * len(answer))
         turns = row.messages
         answered = [i for i, message in enumerate(turns) if message.role == "assistant"]
         if len(answered) == 1 and answered[0] == len(turns) - 1:
-            head, answer = self.prompt_ids(turns[:-1]) if len(turns) > 1 else [], self.answer_ids(turns[:-1], turns[-1:])
+            head = self.prompt_ids(turns[:-1], row.tools) if len(turns) > 1 else []
+            answer = self.answer_ids(turns[:-1], turns[-1:], row.tools)
             return Tree(head + answer, prompt_mask=[False] * len(head) + [True] * len(answer))
-        return self._conversation(turns, answered)
+        return self._conversation(turns, answered, row.tools)
 
-    def _conversation(self, turns: list[Message], answered: list[int]) -> Tree:
+    def _conversation(self, turns: list[Message], answered: list[int], tools: Tools) -> Tree:
         """Several assistant turns: the characters that each adds to the rendered text, mapped to tokens by their offsets."""
-        text = self.render(turns)
+        text = self.render(turns, tools=tools)
         spans = []
         for i in answered:
-            before, after = self.render(turns[:i], generate=True) if i else "", self.render(turns[: i + 1])
+            before = self.render(turns[:i], generate=True, tools=tools) if i else ""
+            after = self.render(turns[: i + 1], tools=tools)
             if not (text.startswith(before) and text.startswith(after)):
                 raise AlignError(
                     "the chat template renders earlier turns differently later in the conversation, so turns cannot be told apart"
@@ -208,12 +221,12 @@ class Encoder:
         return self._collect(rows, self._preference_tree)
 
     def _preference_tree(self, row: PreferenceRow) -> Tree:
-        branches = (self.answer_ids(row.prompt, row.chosen), self.answer_ids(row.prompt, row.rejected))
-        return Tree(self.prompt_ids(row.prompt), branches, values={"margin": [row.margin or 0.0]})
+        branches = tuple(self.answer_ids(row.prompt, answer, row.tools) for answer in (row.chosen, row.rejected))
+        return Tree(self.prompt_ids(row.prompt, row.tools), branches, values={"margin": [row.margin or 0.0]})
 
     def prompts(self, rows: Iterable[PromptRow]) -> Encoded:
         """Prompts alone; one that leaves no room within `max_length` is set aside."""
-        return self._collect(rows, lambda row: Tree(self.prompt_ids(row.prompt)))
+        return self._collect(rows, lambda row: Tree(self.prompt_ids(row.prompt, row.tools)))
 
     # -- lengths -------------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from align.attention import FOREST, make_plan
 from align.errors import AlignError
 from align.forest import Forest, Tree, pad, plant
-from align.heads import TokenScores, head_of, token_scores
+from align.heads import TokenScores, at_least_fp32, head_of, token_scores
 
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference in log-probs (nats) that rounding explains."""
@@ -125,7 +125,8 @@ def _probe(model: nn.Module) -> str | None:
         ours = model(forest=forest, read="ends")
         theirs = type(model).forward(model, input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         if isinstance(ours, TokenScores):
-            wanted = theirs.float().flatten(0, 1)[batch.sources].log_softmax(1).gather(1, forest.targets[:, None])[:, 0]
+            logits = theirs.flatten(0, 1)[batch.sources]
+            wanted = logits.to(at_least_fp32(logits.dtype)).log_softmax(1).gather(1, forest.targets[:, None])[:, 0]
             difference = (ours.logps - wanted).abs().max().item()
         else:
             # A score head answers once a row, at the last token that is not padding; read the trunk instead.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from align.data import load_rows, split_by_prompt
-from align.encode import Encoder, set_chat_template
+from align.encode import Encoded, Encoder, set_chat_template
 from align.engine import enable_forest
 from align.errors import AlignError
 from align.forest import Tree
@@ -80,13 +80,12 @@ class Evaluation:
         enable_forest(model)
         result: dict[str, Any] = {}
         if self.demonstrations:
-            result["perplexity"] = math.exp(
-                min(mean_nll(model, encoder.sft(self.demonstrations).trees, stage.max_tokens_per_micro_batch), 700)
-            )
+            trees = self._trees(name, encoder.sft(self.demonstrations))
+            result["perplexity"] = math.exp(min(mean_nll(model, trees, stage.max_tokens_per_micro_batch), 700))
         if self.prompts:
             result.update(self._answer(name, model, Encoder(tokenizer, stage.max_length - stage.max_completion_length)))
         if self.pairs:
-            trees = encoder.preference(self.pairs).trees
+            trees = self._trees(name, encoder.preference(self.pairs))
             logps = branch_logps(model, trees, stage.max_tokens_per_micro_batch)
             if name == stage.reference:
                 self._reference = (model, logps)
@@ -120,10 +119,22 @@ class Evaluation:
                 result.update(self._sampled(model, prompts, answers, totals, components))
             elif totals:
                 result["greedy_reward"] = summarize(self._headline(totals, components))
-            for entry, text, number in zip(self._answers, judge.texts(answers) if judge else (), range(len(answers)), strict=False):
-                score = {"text": text, **({"reward": self._headline(totals, components)[number]} if totals else {})}
-                entry.setdefault(name, {})[mode] = score
+            texts = tokenizer.batch_decode([answer.tokens for answer in answers], skip_special_tokens=True)
+            rewards = self._headline(totals, components) if totals else [None] * len(texts)
+            for entry, text, reward in zip(self._answers, texts, rewards, strict=True):
+                entry.setdefault(name, {})[mode] = {"text": text.strip(), "reward": reward}
         return result
+
+    @staticmethod
+    def _trees(name: str, encoded: Encoded) -> list[Tree]:
+        """The trees of held-out rows.
+
+        Raises:
+            AlignError: none of them fits into `max_length`.
+        """
+        if not encoded.trees:
+            raise AlignError(f"{name}: none of the rows can be used: {encoded.summary()}")
+        return encoded.trees
 
     def _sampled(
         self, model: nn.Module, prompts: list[list[int]], answers: list[Completion], totals: list[float], components: dict[str, Any]
@@ -159,7 +170,8 @@ class Evaluation:
         set_chat_template(tokenizer, self.stage.chat_template)
         budget = self.stage.max_tokens_per_micro_batch
         scorer = RewardScorer(path, tokenizer.get_vocab(), dtype=self.stage.dtype, max_tokens=budget, normalize=False)
-        pairs = branch_scores(scorer.model, Encoder(tokenizer, self.stage.max_length).preference(self.pairs).trees, budget)
+        trees = self._trees(name, Encoder(tokenizer, self.stage.max_length).preference(self.pairs))
+        pairs = branch_scores(scorer.model, trees, budget)
         right = summarize([float(chosen > rejected) for chosen, rejected in pairs])
         return {"accuracy": right["mean"], "accuracy_ci95": right["ci95"], "n": right["n"]}
 

@@ -37,11 +37,17 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(n, hidden) to (n, vocabulary), fp32."""
-        logits = linear(hidden, self.weight, self.bias).float()
+        """(n, hidden) to (n, vocabulary), in fp32 or wider."""
+        logits = linear(hidden, self.weight, self.bias)
+        logits = logits.to(at_least_fp32(logits.dtype))
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums over the vocabulary are taken in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def head_of(model: nn.Module) -> Head:
@@ -62,7 +68,7 @@ def head_of(model: nn.Module) -> Head:
 
 
 def token_scores(hidden: Tensor, targets: Tensor, head: Head, temperature: float = 1.0) -> TokenScores:
-    """Score `targets` (n,) from `hidden` (n, hidden) under `head`, logits divided by `temperature`. All sums are in fp32.
+    """Score `targets` (n,) from `hidden` (n, hidden) under `head`, logits divided by `temperature`. All sums are in fp32 or wider.
 
     Log-probs and entropy are differentiable; `correct` is not.
     """
@@ -86,7 +92,7 @@ class _TokenScores(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         head = Head(weight.to(dtype), None if bias is None else bias.to(dtype), scale, softcap)
         n = len(targets)
-        logps, entropy = hidden.new_empty(n, dtype=torch.float), hidden.new_empty(n, dtype=torch.float)
+        logps, entropy = (hidden.new_empty(n, dtype=at_least_fp32(dtype)) for _ in range(2))
         correct = torch.empty(n, dtype=torch.bool, device=hidden.device)
         with torch.autocast(device, enabled=False):
             for part in _chunks(n, weight.shape[0]):

@@ -81,12 +81,17 @@ def _load(auto: Any, path: str, dtype: str, trust_remote_code: bool, **kwargs: A
         )
         if any(key.startswith("score.") for key in info["missing_keys"]):
             nn.init.zeros_(model.score.weight)
+        model.rows_on_disk = _embedding_rows(model)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, path).merge_and_unload()
             model.merged_from = path
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise AlignError(_not_loadable("model", path, error)) from error
     return model
+
+
+def _embedding_rows(model: Any) -> int:
+    return model.get_input_embeddings().weight.shape[0]
 
 
 def _with_score_head(model: Any) -> nn.Module:
@@ -176,7 +181,8 @@ def add_lora(model: nn.Module, lora: Lora, folder: Path | None = None) -> PeftMo
         AlignError: a target module is not in the model.
     """
     base: Any = model
-    if getattr(base, "merged_from", None) and folder is not None:
+    on_disk = getattr(base, "rows_on_disk", None) == _embedding_rows(base) and not getattr(base, "merged_from", None)
+    if not on_disk and folder is not None:
         base.save_pretrained(folder / "base")
         base.name_or_path = str((folder / "base").resolve())
     config = LoraConfig(

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -62,9 +63,9 @@ class Recipe:
         return {stage for stage in found if stage}
 
     def stage_of(self, kind: str, reference: str) -> str | None:
-        """The stage that `reference` speaks of: all of it for a model, its first part for data."""
+        """The stage that `reference` speaks of: all of it for a model, its first part for data. Alone it speaks of none."""
         owner = reference.split("/", 1)[0] if kind == "data" else reference
-        return owner if kind != "reward" and owner in self.stages else None
+        return owner if kind != "reward" and owner in self.stages and len(self.stages) > 1 else None
 
 
 def references(stage: Stage) -> Iterator[tuple[str, str]]:
@@ -118,16 +119,25 @@ def find_recipe(source: str) -> Path:
 
 
 def _module(path: Path) -> Any:
-    name = f"align_recipe_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, "recipe", None)):
+    """The module in the file `path`, run once per content: a recipe may register stages, and a name cannot be taken twice."""
+    name = _module_name(path)
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise AlignError(f"running the recipe {path} failed: {type(error).__name__}: {error}") from error
+    if not callable(getattr(sys.modules[name], "recipe", None)):
         raise AlignError(f"{path} defines no function `recipe` that returns a Recipe")
-    return module
+    return sys.modules[name]
+
+
+def _module_name(path: Path) -> str:
+    return f"align_recipe_{hashlib.sha256(bytes(path.resolve()) + path.read_bytes()).hexdigest()[:12]}"
 
 
 def from_yaml(path: Path) -> Recipe:
@@ -136,10 +146,7 @@ def from_yaml(path: Path) -> Recipe:
     Raises:
         AlignError: a key is missing or unknown.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise AlignError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    raw = read_yaml(path)
     if not isinstance(raw, dict) or not isinstance(raw.get("stages"), dict):
         raise AlignError(f"{path}: expected a mapping with `name` and `stages`")
     for key in raw.keys() - {"name", "stages"}:
@@ -159,17 +166,37 @@ def make_stage(cls: type[Stage], fields: Mapping[str, Any], where: str) -> Stage
     Raises:
         AlignError: an unknown field (with the near miss) or a value that does not fit.
     """
+    named = {field_name(cls, key): value for key, value in fields.items()}
     try:
-        return cls.model_validate(dict(fields))
+        return cls.model_validate({name: _as_list(cls, name, value) for name, value in named.items()})
     except ValidationError as error:
-        raise AlignError(f"{where}: {_explain(error, cls)}") from error
+        raise AlignError(f"{where}: {_explain(error)}") from error
 
 
-def _explain(error: ValidationError, cls: type[Stage]) -> str:
-    problem = error.errors()[0]
+def field_name(cls: type[Stage], key: str) -> str:
+    """The field that `key` means, where it is another name for one, as ``model_name_or_path`` is for ``model``."""
+    return next((name for name, info in cls.model_fields.items() if key in other_names(info)), key)
+
+
+def _as_list(cls: type[Stage], name: str, value: Any) -> Any:
+    """A single value for a field that takes a list is a list of one: ``report_to: tensorboard``."""
+    annotation = cls.model_fields[name].annotation if name in cls.model_fields else None
+    takes_list = list in (get_origin(annotation), *map(get_origin, get_args(annotation)))
+    return [value] if takes_list and isinstance(value, str | int | float) else value
+
+
+def other_names(info: Any) -> list[str]:
+    """All names of a field that has several."""
+    return [str(choice) for choice in getattr(info.validation_alias, "choices", ())]
+
+
+def _explain(error: ValidationError) -> str:
+    # A misspelt key is also a missing one: the misspelling tells more.
+    problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{near_miss(key, cls.model_fields)}"
+        known = [name for stage in stages if stages[stage].__name__ == error.title for name in stages[stage].model_fields]
+        return f"unknown key {key!r}{near_miss(key, known)}"
     if problem["type"] == "missing":
         return f"{key!r} is missing: it must be set"
     message = problem["msg"].removeprefix("Value error, ")
@@ -179,7 +206,12 @@ def _explain(error: ValidationError, cls: type[Stage]) -> str:
 def apply(build: Build, assignments: Mapping[str, str], where: str) -> Recipe:
     """Build a recipe with its settings changed, then change fields of its stages."""
     settings = {key: value for key, value in assignments.items() if "." not in key}
-    recipe = build(**_settings(build, settings, where))
+    try:
+        recipe = build(**_settings(build, settings, where))
+    except ValidationError as error:
+        raise AlignError(f"{where}, {error.title}: {_explain(error)}") from error
+    if not isinstance(recipe, Recipe):
+        raise AlignError(f"{where}: its function `recipe` returned a {type(recipe).__name__}, not a Recipe")
     changed = dict(recipe.stages)
     for key, value in assignments.items():
         if "." not in key:
@@ -195,13 +227,14 @@ def apply(build: Build, assignments: Mapping[str, str], where: str) -> Recipe:
 
 def _nested(stage: Stage, key: str, value: Any) -> dict[str, Any]:
     """``architecture.hidden_size`` changes one entry of a mapping."""
-    field_name, _, entry = key.partition(".")
+    name, _, entry = key.partition(".")
+    name = field_name(type(stage), name)
     if not entry:
-        return {key: value}
-    inner = getattr(stage, field_name, None)
+        return {name: value}
+    inner = getattr(stage, name, None)
     if not isinstance(inner, dict):
-        raise AlignError(f"--set {key}: {field_name!r} is not a mapping")
-    return {field_name: {**inner, entry: value}}
+        raise AlignError(f"--set {key}: {name!r} is not a mapping")
+    return {name: {**inner, entry: value}}
 
 
 def _settings(build: Build, given: Mapping[str, str], where: str) -> dict[str, Any]:
@@ -219,10 +252,29 @@ def _settings(build: Build, given: Mapping[str, str], where: str) -> dict[str, A
     return values
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML in which ``1e-3`` is a number, as everywhere else; to PyYAML it is a string."""
+
+
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        AlignError: it is not YAML.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Yaml)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise AlignError(f"{path} is not YAML: {error}") from error
+
+
 def parse_value(text: str) -> Any:
     """A value as YAML reads it; what is no YAML is a string."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Yaml)
     except yaml.YAMLError:
         return text
 
@@ -232,4 +284,5 @@ def main(build: Build, arguments: list[str] | None = None) -> None:
     from align.cli import main as cli
 
     path = inspect.getfile(build)
+    sys.modules[_module_name(Path(path))] = sys.modules[build.__module__]  # the file is running: once is enough
     raise SystemExit(cli(["run", path, *(sys.argv[1:] if arguments is None else arguments)]))

@@ -83,6 +83,8 @@ def _complete_batch(
     finished = [False] * len(prompts)
     rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch is
 
+    alive = torch.ones(len(prompts), dtype=torch.bool, device=device)  # which of them go on
+
     for step in range(sampling.max_new_tokens):
         output = model(
             input_ids=input_ids,
@@ -94,15 +96,18 @@ def _complete_batch(
         )
         drawn = draw(output.logits[:, -1].float(), sampling, generator)
         ended = torch.isin(drawn, stops)
-        for row, token, end in zip(rows.tolist(), drawn.tolist(), ended.tolist(), strict=True):
-            tokens[row].append(token)
-            finished[row] = end
-        if step == sampling.max_new_tokens - 1 or bool(ended.all()):
+        for row, token, going, end in zip(rows.tolist(), drawn.tolist(), alive.tolist(), ended.tolist(), strict=True):
+            if going:
+                tokens[row].append(token)
+                finished[row] = end
+        alive &= ~ended
+        if step == sampling.max_new_tokens - 1 or not alive.any():
             break
-        if bool(ended.any()):
-            alive = (~ended).nonzero().squeeze(1)
-            rows, drawn, mask, positions = rows[alive], drawn[alive], mask[alive], positions[alive]
-            cache.batch_select_indices(alive)
+        # Leaving copies the whole cache, so rows leave together, once they are a quarter of the batch.
+        if alive.float().mean() < 0.75:
+            staying = alive.nonzero().squeeze(1)
+            rows, drawn, mask, positions, alive = (x[staying] for x in (rows, drawn, mask, positions, alive))
+            cache.batch_select_indices(staying)
         input_ids = drawn[:, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = positions[:, -1:] + 1
@@ -121,4 +126,10 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) 
         ordered, index = logits.sort(dim=1, descending=True)
         before = ordered.softmax(1).cumsum(1) - ordered.softmax(1)  # probability of what is likelier than the token
         logits = logits.scatter(1, index, ordered.masked_fill(before >= sampling.top_p, -torch.inf))
-    return torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
+    # Inverse transform sampling: one uniform number a row, where `torch.multinomial` draws one for each token of the vocabulary.
+    cumulative = logits.softmax(1).cumsum(1)
+    total = cumulative[:, -1:]
+    point = total * torch.rand(total.shape, generator=generator, device=logits.device)
+    # Strictly below the total, so that the token found has a probability above zero.
+    point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, point, right=True).squeeze(1)

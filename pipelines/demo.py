@@ -16,6 +16,7 @@ from align.stages.base import Context, DataRefs, stage
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 SOURCES = [str(path) for path in sorted(DATA.glob("world*.py"))]
+WRITTEN_PAIRS = 2000
 GOLD = f"{DATA / 'world.py'}:gold"
 
 
@@ -38,8 +39,8 @@ class World(Stage):
         parts: dict[str, list[dict[str, Any]]] = {"text": [{"text": text} for text in world.pretraining_texts()]}
         for split in ("train", "test"):
             parts[f"demonstrations_{split}"] = world.demonstrations(split)
-            parts[f"preferences_{split}"] = world.preferences(split)
             parts[f"prompts_{split}"] = world.prompts(split)
+        parts["written_pairs"] = world.preferences("train")[:WRITTEN_PAIRS]
         for name, rows in parts.items():
             write_rows(context.folder / f"{name}.jsonl", rows)
         return {name: len(rows) for name, rows in parts.items()}
@@ -50,7 +51,7 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
     common: dict[str, Any] = {"seed": seed, "max_length": 128, "max_tokens_per_micro_batch": 4096, "adam_beta2": 0.95}
     schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
     answers = {"max_completion_length": 48, "rollout_batch_size": 256}
-    pairs = {"data": ["pairs/preferences.jsonl", "world/preferences_train.jsonl"], "eval_data": ["pairs/held_out.jsonl"]}
+    pairs = {"data": ["pairs/preferences.jsonl", "world/written_pairs.jsonl"], "eval_data": ["pairs/held_out.jsonl"]}
     return Recipe(
         name,
         {
@@ -90,10 +91,10 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                 model="sft",
                 data=["world/prompts_train.jsonl"],
                 eval_data=["world/prompts_test.jsonl"],
-                max_rows=4000,
+                max_rows=5500,
                 reward_funcs=[GOLD],
                 label_noise=0.05,
-                min_gap=0.15,
+                min_gap=0.2,
                 seed=seed,
                 **answers,
             ),
@@ -136,7 +137,7 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                 beta=2.0,
                 gamma=1.0,
                 per_device_train_batch_size=32,
-                learning_rate=1e-4,
+                learning_rate=3e-5,
                 **pairs,
                 **common,
                 **schedule,
@@ -149,7 +150,7 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                 perplexity_data=["world/demonstrations_test.jsonl"],
                 preference_data=["pairs/held_out.jsonl"],
                 reward_funcs=[GOLD],
-                max_prompts=1000,
+                max_prompts=600,
                 max_length=128,
                 seed=seed,
                 **answers,

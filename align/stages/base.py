@@ -107,7 +107,7 @@ class DataFields(Fields):
 
 
 class ModelFields(Fields):
-    """Which model, and what of it is trained."""
+    """Which model."""
 
     model: ModelRef = Field(validation_alias=AliasChoices("model", "model_name_or_path"))
     """A registered name[@version], an alias, a folder or a hub id."""
@@ -115,6 +115,11 @@ class ModelFields(Fields):
     """Precision of the weights. For mixed precision keep float32 and set `bf16`."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
+
+
+class AdapterFields(Fields):
+    """What of the model is trained."""
+
     use_peft: bool = False
     """Train a LoRA adapter instead of all weights."""
     lora_r: int = Field(16, gt=0)
@@ -162,7 +167,7 @@ class OptimizerFields(Fields):
     """Seed of shuffling, sampling and new weights."""
 
 
-class TrainingStage(Stage, DataFields, ModelFields, OptimizerFields):
+class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields):
     """The fields of every stage that trains on a data set."""
 
     engine: Literal["forest", "trl"] = "forest"

@@ -6,13 +6,13 @@ from typing import Any
 
 from pydantic import Field
 
-from align.stages.base import Context, DataFields, ModelFields, OptimizerFields, Stage, stage
+from align.stages.base import AdapterFields, Context, DataFields, ModelFields, OptimizerFields, Stage, stage
 from align.stages.sampling import RewardFields, SamplingFields
 from align.trainers.settings import PPOSettings
 
 
 @stage("ppo")
-class PPO(Stage, DataFields, ModelFields, OptimizerFields, SamplingFields, RewardFields, PPOSettings):
+class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, SamplingFields, RewardFields, PPOSettings):
     """Sample the policy on prompts, score what it says, and make what scored well more likely, close to where it started."""
 
     learning_rate: float = Field(1e-6, gt=0)

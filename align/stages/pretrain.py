@@ -30,6 +30,8 @@ class Pretrain(TrainingStage):
             raise ValueError("set either model (to continue it) or architecture (to start from random weights)")
         if self.engine != "forest":
             raise ValueError("pretrain runs on engine 'forest' only")
+        if self.use_peft and self.model is None:
+            raise ValueError("use_peft needs a model to continue: an adapter on random weights has no base to load")
         return self
 
     def run(self, context: Context) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ class ForestTrainer(Trainer):
         self.objective = objective
         self.max_tokens = max_tokens
         self._sums: dict[str, float] = defaultdict(float)
+        self._tokens_seen = 0.0
         super().__init__(
             model=model,
             args=args,
@@ -64,17 +67,34 @@ class ForestTrainer(Trainer):
         """Forward and backward of each forest; returns the sum of their losses over the step's units."""
         model.train()
         total = torch.zeros((), device=self.args.device)
-        for forest in inputs:
-            with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, forest, num_items_in_batch=num_items_in_batch)
-            if not torch.isfinite(loss):
-                raise AlignError(
-                    f"the loss is {loss.item()} at step {self.state.global_step + 1}; no update was made. "
-                    "Lower learning_rate, set max_grad_norm, or look at the data with `align data`"
-                )
-            self.accelerator.backward(loss)
+        passes = self._passes(inputs, spare=inputs[0])
+        for number, (forest, counts) in enumerate(passes, start=1):
+            # Gradients are exchanged once, in the last pass.
+            with self.accelerator.no_sync(model) if number < len(passes) else nullcontext():
+                with self.compute_loss_context_manager():
+                    if counts:
+                        loss = self.compute_loss(model, forest, num_items_in_batch=num_items_in_batch)
+                    else:
+                        loss = 0.0 * self.objective(model, forest.to(self.args.device)).loss.sum()
+                self._refuse_non_finite(loss)
+                self.accelerator.backward(loss)
             total += loss.detach()
         return total
+
+    def _passes(self, forests: list[Forest], spare: Forest) -> list[tuple[Forest, bool]]:
+        """`forests`, each to be counted, and behind them `spare`, not to be counted, until every process has as many.
+
+        Processes cut their trees into different numbers of forests, and the replicas or shards of a model wait for each other.
+        """
+        most = self.accelerator.gather(torch.tensor([len(forests)], device=self.args.device)).max().item()
+        return [*((forest, True) for forest in forests), *repeat((spare, False), int(most) - len(forests))]
+
+    def _refuse_non_finite(self, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise AlignError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; no update was made. "
+                "Lower learning_rate, set max_grad_norm, or look at the data with `align data`"
+            )
 
     def compute_loss(
         self, model: nn.Module, inputs: Forest, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
@@ -92,6 +112,13 @@ class ForestTrainer(Trainer):
             sums[f"{name}/units"] += value.numel()
         sums["num_tokens"] += forest.tokens
 
+    def _over_processes(self, sums: dict[str, float]) -> dict[str, float]:
+        if self.accelerator.num_processes == 1:
+            return dict(sums)
+        names = sorted(sums)
+        mine = torch.tensor([sums[name] for name in names], device=self.args.device)
+        return dict(zip(names, self.accelerator.reduce(mine, "sum").tolist(), strict=True))
+
     @staticmethod
     def _means(sums: dict[str, float]) -> dict[str, float]:
         return {name: total / sums[f"{name}/units"] for name, total in sums.items() if f"{name}/units" in sums}
@@ -99,9 +126,10 @@ class ForestTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the objective's metrics since the last log."""
         if "loss" in logs:
-            logs.update(self._means(self._sums))
-            tokens, self._tokens_seen = self._sums["num_tokens"], getattr(self, "_tokens_seen", 0.0) + self._sums["num_tokens"]
-            if tokens:
+            sums = self._over_processes(self._sums)
+            logs.update(self._means(sums))
+            if tokens := sums.get("num_tokens"):
+                self._tokens_seen += tokens
                 logs["num_tokens"] = self._tokens_seen
             self._sums.clear()
         super().log(logs, start_time)
@@ -115,16 +143,15 @@ class ForestTrainer(Trainer):
         was_training = model.training
         model.eval()
         sums: dict[str, float] = defaultdict(float)
-        batches: Iterable[list[Forest]] = self.get_eval_dataloader(eval_dataset)
-        for forests in batches:
-            for forest in forests:
-                with self.compute_loss_context_manager():
-                    output = self.objective(model, forest.to(self.args.device))
+        trees = self.eval_dataset if eval_dataset is None else eval_dataset
+        forests = self._forests(trees[self.args.process_index :: self.args.world_size])  # every tree once, whatever their number
+        for forest, counts in self._passes(forests, spare=plant(trees[:1])):
+            with self.compute_loss_context_manager():
+                output = self.objective(model, forest.to(self.args.device))
+            if counts:
                 self._add_metrics(sums, {"loss": output.loss, **output.metrics}, forest)
         model.train(was_training)
-        names = sorted(sums)
-        totals = self.accelerator.reduce(torch.tensor([sums[name] for name in names], device=self.args.device), "sum").tolist()
-        means = self._means(dict(zip(names, totals, strict=True)))
+        means = self._means(self._over_processes(sums))
         if "mean_token_accuracy" in means:
             means["perplexity"] = math.exp(min(means["loss"], 700.0))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}

@@ -6,6 +6,7 @@ trainer's internals: data go in, a trainer comes out.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
+from align.errors import AlignError
 from align.forest import Tree
 from align.schema import PreferenceRow
 
@@ -73,15 +75,22 @@ def dpo_trainer(
     max_length: int | None,
     **rest: Any,
 ) -> DPOTrainer:
-    """`DPOTrainer` on our rows; it renders and tokenizes them itself."""
+    """`DPOTrainer` on our rows; it renders and tokenizes them itself.
+
+    Raises:
+        AlignError: label smoothing, which TRL's plain DPO loss takes and ignores.
+    """
+    if label_smoothing:
+        raise AlignError("TRL's DPO loss ignores label_smoothing; leave it out or use engine 'forest'")
 
     def dataset(part: Sequence[PreferenceRow]) -> Dataset | None:
         plain = [row.model_dump(include={"prompt", "chosen", "rejected"}, exclude_none=True) for row in part]
-        return Dataset.from_list(plain) if plain else None
+        tools = [json.dumps(row.tools) if row.tools else None for row in part]
+        return Dataset.from_list(plain).add_column("tools", tools) if plain else None
 
     # Without an explicit copy TRL would load the reference anew by name, which a model changed in memory does not have.
     reference = None if isinstance(model, PeftModel) else deepcopy(model)
-    args = DPOConfig(**arguments, beta=beta, label_smoothing=label_smoothing, max_length=max_length)
+    args = DPOConfig(**arguments, beta=beta, max_length=max_length)
     return DPOTrainer(
         model, reference, args, train_dataset=dataset(rows), eval_dataset=dataset(held), processing_class=tokenizer, **rest
     )

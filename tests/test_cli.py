@@ -1,0 +1,450 @@
+"""The command line: what a mistake looks like, and what a program gets that reads the output."""
+
+import json
+import re
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import llama
+
+from align.artifact import MANIFEST
+from align.cli import main
+from align.data import write_rows
+from align.registry import Registry, home
+
+REWARDS = """
+def short(completions, **columns): return [-float(len(c[0]["content"])) for c in completions]
+def one_too_few(completions, **columns): return [0.0] * (len(completions) - 1)
+def not_a_number(completions, **columns): return [float("nan")] * len(completions)
+def raises(completions, **columns): raise RuntimeError("the judge\\nis asleep")
+def wants_answer(completions, answer): return [0.0] * len(completions)
+"""
+RECIPE = """
+from align.recipe import Recipe
+from align.stages import SFT
+
+def recipe(model: str = "model", rate: float = 1e-3) -> Recipe:
+    return Recipe("mine", {"sft": SFT(model=model, data="sft.jsonl", learning_rate=rate, max_steps=1)})
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """A folder with models, data, rewards and recipes, good and bad."""
+    folder = tmp_path_factory.mktemp("inputs")
+    model = llama()
+    for name, changes in {
+        "model": {},
+        "no_template": {"chat_template": None},
+        "no_stop": {"chat_template": "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"},
+        "no_eos": {"eos_token": None},
+    }.items():
+        changed = deepcopy(tokenizer)
+        for attribute, value in changes.items():
+            setattr(changed, attribute, value)
+        model.save_pretrained(folder / name)
+        changed.save_pretrained(folder / name)
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+    asked = [[{"role": "user", "content": f"say {word}"}] for word in words]
+    said = [[{"role": "assistant", "content": word}] for word in words]
+    write_rows(folder / "sft.jsonl", [{"messages": a + b} for a, b in zip(asked, said, strict=True)])
+    write_rows(folder / "raw.jsonl", [{"prompt": f"say {word}:", "completion": f" {word}"} for word in words])
+    write_rows(
+        folder / "pairs.jsonl",
+        [{"prompt": a, "chosen": b, "rejected": c} for a, b, c in zip(asked, said, said[::-1], strict=True)],
+    )
+    write_rows(folder / "prompts.jsonl", [{"prompt": a} for a in asked])
+    files = {
+        "empty.jsonl": "",
+        "text.txt": "A fox.\n\nTwo foxes.\n",
+        "modle.yaml": "modle: model\ndata: sft.jsonl",
+        "columns.jsonl": '{"question_text": "a", "reply": "b"}\n',
+        "role.jsonl": '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assitant", "content": "b"}]}\n',
+        "type.jsonl": '{"prompt": "a", "completion": 5}\n',
+        "broken.jsonl": '{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n',
+        "mine.py": REWARDS,
+        "recipe.py": RECIPE,
+        "typo.py": RECIPE.replace("max_steps", "max_step"),
+        "crash.py": "import nothing_of_that_name",
+        "no_recipe.py": "x = 1",
+        "typo.yaml": "name: mine\nstages: {sft: {stage: sft, model: model, data: sft.jsonl, learning_rat: 1e-3}}",
+        "top.yaml": "nam: mine\nstages: {sft: {stage: sft, model: model, data: sft.jsonl}}",
+        "kind.yaml": "name: mine\nstages: {sft: {stage: stf, model: model, data: sft.jsonl}}",
+        "name.yaml": "name: ../mine\nstages: {sft: {stage: sft, model: model, data: sft.jsonl}}",
+        "number.yaml": "name: 5\nstages: {sft: {stage: sft, model: model, data: sft.jsonl}}",
+        "bad.yaml": "name: [mine\nstages: }",
+        "list.yaml": "- a\n- b",
+        "config.yaml": "model_name_or_path: model\ndata: sft.jsonl\nlearning_rate: 5e-4\nmax_steps: 1\nseed: 3\nname: tuned\n"
+        "lr_scheduler_kwargs: {min_lr_rate: 1e-1}\nlr_scheduler_type: cosine_with_min_lr\n",
+    }
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _inside(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+SFT = "sft --model model --max_steps 1 --data "
+PPO = "ppo --model model --data prompts.jsonl --total_episodes 4 --episodes_per_step 4 --max_completion_length 4 --reward_funcs "
+PAIRS = " --model model --data pairs.jsonl --max_steps 1"
+RUN = "run recipe.py "
+
+MISTAKES = {
+    "missing file": (SFT + "sfd.jsonl", r"sfd\.jsonl: no such file or folder \(did you mean 'sft.jsonl'\?\)"),
+    "missing column": (SFT + "columns.jsonl", "columns.jsonl row 1, .*column 'prompt' is missing; found question_text, reply"),
+    "malformed row": (SFT + "role.jsonl", r"role\.jsonl row 2, field messages\[1\]\.role: got 'assitant', expected .*'assistant'"),
+    "wrong type": (SFT + "type.jsonl", r"type\.jsonl row 1, field completion: got 5, expected"),
+    "broken line": (SFT + "broken.jsonl", r"broken\.jsonl row 2, column \d+: invalid JSON"),
+    "empty data": (SFT + "empty.jsonl", r"empty\.jsonl: no rows: it is empty"),
+    "wrong kind of data": ("dpo --beta 0.1 --model model --data prompts.jsonl", r"prompts\.jsonl row 1, .*'chosen' is missing"),
+    "nothing held in": (SFT + "sft.jsonl --held_out 0.9999", "no row is left to train on"),
+    "too long": (SFT + "sft.jsonl --max_length 2", "none of the rows can be used|end token"),
+    "unknown data set": (SFT + "owner/nothing", "owner/nothing: no such file or folder, and the hub gives no data set"),
+    "bad_row": (SFT + "sft.jsonl --on_bad_row skip", "'on_bad_row' is 'skip': input should be 'raise' or 'quarantine'"),
+    # the model and its tokenizer
+    "no chat template": ("sft --model no_template --data sft.jsonl", "the tokenizer has no chat template; set chat_template"),
+    "no such template": (SFT + "sft.jsonl --chat_template chatlm", "chat_template 'chatlm' is neither a file nor one of"),
+    "template without end": (
+        "sft --model no_stop --data sft.jsonl",
+        "the chat template puts no end token behind an assistant turn",
+    ),
+    "no end token": ("sft --model no_eos --data raw.jsonl", r"the tokenizer has no end token \(eos_token\)"),
+    "no such model": ("sft --model modle --data sft.jsonl", "no model 'modle'"),
+    "no such folder": ("sft --model ./modle --data sft.jsonl", r"no model folder '\./modle'"),
+    "no such hub id": ("sft --model owner/nothing --data sft.jsonl", "cannot load a tokenizer from 'owner/nothing'"),
+    "no such version": ("sft --model model@3 --data sft.jsonl", "no model 'model' in the registry"),
+    "a folder that is no model": ("sft --model . --data sft.jsonl", "cannot load a tokenizer from"),
+    "no such layer": (SFT + "sft.jsonl --use_peft --lora_target_modules q_porj", "lora_target_modules"),
+    # rewards
+    "no reward": (PPO.removesuffix("--reward_funcs "), "nothing judges the answers: set reward_funcs, reward_model or both"),
+    "no such reward file": (PPO + "mien.py:short", r"reward file mien\.py does not exist .*did you mean 'mine\.py'"),
+    "no such reward": (PPO + "mine.py:shrot", r"mine\.py has no 'shrot' \(did you mean 'short'\?\)"),
+    "no such built-in": (PPO + "keywrd", r"unknown reward 'keywrd' \(did you mean 'keyword'\?\)"),
+    "wrong count": (PPO + "mine.py:one_too_few", r"reward 'one_too_few' returned \d values; expected \d"),
+    "not a number": (
+        PPO + "mine.py:not_a_number",
+        r"reward 'not_a_number', row 0 \(prompt 'say \w+'\): got nan; expected a finite number",
+    ),
+    "a reward that raises": (PPO + "mine.py:raises", "reward 'raises' raised RuntimeError: the judge is asleep"),
+    "a column that is not there": (
+        PPO + "mine.py:wants_answer",
+        "reward 'wants_answer' needs a column 'answer'; the rows have: none",
+    ),
+    "too many weights": (PPO + "mine.py:short --reward_weights 1 2", "reward_weights has 2 numbers; there are 1 rewards"),
+    "no such reward model": (PPO + "mine.py:short --reward_model juge", "no model 'juge'"),
+    "nothing to evaluate on": (
+        "eval --models.a model --perplexity_data sft.jsonl --max_length 2",
+        "a: none of the rows can be used",
+    ),
+    "no model to evaluate": ("eval --data prompts.jsonl", "'models' is missing"),
+    "a reference that is none": ("eval --models.a model --reference b", "reference 'b' is none of the models: a"),
+    # fields
+    "dpo without beta": ("dpo" + PAIRS, "'dpo' needs 'beta', and it has no default: set it"),
+    "simpo with lam": ("simpo --beta 2 --gamma 1 --lam 0.1" + PAIRS, "'simpo' takes no 'lam'"),
+    "no such loss": ("preference --loss dop" + PAIRS, r"unknown preference loss 'dop' \(did you mean 'dpo'\?\)"),
+    "two losses": ("dpo --loss ipo --beta 0.1" + PAIRS, "use `align preference --loss ipo`"),
+    "trl has no simpo here": ("simpo --engine trl --beta 2 --gamma 1" + PAIRS, "engine 'trl' runs the loss 'dpo' only"),
+    "unknown flag": (SFT + "sft.jsonl --learning_rte 1", r"unknown flag --learning_rte \(did you mean 'learning_rate'\?\)"),
+    "no flag": ("sft sft.jsonl", "'sft.jsonl' is not a flag"),
+    "a number that is none": (SFT + "sft.jsonl --learning_rate fast", "'learning_rate' is 'fast': input should be a valid number"),
+    "a number out of range": (SFT + "sft.jsonl --held_out 2", "'held_out' is 2: input should be less than 1"),
+    "no such architecture field": ("pretrain --architecture.hiden_size 8 --data text.txt", "a llama config has no 'hiden_size'"),
+    "a field that is missing and misspelt": (
+        "sft --modle model --data sft.jsonl",
+        r"unknown flag --modle \(did you mean 'model'\?\)",
+    ),
+    "a field that is missing": ("sft --model model", "'data' is missing: it must be set"),
+    "numbers that do not fit": (PPO + "mine.py:short --num_mini_batches 3", r"episodes_per_step \(4\) must be a multiple of"),
+    "two starts": ("pretrain --model model --architecture.hidden_size 8 --data raw.jsonl", "set either model .* or architecture"),
+    "no such architecture": (
+        "pretrain --architecture.model_type lama --data text.txt",
+        "model_type 'lama' is unknown to transformers",
+    ),
+    "a name that is no name": (SFT + "sft.jsonl --name ../x", r"the name '\.\./x' must be letters"),
+    # recipes
+    "unknown verb": ("stf", "invalid choice: 'stf'"),
+    "no such recipe": ("run compere", r"no recipe 'compere' \(did you mean 'compare'\?\)"),
+    "unknown key in YAML": (
+        "run typo.yaml",
+        r"typo\.yaml, stage 'sft': unknown key 'learning_rat' \(did you mean 'learning_rate'\?\)",
+    ),
+    "unknown key in Python": ("run typo.py", r"typo\.py, SFT: unknown key 'max_step' \(did you mean 'max_steps'\?\)"),
+    "unknown key at the top": ("run top.yaml", r"unknown key 'nam' \(did you mean 'name'\?\)"),
+    "unknown stage in YAML": ("run kind.yaml", r"unknown stage 'stf' \(did you mean 'sft'\?\)"),
+    "a recipe's name": ("run name.yaml", r"the name '\.\./mine' must be letters"),
+    "a recipe's name is a number": ("run number.yaml", "the name 5 must be letters"),
+    "bad YAML": ("run bad.yaml", r"bad\.yaml is not YAML"),
+    "a list for a recipe": ("run list.yaml", "expected a mapping with `name` and `stages`"),
+    "a recipe that crashes": ("run crash.py", r"running the recipe crash\.py failed: ModuleNotFoundError"),
+    "a file without a recipe": ("run no_recipe.py", r"no_recipe\.py defines no function `recipe`"),
+    "unknown setting": (RUN + "--set rat=1", r"has no setting 'rat' \(did you mean 'rate'\?\); it has: model, rate"),
+    "unknown stage in --set": (RUN + "--set stf.seed=1", r"has no stage 'stf' \(did you mean 'sft'\?\)"),
+    "unknown field in --set": (RUN + "--set sft.sede=1", r"unknown key 'sede' \(did you mean 'seed'\?\)"),
+    "wrong type in --set": (RUN + "--set sft.seed=one", "'seed' is 'one': input should be a valid integer"),
+    "--set without a value": (RUN + "--set sft.seed", "write it as KEY=VALUE"),
+    "unknown stage in --only": (RUN + "--only stf", r"has no stage 'stf' \(did you mean 'sft'\?\)"),
+    "unknown option": (RUN + "--outt x", "unknown argument '--outt'"),
+    "no such config": ("sft --config nothing.yaml", r"--config nothing\.yaml: there is no such file"),
+    "bad config": ("sft --config bad.yaml", r"bad\.yaml is not YAML"),
+    "typo in the config": ("sft --config modle.yaml", r"unknown key 'modle' \(did you mean 'model'\?\)"),
+    # registry and report
+    "no such name": ("models show nothing", "no model 'nothing' in the registry"),
+    "no name": ("models lineage", "`align models lineage` needs a NAME"),
+    "an alias of nothing": ("models alias mine ./nothing", r"no model folder '\./nothing'"),
+    "a bad alias": ("models alias ../mine owner/name", r"the name '\.\./mine' must be letters"),
+    "no such run": ("report nothing", "no run folder nothing"),
+    "a folder that is no run": ("report model", "model holds no finished stage"),
+}
+
+
+def manifests(*folders):
+    return [path for folder in folders for path in Path(folder).rglob(MANIFEST)]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(mistake, capsys, folder):
+    command, message = MISTAKES[mistake]
+    before = sorted(folder.iterdir())
+    assert main(command.split()) == 2
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert lines[-1].startswith("align: error: ")
+    assert re.search(message, lines[-1]), lines[-1]
+    assert len([line for line in lines if "error" in line.lower()]) == 1
+    assert "Traceback" not in err
+    assert out == ""
+    assert Registry().all() == []
+    assert manifests(folder, home()) == []
+    assert [path for path in home().rglob("*") if path.is_file()] == [], "no file is left"
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_mistake_in_the_second_stage_keeps_the_first(capsys, tmp_path):
+    recipe = {"sft": {"stage": "sft", "model": "model", "data": "sft.jsonl", "max_steps": 1}}
+    recipe["dpo"] = {"stage": "preference", "model": "sft", "data": "sft.jsonl", "beta": 0.1}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({"name": "two", "stages": recipe}))
+    assert main(["run", str(tmp_path / "two.yaml")]) == 2
+    assert "align: error: dpo: sft.jsonl row 1, " in capsys.readouterr().err
+    assert [a.reference for a in Registry().all()] == ["two-sft@1"]
+    assert [path.name.split("-")[0] for path in (home() / "two").iterdir()] == ["sft"]
+
+
+def test_an_interruption_has_its_own_exit_code(monkeypatch, capsys):
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("align.cli.load_recipe", cut)
+    assert main(["run", "recipe.py"]) == 130
+    assert capsys.readouterr().err.startswith("align: interrupted")
+
+
+# -- help ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(
+        verb in text for verb in ("run", "pretrain", "sft", "reward", "ppo", "dpo", "orpo", "simpo", "eval", "models", "report")
+    )
+    assert main([]) == 0
+    assert capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize(
+    "verb", ["pretrain", "sft", "reward", "ppo", "dpo", "orpo", "simpo", "ipo", "preference", "pairs", "evaluate", "eval"]
+)
+def test_help_of_a_stage_explains_every_field(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"align {verb} ")
+    assert "None\n" not in text.replace("default None", ""), "every field has a description"
+    assert ("--loss " in text) == (verb == "preference")
+
+
+# -- single stages -------------------------------------------------------------------------------------------------------------
+
+
+def run_json(command, capsys):
+    assert main(command.split()) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_stage_lands_in_exactly_the_output_dir(capsys, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target = tmp_path / "a" / "b"
+    artifact = run_json(f"{SFT}sft.jsonl --output_dir {target} --json", capsys)
+    assert artifact["path"] == str(target)
+    assert artifact["name"] == "sft"
+    assert {file.name for file in target.iterdir()} >= {
+        "model.safetensors",
+        "tokenizer.json",
+        MANIFEST,
+        "config.yaml",
+        "metrics.jsonl",
+    }
+    assert AutoModelForCausalLM.from_pretrained(target).config.vocab_size == 320
+    assert AutoTokenizer.from_pretrained(target).chat_template
+    assert Registry().get("sft@1").path == str(target)
+
+
+def test_the_same_command_again_does_nothing(capsys, tmp_path):
+    command = f"{SFT}sft.jsonl --output_dir {tmp_path}/out --json"
+    assert run_json(command, capsys) == run_json(command, capsys)
+    assert len(Registry().all()) == 1
+    (plan,) = run_json(command + " --plan", capsys)
+    assert plan == {"stage": "sft", "runs": False, "reason": "up to date", "folder": f"{tmp_path}/out"}
+    assert main(f"{SFT}sft.jsonl --seed 1 --output_dir {tmp_path}/out".split()) == 2
+    assert "holds another result (sft@1)" in capsys.readouterr().err
+
+
+def test_a_plan_of_a_stage_runs_nothing(capsys, tmp_path):
+    (plan,) = run_json(f"{SFT}sft.jsonl --plan --json --output_dir {tmp_path}/out", capsys)
+    assert plan["runs"] is True
+    assert main(f"{SFT}sft.jsonl --plan".split()) == 0
+    assert capsys.readouterr().out == "run   sft            never ran\n"
+    assert not (tmp_path / "out").exists()
+    assert not home().exists()
+
+
+def test_names_from_hugging_face_mean_the_same(capsys):
+    ours = run_json("sft --model model --data sft.jsonl --max_steps 1 --plan --json", capsys)
+    assert run_json("sft --model_name_or_path model --dataset_name=sft.jsonl --max-steps 1 --plan --json", capsys) == ours
+
+
+def test_flags_win_over_the_config_file(capsys):
+    command = (
+        "sft --config config.yaml --dataset_name raw.jsonl --model model --seed 4 --lr_scheduler_kwargs.min_lr_rate 0.2 --json"
+    )
+    artifact = run_json(command, capsys)
+    config = artifact["config"]
+    assert artifact["name"] == "tuned"
+    assert (config["learning_rate"], config["max_steps"]) == (5e-4, 1), "from the file"
+    assert (config["data"], config["seed"], config["lr_scheduler_kwargs"]) == (["raw.jsonl"], 4, {"min_lr_rate": 0.2}), "from flags"
+
+
+def test_one_value_is_enough_for_a_list(capsys):
+    config = run_json(SFT + "sft.jsonl --use_peft --lora_target_modules q_proj --json", capsys)["config"]
+    assert config["lora_target_modules"] == ["q_proj"]
+    (plan,) = run_json(SFT + "raw.jsonl sft.jsonl --report_to tensorboard --plan --json", capsys)
+    assert plan["runs"]
+
+
+@pytest.mark.parametrize("command", [SFT + "sft.jsonl", "reward" + PAIRS, "dpo --beta 0.1" + PAIRS])
+@pytest.mark.parametrize("adapter", ["", " --use_peft --lora_r 2"])
+def test_trl_is_one_word_away(command, adapter, capsys):
+    """The same fields, rows and registry, and the same held-out loss before and after a step over all rows."""
+    command += f"{adapter} --held_out 0.4 --learning_rate 1e-2 --warmup_ratio 0 --json"
+    ours, theirs = run_json(command, capsys), run_json(f"{command} --engine trl", capsys)
+    assert theirs["version"] == 2
+    # A reward model's head starts at zero and barely moves in a step; the spread of its scores shows that it does.
+    telling = "score_std" if command.startswith("reward") else "eval_loss"
+    assert ours["metrics"][telling] != pytest.approx(ours["metrics"].get(f"{telling}_before", 0), rel=1e-3)
+    for name in ("eval_loss_before", "eval_loss", telling):
+        assert theirs["metrics"][name] == pytest.approx(ours["metrics"][name], rel=1e-4)
+    assert {path.name for path in Path(theirs["path"]).iterdir()} >= {path.name for path in Path(ours["path"]).iterdir()}
+
+
+def test_a_stage_for_people(capsys):
+    assert main((SFT + "sft.jsonl --name mine").split()) == 0
+    first, *metrics = capsys.readouterr().out.splitlines()
+    assert first == f"mine@1  {Registry().get('mine').path}"
+    assert [line.split()[0] for line in metrics] == list(Registry().get("mine").metrics)
+
+
+def test_an_evaluation_without_a_reward_keeps_what_was_said(capsys):
+    command = "eval --models.first model --data prompts.jsonl --max_completion_length 4 --greedy false --json"
+    artifact = run_json(command, capsys)
+    assert 1 <= artifact["metrics"]["models"]["first"]["mean_completion_tokens"] <= 4
+    samples = [json.loads(line) for line in (Path(artifact["path"]) / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 8
+    assert samples[0]["answers"]["first"]["sampled"].keys() == {"text", "reward"}
+    assert samples[0]["answers"]["first"]["sampled"]["reward"] is None
+    assert any(sample["answers"]["first"]["sampled"]["text"] for sample in samples)
+
+
+def test_a_stage_continues_the_registered_model_of_its_own_name(capsys):
+    run_json(SFT + "sft.jsonl --json", capsys)
+    artifact = run_json("sft --model sft --data sft.jsonl --max_steps 1 --json", capsys)
+    assert artifact["parents"] == {"sft": "sft@1"}
+    assert artifact["version"] == 2
+
+
+# -- pipelines -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_runs_to_its_report(capsys, tmp_path):
+    results = run_json(f"run recipe.py --out {tmp_path}/out --set sft.seed=2 --json", capsys)
+    assert results["stages"]["sft"]["reference"] == "mine-sft@1"
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    assert {file.name for file in (tmp_path / "out").iterdir() if file.is_file()} == {"results.json", "report.md", "report.html"}
+    (plan,) = run_json(f"run recipe.py --out {tmp_path}/out --set sft.seed=2 --plan --json", capsys)
+    assert plan["reason"] == "up to date"
+    (plan,) = run_json(f"run recipe.py --out {tmp_path}/out --set rate=2e-3 --plan --json", capsys)
+    assert plan["reason"] == "changed: learning_rate, seed"
+
+
+def test_a_report_can_be_written_again(capsys, tmp_path):
+    assert main(f"run recipe.py --out {tmp_path}/out".split()) == 0
+    written = (tmp_path / "out" / "report.md").read_text()
+    (tmp_path / "out" / "report.md").unlink()
+    capsys.readouterr()
+    assert main(["report", f"{tmp_path}/out"]) == 0
+    assert f"{tmp_path}/out/report.md" in capsys.readouterr().out
+    assert (tmp_path / "out" / "report.md").exists()
+    assert "mine-sft@1" in written
+
+
+def test_a_script_is_the_same_command(capsys, tmp_path, monkeypatch):
+    """`python recipe.py --plan` is `align run recipe.py --plan`, also where the recipe registers a stage of its own."""
+    import runpy
+
+    own = 'from align.stages.base import Stage, stage\n\n@stage("a_stage_of_a_script")\nclass Own(Stage):\n    "Own."\n'
+    script = tmp_path / "script.py"
+    script.write_text(f"{own}{RECIPE}\nif __name__ == '__main__':\n    from align.recipe import main\n    main(recipe)\n")
+    monkeypatch.setattr("sys.argv", [str(script), "--plan"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out == "run   sft            never ran\n"
+
+
+# -- registry ------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_registry_for_people_and_programs(capsys):
+    assert main(["models", "list"]) == 0
+    empty = capsys.readouterr()
+    assert "is empty" in empty.err
+    assert run_json("models list --json", capsys) == []
+    run_json(SFT + "sft.jsonl --name first --json", capsys)
+    second = run_json("sft --model first --data sft.jsonl --max_steps 1 --name second --json", capsys)
+
+    assert [a["name"] for a in run_json("models list --json", capsys)] == ["first", "second"]
+    assert run_json("models show second --json", capsys) == run_json("models show second@1 --json", capsys) == second
+    lineage = run_json("models lineage second --json", capsys)
+    assert [(step["depth"], step["reference"]) for step in lineage] == [
+        (0, "second@1"),
+        (1, "first@1"),
+        (2, str(Path("model").resolve())),
+    ]
+
+    assert main(["models", "list"]) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [["first@1", "sft"], ["second@1", "sft"]]
+    assert main(["models", "show", "second"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == second
+    assert main(["models", "lineage", "second"]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == ["second@1  (sft)", "  first@1  (sft)"]
+
+
+def test_an_alias_can_be_trained_on(capsys):
+    assert main(["models", "alias", "small", "./model"]) == 0
+    artifact = run_json("sft --model small --data sft.jsonl --max_steps 1 --json", capsys)
+    assert artifact["parents"] == {"small": str(Path("model").resolve())}

@@ -1,0 +1,278 @@
+"""The forest gives what the model itself gives: log-probs, losses, and the gradient of every parameter."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import Alone, assert_close, assert_same, build, documents, llama, objective, padded, pairs, run, run_alone, tokens
+
+from align.engine import enable_forest
+from align.errors import AlignError
+from align.forest import Tree, plant
+from align.losses import ppo_policy_loss, ppo_value_loss, preference_losses
+from align.models import Lora, add_lora
+from align.trainers.objectives import LanguageModel, Preference, RewardModel, add_reference_logps
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def policy_loss(model, forest):
+    scores = model(forest=forest, temperature=0.7)
+    return ppo_policy_loss(scores.logps, forest.values["old"], forest.values["advantages"], cliprange=0.2)
+
+
+def value_loss(model, forest):
+    values = model(forest=forest, read="sources")
+    return ppo_value_loss(values, forest.values["old"], forest.values["returns"], cliprange_value=0.2)
+
+
+def episodes(model, **read):
+    """Trees of one branch, each target with an old value near today's and two random numbers."""
+    draw = random.Random(3)
+    trees = [Tree(tokens(draw, draw.randint(1, 9)), (tokens(draw, draw.randint(1, 9)),)) for _ in range(6)]
+    with torch.no_grad():
+        today = [Alone(model, [tree])(**read) for tree in trees]
+    columns = [getattr(t, "logps", t).tolist() for t in today]
+    return [
+        replace(
+            tree,
+            values={
+                "old": [value + draw.gauss(0, 0.2) for value in column],
+                "advantages": [draw.gauss(0, 1) for _ in column],
+                "returns": [draw.gauss(0, 1) for _ in column],
+            },
+        )
+        for tree, column in zip(trees, columns, strict=True)
+    ]
+
+
+def with_reference(trees):
+    reference = llama(seed=9)
+    assert enable_forest(reference) is None
+    return add_reference_logps(reference, trees, 64)
+
+
+def case(name):
+    """Model, objective and trees of one way to train."""
+    parameters = {"dpo": {"beta": 0.1}, "ipo": {"beta": 0.1}, "orpo": {"lam": 0.1}, "simpo": {"beta": 2.0, "gamma": 1.0}}
+    if name == "sft":
+        return llama(), LanguageModel(), documents(1)
+    if name == "reward":
+        return build("llama", score_head=True, **SIZES), RewardModel(0.01, use_margin=True), pairs(1)
+    if name == "ppo policy":
+        return (model := llama()), objective("tokens", policy_loss), episodes(model, temperature=0.7)
+    if name == "ppo value":
+        return (model := build("llama", score_head=True, **SIZES)), objective("tokens", value_loss), episodes(model, read="sources")
+    loss = preference_losses[name]
+    return llama(), Preference(loss, parameters[name]), with_reference(pairs(1)) if loss.needs_reference else pairs(1)
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "ipo", "orpo", "simpo", "ppo policy", "ppo value"])
+def test_losses_and_gradients_equal_the_padded_path_and_each_sequence_alone(name):
+    """1 token a pack is every tree by itself; 40 is some together; None is one pack."""
+    model, goal, trees = case(name)
+    alone = run_alone(goal, model, trees)
+    assert enable_forest(model) is None
+    for budget in (1, 40, None):
+        assert_same(run(goal, model, trees, budget), alone)
+    with padded(model):
+        assert_same(run(goal, model, trees), alone)
+
+
+SHAPES = {
+    "empty prompt": [Tree([], ([5, 6, 7], [8, 9])), Tree([5, 6, 7], ([8],))],
+    "one-token branches": [Tree([5, 6], ([7], [8], [9])), Tree([5], ([6],)), Tree([], ([9, 5],))],
+    "sixteen branches": [Tree([5, 6, 7], tuple([10 + i] * (1 + i % 5) for i in range(16))), Tree([6], ([8, 9], [7]))],
+    "documents": [Tree(list(range(5, 25)), prompt_mask=[True] * 20), Tree([9, 8], prompt_mask=[True, True])],
+    "an empty branch": [Tree([5, 6, 7], ([8, 9], [], [10])), Tree([5, 6], ([], [9]))],
+    "a loss on prompt and branches": [Tree([5, 6, 7, 8], ([9], [10, 11]), prompt_mask=[False, True, False, True])],
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(shape):
+    model, trees = llama(), SHAPES[shape]
+    alone = run_alone(LanguageModel(), model, trees)
+    assert enable_forest(model) is None
+    assert_same(run(LanguageModel(), model, trees), alone)
+    with padded(model):
+        assert_same(run(LanguageModel(), model, trees), alone)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_forests(seed):
+    """Any mixture of shapes, at a random budget."""
+    draw = random.Random(seed)
+    trees = []
+    for _ in range(draw.randint(1, 9)):
+        prompt = tokens(draw, draw.choice([0, 1, 3, 17, 40]))
+        branches = tuple(
+            tokens(draw, draw.choice([2, 3, 9, 33])) for _ in range(draw.choice([0, 1, 2, 5]) if len(prompt) > 1 else 2)
+        )
+        mask = [draw.random() < 0.5 for _ in prompt] if prompt and draw.random() < 0.5 else None
+        trees.append(Tree(prompt, branches, prompt_mask=mask))
+    trees.append(Tree([5, 6], ([7],)))
+    model = llama(seed)
+    alone = run_alone(LanguageModel(), model, trees)
+    assert enable_forest(model) is None
+    # A document alone in its pack may have no target; then there is no loss to take.
+    assert_same(run(LanguageModel(), model, trees, draw.choice([30, 100, None])), alone)
+
+
+def test_every_number_of_the_head_equals_log_softmax():
+    model, trees = llama(), [*pairs(2), *documents(2)]
+    trees = [replace(tree, values={}) for tree in trees]
+    with torch.no_grad():
+        alone = Alone(model, trees)(temperature=0.6)
+        assert enable_forest(model) is None
+        ours = model(forest=plant(trees), temperature=0.6)
+    assert_close(ours.logps, alone.logps)
+    assert_close(ours.entropy, alone.entropy)
+    assert torch.equal(ours.correct, alone.correct)
+
+
+# -- families ----------------------------------------------------------------------------------------------------------------
+
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+FOREST_FAMILIES = {
+    "llama": SIZES,
+    "qwen2": SIZES,
+    "qwen3": {**SIZES, "head_dim": 8},
+    "mistral": SIZES,
+    "gemma": {**SIZES, "head_dim": 8},
+    "gemma3_text": {**SIZES, "head_dim": 8, "query_pre_attn_scalar": 8},
+    "phi3": SIZES,
+    "gpt2": GPT2,
+    "gpt_neox": {**SIZES, "num_key_value_heads": None},
+    "opt": {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "olmo2": SIZES,
+    "mixtral": {**SIZES, "num_local_experts": 4},
+}
+PADDED_FAMILIES = {
+    "gemma2": ({**SIZES, "head_dim": 8, "query_pre_attn_scalar": 8}, "softcap"),
+    "bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 4}, "attention interface"),
+    "falcon": ({"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}, "attention interface"),
+    "gptj": ({**GPT2, "rotary_dim": 4}, "attention interface"),
+    "mistral": ({**SIZES, "sliding_window": 16}, "sliding window of 16 tokens is shorter than the longest row"),
+}
+
+
+def random_trees(draw):
+    return [
+        Tree(tokens(draw, 5), (tokens(draw, 9), tokens(draw, 2))),
+        Tree(tokens(draw, 12), (tokens(draw, 8),)),
+        Tree([], ([7, 8],)),
+    ]
+
+
+@pytest.mark.parametrize("family", FOREST_FAMILIES)
+def test_families_on_the_forest(family):
+    """GPT-2 and OPT have dropout: they are compared in evaluation mode."""
+    model = build(family, **FOREST_FAMILIES[family])
+    trees = random_trees(random.Random(0))
+    theirs = run_alone(LanguageModel(), model, trees)
+    assert enable_forest(model, longest=20) is None
+    ours = run(LanguageModel(), model, trees)
+    assert_close(ours[0], theirs[0], what="loss")
+    assert ours[1].keys() == theirs[1].keys()
+    # Some gradients are 0 but for rounding (a bias on all keys changes no softmax), so the scale is the whole gradient's.
+    scale = max(gradient.abs().max() for gradient in theirs[1].values())
+    for name, gradient in theirs[1].items():
+        assert (ours[1][name] - gradient).abs().max() <= 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("family", PADDED_FAMILIES)
+def test_families_on_padded_rows(family):
+    fields, reason = PADDED_FAMILIES[family]
+    model, trees = build(family, **fields), random_trees(random.Random(0))
+    with torch.no_grad():
+        theirs = Alone(model, trees)()
+        assert reason in enable_forest(model, longest=20)
+        assert model.forest_padded
+        assert_close(model(forest=plant(trees)).logps, theirs.logps)
+
+
+def test_a_window_that_is_long_enough_takes_the_forest():
+    assert enable_forest(build("mistral", **SIZES, sliding_window=20), longest=20) is None
+
+
+def test_scale_and_bias_of_the_head_come_from_the_model():
+    """Cohere multiplies its logits, Granite divides them (GPT-J, above, has a bias): a head that forgot it would be refused."""
+    for family, fields in (("cohere", {**SIZES, "logit_scale": 0.25}), ("granite", {**SIZES, "logits_scaling": 4.0})):
+        model, trees = build(family, **fields), random_trees(random.Random(1))
+        with torch.no_grad():
+            theirs = Alone(model, trees)()
+            assert enable_forest(model) is None
+            assert_close(model(forest=plant(trees)).logps, theirs.logps)
+
+
+# -- what else the engine promises -------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_agrees_on_neither_path_is_refused():
+    """A head that the engine does not know of: logits doubled behind the output layer."""
+    model = llama()
+    forward = type(model).forward
+
+    class Doubled(type(model)):
+        def forward(self, *args, **kwargs):
+            output = forward(self, *args, **kwargs)
+            output.logits = 2 * output.logits
+            return output
+
+    model.__class__ = Doubled
+    with pytest.raises(AlignError, match=r"neither on the forest \(its log-probs on the probe differ .* nor on padded rows"):
+        enable_forest(model)
+
+
+def test_the_model_stays_itself():
+    """Logits, generation and the training mode are as before."""
+    model, ids = llama().train(), torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
+    mask = (ids > 0).long()
+    with torch.no_grad():
+        logits, said = model(input_ids=ids, attention_mask=mask).logits, model.generate(ids[:1], max_new_tokens=5, do_sample=False)
+        assert enable_forest(model) is None
+        assert model.training
+        assert_close(model(input_ids=ids, attention_mask=mask).logits[mask.bool()], logits[mask.bool()])
+        assert model.generate(ids[:1], max_new_tokens=5, do_sample=False).tolist() == said.tolist()
+
+
+@pytest.mark.parametrize("score_head", [False, True])
+def test_adapters(score_head):
+    """LoRA's gradients too, and the wrapped model's numbers are its own."""
+    goal, trees = (RewardModel(), pairs(4)) if score_head else (LanguageModel(), documents(4))
+    model = add_lora(build("llama", score_head=score_head, **SIZES), Lora(r=4, alpha=8, dropout=0.0))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    assert enable_forest(model) is None
+    forest = run(goal, model, trees)
+    with padded(model):
+        assert_same(forest, run(goal, model, trees))
+    merged = model.merge_and_unload().requires_grad_()
+    assert_close(forest[0], run_alone(goal, merged, trees)[0])
+    assert all("lora" in name or "score" in name for name in forest[1])
+
+
+def test_an_adapter_on_the_head_says_what_to_do():
+    model = add_lora(llama(), Lora(r=2, alpha=2, dropout=0.0, target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(AlignError, match="take 'lm_head' out of lora_target_modules"):
+        enable_forest(model)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model, trees = llama(), documents(5)
+    assert enable_forest(model) is None
+    model.train()
+    plain = run(LanguageModel(), model, trees)
+    model.gradient_checkpointing_enable()
+    assert model.is_gradient_checkpointing
+    assert_same(run(LanguageModel(), model, trees), plain, rel=1e-6)
+
+
+def test_tied_embeddings_get_both_gradients():
+    model, trees = llama(tie_word_embeddings=True), documents(6)
+    alone = run_alone(LanguageModel(), model, trees)
+    assert enable_forest(model) is None
+    assert_same(run(LanguageModel(), model, trees), alone)

@@ -1,0 +1,173 @@
+"""Laying trees end to end: what is predicted from where, what sees what, how a batch is cut."""
+
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers import sequences, tokens
+
+from align.forest import Segment, Tree, cut, pad, plant
+
+
+def random_trees(seed, count=12):
+    """Every shape: no branches, many, empty ones, empty prompts, losses on prompts."""
+    draw = random.Random(seed)
+    trees = []
+    for _ in range(count):
+        prompt = tokens(draw, draw.choice([0, 1, 2, 9, 30]))
+        branches = tuple(
+            tokens(draw, draw.choice([0, 1, 2, 17] if prompt else [1, 2, 17])) for _ in range(draw.choice([0, 1, 2, 16]))
+        )
+        if not prompt and not branches:
+            branches = ([5, 6],)
+        trees.append(Tree(prompt, branches, prompt_mask=[draw.random() < 0.5 for _ in prompt] if draw.random() < 0.5 else None))
+    return trees
+
+
+def test_the_layout_of_the_module_s_picture():
+    """Prompt p p p p at 0-3, branch a a a at 4-6, branch b b at 7-8.
+
+    The first token of a and of b is predicted by the prompt's last (3); the others by the token before them. The prompt and a are
+    one causal run; b is a run of 2 that also sees the 4 of the prompt.
+    """
+    forest = plant([Tree([10, 11, 12, 13], ([20, 21, 22], [30, 31]))])
+    assert forest.input_ids.tolist() == [10, 11, 12, 13, 20, 21, 22, 30, 31]
+    assert forest.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5]
+    assert forest.sources.tolist() == [3, 4, 5, 3, 7]
+    assert forest.targets.tolist() == [20, 21, 22, 30, 31]
+    assert forest.owner.tolist() == [0, 0, 0, 1, 1]
+    assert forest.ends.tolist() == [6, 8]
+    assert forest.segments == (Segment(0, 7), Segment(7, 2, 0, 4))
+    assert forest.paths == ((0, 4, 4, 3), (0, 4, 7, 2))
+    assert (forest.tokens, forest.sequences, forest.trees, forest.longest) == (9, 2, 1, 7)
+    assert forest.target_counts().tolist() == [3, 2]
+    assert forest.per_sequence(torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])).tolist() == [7, 24]
+
+
+def test_a_document_with_a_loss_on_some_tokens():
+    """The first token has nothing before it, whatever its mask says."""
+    forest = plant([Tree([5, 6], ([7],)), Tree([10, 11, 12, 13], prompt_mask=[True, False, True, True])])
+    assert forest.sources.tolist() == [1, 4, 5]
+    assert forest.targets.tolist() == [7, 12, 13]
+    assert forest.owner.tolist() == [0, 1, 1]
+    assert forest.ends.tolist() == [2, 6]
+    assert forest.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_forests_predict_what_their_paths_do(seed):
+    trees = random_trees(seed)
+    forest = plant(trees)
+    paths = [(whole, wanted, tree, number) for tree in trees for number, (whole, wanted) in enumerate(sequences(tree))]
+    assert forest.sequences == len(paths)
+    assert forest.tokens == sum(tree.tokens for tree in trees)
+    assert forest.longest == max(len(whole) for whole, *_ in paths)
+    for index, (whole, wanted, tree, number) in enumerate(paths):
+        wanted = [i for i in wanted if number == 0 or i >= len(tree.prompt)]  # a prompt's own targets are counted once
+        mine = forest.owner == index
+        assert forest.targets[mine].tolist() == [whole[i] for i in wanted]
+        assert forest.input_ids[forest.sources[mine]].tolist() == [whole[i - 1] for i in wanted]
+        assert forest.position_ids[forest.sources[mine]].tolist() == [i - 1 for i in wanted]
+        assert forest.input_ids[forest.ends[index]] == whole[-1]
+        assert forest.position_ids[forest.ends[index]] == len(whole) - 1
+    assert forest.owner.tolist() == sorted(forest.owner.tolist())
+    assert forest.targets.numel() == sum(tree.targets for tree in trees)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_token_is_a_query_once_and_sees_its_path_alone(seed):
+    trees = random_trees(seed)
+    forest = plant(trees)
+    sees = {}
+    for segment in forest.segments:
+        for i in range(segment.length):
+            assert segment.start + i not in sees
+            prefix = range(segment.prefix_start, segment.prefix_start + segment.prefix_length)
+            sees[segment.start + i] = [*prefix, *range(segment.start, segment.start + i + 1)]
+    assert sorted(sees) == list(range(forest.tokens))
+    for start, length, branch, more in forest.paths:
+        whole = [*range(start, start + length), *range(branch, branch + more)]
+        for position, token in enumerate(whole):
+            assert sees[token] == whole[: position + 1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_padding_unfolds_the_same_sequences(seed):
+    trees = random_trees(seed)
+    forest = plant(trees)
+    batch = pad(forest, pad_token_id=999)
+    wholes = [whole for tree in trees for whole, _ in sequences(tree)]
+    assert batch.input_ids.shape == (len(wholes), forest.longest)
+    for row, mask, whole in zip(batch.input_ids.tolist(), batch.attention_mask.tolist(), wholes, strict=True):
+        assert row == whole + [999] * (forest.longest - len(whole))
+        assert mask == [1] * len(whole) + [0] * (forest.longest - len(whole))
+    flat = batch.input_ids.flatten()
+    assert flat[batch.sources].tolist() == forest.input_ids[forest.sources].tolist()
+    assert flat[batch.sources + 1].tolist() == forest.targets.tolist()
+    assert flat[batch.ends].tolist() == [whole[-1] for whole in wholes]
+
+
+class TestCutting:
+    SIZES = (3, 4, 2, 9, 1, 1, 5)
+    TREES = tuple(Tree([5] * size) for size in SIZES)
+
+    @pytest.mark.parametrize(
+        ("budget", "packs"),
+        [
+            (1, [[3], [4], [2], [9], [1], [1], [5]]),  # a tree above the budget gets a pack of its own, and one of it fits
+            (7, [[3, 4], [2], [9], [1, 1, 5]]),
+            (9, [[3, 4, 2], [9], [1, 1, 5]]),
+            (25, [[3, 4, 2, 9, 1, 1, 5]]),
+            (None, [[3, 4, 2, 9, 1, 1, 5]]),
+        ],
+    )
+    def test_by_hand(self, budget, packs):
+        assert [[tree.tokens for tree in pack] for pack in cut(self.TREES, budget)] == packs
+
+    @pytest.mark.parametrize("budget", [1, 20, 50, None])
+    def test_nothing_is_lost_or_moved(self, budget):
+        trees = random_trees(3, 40)
+        packs = list(cut(iter(trees), budget))
+        assert [tree for pack in packs for tree in pack] == trees
+        assert all(packs)
+        if budget:
+            assert all(len(pack) == 1 or sum(tree.tokens for tree in pack) <= budget for pack in packs)
+            # No pack could have taken the first tree of the next.
+            for pack, following in pairwise(packs):
+                assert sum(tree.tokens for tree in pack) + following[0].tokens > budget
+
+    def test_a_prompt_is_counted_once(self):
+        assert Tree([5] * 10, ([6] * 3, [7] * 4)).tokens == 17
+        assert Tree([5] * 10, ([6] * 3, [7] * 4)).longest == 14
+
+    def test_nothing_gives_nothing(self):
+        assert list(cut([], 5)) == []
+
+
+def test_values_travel_in_order():
+    forest = plant([Tree([5], ([6],), values={"a": [1.0, 2.0], "b": [3.0]}), Tree([5], ([6],), values={"b": [4.0], "a": [5.0]})])
+    assert forest.values["a"].tolist() == [1, 2, 5]
+    assert forest.values["b"].tolist() == [3, 4]
+    assert forest.values["a"].dtype == torch.float
+
+
+@pytest.mark.parametrize(
+    ("trees", "message"),
+    [
+        ([Tree([])], "at least one token"),
+        ([Tree([], ([5], []))], "at least one token"),
+        ([Tree([5, 6], prompt_mask=[True])], "the prompt has 2 tokens and its mask 1"),
+        ([Tree([5], values={"a": [1.0]}), Tree([5])], "must carry the same values"),
+    ],
+)
+def test_trees_that_make_no_sense(trees, message):
+    with pytest.raises(ValueError, match=message):
+        plant(trees)
+
+
+def test_moving_takes_every_tensor_along():
+    forest = plant([Tree([5, 6], ([7], [8]), values={"a": [1.0]})]).to("meta")
+    tensors = [value for value in vars(forest).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 6
+    assert all(tensor.is_meta for tensor in [*tensors, forest.values["a"]])

@@ -1,0 +1,152 @@
+"""The chunked head against log_softmax and gather, its gradients against finite differences."""
+
+import pytest
+import torch
+from helpers import VOCABULARY, assert_close, build, llama
+
+from align import heads
+from align.errors import AlignError
+from align.heads import Head, head_of, token_scores
+
+KINDS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scale": {"scale": 0.25},
+    "softcap": {"softcap": 2.0},
+    "temperature": {"temperature": 0.6},
+    "all": {"bias": True, "scale": 0.5, "softcap": 3.0, "temperature": 1.7},
+}
+
+
+def inputs(n=7, hidden=5, vocabulary=11, dtype=torch.float32, bias=False):
+    torch.manual_seed(0)
+    h, w = torch.randn(n, hidden, dtype=dtype), torch.randn(vocabulary, hidden, dtype=dtype)
+    b = torch.randn(vocabulary, dtype=dtype) if bias else None
+    return *(x if x is None else x.requires_grad_() for x in (h, w, b)), torch.randint(vocabulary, (n,))
+
+
+def slowly(h, w, b, targets, scale=1.0, softcap=None, temperature=1.0):
+    logits = torch.nn.functional.linear(h, w, b) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    log_p = (logits / temperature).log_softmax(1)
+    return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(1), log_p.argmax(1) == targets
+
+
+def split(kind):
+    options = dict(KINDS[kind])
+    return options.pop("bias", False), options
+
+
+def scored(h, w, b, targets, scale=1.0, softcap=None, temperature=1.0):
+    return token_scores(h, targets, Head(w, b, scale, softcap), temperature)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("elements", [1, 33, 2**22])
+def test_equals_log_softmax_for_any_chunk(kind, elements, monkeypatch):
+    """A vocabulary of 11: chunks of 1 row (it cannot be less), of 3 with a rest of 1, and all at once."""
+    monkeypatch.setattr(heads, "CHUNK_ELEMENTS", elements)
+    bias, options = split(kind)
+    h, w, b, targets = inputs(bias=bias)
+    ours, (logps, entropy, correct) = scored(h, w, b, targets, **options), slowly(h, w, b, targets, **options)
+    assert_close(ours.logps, logps)
+    assert_close(ours.entropy, entropy)
+    assert torch.equal(ours.correct, correct)
+    leaves = [x for x in (h, w, b) if x is not None]
+    seeds = torch.randn(2, len(targets))
+    found = torch.autograd.grad((ours.logps * seeds[0] + ours.entropy * seeds[1]).sum(), leaves)
+    wanted = torch.autograd.grad((logps * seeds[0] + entropy * seeds[1]).sum(), leaves)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("which", ["logps", "entropy", "both"])
+def test_gradients_by_finite_differences(kind, which, monkeypatch):
+    monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 33)
+    bias, options = split(kind)
+    h, w, b, targets = inputs(n=5, hidden=3, dtype=torch.float64, bias=bias)
+    leaves = [x for x in (h, w, b) if x is not None]
+
+    def outputs(h, w, b=None):
+        scores = scored(h, w, b, targets, **options)
+        return {"logps": scores.logps, "entropy": scores.entropy, "both": (scores.logps, scores.entropy)}[which]
+
+    assert torch.autograd.gradcheck(outputs, leaves)
+
+
+def test_no_chunk_holds_more_than_its_share(monkeypatch):
+    """Memory is flat in the vocabulary: the largest product made is CHUNK_ELEMENTS logits, forward and backward."""
+    monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 44)
+    sizes, linear = [], heads.linear
+
+    def watched(*args):
+        sizes.append(linear(*args).numel())
+        return linear(*args)
+
+    monkeypatch.setattr(heads, "linear", watched)
+    h, w, b, targets = inputs(n=10)
+    scored(h, w, b, targets).logps.sum().backward()
+    assert sizes == [44, 44, 22] * 2
+
+
+def test_no_targets_give_no_loss_and_no_gradient():
+    h, w, _, _ = inputs(n=3)
+    scores = scored(h[:0], w, None, torch.zeros(0, dtype=torch.long))
+    scores.logps.sum().backward()
+    assert scores.logps.shape == (0,)
+    assert (w.grad == 0).all()
+
+
+def test_a_frozen_head_passes_the_gradient_on():
+    h, w, _, targets = inputs()
+    w.requires_grad_(False)
+    scored(h, w, None, targets).logps.sum().backward()
+    assert_close(h.grad, torch.autograd.grad(slowly(h, w, None, targets)[0].sum(), h)[0])
+    assert w.grad is None
+
+
+def test_probabilities_so_small_that_fp32_rounds_them_away():
+    """Logits 0 and -200: the log-prob is -200 and the entropy 0, not -inf and NaN."""
+    h, w = torch.ones(2, 1, requires_grad=True), torch.tensor([[0.0], [-200.0]])
+    scores = scored(h, w, None, torch.tensor([1, 0]))
+    assert scores.logps.tolist() == [-200, 0]
+    assert scores.entropy.tolist() == [0, 0]
+    (scores.logps.sum() + scores.entropy.sum()).backward()
+    assert h.grad.isfinite().all()
+
+
+def test_bf16_autocast_is_close_to_fp32():
+    """bf16 has 8 bits: products of 32 numbers are off by about 1 %; the sums over the vocabulary stay in fp32."""
+    torch.manual_seed(1)
+    h, w = torch.randn(64, 32, requires_grad=True), (0.1 * torch.randn(VOCABULARY, 32)).requires_grad_()
+    targets = torch.randint(VOCABULARY, (64,))
+    exact = scored(h, w, None, targets)
+    wanted = torch.autograd.grad(exact.logps.mean(), (h, w))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = scored(h, w, None, targets)
+    found = torch.autograd.grad(rough.logps.mean(), (h, w))
+    assert rough.logps.dtype == rough.entropy.dtype == torch.float32
+    assert 0 < (rough.logps - exact.logps).abs().max() < 0.02
+    assert (rough.entropy - exact.entropy).abs().max() < 0.01
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.dtype == torch.float32
+        assert_close(mine, theirs, rel=0.03)
+
+
+def test_the_head_of_a_model():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    plain = head_of(llama())
+    assert (plain.scale, plain.softcap, plain.bias) == (1.0, None, None)
+    assert head_of(build("cohere", **sizes, logit_scale=0.25)).scale == 0.25
+    assert head_of(build("granite", **sizes, logits_scaling=4.0)).scale == 0.25
+    assert head_of(build("gemma2", **sizes, head_dim=8, final_logit_softcapping=30.0)).softcap == 30.0
+    assert head_of(build("gptj", n_embd=32, n_layer=1, n_head=4, rotary_dim=4)).bias is not None
+
+
+def test_a_head_that_is_not_linear_is_refused():
+    model = llama()
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(AlignError, match="the output layer of LlamaForCausalLM is a Sequential, not a plain linear layer"):
+        head_of(model)

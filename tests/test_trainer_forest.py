@@ -1,0 +1,339 @@
+"""The trainer: one gradient for any cut of the batch, exact evaluation, exact resume, and it learns."""
+
+import copy
+import json
+import math
+import os
+import random
+import runpy
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Alone, assert_close, build, documents, llama, pairs, run_alone, tokens
+from transformers import TrainingArguments
+
+from align.engine import enable_forest
+from align.errors import AlignError
+from align.forest import Tree
+from align.losses import LossOutput, preference_losses
+from align.progress import History
+from align.scoring import branch_logps, branch_scores, mean_nll
+from align.trainers.callbacks import Watch
+from align.trainers.forest import ForestTrainer
+from align.trainers.objectives import LanguageModel, Preference, RewardModel, add_reference_logps
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Builds a trainer; what is not given is small, plain and quiet."""
+
+    def build_trainer(model, objective, trees, held=None, *, max_tokens=64, callbacks=None, **arguments):
+        if not hasattr(model, "forest_padded"):
+            assert enable_forest(model) is None
+        defaults = {"output_dir": str(tmp_path / "out"), "learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_steps": 3}
+        quiet = {"report_to": [], "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "use_cpu": True}
+        quiet |= {"remove_unused_columns": False, "dataloader_pin_memory": False}
+        args = TrainingArguments(**{**defaults, **quiet, **arguments})
+        return ForestTrainer(model, objective, args, trees, held, max_tokens=max_tokens, callbacks=callbacks)
+
+    return build_trainer
+
+
+class Gradients:
+    """Keeps the gradients of the first optimizer step, as they are before clipping would change them."""
+
+    def __new__(cls):
+        from transformers import TrainerCallback
+
+        class Spy(TrainerCallback):
+            seen = None
+
+            def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+                if self.seen is None:
+                    self.seen = {name: p.grad.clone() for name, p in model.named_parameters()}
+
+        return Spy()
+
+
+GOALS = {
+    "sft": (llama, LanguageModel(), documents(1, 24)),
+    "orpo": (llama, Preference(preference_losses["orpo"], {"lam": 0.1}), pairs(1, 24)),
+    "reward": (lambda: build("llama", score_head=True, **SIZES), RewardModel(), pairs(1, 24)),
+}
+CUTS = {
+    "8 x 1, one forest": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_tokens": 10_000},
+    "8 x 1, a tree a forest": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_tokens": 1},
+    "4 x 2": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_tokens": 50},
+    "1 x 8": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "max_tokens": 10_000},
+}
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_gradient_and_weights_do_not_depend_on_the_cut(make, goal):
+    """SGD, so that weights show a gradient's size and not only its sign. Rows are uneven, so a mean of means would differ."""
+    build_model, objective, trees = GOALS[goal]
+    results = {}
+    for name, cut in CUTS.items():
+        spy, model = Gradients(), build_model()
+        trainer = make(model, objective, trees, callbacks=[spy], optim="sgd", max_grad_norm=1e9, seed=5, **cut)
+        trainer.train()
+        results[name] = spy.seen, {n: p.detach() for n, p in model.named_parameters()}, trainer.state.log_history[0]["loss"]
+    gradients, weights, loss = results.pop("8 x 1, one forest")
+    for name, (other_gradients, other_weights, other_loss) in results.items():
+        assert other_loss == pytest.approx(loss, rel=1e-5), name
+        for parameter, gradient in gradients.items():
+            assert_close(other_gradients[parameter], gradient, what=parameter)
+            assert_close(other_weights[parameter], weights[parameter], what=parameter)
+
+
+def test_the_gradient_is_that_of_the_mean_over_the_batch(make):
+    """One step of the trainer against each sequence alone through the model's own forward."""
+    spy, model, trees = Gradients(), llama(), documents(2, 6)
+    losses, gradients = run_alone(LanguageModel(), copy.deepcopy(model), trees)
+    batch = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    trainer = make(model, LanguageModel(), trees, callbacks=[spy], max_steps=1, max_grad_norm=1e9, **batch)
+    trainer.train()
+    for name, gradient in gradients.items():
+        assert_close(spy.seen[name], gradient, what=name)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert trainer.state.log_history[0]["num_tokens"] == sum(tree.tokens for tree in trees)
+
+
+def test_the_last_batch_of_an_epoch_is_a_mean_of_its_own(make):
+    """5 rows in batches of 2 x 2: the second step has one row, and its logged loss is the mean over that row's tokens."""
+    trees = documents(3, 5)
+    trainer = make(
+        llama(), LanguageModel(), trees, max_steps=-1, num_train_epochs=1, learning_rate=1e-12,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, seed=1,
+    )  # fmt: skip
+    trainer.train()
+    first, second = (record["loss"] for record in trainer.state.log_history if "loss" in record)
+    alone = [(-Alone(llama(), [tree])().logps).detach() for tree in trees]
+    candidates = [losses.mean().item() for losses in alone]
+    last = min(range(5), key=lambda i: abs(candidates[i] - second))
+    assert second == pytest.approx(candidates[last], rel=1e-5)
+    assert first == pytest.approx(torch.cat(alone[:last] + alone[last + 1 :]).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_before_the_update(make, poison):
+    class Poisoned(LanguageModel):
+        def __call__(self, model, forest):
+            output = super().__call__(model, forest)
+            self.calls = getattr(self, "calls", 0) + 1
+            return LossOutput(output.loss * (poison if self.calls == 3 else 1), output.metrics)
+
+    model = llama()
+    before = copy.deepcopy(model.state_dict())
+    trainer = make(
+        model,
+        Poisoned(),
+        documents(1, 8),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        logging_nan_inf_filter=False,
+    )
+    with pytest.raises(AlignError, match=rf"the loss is {poison} at step 1; no update was made"):
+        trainer.train()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_evaluation_is_exact_over_uneven_batches(make):
+    """7 rows in batches of 3, 3 and 1, each cut further: means are over tokens, not over batches."""
+    model, trees = llama(), documents(4, 7)
+    with torch.no_grad():
+        alone = Alone(copy.deepcopy(model), trees)()
+    trainer = make(model, LanguageModel(), documents(1), trees, per_device_eval_batch_size=3, max_tokens=30)
+    found = trainer.evaluate()
+    assert found["eval_loss"] == pytest.approx(-alone.logps.mean().item(), rel=1e-6)
+    assert found["eval_perplexity"] == pytest.approx(math.exp(-alone.logps.mean().item()), rel=1e-5)
+    assert found["eval_mean_token_accuracy"] == pytest.approx(alone.correct.float().mean().item(), rel=1e-6)
+    assert found["eval_entropy"] == pytest.approx(alone.entropy.mean().item(), rel=1e-6)
+    assert mean_nll(model, trees, 30) == pytest.approx(found["eval_loss"], rel=1e-6)
+
+
+def test_evaluation_of_pairs_is_a_mean_over_pairs(make):
+    model, trees = build("llama", score_head=True, **SIZES), pairs(4, 7)
+    with torch.no_grad():
+        chosen, rejected = Alone(copy.deepcopy(model), trees)().view(-1, 2).T
+    found = make(model, RewardModel(), pairs(1), trees, per_device_eval_batch_size=3, max_tokens=30).evaluate()
+    assert found["eval_loss"] == pytest.approx((1 + (rejected - chosen).exp()).log().mean().item(), rel=1e-5)
+    assert found["eval_accuracy"] == pytest.approx((chosen > rejected).float().mean().item())
+    assert "eval_perplexity" not in found
+
+
+def test_resume_is_bit_for_bit(make, tmp_path):
+    """6 steps at once, and 3 steps, a checkpoint, a new process' worth of objects, 3 more: the same weights and losses.
+
+    The batches are shuffled, the learning rate falls, AdamW has moments: each must be picked up where it was.
+    """
+    trees = documents(1, 16)
+    fields = {"max_steps": 6, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 4, "warmup_steps": 2, "seed": 3}
+
+    whole = make(llama(), LanguageModel(), trees, output_dir=str(tmp_path / "whole"), **fields)
+    whole.train()
+    saving = {"output_dir": str(tmp_path / "cut"), "save_strategy": "steps", "save_steps": 3}
+    make(llama(), LanguageModel(), trees, **saving, **fields).train()
+    torch.manual_seed(77)
+    resumed = make(llama(seed=8), LanguageModel(), trees, **saving, **fields)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+
+    for (name, ours), theirs in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    losses = [[record["loss"] for record in t.state.log_history if "loss" in record] for t in (resumed, whole)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 6
+
+
+TWO_PROCESSES = """
+import sys
+import torch
+from helpers import documents, llama
+from transformers import TrainingArguments
+from align.engine import enable_forest
+from align.trainers.forest import ForestTrainer
+from align.trainers.objectives import LanguageModel
+
+model, processes = llama(), int(sys.argv[2])
+enable_forest(model)
+args = TrainingArguments(
+    sys.argv[1], max_steps=3, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=1e9, seed=5, use_cpu=True,
+    per_device_train_batch_size=4 // processes, gradient_accumulation_steps=2, report_to=[], save_strategy="no", logging_steps=1,
+    remove_unused_columns=False, dataloader_pin_memory=False, disable_tqdm=True,
+)
+trainer = ForestTrainer(model, LanguageModel(), args, documents(1, 24), documents(2, 7), max_tokens=25)
+trainer.train()
+trainer.evaluate()
+if trainer.is_world_process_zero():
+    logs = [{k: r[k] for k in r if k.endswith(("loss", "accuracy", "num_tokens"))} for r in trainer.state.log_history]
+    torch.save((dict(model.named_parameters()), logs), f"{sys.argv[1]}/{processes}.pt")
+"""
+
+
+def test_two_processes_do_as_one(tmp_path, monkeypatch):
+    """Each cuts its rows into a number of forests of its own; weights, logged means and the evaluation of 7 rows are the same."""
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES)
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path), "1"])
+    runpy.run_path(str(script))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+        str(tmp_path),
+        "2",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    (one, logs), (two, two_logs) = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
+    for name, weight in one.items():
+        assert_close(two[name].detach(), weight.detach(), what=name)
+    assert [record.keys() for record in logs] == [record.keys() for record in two_logs]
+    for record, other in zip(logs, two_logs, strict=True):
+        assert other == pytest.approx(record, rel=1e-5)
+    assert "num_tokens" in logs[0]
+    assert "eval_loss" in logs[-1]
+
+
+def counting(draw, n):
+    """Token k is followed by k + 1: something a tiny model can learn."""
+    start = draw.randrange(10, 60)
+    return list(range(start, start + n))
+
+
+def test_sft_learns_what_carries_over_to_held_out_rows(make):
+    """From about the uniform distribution's perplexity (320 tokens) to below 5 on rows that were not trained on."""
+    draw = random.Random(0)
+    rows = [Tree(counting(draw, n), prompt_mask=[False] + [True] * (n - 1)) for n in (6, 9, 12, 15) * 24]
+    trainer = make(
+        llama(initializer_range=0.02),
+        LanguageModel(),
+        rows[:80],
+        rows[80:],
+        max_steps=60,
+        per_device_train_batch_size=16,
+        max_tokens=512,
+    )
+    before = trainer.evaluate()["eval_perplexity"]
+    trainer.train()
+    after = trainer.evaluate()["eval_perplexity"]
+    assert before > 250
+    assert after < 5
+
+
+def preferred(draw, count):
+    """Answers of tokens 10 to 29 are chosen over longer answers of tokens 30 to 49."""
+    low, high = (lambda: [draw.randrange(10, 30) for _ in range(4)]), (lambda: [draw.randrange(30, 50) for _ in range(6)])
+    return [Tree(tokens(draw, 5), (low(), high()), values={"margin": [0.0]}) for _ in range(count)]
+
+
+def test_dpo_separates_chosen_from_rejected(make):
+    draw = random.Random(1)
+    model = llama(initializer_range=0.02)
+    assert enable_forest(model) is None
+    trees, held = preferred(draw, 48), add_reference_logps(model, preferred(draw, 16), 512)
+    objective = Preference(preference_losses["dpo"], {"beta": 0.1})
+    trees = add_reference_logps(model, trees, 512)
+    trainer = make(model, objective, trees, held, max_steps=30, per_device_train_batch_size=16, max_tokens=512, learning_rate=3e-3)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)  # policy = reference: -log σ(0)
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_rewards/accuracies"] == 1
+    assert after["eval_rewards/margins"] > 1
+    assert after["eval_loss"] < 0.4
+
+
+def test_reward_model_separates_chosen_from_rejected(make):
+    draw = random.Random(2)
+    model = build("llama", score_head=True, **{**SIZES, "initializer_range": 0.02})
+    torch.nn.init.zeros_(model.score.weight)
+    trees, held = preferred(draw, 48), preferred(draw, 16)
+    trainer = make(
+        model, RewardModel(), trees, held, max_steps=30, per_device_train_batch_size=16, max_tokens=512, learning_rate=3e-3
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)  # a head of zeros prefers nothing
+    trainer.train()
+    assert trainer.evaluate()["eval_accuracy"] == 1
+    assert all(chosen > rejected for chosen, rejected in branch_scores(model, held, 64))
+
+
+def test_metrics_are_written_by_the_watch(make, tmp_path):
+    history = History(tmp_path / "metrics.jsonl")
+    trees = documents(1, 12)
+    trainer = make(
+        llama(), LanguageModel(), trees, documents(2, 4), callbacks=[Watch("sft", history)],
+        eval_strategy="steps", eval_steps=2, max_steps=4, per_device_train_batch_size=4,
+    )  # fmt: skip
+    trainer.train()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert records == history.records
+    training = [record for record in records if "loss" in record]
+    assert [record["step"] for record in training] == [1, 2, 3, 4]
+    assert {"mean_token_accuracy", "entropy", "grad_norm", "learning_rate", "num_tokens", "seconds"} <= training[0].keys()
+    assert training[2]["num_tokens"] == sum(tree.tokens for tree in trees)  # three batches of 4 are one epoch
+    assert [record["step"] for record in records if "eval_loss" in record] == [2, 4]
+    assert history.last("eval_loss") == records[-1]["eval_loss"]
+
+
+def test_reference_log_probs_are_the_model_s_own_now_and_do_not_change_its_mode():
+    model, trees = llama().train(), pairs(3)
+    theirs = Alone(copy.deepcopy(model).eval(), [replace(tree, values={}) for tree in trees])
+    assert enable_forest(model) is None
+    found = add_reference_logps(model, trees, 30)
+    assert [tree.values["margin"] for tree in found] == [tree.values["margin"] for tree in trees]
+    with torch.no_grad():
+        per_token = iter(theirs().logps.tolist())
+    for tree, (branch, other) in zip(found, branch_logps(model, trees, 1), strict=True):
+        sums = [sum(next(per_token) for _ in branch_tokens) for branch_tokens in tree.branches]
+        assert tree.values["reference_logps"] == pytest.approx(sums, rel=1e-5)
+        assert [branch, other] == pytest.approx(sums, rel=1e-5)
