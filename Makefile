@@ -16,7 +16,7 @@ demo: setup
 	HF_HUB_OFFLINE=1 $(BIN)/align run pipelines/demo.py --out runs/demo
 
 test: setup
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 lint: setup
 	$(BIN)/ruff check .

@@ -26,11 +26,13 @@ class Catalog(Generic[Entry]):
     def add(self, entry: Entry, name: str | None = None) -> Entry:
         """Register `entry` under `name` (its own name by default) and return it, so this works as a decorator.
 
+        The same definition may come again: a recipe's file is run once as a recipe and once for the reward function it defines.
+
         Raises:
             ValueError: the name is taken.
         """
         name = name or entry.__name__
-        if name in self._entries:
+        if name in self._entries and not _same_place(entry, self._entries[name]):
             raise ValueError(f"{self.kind} {name!r} is already registered, by {self._entries[name].__module__}")
         self._entries[name] = entry
         return entry
@@ -63,3 +65,9 @@ class Catalog(Generic[Entry]):
         for key, parameter in parameters.items():
             if parameter.default is parameter.empty and key not in arguments:
                 raise AlignError(f"{self.kind} {name!r} needs {key!r}, and it has no default: set it")
+
+
+def _same_place(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    """Whether both are the definition of one name in one file."""
+    files = {inspect.getsourcefile(entry) for entry in (one, other)}
+    return len(files) == 1 and one.__qualname__ == other.__qualname__

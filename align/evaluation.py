@@ -72,10 +72,10 @@ class Evaluation:
     def policy(self, name: str, path: str) -> dict[str, Any]:
         """Everything that is measured of a language model."""
         stage = self.stage
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, trust_remote_code=self.stage.trust_remote_code)
         set_chat_template(tokenizer, stage.chat_template)
         encoder = Encoder(tokenizer, stage.max_length)
-        model = load_causal_lm(path, dtype=stage.dtype)
+        model = load_causal_lm(path, dtype=stage.dtype, trust_remote_code=stage.trust_remote_code)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         enable_forest(model)
         result: dict[str, Any] = {}
@@ -149,8 +149,9 @@ class Evaluation:
         if stage.reference is not None:
             trees = [Tree(prompt, (answer.tokens,)) for prompt, answer in zip(prompts, answers, strict=True)]
             budget = stage.max_tokens_per_micro_batch
-            own = branch_logps(model, trees, budget)
-            other = branch_logps(self._reference[0], trees, budget) if self._reference else own
+            temperature = stage.temperature or 1.0
+            own = branch_logps(model, trees, budget, temperature)
+            other = branch_logps(self._reference[0], trees, budget, temperature) if self._reference else own
             result[f"kl_to_{stage.reference}"] = statistics.fmean(a - b for (a,), (b,) in zip(own, other, strict=True))
         return result
 
@@ -166,7 +167,7 @@ class Evaluation:
         """Share of held-out pairs that a reward model ranks right."""
         if not self.pairs:
             raise AlignError("reward_models needs preference_data: pairs to rank")
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, trust_remote_code=self.stage.trust_remote_code)
         set_chat_template(tokenizer, self.stage.chat_template)
         budget = self.stage.max_tokens_per_micro_batch
         scorer = RewardScorer(path, tokenizer.get_vocab(), dtype=self.stage.dtype, max_tokens=budget, normalize=False)

@@ -141,6 +141,8 @@ class Run:
         say(f"{step.name}: {step.reason}; writing {step.folder}")
         existed = step.folder.exists()
         step.folder.mkdir(parents=True, exist_ok=True)
+        if not (step.folder / "checkpoints").is_dir():  # nothing to go on from, so no history either
+            (step.folder / "metrics.jsonl").unlink(missing_ok=True)
         config = json.loads(self.recipe.stages[step.name].model_dump_json())
         start = time.monotonic()
         _quiet()

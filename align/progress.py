@@ -36,14 +36,18 @@ def track(items: Sequence[Item], label: str, unit: str = "pack") -> Iterable[Ite
 
 
 class History:
-    """The metrics of one stage: appended to a file as they come, shown beside the bar."""
+    """The metrics of one stage, appended to a file as they come. What the file holds already belongs to a run that was cut."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.records: list[dict[str, Any]] = []
-        self._start = time.monotonic()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        self.records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self._start = time.monotonic() - (self.records[-1]["seconds"] if self.records else 0.0)
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after `step`, because the run goes on from there."""
+        self.records = [record for record in self.records if record["step"] <= step]
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
         """Append one record: the step, seconds since the start, and `metrics`."""

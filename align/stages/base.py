@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
@@ -23,6 +24,8 @@ class Reference:
 def _reward_spec(value: Any) -> Any:
     """A function given in a Python recipe becomes ``file.py:name``, so that it can be fingerprinted and found again."""
     if callable(value):
+        if not isinstance(value, FunctionType) or "<" in value.__qualname__:
+            raise ValueError(f"{value!r} has no name in its file: give a function defined with `def` at the top level")
         return f"{Path(value.__code__.co_filename).resolve()}:{value.__qualname__}"
     return value
 
@@ -151,8 +154,18 @@ class OptimizerFields(Fields):
     """AdamW's second moment."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """Share of the steps during which the learning rate rises."""
-    lr_scheduler_type: str = "cosine"
-    """How it falls; a name that transformers knows."""
+    lr_scheduler_type: Literal[
+        "cosine",
+        "cosine_with_min_lr",
+        "cosine_with_restarts",
+        "linear",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = "cosine"
+    """How it falls; transformers' names."""
     lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the schedule, such as `min_lr_rate` of `cosine_with_min_lr`."""
     gradient_checkpointing: bool = False

@@ -45,6 +45,8 @@ class Evaluate(Stage, SamplingFields, RewardFields):
     """Longest row in tokens."""
     dtype: str = "float32"
     """Precision of the weights."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model."""
     chat_template: str | None = None
     """For a base model without one: `auto`, a shipped template's name or a .jinja file."""
     max_tokens_per_micro_batch: int = Field(8192, gt=0)

@@ -49,6 +49,8 @@ class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, Sampli
         longest = t.longest(train.trees) + self.max_completion_length
         for model in (policy, critic):
             disable_dropout(model)
+            if self.gradient_checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         policy = t.make_ready(self, context.name, policy, tokenizer, longest, context.folder)
         critic = t.make_ready(self, f"{context.name} (critic)", critic, tokenizer, longest, None)
 
@@ -100,6 +102,7 @@ class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, Sampli
             max_tokens=self.max_tokens_per_micro_batch,
             max_grad_norm=self.max_grad_norm,
             seed=self.seed,
+            bf16=self.bf16,
         )
         before = held_out_score("before")
         trainer.train(context.name, self.logging_steps)

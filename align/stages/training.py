@@ -182,6 +182,7 @@ def run_trainer(trainer: Any, stage: TrainingStage, context: Context, *, has_eva
         trainer.remove_callback(printer)
     checkpoints = context.folder / "checkpoints"
     last = get_last_checkpoint(str(checkpoints)) if stage.resume_from_checkpoint and checkpoints.is_dir() else None
+    context.history.rewind(-1 if last is None else int(last.rpartition("-")[2]))
     if last is None and has_eval:
         trainer.evaluate()
     trainer.train(resume_from_checkpoint=last)

@@ -93,7 +93,7 @@ class ForestTrainer(Trainer):
         if not torch.isfinite(loss):
             raise AlignError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}; no update was made. "
-                "Lower learning_rate, set max_grad_norm, or look at the data with `align data`"
+                "Lower learning_rate, set max_grad_norm, or look at the rows"
             )
 
     def compute_loss(

@@ -57,7 +57,8 @@ class PPOTrainer:
         critic: an enabled model with one score per token.
         prompts: token ids of the prompts, sampled in a shuffled order, again and again.
         scorer: scores completions; see `Scorer`.
-        temperature: of the sampled distribution, which is also the one that is optimized.
+        sampling: its temperature is that of the distribution that is optimized, too.
+        bf16: run forward and backward passes in bfloat16, weights and sums in float32.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class PPOTrainer:
         max_tokens: int,
         max_grad_norm: float,
         seed: int,
+        bf16: bool = False,
     ) -> None:
         if sampling.temperature <= 0:
             raise AlignError("PPO samples its policy: temperature must be above 0")
@@ -86,6 +88,7 @@ class PPOTrainer:
         self.optimizer, self.scheduler, self.history = optimizer, scheduler, history
         self.max_tokens, self.max_grad_norm = max_tokens, max_grad_norm
         self.device = next(policy.parameters()).device
+        self.bf16 = bf16
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.shuffle = torch.Generator().manual_seed(seed)
         # With an adapter the reference is the same weights, adapter off. Otherwise it is a frozen copy.
@@ -150,12 +153,13 @@ class PPOTrainer:
         self.critic.eval()
         logps, entropy, reference, values = [], [], [], []
         for forest in self._forests(trees):
-            token = self.policy(forest=forest, temperature=self.sampling.temperature)
-            logps.append(token.logps)
-            entropy.append(token.entropy)
-            with self._reference() as model:
-                reference.append(model(forest=forest, temperature=self.sampling.temperature).logps)
-            values.append(self.critic(forest=forest, read="sources"))
+            with self._precision():
+                token = self.policy(forest=forest, temperature=self.sampling.temperature)
+                logps.append(token.logps)
+                entropy.append(token.entropy)
+                with self._reference() as model:
+                    reference.append(model(forest=forest, temperature=self.sampling.temperature).logps)
+                values.append(self.critic(forest=forest, read="sources"))
 
         def matrix(parts: list[Tensor]) -> Tensor:
             return torch.zeros(mask.shape, device=self.device).masked_scatter_(mask, torch.cat(parts))
@@ -197,12 +201,14 @@ class PPOTrainer:
         """One optimizer step on one mini-batch; the losses are means over its tokens, however it is cut."""
         tokens = sum(tree.targets for tree in trees)
         for forest in self._forests(trees):
-            token = self.policy(forest=forest, temperature=self.sampling.temperature)
+            with self._precision():
+                token = self.policy(forest=forest, temperature=self.sampling.temperature)
+                values = self.critic(forest=forest, read="sources")
             policy_loss = ppo_policy_loss(
                 token.logps, forest.values["old_logps"], forest.values["advantages"], cliprange=self.settings.cliprange
             )
             value_loss = ppo_value_loss(
-                self.critic(forest=forest, read="sources"),
+                values,
                 forest.values["old_values"],
                 forest.values["returns"],
                 cliprange_value=self.settings.cliprange_value,
@@ -211,7 +217,7 @@ class PPOTrainer:
             if not torch.isfinite(loss):
                 raise AlignError(f"PPO's loss is {loss.item()}; no update was made. Lower learning_rate or look at the rewards")
             loss.backward()
-            for name, values in {
+            for name, seen in {
                 "loss/policy_avg": policy_loss.loss,
                 "loss/value_avg": value_loss.loss,
                 "policy/approxkl_avg": policy_loss.metrics["approxkl"],
@@ -220,7 +226,7 @@ class PPOTrainer:
                 "val/ratio": policy_loss.metrics["ratio"],
                 "val/clipfrac_avg": value_loss.metrics["clipfrac"],
             }.items():
-                sums[name] += values.detach().sum().item()
+                sums[name] += seen.detach().sum().item()
             sums["tokens"] += forest.targets.numel()
         for model in (self.policy, self.critic):
             clip_grad_norm_(model.parameters(), self.max_grad_norm)
@@ -249,6 +255,10 @@ class PPOTrainer:
     def _forests(self, trees: list[Tree]) -> Iterator[Forest]:
         for pack in cut(trees, self.max_tokens):
             yield plant(pack).to(self.device)
+
+    def _precision(self) -> torch.autocast:
+        """Mixed precision where asked; sums and losses stay in fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     @contextmanager
     def _reference(self) -> Iterator[nn.Module]:
