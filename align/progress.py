@@ -40,8 +40,9 @@ class History:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        self.records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        path.touch()
+        whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a kill may have cut the last one
+        self.records: list[dict[str, Any]] = [json.loads(line) for line in whole_lines]
         self._start = time.monotonic() - (self.records[-1]["seconds"] if self.records else 0.0)
 
     def rewind(self, step: int) -> None:

@@ -16,7 +16,8 @@ from align.stages.base import Context, DataRefs, stage
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 SOURCES = [str(path) for path in sorted(DATA.glob("world*.py"))]
-WRITTEN_PAIRS = 2000
+WRITTEN_PAIRS = 3000
+"""Pairs of a written good and a written flawed answer, beside those sampled from the SFT model; a fifth as many are held out."""
 GOLD = f"{DATA / 'world.py'}:gold"
 
 
@@ -41,6 +42,7 @@ class World(Stage):
             parts[f"demonstrations_{split}"] = world.demonstrations(split)
             parts[f"prompts_{split}"] = world.prompts(split)
         parts["written_pairs"] = world.preferences("train")[:WRITTEN_PAIRS]
+        parts["written_pairs_held_out"] = world.preferences("test")[: WRITTEN_PAIRS // 5]
         for name, rows in parts.items():
             write_rows(context.folder / f"{name}.jsonl", rows)
         return {name: len(rows) for name, rows in parts.items()}
@@ -51,7 +53,8 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
     common: dict[str, Any] = {"seed": seed, "max_length": 128, "max_tokens_per_micro_batch": 4096, "adam_beta2": 0.95}
     schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
     answers = {"max_completion_length": 48, "rollout_batch_size": 256}
-    pairs = {"data": ["pairs/preferences.jsonl", "world/written_pairs.jsonl"], "eval_data": ["pairs/held_out.jsonl"]}
+    held_out_pairs = ["pairs/held_out.jsonl", "world/written_pairs_held_out.jsonl"]
+    pairs = {"data": ["pairs/preferences.jsonl", "world/written_pairs.jsonl"], "eval_data": held_out_pairs}
     return Recipe(
         name,
         {
@@ -148,7 +151,7 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                 reference="sft",
                 data=["world/prompts_test.jsonl"],
                 perplexity_data=["world/demonstrations_test.jsonl"],
-                preference_data=["pairs/held_out.jsonl"],
+                preference_data=held_out_pairs,
                 reward_funcs=[GOLD],
                 max_prompts=600,
                 max_length=128,

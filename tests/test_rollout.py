@@ -145,6 +145,14 @@ def test_impossible_tokens_never_come_up():
     assert len(set(drawn.tolist())) > 300
 
 
+@pytest.mark.parametrize(("chance", "token"), [(0.0, 1), (1 - 2**-24, 3)])
+def test_the_ends_of_chance_are_possible_tokens(chance, token, monkeypatch):
+    """The least and the largest number that `torch.rand` can give: the first and the last token with a probability."""
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, chance))
+    logits = torch.tensor([[-torch.inf, 0.3, 0.1, 0.7, -torch.inf]])
+    assert draw(logits, Sampling(1), None).item() == token
+
+
 def test_top_p_keeps_the_likeliest_token_always():
     assert draw(LOGITS[None], Sampling(1, top_p=1e-9), torch.Generator().manual_seed(0)).item() == 2
 

@@ -47,12 +47,13 @@ class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, Sampli
         t.teach_end_token(policy, end)
         stop_ids = [end] if end in (tokenizer.eos_token_id, None) else [end, *stop_token_ids(policy, tokenizer)]
         longest = t.longest(train.trees) + self.max_completion_length
-        for model in (policy, critic):
-            disable_dropout(model)
-            if self.gradient_checkpointing:
+        if self.gradient_checkpointing:
+            for model in (policy, critic):
                 model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         policy = t.make_ready(self, context.name, policy, tokenizer, longest, context.folder)
         critic = t.make_ready(self, f"{context.name} (critic)", critic, tokenizer, longest, None)
+        for model in (policy, critic):
+            disable_dropout(model)  # after LoRA, whose own dropout would part old and new log-probs
 
         groups = [
             {"params": [p for p in policy.parameters() if p.requires_grad], "lr": self.learning_rate},

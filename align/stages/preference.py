@@ -42,6 +42,8 @@ class Preference(TrainingStage):
     def _known_loss(self) -> Preference:
         if self.engine == "trl" and self.loss != "dpo":
             raise ValueError(f"engine 'trl' runs the loss 'dpo' only, not {self.loss!r}; use engine 'forest'")
+        if self.engine == "trl" and self.label_smoothing:
+            raise ValueError("TRL's DPO loss ignores label_smoothing; use engine 'forest'")
         return self
 
     def run(self, context: Context) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from align.stages.base import Context, TrainingStage, stage
 
@@ -19,6 +19,12 @@ class RewardModel(TrainingStage):
     """Weight of the term that keeps the mean of chosen and rejected scores at zero (arXiv:2312.09244)."""
     use_margin: bool = False
     """Ask for a score difference of at least the row's `margin` (Llama 2, arXiv:2307.09288)."""
+
+    @model_validator(mode="after")
+    def _margin_needs_the_forest(self) -> RewardModel:
+        if self.engine == "trl" and self.use_margin:
+            raise ValueError("use_margin runs on engine 'forest' only")
+        return self
 
     def run(self, context: Context) -> dict[str, Any]:
         from align.models import disable_dropout, load_reward_model
