@@ -16,7 +16,7 @@ from align.stages.base import Context, DataRefs, stage
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 SOURCES = [str(path) for path in sorted(DATA.glob("world*.py"))]
-WRITTEN_PAIRS = 3000
+WRITTEN_PAIRS = 2000
 """Pairs of a written good and a written flawed answer, beside those sampled from the SFT model; a fifth as many are held out."""
 GOLD = f"{DATA / 'world.py'}:gold"
 
@@ -74,7 +74,7 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                 held_out=0.02,
                 chat_template="plain",
                 vocab_size=1280,
-                num_train_epochs=4,
+                num_train_epochs=3,
                 per_device_train_batch_size=48,
                 learning_rate=3e-3,
                 **common,
@@ -94,7 +94,7 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                 model="sft",
                 data=["world/prompts_train.jsonl"],
                 eval_data=["world/prompts_test.jsonl"],
-                max_rows=5500,
+                max_rows=4000,
                 reward_funcs=[GOLD],
                 label_noise=0.05,
                 min_gap=0.2,
@@ -109,7 +109,7 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                 reward_model="reward",
                 data=["world/prompts_train.jsonl"],
                 eval_data=["world/prompts_test.jsonl"],
-                total_episodes=60 * 128,
+                total_episodes=40 * 128,
                 episodes_per_step=128,
                 num_mini_batches=4,
                 learning_rate=2e-4,
