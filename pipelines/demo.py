@@ -74,7 +74,7 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                 held_out=0.02,
                 chat_template="plain",
                 vocab_size=1280,
-                num_train_epochs=3,
+                num_train_epochs=4,
                 per_device_train_batch_size=48,
                 learning_rate=3e-3,
                 **common,
@@ -102,7 +102,7 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                 **answers,
             ),
             "reward": RewardModel(
-                model="sft", num_train_epochs=2, per_device_train_batch_size=32, learning_rate=1e-3, **pairs, **common, **schedule
+                model="sft", num_train_epochs=1, per_device_train_batch_size=32, learning_rate=1e-3, **pairs, **common, **schedule
             ),
             "ppo": PPO(
                 model="sft",
