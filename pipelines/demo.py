@@ -19,6 +19,7 @@ SOURCES = [str(path) for path in sorted(DATA.glob("world*.py"))]
 WRITTEN_PAIRS = 2000
 """Pairs of a written good and a written flawed answer, beside those sampled from the SFT model; a fifth as many are held out."""
 GOLD = f"{DATA / 'world.py'}:gold"
+PARTS = [f"{DATA / 'gold_parts.py'}:{part}" for part in ("content", "instruction", "tone", "brevity", "ending", "fluency")]
 
 
 @stage("demo_world")
@@ -152,7 +153,8 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                 data=["world/prompts_test.jsonl"],
                 perplexity_data=["world/demonstrations_test.jsonl"],
                 preference_data=held_out_pairs,
-                reward_funcs=[GOLD],
+                reward_funcs=[GOLD, *PARTS],
+                reward_weights=[1, *(0 for _ in PARTS)],
                 max_prompts=600,
                 max_length=128,
                 seed=seed,

@@ -13,6 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 
+import gold_parts as functions
 import world_words as words
 from world import FLAWS, TASKS, World, gold, gold_parts
 from world_tasks import answer
@@ -355,3 +356,12 @@ def test_the_grammar_of_one_world_holds_in_the_others(other):
     assert statistics.mean(part["fluency"] == 1 for part in parts[len(plain) :]) == 1
     unfluent = [text for text, part in zip(plain, parts, strict=False) if part["fluency"] < 0.75]
     assert len(unfluent) < 150, "documents repeat a fact now and then, which an answer must not"
+
+
+def test_the_parts_as_reward_functions_are_those_of_the_gold_reward(world):
+    rows = world.prompts("test")[:20]
+    columns = {name: [row[name] for row in rows] for name in ("answer_key", "task")}
+    prompts, answers = [row["prompt"] for row in rows], [world.ideal(row) for row in rows]
+    parts = gold_parts(prompts, answers, **columns)
+    for name in ("content", "instruction", "tone", "brevity", "ending", "fluency"):
+        assert getattr(functions, name)(answers, prompts=prompts, **columns) == [part[name] for part in parts]
