@@ -45,7 +45,7 @@ class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, Sampli
         critic = load_reward_model(self.reward_model or self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
         end = t.end_token(encoder, rows)
         t.teach_end_token(policy, end)
-        stop_ids = [end] if end in (tokenizer.eos_token_id, None) else [end, *stop_token_ids(policy, tokenizer)]
+        stop_ids = sorted({end, *stop_token_ids(policy, tokenizer)})
         longest = t.longest(train.trees) + self.max_completion_length
         if self.gradient_checkpointing:
             for model in (policy, critic):
