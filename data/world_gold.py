@@ -274,8 +274,9 @@ def _text(completion: Any) -> str:
     return " ".join(message["content"] for message in completion if message["role"] == "assistant")
 
 
-def _parts(text: str, task: str, key: dict[str, Any]) -> dict[str, float]:
-    said = sentences(text)
+@functools.lru_cache(maxsize=2**16)  # a report asks for each part of the same answers in turn
+def _parts(text: str, task: str, answer_key: str) -> dict[str, float]:
+    said, key = sentences(text), json.loads(answer_key)
     if not said:
         return dict.fromkeys(PARTS, 0.0)
     content, instruction = _substance(task, key, said)
@@ -319,8 +320,8 @@ def gold_parts(
         raise ValueError("the gold reward needs the columns `answer_key` and `task`: keep them in the prompt rows")
     if not len(completions) == len(answer_key) == len(task):
         raise ValueError(f"{len(completions)} completions, but {len(answer_key)} answer keys and {len(task)} tasks")
-    keys = [json.loads(key) if isinstance(key, str) else key for key in answer_key]
-    return [_parts(_text(completion), name, key) for completion, name, key in zip(completions, task, keys, strict=True)]
+    keys = [key if isinstance(key, str) else json.dumps(key) for key in answer_key]
+    return [dict(_parts(_text(completion), name, key)) for completion, name, key in zip(completions, task, keys, strict=True)]
 
 
 def gold(
