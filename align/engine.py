@@ -68,6 +68,7 @@ def _forward(
     forest: Forest | None = None,
     read: Literal["sources", "ends"] = "ends",
     temperature: float = 1.0,
+    with_entropy: bool = False,
     **kwargs: Any,
 ) -> Any:
     """The forward of an enabled model. Bound to the outermost module so that DDP's and FSDP's hooks see every call."""
@@ -77,7 +78,7 @@ def _forward(
     hidden, sources, ends = _hidden_states(base, forest, padded=bool(self.forest_padded))
     if hasattr(base, "score"):
         return base.score(hidden[sources if read == "sources" else ends]).squeeze(-1).float()
-    return token_scores(hidden[sources], forest.targets, head_of(base), temperature)
+    return token_scores(hidden[sources], forest.targets, head_of(base), temperature, with_entropy=with_entropy)
 
 
 def _hidden_states(base: Any, forest: Forest, *, padded: bool) -> tuple[Tensor, Tensor, Tensor]:

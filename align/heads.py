@@ -23,8 +23,8 @@ class TokenScores:
     """What the head says of each target: all (targets,)."""
 
     logps: Tensor  # nats
-    entropy: Tensor  # nats, of the whole distribution at that position
-    correct: Tensor  # bool: the target is the most likely token
+    correct: Tensor  # bool: no token is likelier than the target
+    entropy: Tensor | None = None  # nats, of the whole distribution at that position; where asked for
 
 
 @dataclass(frozen=True)
@@ -67,75 +67,91 @@ def head_of(model: nn.Module) -> Head:
     return Head(layer.weight, layer.bias, scale / divisor, getattr(config, "final_logit_softcapping", None))
 
 
-def token_scores(hidden: Tensor, targets: Tensor, head: Head, temperature: float = 1.0) -> TokenScores:
+def token_scores(
+    hidden: Tensor, targets: Tensor, head: Head, temperature: float = 1.0, *, with_entropy: bool = False
+) -> TokenScores:
     """Score `targets` (n,) from `hidden` (n, hidden) under `head`, logits divided by `temperature`. All sums are in fp32 or wider.
 
     Log-probs and entropy are differentiable; `correct` is not.
+
+    Args:
+        with_entropy: entropy costs two more passes over the vocabulary, so it is left out unless asked for.
     """
-    logps, entropy, correct = _TokenScores.apply(hidden, head.weight, head.bias, targets, head.scale, head.softcap, temperature)
-    return TokenScores(logps, entropy, correct)
+    settings = _Settings(head.scale, head.softcap, temperature, with_entropy)
+    logps, entropy, correct = _TokenScores.apply(hidden, head.weight, head.bias, targets, settings)
+    return TokenScores(logps, correct, entropy)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    scale: float
+    softcap: float | None
+    temperature: float
+    with_entropy: bool
 
 
 class _TokenScores(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        scale: float,
-        softcap: float | None,
-        temperature: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: _Settings
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        head = Head(weight.to(dtype), None if bias is None else bias.to(dtype), scale, softcap)
+        head = Head(weight.to(dtype), None if bias is None else bias.to(dtype), settings.scale, settings.softcap)
         n = len(targets)
-        logps, entropy = (hidden.new_empty(n, dtype=at_least_fp32(dtype)) for _ in range(2))
+        logps, log_totals = (hidden.new_empty(n, dtype=at_least_fp32(dtype)) for _ in range(2))
+        entropy = torch.empty_like(logps) if settings.with_entropy else None
         correct = torch.empty(n, dtype=torch.bool, device=hidden.device)
         with torch.autocast(device, enabled=False):
             for part in _chunks(n, weight.shape[0]):
-                logits = head.logits(hidden[part].to(dtype)).div_(temperature)
-                target = targets[part, None]
-                correct[part] = logits.argmax(1) == target[:, 0]
-                chosen = logits.gather(1, target)[:, 0]
-                log_total = logits.logsumexp(1)
-                logps[part] = chosen - log_total
-                # H = log Z - E[logit]
-                p = logits.sub(log_total[:, None]).exp_()
-                entropy[part] = log_total - p.mul_(logits).sum(1)
-        ctx.save_for_backward(hidden, weight, bias, targets, entropy)
-        ctx.settings = dtype, scale, softcap, temperature
+                logits = _tempered(head.logits(hidden[part].to(dtype)), settings.temperature)
+                chosen = logits.gather(1, targets[part, None])
+                highest = logits.amax(1, keepdim=True)
+                correct[part] = (chosen == highest)[:, 0]
+                logits -= highest
+                if entropy is None:
+                    total = logits.exp_().sum(1)
+                else:
+                    weights = logits.exp()
+                    total = weights.sum(1)
+                    entropy[part] = total.log() - weights.mul_(logits).sum(1) / total  # H = log Z - E[logit]
+                log_totals[part] = highest[:, 0] + total.log()
+                logps[part] = chosen[:, 0] - log_totals[part]
+        ctx.save_for_backward(hidden, weight, bias, targets, log_totals, entropy)
+        ctx.dtype, ctx.settings = dtype, settings
         ctx.mark_non_differentiable(correct)
         return logps, entropy, correct
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_logps, grad_entropy, _ = gradients
-        hidden, weight, bias, targets, entropy = ctx.saved_tensors
-        dtype, scale, softcap, temperature = ctx.settings
-        head = Head(weight.to(dtype), None if bias is None else bias.to(dtype), scale, softcap)
+        hidden, weight, bias, targets, log_totals, entropy = ctx.saved_tensors
+        dtype, settings = ctx.dtype, ctx.settings
+        head = Head(weight.to(dtype), None if bias is None else bias.to(dtype), settings.scale, settings.softcap)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias) if need_bias else None
-        use_entropy = bool(grad_entropy.any())
+        slope = settings.scale / settings.temperature
+        use_entropy = entropy is not None and grad_entropy is not None and bool(grad_entropy.any())
+        assert grad_logps is not None
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _chunks(len(targets), weight.shape[0]):
                 h = hidden[part].to(dtype)
-                capped = head.logits(h)
-                slope = None if softcap is None else 1 - (capped / softcap) ** 2
-                log_p = torch.log_softmax(capped.div_(temperature), dim=1)
-                p = log_p.exp()
+                logits = head.logits(h)
+                cap_slope = None if settings.softcap is None else 1 - (logits / settings.softcap) ** 2
+                log_p = _tempered(logits, settings.temperature).sub_(log_totals[part, None])
                 # d logp(target) = onehot - p;  dH = -p (log p + H)
-                grad = p * -grad_logps[part, None]
-                grad.scatter_add_(1, targets[part, None], grad_logps[part, None].to(grad.dtype))
+                d_logp = slope * grad_logps[part, None].to(log_p.dtype)
                 if use_entropy:
-                    grad -= grad_entropy[part, None] * p * (log_p + entropy[part, None])
-                grad *= scale / temperature
-                if slope is not None:
-                    grad *= slope
+                    assert grad_entropy is not None
+                    d_entropy = slope * grad_entropy[part, None]
+                    grad = log_p.exp().mul_(-d_logp - d_entropy * (log_p + entropy[part, None]))
+                else:
+                    grad = log_p.exp_().mul_(-d_logp)
+                grad.scatter_add_(1, targets[part, None], d_logp)
+                if cap_slope is not None:
+                    grad *= cap_slope
                 grad = grad.to(dtype)
                 if grad_hidden is not None:
                     grad_hidden[part] = (grad @ head.weight).to(hidden.dtype)
@@ -146,7 +162,11 @@ class _TokenScores(torch.autograd.Function):
                         grad_weight += grad.T @ h
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1.0 else logits.div_(temperature)
 
 
 def _chunks(n: int, vocabulary: int) -> list[slice]:

@@ -68,7 +68,7 @@ class Alone:
     def __init__(self, model: Any, trees: Sequence[Tree]) -> None:
         self.model, self.trees = model, trees
 
-    def __call__(self, forest: Any = None, read: str = "ends", temperature: float = 1.0) -> Any:
+    def __call__(self, forest: Any = None, read: str = "ends", temperature: float = 1.0, with_entropy: bool = True) -> Any:
         if hasattr(self.model, "score"):
             return torch.stack([value for tree in self.trees for value in self._scores(tree, read)])
         parts = [part for tree in self.trees for part in self._sequences(tree, temperature)]
@@ -81,7 +81,7 @@ class Alone:
             log_p = (self.model(input_ids=torch.tensor([whole])).logits[0].float() / temperature).log_softmax(1)
             rows = log_p[[i - 1 for i in wanted]]
             target = torch.tensor([whole[i] for i in wanted], dtype=torch.long)
-            yield rows.gather(1, target[:, None])[:, 0], -(rows.exp() * rows).sum(1), rows.argmax(1) == target
+            yield rows.gather(1, target[:, None])[:, 0], rows.argmax(1) == target, -(rows.exp() * rows).sum(1)
 
     def _scores(self, tree: Tree, read: str) -> Iterator[Tensor]:
         for whole, wanted in sequences(tree):

@@ -39,7 +39,7 @@ def split(kind):
 
 
 def scored(h, w, b, targets, scale=1.0, softcap=None, temperature=1.0):
-    return token_scores(h, targets, Head(w, b, scale, softcap), temperature)
+    return token_scores(h, targets, Head(w, b, scale, softcap), temperature, with_entropy=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -32,7 +32,7 @@ class LanguageModel:
 
     def __call__(self, model: nn.Module, forest: Forest) -> LossOutput:
         scores: TokenScores = model(forest=forest)
-        return LossOutput(-scores.logps, {"mean_token_accuracy": scores.correct.float(), "entropy": scores.entropy.detach()})
+        return LossOutput(-scores.logps, {"mean_token_accuracy": scores.correct.float()})
 
 
 @dataclass(frozen=True)

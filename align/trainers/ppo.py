@@ -154,7 +154,7 @@ class PPOTrainer:
         logps, entropy, reference, values = [], [], [], []
         for forest in self._forests(trees):
             with self._precision():
-                token = self.policy(forest=forest, temperature=self.sampling.temperature)
+                token = self.policy(forest=forest, temperature=self.sampling.temperature, with_entropy=True)
                 logps.append(token.logps)
                 entropy.append(token.entropy)
                 with self._reference() as model:
@@ -202,7 +202,7 @@ class PPOTrainer:
         tokens = sum(tree.targets for tree in trees)
         for forest in self._forests(trees):
             with self._precision():
-                token = self.policy(forest=forest, temperature=self.sampling.temperature)
+                token = self.policy(forest=forest, temperature=self.sampling.temperature, with_entropy=True)
                 values = self.critic(forest=forest, read="sources")
             policy_loss = ppo_policy_loss(
                 token.logps, forest.values["old_logps"], forest.values["advantages"], cliprange=self.settings.cliprange
