@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # this file is also loaded by its path, as `data/world.py:gold`
 
 from world_gold import gold, gold_parts
-from world_tasks import FLAWS, TASKS, Question, answer, questions
+from world_tasks import FLAWS, TASKS, Question, answer, practice, questions
 from world_texts import TEXT_CHARACTERS, documents, draw_facts
 
 __all__ = ["FLAWS", "TASKS", "World", "gold", "gold_parts"]
@@ -66,13 +66,14 @@ class World:
         return asked
 
     def pretraining_texts(self) -> list[str]:
-        """Plain-text documents of 2 to 8 sentences, 1.5 million characters in all.
+        """Plain-text documents of 2 to 8 sentences, 3 million characters in all.
 
         They state every fact many times and in many words, and in passing ask and answer the questions of the train split:
         "A child asked: What color is the norlet? The norlet is blue."
         """
         texts, characters = [], 0
-        made = documents(self.facts, [question for question in self.questions if question.split == "train"], self._rng("texts"))
+        asked = [question for question in self.questions if question.split == "train"]
+        made = documents(self.facts, asked + practice(self.facts, self._rng("practice")), self._rng("texts"))
         while characters < TEXT_CHARACTERS:
             texts.append(next(made))
             characters += len(texts[-1])

@@ -81,6 +81,15 @@ def questions(facts: Facts, rng: random.Random) -> list[Question]:
     return [Question(q.task, q.content, q.phrasings, {**q.key, "limit": _limit(q)}) for q in made]
 
 
+def practice(facts: Facts, rng: random.Random) -> list[Question]:
+    """Further questions of the train split, of the tasks whose answer is worked out and not only recalled: for plain text.
+
+    A small model that sees each of them once learns to work them out; one that sees a few of them again and again does not.
+    """
+    made = itertools.chain(_yes_no(facts, rng), _yes_no(facts, rng), _choose(facts, rng, 1500), _compare(facts, rng, 1500))
+    return [question for question in made if question.split == "train"]
+
+
 def _limit(question: Question) -> int:
     """The most words an answer can have and still be called brief."""
     key, told = question.key, {"describe": 2, "sentences": question.key.get("n")}.get(question.task)
@@ -141,8 +150,8 @@ def _pairs(facts: Facts, attributes: list[str], count: int, rng: random.Random):
             yield attribute, one, two
 
 
-def _choose(facts: Facts, rng: random.Random):
-    for attribute, one, two in _pairs(facts, list(ATTRIBUTES), 480, rng):
+def _choose(facts: Facts, rng: random.Random, count: int = 480):
+    for attribute, one, two in _pairs(facts, list(ATTRIBUTES), count, rng):
         value = facts[rng.choice((one, two))][attribute]
         which = fill(ATTRIBUTES[attribute].says, value=value)
         who = "who" if KIND_OF[one] == "person" else "which one"
@@ -151,9 +160,9 @@ def _choose(facts: Facts, rng: random.Random):
         yield _question("choose", (attribute, value, *sorted((one, two))), phrasings, key)
 
 
-def _compare(facts: Facts, rng: random.Random):
+def _compare(facts: Facts, rng: random.Random, count: int = 480):
     ordered = [name for name, attribute in ATTRIBUTES.items() if attribute.comparatives]
-    for attribute, one, two in _pairs(facts, ordered, 480, rng):
+    for attribute, one, two in _pairs(facts, ordered, count, rng):
         asks = rng.choice(ATTRIBUTES[attribute].comparatives)
         phrasings = [f"which one {asks}, {the(one)} or {the(two)}?", f"compare {the(one)} and {the(two)}. Which one {asks}?"]
         key = {"about": {one: facts[one], two: facts[two]}, "ask": [attribute], "comparative": asks}

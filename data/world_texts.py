@@ -23,8 +23,8 @@ from world_words import (
     the,
 )
 
-TEXT_CHARACTERS = 1_500_000
-"""Characters of pretraining text: about 350,000 tokens of a byte-level BPE of 1,280, in which every name and value is one token."""
+TEXT_CHARACTERS = 3_000_000
+"""Characters of pretraining text: about 700,000 tokens of a byte-level BPE of 1,280, in which every name and value is one token."""
 ASKERS = ("A child", "The teacher", "My friend", "The king", "A neighbor", "A traveler")
 HEARSAY = ("People say that", "Everyone knows that", "A traveler saw that", "The teacher says that")
 

@@ -16,8 +16,8 @@ from align.stages.base import Context, DataRefs, stage
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 SOURCES = [str(path) for path in sorted(DATA.glob("world*.py"))]
-WRITTEN_PAIRS = 2000
-"""Pairs of a written good and a written flawed answer, beside those sampled from the SFT model; a fifth as many are held out."""
+HELD_OUT_WRITTEN_PAIRS = 400
+"""Pairs of a written good and a written flawed answer that the reward model is tested on, beside those sampled from the SFT model."""
 GOLD = f"{DATA / 'world.py'}:gold"
 PARTS = [f"{DATA / 'gold_parts.py'}:{part}" for part in ("content", "instruction", "tone", "brevity", "ending", "fluency")]
 
@@ -42,8 +42,8 @@ class World(Stage):
         for split in ("train", "test"):
             parts[f"demonstrations_{split}"] = world.demonstrations(split)
             parts[f"prompts_{split}"] = world.prompts(split)
-        parts["written_pairs"] = world.preferences("train")[:WRITTEN_PAIRS]
-        parts["written_pairs_held_out"] = world.preferences("test")[: WRITTEN_PAIRS // 5]
+        parts["written_pairs"] = world.preferences("train")
+        parts["written_pairs_held_out"] = world.preferences("test")[:HELD_OUT_WRITTEN_PAIRS]
         for name, rows in parts.items():
             write_rows(context.folder / f"{name}.jsonl", rows)
         return {name: len(rows) for name, rows in parts.items()}
@@ -56,6 +56,7 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
     answers = {"max_completion_length": 48, "rollout_batch_size": 256}
     held_out_pairs = ["pairs/held_out.jsonl", "world/written_pairs_held_out.jsonl"]
     pairs = {"data": ["pairs/preferences.jsonl", "world/written_pairs.jsonl"], "eval_data": held_out_pairs}
+    fewer_pairs = {**pairs, "max_rows": 2000}  # from each file: a policy needs fewer pairs than a reward model
     return Recipe(
         name,
         {
@@ -75,8 +76,8 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                 held_out=0.02,
                 chat_template="plain",
                 vocab_size=1280,
-                num_train_epochs=4,
-                per_device_train_batch_size=48,
+                num_train_epochs=2,
+                per_device_train_batch_size=24,
                 learning_rate=3e-3,
                 **common,
                 **schedule,
@@ -103,7 +104,7 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                 **answers,
             ),
             "reward": RewardModel(
-                model="sft", num_train_epochs=1, per_device_train_batch_size=32, learning_rate=1e-3, **pairs, **common, **schedule
+                model="sft", num_train_epochs=1, per_device_train_batch_size=16, learning_rate=7e-4, **pairs, **common, **schedule
             ),
             "ppo": PPO(
                 model="sft",
@@ -128,12 +129,19 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                 rpo_alpha=0.2,
                 per_device_train_batch_size=32,
                 learning_rate=2e-4,
-                **pairs,
+                **fewer_pairs,
                 **common,
                 **schedule,
             ),
             "orpo": Preference(
-                model="sft", loss="orpo", lam=1.0, per_device_train_batch_size=32, learning_rate=1e-3, **pairs, **common, **schedule
+                model="sft",
+                loss="orpo",
+                lam=1.0,
+                per_device_train_batch_size=32,
+                learning_rate=1e-3,
+                **fewer_pairs,
+                **common,
+                **schedule,
             ),
             "simpo": Preference(
                 model="sft",
@@ -142,7 +150,7 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                 gamma=1.0,
                 per_device_train_batch_size=32,
                 learning_rate=3e-5,
-                **pairs,
+                **fewer_pairs,
                 **common,
                 **schedule,
             ),
@@ -155,7 +163,7 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                 preference_data=held_out_pairs,
                 reward_funcs=[GOLD, *PARTS],
                 reward_weights=[1, *(0 for _ in PARTS)],
-                max_prompts=600,
+                max_prompts=500,
                 max_length=128,
                 seed=seed,
                 **answers,

@@ -102,7 +102,7 @@ def test_sizes_and_balance(train, held_out, demonstrations, preferences, texts):
     assert set(counts) == set(TASKS)
     assert min(counts.values()) / len(train) >= 0.08
     assert len(demonstrations) == len(preferences) == len(train)
-    assert 1_200_000 < sum(map(len, texts)) < 1_600_000
+    assert 2_900_000 < sum(map(len, texts)) < 3_100_000
 
 
 def test_a_held_out_question_is_unseen_in_every_phrasing(world, train, held_out, demonstrations, preferences):
