@@ -12,6 +12,8 @@ Layout of one tree with two branches (every cell is one token, counted once)::
 The last prompt token predicts the first token of *each* branch, so what is predicted is kept as pairs (source, target): the hidden
 state at ``sources[i]`` predicts the token ``targets[i]``.
 
+Neighbours of one prompt (several pairs that answer one question) are laid as one tree: the prompt is stored once for all of them.
+
 This module knows nothing of transformers: it is lists in, tensors out.
 """
 
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +44,11 @@ class Tree:
     def tokens(self) -> int:
         """Unique tokens, the cost of the tree in a forest."""
         return len(self.prompt) + sum(map(len, self.branches))
+
+    @property
+    def shareable(self) -> bool:
+        """Whether another tree may use this one's prompt: it leads to branches and carries no loss, which would count once."""
+        return bool(self.prompt and self.branches) and self.prompt_mask is None
 
     @property
     def longest(self) -> int:
@@ -80,7 +87,7 @@ class Forest:
     ends: Tensor  # (sequences,) index of the last token of the sequence
     paths: tuple[tuple[int, int, int, int], ...]  # per sequence: prompt start, prompt length, branch start, branch length
     segments: tuple[Segment, ...]
-    trees: int
+    trees: int  # how many were planted; those that share a prompt count each
     longest: int
     values: dict[str, Tensor]
 
@@ -106,7 +113,7 @@ class Forest:
 
 
 def plant(trees: Sequence[Tree]) -> Forest:
-    """Lay `trees` end to end.
+    """Lay `trees` end to end. Sequences keep their order; a prompt that is the one of the tree before is not stored again.
 
     Raises:
         ValueError: a path without tokens, a mask of another length, or trees that carry different `values`.
@@ -118,13 +125,17 @@ def plant(trees: Sequence[Tree]) -> Forest:
     owner: list[int] = []
     paths: list[tuple[int, int, int, int]] = []
     segments: list[Segment] = []
+    root = 0
 
-    for tree in trees:
+    for before, tree in zip([None, *trees], trees, strict=False):
         if not tree.prompt and not all(tree.branches or [[]]):
             raise ValueError("a path of a tree needs at least one token")
-        root, prompt_length = len(input_ids), len(tree.prompt)
-        input_ids += tree.prompt
-        position_ids += range(prompt_length)
+        prompt_length = len(tree.prompt)
+        shared = before is not None and before.shareable and tree.shareable and before.prompt == tree.prompt
+        if not shared:
+            root = len(input_ids)
+            input_ids += tree.prompt
+            position_ids += range(prompt_length)
         if tree.prompt_mask is not None:
             if len(tree.prompt_mask) != prompt_length:
                 raise ValueError(f"the prompt has {prompt_length} tokens and its mask {len(tree.prompt_mask)}")
@@ -146,7 +157,7 @@ def plant(trees: Sequence[Tree]) -> Forest:
                 targets += predicted_tokens
                 owner += [len(paths)] * len(predicted_tokens)
             # The prompt and its first branch are one plain causal run.
-            if number == 0:
+            if number == 0 and not shared:
                 segments.append(Segment(root, prompt_length + len(branch)))
             elif branch:
                 segments.append(Segment(start, len(branch), root, prompt_length))
@@ -174,24 +185,80 @@ def _collect_values(trees: Sequence[Tree]) -> dict[str, Tensor]:
     return {name: torch.tensor([number for tree in trees for number in tree.values[name]], dtype=torch.float) for name in names}
 
 
-Item = TypeVar("Item")
-
-
 def cut(trees: Iterable[Tree], max_tokens: int | None) -> Iterator[list[Tree]]:
     """Cut `trees`, in order, into packs of at most `max_tokens` unique tokens; a larger tree gets a pack of its own.
 
-    The order is kept so that the metrics of a batch come out in the order of its rows.
+    For those who need what comes out in the order of the trees; `pack` fills its packs better.
     """
-    pack: list[Tree] = []
+    batch: list[Tree] = []
     size = 0
     for tree in trees:
-        if pack and max_tokens is not None and size + tree.tokens > max_tokens:
-            yield pack
-            pack, size = [], 0
-        pack.append(tree)
+        if batch and max_tokens is not None and size + tree.tokens > max_tokens:
+            yield batch
+            batch, size = [], 0
+        batch.append(tree)
         size += tree.tokens
-    if pack:
-        yield pack
+    if batch:
+        yield batch
+
+
+WINDOW = 1024
+"""Trees that `pack` looks at together."""
+
+
+def pack(trees: Sequence[Tree], max_tokens: int) -> list[list[int]]:
+    """Indices of `trees`, each once, in packs of at most `max_tokens` unique tokens; a larger tree gets a pack of its own.
+
+    First-fit decreasing over each window of 1024 trees: at most 11/9 of the fewest packs possible, and one more (Johnson 1973).
+    Trees of one prompt lie side by side, so that `plant` stores it once.
+    """
+    packs: list[list[int]] = []
+    for start in range(0, len(trees), WINDOW):
+        window: list[list[int]] = []
+        room: list[int] = []
+        for size, group in _by_size(trees, range(start, min(start + WINDOW, len(trees))), max_tokens):
+            place = next((number for number, left in enumerate(room) if size <= left), len(room))
+            if place == len(room):
+                window.append([])
+                room.append(max_tokens)
+            window[place] += group
+            room[place] -= size
+        packs += window
+    return packs
+
+
+def deal(trees: Sequence[Tree], hands: int) -> list[list[Tree]]:
+    """`trees`, each once, in `hands` shares of about as many unique tokens: the largest first, each to whom has least.
+
+    The largest share is at most 4/3 of what the best deal could make it (Graham 1969). Trees of one prompt stay together as long
+    as they are no more than a fair share.
+    """
+    shares: list[list[Tree]] = [[] for _ in range(hands)]
+    held = [0] * hands
+    unique = sum(size for size, _ in _by_size(trees, range(len(trees)), sum(tree.tokens for tree in trees)))
+    for size, group in _by_size(trees, range(len(trees)), unique // hands):
+        least = held.index(min(held))
+        shares[least] += [trees[index] for index in group]
+        held[least] += size
+    return shares
+
+
+def _by_size(trees: Sequence[Tree], indices: Iterable[int], max_tokens: int) -> list[tuple[int, list[int]]]:
+    """`indices` in groups that share a prompt and have at most `max_tokens` unique tokens, with those tokens, the largest first."""
+    groups: list[tuple[int, list[int]]] = []
+    latest: dict[tuple[int, ...], int] = {}
+    for index in indices:
+        tree = trees[index]
+        if tree.shareable:
+            prompt = tuple(tree.prompt)
+            size, group = groups[latest[prompt]] if prompt in latest else (0, [])
+            together = size + tree.tokens - len(prompt)
+            if group and together <= max_tokens:
+                groups[latest[prompt]] = (together, [*group, index])
+                continue
+            latest[prompt] = len(groups)
+        groups.append((tree.tokens, [index]))
+    return sorted(groups, key=lambda sized: -sized[0])
 
 
 @dataclass(frozen=True)

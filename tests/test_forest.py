@@ -1,13 +1,14 @@
 """Laying trees end to end: what is predicted from where, what sees what, how a batch is cut."""
 
 import random
+from dataclasses import fields
 from itertools import pairwise
 
 import pytest
 import torch
 from helpers import sequences, tokens
 
-from align.forest import Segment, Tree, cut, pad, plant
+from align.forest import WINDOW, Segment, Tree, cut, deal, pack, pad, plant
 
 
 def random_trees(seed, count=12):
@@ -143,6 +144,128 @@ class TestCutting:
 
     def test_nothing_gives_nothing(self):
         assert list(cut([], 5)) == []
+
+
+class TestPacking:
+    @pytest.mark.parametrize(
+        ("budget", "packs"),
+        [
+            (1, [[9], [5], [4], [3], [2], [1], [1]]),
+            (7, [[9], [5, 2], [4, 3], [1, 1]]),  # in order it would be 3 4 | 2 | 9 | 1 1 5
+            (9, [[9], [5, 4], [3, 2, 1, 1]]),
+            (25, [[9, 5, 4, 3, 2, 1, 1]]),
+        ],
+    )
+    def test_by_hand(self, budget, packs):
+        """The largest first, each into the first pack with room."""
+        found = pack(TestCutting.TREES, budget)
+        assert [[TestCutting.SIZES[i] for i in indices] for indices in found] == packs
+
+    @pytest.mark.parametrize("budget", [1, 20, 50, 10_000])
+    def test_every_tree_is_in_one_pack_within_the_budget(self, budget):
+        trees = random_trees(3, 40)
+        packs = pack(trees, budget)
+        assert sorted(i for indices in packs for i in indices) == list(range(40))
+        assert all(len(indices) == 1 or plant([trees[i] for i in indices]).tokens <= budget for indices in packs)
+        assert pack(trees, budget) == packs
+
+    def test_packs_are_fuller_than_cuts(self):
+        """Lengths as in preference data, a few long among many short: no more than one pack above the fewest possible."""
+        draw = random.Random(0)
+        trees = [Tree([5] * min(int(draw.lognormvariate(5.5, 0.8)), 1024)) for _ in range(256)]
+        fewest = -(-sum(tree.tokens for tree in trees) // 2048)
+        assert fewest <= len(pack(trees, 2048)) <= fewest + 1
+        assert len(list(cut(trees, 2048))) > fewest + 3
+
+    def test_a_long_list_is_packed_in_windows(self):
+        packs = pack([Tree([5] * 3)] * (WINDOW + 2), 6)
+        assert len(packs) == WINDOW // 2 + 1
+        assert packs[-1] == [WINDOW, WINDOW + 1]
+        assert pack([], 6) == []
+
+    def test_trees_of_one_prompt_are_packed_together(self):
+        """Prompts of 4, branches of 2: three trees of one prompt are 4 + 3 * 2 = 10 tokens, not 18."""
+        trees = [Tree([7 + i % 2] * 4, ([5, 5],)) for i in range(6)]
+        assert pack(trees, 10) == [[0, 2, 4], [1, 3, 5]]
+        assert [plant([trees[i] for i in indices]).tokens for indices in pack(trees, 10)] == [10, 10]
+        assert pack(trees, 8) == [[0, 2], [1, 3], [4], [5]]  # four tokens and two branches fit, a third does not
+
+
+class TestDealing:
+    def test_by_hand(self):
+        """9 | 5, 5 + 4 = 9 | then 3 to the first, 2 to the second, 1 and 1 where less is: 13 and 12."""
+        hands = deal(TestCutting.TREES, 2)
+        assert [[tree.tokens for tree in hand] for hand in hands] == [[9, 3, 1], [5, 4, 2, 1]]
+
+    @pytest.mark.parametrize("hands", [1, 2, 3, 8])
+    def test_every_tree_is_dealt_once_and_shares_are_even(self, hands):
+        trees = random_trees(4, 64)
+        shares = deal(trees, hands)
+        assert sorted(id(tree) for share in shares for tree in share) == sorted(map(id, trees))
+        held = [sum(tree.tokens for tree in share) for share in shares]
+        assert max(held) - min(held) <= max(tree.tokens for tree in trees)
+        assert deal(trees, hands) == shares
+
+    def test_trees_of_one_prompt_stay_together_up_to_a_fair_share(self):
+        trees = [Tree([7 + i % 2] * 4, ([5, 5],)) for i in range(6)]
+        assert deal(trees, 2) == [trees[::2], trees[1::2]]
+        same = [Tree([7] * 4, ([5, 5],)) for _ in range(6)]
+        # 16 unique tokens, so a fair share is 8: two trees a group.
+        assert [len(share) for share in deal(same, 2)] == [4, 2]
+
+    def test_more_hands_than_trees(self):
+        assert deal([Tree([5])], 3) == [[Tree([5])], [], []]
+
+
+class TestSharing:
+    A, B = Tree([7, 8, 9], ([10], [11, 12]), values={"a": [1.0]}), Tree([7, 8, 9], ([13, 14], [15]), values={"a": [2.0]})
+
+    def test_neighbours_of_one_prompt_are_laid_as_one_tree(self):
+        ours = plant([Tree([5], ([6],), values={"a": [0.0]}), self.A, self.B])
+        branches = (*self.A.branches, *self.B.branches)
+        theirs = plant([Tree([5], ([6],), values={"a": [0.0]}), Tree([7, 8, 9], branches, values={"a": [1.0, 2.0]})])
+        assert ours.trees == 3
+        assert ours.sequences == 5
+        for field in fields(ours):
+            mine, other = getattr(ours, field.name), getattr(theirs, field.name)
+            if isinstance(mine, torch.Tensor):
+                assert mine.tolist() == other.tolist(), field.name
+            elif field.name in ("paths", "segments", "longest"):
+                assert mine == other
+        assert ours.values["a"].tolist() == theirs.values["a"].tolist()
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            Tree([7, 8], ([9],)),
+            Tree([7, 8, 9], ([10],), prompt_mask=[False, True, True]),  # its prompt's own targets are counted for it
+            Tree([7, 8, 9]),
+        ],
+    )
+    def test_others_keep_a_prompt_of_their_own(self, other):
+        first = Tree([7, 8, 9], ([10], [11, 12]))
+        assert plant([first, other]).tokens == plant([other, first]).tokens == first.tokens + other.tokens
+        assert plant([other, other]).tokens == 2 * other.tokens - (len(other.prompt) if other.shareable else 0)
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_shared_prompts_change_neither_targets_nor_what_sequences_see(self, seed):
+        draw = random.Random(seed)
+        prompts = [tokens(draw, n) for n in (1, 4, 9)]
+        trees = [Tree(draw.choice(prompts), (tokens(draw, draw.randint(0, 4)), tokens(draw, 3))) for _ in range(12)]
+        shared, apart = plant(trees), pad(plant(trees))
+        assert shared.tokens < sum(tree.tokens for tree in trees)
+        wholes = [whole for tree in trees for whole, _ in sequences(tree)]
+        assert [row[: len(whole)] for row, whole in zip(apart.input_ids.tolist(), wholes, strict=True)] == wholes
+        assert shared.targets.numel() == sum(tree.targets for tree in trees)
+        seen = [
+            [*range(s.prefix_start, s.prefix_start + s.prefix_length), *range(s.start, s.start + i + 1)]
+            for s in shared.segments
+            for i in range(s.length)
+        ]
+        assert [places[-1] for places in seen] == list(range(shared.tokens))
+        for start, length, branch, more in shared.paths:
+            whole = [*range(start, start + length), *range(branch, branch + more)]
+            assert all(seen[token] == whole[: position + 1] for position, token in enumerate(whole))
 
 
 def test_values_travel_in_order():
