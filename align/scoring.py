@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from align.budget import Budget, MaxTokens, Packed
 from align.engine import enable_forest
 from align.errors import AlignError
-from align.forest import Tree, cut, plant
+from align.forest import WINDOW, Forest, Tree
 from align.models import load_reward_model, load_tokenizer
 from align.rewards import RewardSet
 from align.rollout import Completion
@@ -24,44 +25,49 @@ SCORE_SCALE = "score_scale.json"
 """In a reward model's folder: mean and deviation of its scores on held-out answers."""
 
 
-@torch.no_grad()
-def branch_logps(model: nn.Module, trees: Sequence[Tree], max_tokens: int, temperature: float = 1.0) -> list[list[float]]:
+def branch_logps(model: nn.Module, trees: Sequence[Tree], max_tokens: MaxTokens, temperature: float = 1.0) -> list[list[float]]:
     """Log-probs (nats) of each tree's branches, summed over tokens."""
     return _per_branch(
-        trees,
-        (
-            forest.per_sequence(model(forest=forest, temperature=temperature).logps).tolist()
-            for forest in _forests(model, trees, max_tokens)
-        ),
+        model, trees, Budget(max_tokens), lambda forest: forest.per_sequence(model(forest=forest, temperature=temperature).logps)
     )
 
 
-@torch.no_grad()
-def branch_scores(model: nn.Module, trees: Sequence[Tree], max_tokens: int) -> list[list[float]]:
+def branch_scores(model: nn.Module, trees: Sequence[Tree], max_tokens: MaxTokens | Budget) -> list[list[float]]:
     """A reward model's score of each tree's branches."""
-    return _per_branch(trees, (model(forest=forest, read="ends").tolist() for forest in _forests(model, trees, max_tokens)))
+    budget = max_tokens if isinstance(max_tokens, Budget) else Budget(max_tokens)
+    return _per_branch(model, trees, budget, lambda forest: model(forest=forest, read="ends"))
+
+
+def mean_nll(model: nn.Module, trees: Sequence[Tree], max_tokens: MaxTokens) -> float:
+    """Mean negative log-likelihood (nats) of the target tokens; its exponential is the perplexity."""
+    sums = _over_forests(model, trees, Budget(max_tokens), lambda forest: [model(forest=forest).logps.sum().item()])
+    return -sum(total for _, (total,) in sums) / sum(tree.targets for tree in trees)
+
+
+def _per_branch(model: nn.Module, trees: Sequence[Tree], budget: Budget, answer: Callable[[Forest], Tensor]) -> list[list[float]]:
+    """`answer`'s numbers, one for each sequence, in the order of `trees`."""
+    found: list[list[float]] = [[] for _ in trees]
+    for indices, values in _over_forests(model, trees, budget, lambda forest: answer(forest).tolist()):
+        numbers = iter(values)
+        for index in indices:
+            found[index] = [next(numbers) for _ in trees[index].branches]
+    return found
 
 
 @torch.no_grad()
-def mean_nll(model: nn.Module, trees: Sequence[Tree], max_tokens: int) -> float:
-    """Mean negative log-likelihood (nats) of the target tokens; its exponential is the perplexity."""
-    total = tokens = 0.0
-    for forest in _forests(model, trees, max_tokens):
-        total -= model(forest=forest).logps.sum().item()
-        tokens += forest.targets.numel()
-    return total / tokens
-
-
-def _forests(model: nn.Module, trees: Sequence[Tree], max_tokens: int) -> Iterable:
+def _over_forests(
+    model: nn.Module, trees: Sequence[Tree], budget: Budget, answer: Callable[[Forest], list[float]]
+) -> Iterator[tuple[list[int], list[float]]]:
+    """`answer` to each forest that `trees` are packed into, with the indices of its trees."""
     model.eval()
     device = next(model.parameters()).device
-    for pack in cut(trees, max_tokens):
-        yield plant(pack).to(device)
 
+    def work(packed: Packed) -> list[tuple[list[int], list[float]]]:
+        return [(indices, answer(forest.to(device))) for indices, forest in packed]
 
-def _per_branch(trees: Sequence[Tree], parts: Iterable[list[float]]) -> list[list[float]]:
-    flat = iter([value for part in parts for value in part])
-    return [[next(flat) for _ in tree.branches] for tree in trees]
+    for start in range(0, len(trees), WINDOW):  # in pieces: where memory runs out, no more than a piece is done again
+        for indices, values in budget.fit(trees[start : start + WINDOW], work):
+            yield [start + index for index in indices], values
 
 
 class RewardScorer:
@@ -74,14 +80,14 @@ class RewardScorer:
         AlignError: its tokenizer differs from the policy's, or there is no stored scale to normalize by.
     """
 
-    def __init__(self, path: str, vocabulary: dict[str, int], *, dtype: str, max_tokens: int, normalize: bool) -> None:
+    def __init__(self, path: str, vocabulary: dict[str, int], *, dtype: str, max_tokens: MaxTokens, normalize: bool) -> None:
         if load_tokenizer(path).get_vocab() != vocabulary:
             raise AlignError(f"the reward model {path} has another tokenizer than the policy; train both from one base")
         self.model = load_reward_model(path, dtype=dtype)
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.model.requires_grad_(False)
         enable_forest(self.model)
-        self.max_tokens = max_tokens
+        self.budget = Budget(max_tokens)
         self.mean, self.std = 0.0, 1.0
         scale = Path(path) / SCORE_SCALE
         if normalize:
@@ -93,7 +99,7 @@ class RewardScorer:
     def __call__(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> list[float]:
         """Scores of completions, read at their last token."""
         trees = [Tree(prompt, (completion,)) for prompt, completion in zip(prompts, completions, strict=True)]
-        return [(score - self.mean) / self.std for (score,) in branch_scores(self.model, trees, self.max_tokens)]
+        return [(score - self.mean) / self.std for (score,) in branch_scores(self.model, trees, self.budget)]
 
 
 class Judge:

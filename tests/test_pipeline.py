@@ -373,7 +373,7 @@ def test_a_folder_that_holds_another_result_is_not_overwritten():
 LAYERS = (
     {"align", "errors"},
     {"catalog", "schema", "artifact", "progress", "ops", "forest", "tokenizers", "trainers.settings", "trainers"},
-    {"registry", "turns", "losses", "heads", "attention", "models", "rewards", "encode"},
+    {"registry", "budget", "turns", "losses", "heads", "attention", "models", "rewards", "encode"},
     {"formats", "engine"},
     {"sources", "rollout"},
     {"data", "scoring"},

@@ -61,10 +61,28 @@ class Gradients:
         return Spy()
 
 
+def repeated(seed, count, prompts=3):
+    """Pairs of a few prompts, in no order."""
+    trees = pairs(seed, count)
+    return [replace(tree, prompt=trees[i % prompts].prompt) for i, tree in enumerate(trees)]
+
+
+def referenced(count):
+    """`repeated` with made-up log-probs of the reference, so that a value that went to another row would show."""
+    draw = random.Random(count)
+    return [replace(t, values={"reference_logps": [-40 * draw.random(), -40 * draw.random()]}) for t in repeated(1, count)]
+
+
 GOALS = {
     "sft": (llama, LanguageModel(), documents(1, 24)),
     "orpo": (llama, Preference(preference_losses["orpo"], {"lam": 0.1}), pairs(1, 24)),
     "reward": (lambda: build("llama", score_head=True, **SIZES), RewardModel(), pairs(1, 24)),
+    "pairs of few prompts": (llama, Preference(preference_losses["rpo"], {"beta": 0.3, "rpo_alpha": 0.5}), referenced(24)),
+    "rewards of few prompts": (
+        lambda: build("llama", score_head=True, **SIZES),
+        RewardModel(center_rewards_coefficient=0.1, use_margin=True),
+        repeated(1, 24),
+    ),
 }
 CUTS = {
     "8 x 1, one forest": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_tokens": 10_000},
@@ -92,17 +110,118 @@ def test_gradient_and_weights_do_not_depend_on_the_cut(make, goal):
             assert_close(other_weights[parameter], weights[parameter], what=parameter)
 
 
-def test_the_gradient_is_that_of_the_mean_over_the_batch(make):
+@pytest.mark.parametrize("goal", GOALS)
+def test_the_gradient_is_that_of_the_mean_over_the_batch(make, goal):
     """One step of the trainer against each sequence alone through the model's own forward."""
-    spy, model, trees = Gradients(), llama(), documents(2, 6)
-    losses, gradients = run_alone(LanguageModel(), copy.deepcopy(model), trees)
-    batch = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
-    trainer = make(model, LanguageModel(), trees, callbacks=[spy], max_steps=1, max_grad_norm=1e9, **batch)
+    build_model, objective, trees = GOALS[goal]
+    spy, model = Gradients(), build_model()
+    losses, gradients = run_alone(objective, copy.deepcopy(model), trees)
+    batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 3}
+    trainer = make(model, objective, trees, callbacks=[spy], max_steps=1, max_grad_norm=1e9, max_tokens=10_000, **batch)
     trainer.train()
     for name, gradient in gradients.items():
         assert_close(spy.seen[name], gradient, what=name)
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
-    assert trainer.state.log_history[0]["num_tokens"] == sum(tree.tokens for tree in trees)
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    prompts = {tuple(tree.prompt): len(tree.prompt) for tree in trees} if "few prompts" in goal else {}
+    stored = [sum(map(len, tree.branches)) if prompts else tree.tokens for tree in trees]
+    assert logged["num_tokens"] == sum(stored) + sum(prompts.values())
+
+
+class Scarce:
+    """`objective` on a device that holds forests of at most `limit` tokens.
+
+    The backward pass of a larger one fails at its very end, when all other gradients have been added already.
+    """
+
+    def __init__(self, model, objective, limit):
+        self.objective, self.limit, self.tokens, self.failures = objective, limit, 0, 0
+        self.units = objective.units
+        next(model.parameters()).register_hook(self._fail)
+
+    def _fail(self, gradient):
+        if self.tokens > self.limit:
+            self.failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    def __call__(self, model, forest):
+        self.tokens = forest.tokens
+        return self.objective(model, forest)
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_a_step_that_runs_out_of_memory_is_done_again_and_nothing_is_lost(make, goal, capsys):
+    """The first step does not fit into one forest, nor into two; weights and logs are those of a run that had memory enough."""
+    build_model, objective, trees = GOALS[goal]
+    results = []
+    for scarce in (False, True):
+        model = build_model()
+        goal_here = Scarce(model, objective, 70) if scarce else objective
+        shape = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_tokens": 10_000}
+        trainer = make(model, goal_here, trees, optim="sgd", max_grad_norm=1e9, seed=5, max_steps=4, **shape)
+        trainer.train()
+        results.append((dict(model.named_parameters()), [r for r in trainer.state.log_history if "loss" in r]))
+    said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    assert len(said) == goal_here.failures > 0
+    assert trainer.budget.tokens <= 70
+    assert trainer.eval_budget.tokens == 10_000
+    (weights, logs), (ours, our_logs) = results
+    for name, weight in weights.items():
+        assert_close(ours[name].detach(), weight.detach(), what=name)
+    for record, other in zip(logs, our_logs, strict=True):
+        record.pop("num_tokens"), other.pop("num_tokens")  # where forests are smaller, fewer rows share a prompt
+        assert other == pytest.approx(record, rel=1e-4, abs=1e-6)
+
+
+def test_evaluation_that_runs_out_of_memory_counts_every_row_once(make):
+    class Narrow(LanguageModel):
+        def __call__(self, model, forest):
+            if forest.tokens > 40:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            return super().__call__(model, forest)
+
+    trees = documents(4, 20)
+    wanted = make(llama(), LanguageModel(), documents(1), trees, max_tokens=1000).evaluate()
+    trainer = make(llama(), Narrow(), documents(1), trees, max_tokens=1000)
+    assert trainer.evaluate() == pytest.approx(wanted, rel=1e-6)
+    assert trainer.budget.tokens == 1000
+
+
+def test_a_row_too_large_for_memory_stops_with_what_to_do(make):
+    model = llama()
+    before = copy.deepcopy(model.state_dict())
+    trainer = make(model, Scarce(model, LanguageModel(), 15), documents(1, 8), per_device_train_batch_size=8)
+    with pytest.raises(AlignError, match=r"out of memory on a row of 2\d tokens by itself .* Lower max_length"):
+        trainer.train()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_step_takes_as_few_passes_as_its_tokens_need(make):
+    """Eight micro-steps of one row each share their passes."""
+
+    class Counting(LanguageModel):
+        passes = 0
+
+        def __call__(self, model, forest):
+            self.passes += 1
+            return super().__call__(model, forest)
+
+    objective, trees = Counting(), documents(1, 8)
+    assert 50 < sum(tree.tokens for tree in trees) < 100
+    shape = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "max_tokens": 50}
+    make(llama(), objective, trees, max_steps=2, **shape).train()
+    assert objective.passes == 4
+
+
+def test_scores_come_in_the_order_of_the_rows(make):
+    """Rows are packed by length, and some share a prompt; each gets its own score all the same."""
+    trees = repeated(5, 30) + pairs(6, 10)
+    model = llama()
+    assert enable_forest(model) is None
+    wanted = [branch_logps(model, [tree], 1)[0] for tree in trees]
+    for max_tokens in (1, 50, 10_000, "auto"):
+        found = branch_logps(model, trees, max_tokens)
+        assert [pytest.approx(values, rel=1e-5) for values in found] == wanted
 
 
 def test_the_last_batch_of_an_epoch_is_a_mean_of_its_own(make):
@@ -135,6 +254,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(make, poison):
         model,
         Poisoned(),
         documents(1, 8),
+        max_tokens=1,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=4,
         logging_nan_inf_filter=False,
@@ -232,7 +352,8 @@ def test_two_processes_do_as_one(tmp_path, monkeypatch):
         str(tmp_path),
         "2",
     ]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    tests = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
     (one, logs), (two, two_logs) = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
     for name, weight in one.items():

@@ -36,6 +36,7 @@ def _as_list(value: Any) -> Any:
 
 ModelRef = Annotated[str, Reference("model")]
 DataRefs = Annotated[list[str], BeforeValidator(_as_list), Reference("data")]
+MaxTokens = Annotated[int, Field(gt=0)] | Literal["auto"]
 RewardRefs = Annotated[list[Annotated[str, BeforeValidator(_reward_spec)]], BeforeValidator(_as_list), Reference("reward")]
 
 
@@ -172,8 +173,10 @@ class OptimizerFields(Fields):
     """Trade time for memory."""
     bf16: bool = False
     """Mixed precision in bfloat16; weights and sums stay in float32."""
-    max_tokens_per_micro_batch: int = Field(8192, gt=0)
-    """Tokens in one forward and backward pass. It changes speed and memory, never the result."""
+    max_tokens_per_micro_batch: MaxTokens = 8192
+    """Tokens in one forward and backward pass, or `auto`: 8192, and on CUDA what memory holds. It changes speed and memory, never
+    the result, and is halved when memory runs out.
+    """
     logging_steps: int = Field(10, gt=0)
     """Optimizer steps between two lines of metrics."""
     seed: int = 0
@@ -190,7 +193,9 @@ class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFiel
     max_steps: int = -1
     """Optimizer steps, instead of epochs."""
     per_device_train_batch_size: int = Field(8, gt=0)
-    """Rows for each device in a micro-step; it is cut further by `max_tokens_per_micro_batch`."""
+    """Rows for each device in a micro-step. How many share a pass is up to `max_tokens_per_micro_batch` alone: it packs the rows of
+    all micro-steps of an optimizer step together.
+    """
     gradient_accumulation_steps: int = Field(1, gt=0)
     """Micro-steps in an optimizer step."""
     eval_steps: int | None = Field(None, gt=0)

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from align.stages.base import Context, DataRefs, ModelRef, Stage, stage
+from align.stages.base import Context, DataRefs, MaxTokens, ModelRef, Stage, stage
 from align.stages.sampling import RewardFields, SamplingFields
 
 
@@ -49,8 +49,8 @@ class Evaluate(Stage, SamplingFields, RewardFields):
     """Run code that comes with a model."""
     chat_template: str | None = None
     """For a base model without one: `auto`, a shipped template's name or a .jinja file."""
-    max_tokens_per_micro_batch: int = Field(8192, gt=0)
-    """Tokens in one forward pass."""
+    max_tokens_per_micro_batch: MaxTokens = 8192
+    """Tokens in one forward pass, or `auto`: 8192, and on CUDA what memory holds."""
     seed: int = 0
     """Seed of sampling."""
     on_bad_row: str = "raise"

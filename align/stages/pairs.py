@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
-from align.stages.base import Context, DataFields, ModelFields, Stage, stage
+from align.stages.base import Context, DataFields, MaxTokens, ModelFields, Stage, stage
 from align.stages.sampling import RewardFields, SamplingFields
 
 
@@ -23,8 +23,8 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
     """Prompts whose best and worst answer lie closer than this give no pair."""
     label_noise: float = Field(0.0, ge=0)
     """Deviation of Gaussian noise on the scores of training pairs, as of a person who is not sure. Held-out pairs get none."""
-    max_tokens_per_micro_batch: int = Field(8192, gt=0)
-    """Tokens in one forward pass."""
+    max_tokens_per_micro_batch: MaxTokens = 8192
+    """Tokens in one forward pass, or `auto`: 8192, and on CUDA what memory holds."""
     seed: int = 0
     """Seed of sampling and noise."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from align.stages.base import AdapterFields, Context, DataFields, ModelFields, OptimizerFields, Stage, stage
+from align.stages.base import AdapterFields, Context, DataFields, MaxTokens, ModelFields, OptimizerFields, Stage, stage
 from align.stages.sampling import RewardFields, SamplingFields
 from align.trainers.settings import PPOSettings
 
@@ -17,6 +17,8 @@ class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, Sampli
 
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate of the policy: about 1e-6 for all weights of a pretrained model, ten times that for LoRA."""
+    max_tokens_per_micro_batch: MaxTokens = 8192
+    """Tokens in one forward and backward pass; `auto` is 8192. It changes speed and memory, never the result."""
     logging_steps: int = Field(1, gt=0)
     """Batches of episodes between two lines of metrics."""
     eval_prompts: int = Field(256, ge=0)
@@ -26,6 +28,7 @@ class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, Sampli
         import torch
         from transformers import get_scheduler
 
+        from align.budget import Budget
         from align.encode import Encoder
         from align.models import disable_dropout, load_causal_lm, load_reward_model, save_model, stop_token_ids
         from align.rollout import complete
@@ -100,7 +103,7 @@ class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, Sampli
             optimizer=optimizer,
             scheduler=scheduler,
             history=context.history,
-            max_tokens=self.max_tokens_per_micro_batch,
+            max_tokens=Budget(self.max_tokens_per_micro_batch).tokens,
             max_grad_norm=self.max_grad_norm,
             seed=self.seed,
             bf16=self.bf16,

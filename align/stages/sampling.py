@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from align.stages.base import Fields, ModelRef, RewardRefs
+from align.stages.base import Fields, MaxTokens, ModelRef, RewardRefs
 
 if TYPE_CHECKING:
     from align.rollout import Sampling
@@ -46,7 +46,7 @@ class RewardFields(Fields):
     normalize_scores: bool = True
     """Shift and scale the reward model's scores by the mean and deviation it had on held-out answers."""
 
-    def judge(self, tokenizer: Any, *, dtype: str, max_tokens: int) -> Judge:
+    def judge(self, tokenizer: Any, *, dtype: str, max_tokens: MaxTokens) -> Judge:
         """Build the judge.
 
         Raises:

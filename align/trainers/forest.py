@@ -6,24 +6,28 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import repeat
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
+from align.budget import Budget, MaxTokens, Packed
 from align.errors import AlignError
-from align.forest import Forest, Tree, cut, plant
+from align.forest import Forest, Tree, deal, plant
 from align.trainers.objectives import Objective
 
 
 class ForestTrainer(Trainer):
     """Trains `model` (see `align.engine.enable_forest`) on token trees.
 
-    A batch of trees is cut into forests of at most `max_tokens` tokens, each with its own forward and backward pass. The loss is
-    the mean over the units (tokens or pairs) of the optimizer step's *whole* batch: the gradient is the same for any cut, any
-    number of accumulation steps and any number of processes.
+    The trees of an optimizer step are dealt to the processes and packed into forests of at most `max_tokens` tokens, each with its
+    own forward and backward pass. The loss is the mean over the units (tokens or pairs) of the step's *whole* batch: the gradient
+    is the same for any packing, any number of accumulation steps and any number of processes. So a step that runs out of memory is
+    done again with smaller forests.
     """
 
     def __init__(
@@ -34,60 +38,78 @@ class ForestTrainer(Trainer):
         trees: list[Tree],
         eval_trees: list[Tree] | None = None,
         *,
-        max_tokens: int,
+        max_tokens: MaxTokens,
         tokenizer: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.objective = objective
-        self.max_tokens = max_tokens
+        # Evaluation needs less memory than training, so what it learns of memory must not be used for training.
+        self.budget, self.eval_budget = Budget(max_tokens), Budget(max_tokens)
         self._sums: dict[str, float] = defaultdict(float)
         self._tokens_seen = 0.0
         super().__init__(
             model=model,
             args=args,
-            data_collator=self._forests,
+            data_collator=list,
             train_dataset=trees,
             eval_dataset=eval_trees,
             processing_class=tokenizer,
             callbacks=callbacks,
         )
 
-    def _forests(self, trees: list[Tree]) -> list[Forest]:
-        return [plant(pack) for pack in cut(trees, self.max_tokens)]
-
     def get_batch_samples(
-        self, epoch_iterator: Iterator[list[Forest]], num_batches: int, device: torch.device
-    ) -> tuple[list[list[Forest]], Tensor]:
-        """The micro-batches of one optimizer step, and how many units they have over all processes."""
+        self, epoch_iterator: Iterator[list[Tree]], num_batches: int, device: torch.device
+    ) -> tuple[list[list[Tree] | None], None]:
+        """This process' trees of one optimizer step, all in the last of its micro-steps, the only one with something to do."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        units = sum(self.objective.units(forest) for batch in batches for forest in batch)
-        return batches, self.accelerator.reduce(torch.tensor(units, device=device), "sum")
+        mine = self._share(gather_object([tree for batch in batches for tree in batch]))
+        return [*repeat(None, len(batches) - 1), mine][: len(batches)], None
 
-    def training_step(self, model: nn.Module, inputs: list[Forest], num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Forward and backward of each forest; returns the sum of their losses over the step's units."""
+    def _share(self, trees: list[Tree]) -> list[Tree]:
+        return deal(trees, self.accelerator.num_processes)[self.accelerator.process_index]
+
+    def training_step(self, model: nn.Module, inputs: list[Tree] | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Forward and backward of the step's forests; returns the sum of their losses over the step's units."""
+        if inputs is None:
+            return torch.zeros((), device=self.args.device)
         model.train()
+        alone = self.accelerator.num_processes == 1
+        total, sums = self.budget.fit(inputs, partial(self._accumulate, model), alone=alone)
+        for name, value in sums.items():
+            self._sums[name] += value
+        return total
+
+    def _accumulate(self, model: nn.Module, packed: Packed) -> tuple[Tensor, dict[str, float]]:
+        """The gradient of the step, from nothing; returns its loss and the sums of its metrics."""
+        model.zero_grad()  # of an attempt that ran out of memory halfway
+        forests = [forest for _, forest in packed]
+        units = torch.tensor(sum(self.objective.units(forest) for forest in forests), device=self.args.device)
+        units = self.accelerator.reduce(units, "sum")
         total = torch.zeros((), device=self.args.device)
-        passes = self._passes(inputs, spare=inputs[0])
+        sums: dict[str, float] = defaultdict(float)
+        passes = self._passes(forests)
         for number, (forest, counts) in enumerate(passes, start=1):
             # Gradients are exchanged once, in the last pass.
             with self.accelerator.no_sync(model) if number < len(passes) else nullcontext():
                 with self.compute_loss_context_manager():
-                    if counts:
-                        loss = self.compute_loss(model, forest, num_items_in_batch=num_items_in_batch)
-                    else:
-                        loss = 0.0 * self.objective(model, forest.to(self.args.device)).loss.sum()
+                    output = self.objective(model, forest.to(self.args.device))
+                    # The Trainer averages over processes; that is undone, as the units are those of all.
+                    loss = counts * output.loss.sum() / units * self.accelerator.num_processes
                 self._refuse_non_finite(loss)
                 self.accelerator.backward(loss)
+            if counts:
+                self._add_metrics(sums, output.metrics, forest)
             total += loss.detach()
-        return total
+        return total, sums
 
-    def _passes(self, forests: list[Forest], spare: Forest) -> list[tuple[Forest, bool]]:
-        """`forests`, each to be counted, and behind them `spare`, not to be counted, until every process has as many.
+    def _passes(self, forests: list[Forest]) -> list[tuple[Forest, bool]]:
+        """`forests`, each to be counted, and behind them a spare one, not to be counted, until every process has as many.
 
-        Processes cut their trees into different numbers of forests, and the replicas or shards of a model wait for each other.
+        Processes pack their trees into different numbers of forests, and the replicas or shards of a model wait for each other.
         """
-        most = self.accelerator.gather(torch.tensor([len(forests)], device=self.args.device)).max().item()
-        return [*((forest, True) for forest in forests), *repeat((spare, False), int(most) - len(forests))]
+        most = int(self.accelerator.gather(torch.tensor([len(forests)], device=self.args.device)).max())
+        spare = [plant(self.train_dataset[:1])] * (most - len(forests))
+        return [*((forest, True) for forest in forests), *((forest, False) for forest in spare)]
 
     def _refuse_non_finite(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
@@ -95,15 +117,6 @@ class ForestTrainer(Trainer):
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}; no update was made. "
                 "Lower learning_rate, set max_grad_norm, or look at the rows"
             )
-
-    def compute_loss(
-        self, model: nn.Module, inputs: Forest, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """Sum of the forest's losses over `num_items_in_batch`. Averaging over processes is undone, as the units are global."""
-        output = self.objective(model, inputs.to(self.args.device))
-        self._add_metrics(self._sums, output.metrics, inputs)
-        assert num_items_in_batch is not None
-        return output.loss.sum() / num_items_in_batch * self.accelerator.num_processes
 
     @staticmethod
     def _add_metrics(sums: dict[str, float], metrics: dict[str, Tensor], forest: Forest) -> None:
@@ -142,14 +155,8 @@ class ForestTrainer(Trainer):
         model = self._wrap_model(self.model, training=False)
         was_training = model.training
         model.eval()
-        sums: dict[str, float] = defaultdict(float)
-        trees = self.eval_dataset if eval_dataset is None else eval_dataset
-        forests = self._forests(trees[self.args.process_index :: self.args.world_size])  # every tree once, whatever their number
-        for forest, counts in self._passes(forests, spare=plant(trees[:1])):
-            with self.compute_loss_context_manager():
-                output = self.objective(model, forest.to(self.args.device))
-            if counts:
-                self._add_metrics(sums, {"loss": output.loss, **output.metrics}, forest)
+        trees = self._share(self.eval_dataset if eval_dataset is None else eval_dataset)
+        sums = self.eval_budget.fit(trees, partial(self._measure, model), alone=self.accelerator.num_processes == 1)
         model.train(was_training)
         means = self._means(self._over_processes(sums))
         if "mean_token_accuracy" in means:
@@ -159,6 +166,16 @@ class ForestTrainer(Trainer):
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def floating_point_ops(self, inputs: list[Forest]) -> int:
+    def _measure(self, model: nn.Module, packed: Packed) -> dict[str, float]:
+        """Sums of loss and metrics."""
+        sums: dict[str, float] = defaultdict(float)
+        for forest, counts in self._passes([forest for _, forest in packed]):
+            with self.compute_loss_context_manager():
+                output = self.objective(model, forest.to(self.args.device))
+            if counts:
+                self._add_metrics(sums, {"loss": output.loss, **output.metrics}, forest)
+        return sums
+
+    def floating_point_ops(self, inputs: list[Tree] | None) -> int:
         """6 x parameters x tokens, the usual estimate for forward and backward."""
-        return 6 * sum(p.numel() for p in self.model.parameters()) * sum(forest.tokens for forest in inputs)
+        return 6 * sum(p.numel() for p in self.model.parameters()) * sum(tree.tokens for tree in inputs or ())
