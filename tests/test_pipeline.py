@@ -377,6 +377,7 @@ LAYERS = (
     {"formats", "engine"},
     {"sources", "rollout"},
     {"data", "scoring"},
+    {"reference"},
     {"trainers.objectives", "trainers.callbacks", "trainers.ppo", "trainers.trl"},
     {"trainers.forest"},
     {"stages.base"},

@@ -49,7 +49,6 @@ class Preference(TrainingStage):
     def run(self, context: Context) -> dict[str, Any]:
         from align.losses import preference_losses
         from align.models import disable_dropout, load_causal_lm
-        from align.progress import say
         from align.stages import training as t
         from align.trainers.objectives import Preference as Objective
         from align.trainers.objectives import add_reference_logps
@@ -81,7 +80,6 @@ class Preference(TrainingStage):
             )
             return t.run_trainer(trainer, self, context, has_eval=bool(held_trees))
         if loss.needs_reference:
-            say(f"{context.name}: log-probs of {len(trees) + len(held_trees)} pairs under the reference, once")
-            trees = add_reference_logps(model, trees, self.max_tokens_per_micro_batch)
-            held_trees = add_reference_logps(model, held_trees, self.max_tokens_per_micro_batch)
+            both = add_reference_logps(model, [*trees, *held_trees], self.max_tokens_per_micro_batch, context.name)
+            trees, held_trees = both[: len(trees)], both[len(trees) :]
         return t.train_on_forest(self, context, model, tokenizer, Objective(loss, self.loss_parameters), trees, held_trees)

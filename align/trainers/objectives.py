@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from align.budget import MaxTokens
 from align.forest import Forest, Tree
 from align.heads import TokenScores
 from align.losses import LossOutput, PreferenceLogps, bradley_terry
-from align.scoring import branch_logps
+from align.reference import reference_logps
 
 
 class Objective(Protocol):
@@ -77,10 +78,10 @@ class RewardModel:
         return bradley_terry(scores[:, 0], scores[:, 1], margin, center_rewards_coefficient=self.center_rewards_coefficient)
 
 
-def add_reference_logps(model: nn.Module, trees: Sequence[Tree], max_tokens: int) -> list[Tree]:
-    """The same trees, each with the log-probs (nats) of its branches under `model` as it is now.
+def add_reference_logps(model: nn.Module, trees: Sequence[Tree], max_tokens: MaxTokens, label: str = "preference") -> list[Tree]:
+    """The same trees, each with the log-probs (nats) of its branches under `model` as it is now, its adapter off.
 
     Done once, before training: what a run starts from is its own reference, so no second copy of the model is ever held.
     """
-    logps = branch_logps(model, trees, max_tokens)
+    logps = reference_logps(model, trees, max_tokens, label)
     return [replace(tree, values={**tree.values, "reference_logps": values}) for tree, values in zip(trees, logps, strict=True)]

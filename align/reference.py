@@ -1,0 +1,97 @@
+"""Log-probs under the reference: computed once, kept on disk, and found there by every later run from the same weights and rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from align import __version__
+from align.budget import MaxTokens
+from align.engine import base_model
+from align.forest import Tree
+from align.progress import say
+from align.registry import home
+from align.scoring import branch_logps
+
+
+def reference_logps(model: nn.Module, trees: Sequence[Tree], max_tokens: MaxTokens, label: str) -> list[list[float]]:
+    """Log-probs (nats) of each tree's branches under the weights that `model` has now; with LoRA under its base, adapter off.
+
+    They are kept in ``$ALIGN_HOME/cache/reference_logps``, under a hash of all that they depend on: the weights themselves, the
+    model's config, and the tokens (which say what the data, the chat template and the maximum length made of the rows).
+    """
+    said = f"{label}: log-probs of {len(trees)} pairs under the reference"
+    path = home() / "cache" / "reference_logps" / f"{_key(model, trees)}.safetensors"
+    branches = sum(len(tree.branches) for tree in trees)
+    if path.is_file():
+        try:
+            kept = iter(_read(path, branches))
+            say(f"{said}: from the cache")
+            return [[next(kept) for _ in tree.branches] for tree in trees]
+        except (SafetensorError, ValueError) as error:
+            say(f"{said}: the cache's {path} is damaged ({error})")
+    say(f"{said}: computed once")
+    with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+        logps = branch_logps(model, trees, max_tokens)
+    _write(path, torch.tensor([value for values in logps for value in values], dtype=torch.float64))
+    return logps
+
+
+def _key(model: nn.Module, trees: Sequence[Tree]) -> str:
+    """SHA-256 over everything that the log-probs depend on."""
+    config = {name: value for name, value in base_model(model).config.to_dict().items() if name != "_name_or_path"}
+    # On another kind of device half precision rounds differently.
+    device = next(model.parameters()).device.type
+    digest = hashlib.sha256(json.dumps([__version__, device, config], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(_weights(model).items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+        digest.update(_bytes(tensor))
+    for tree in trees:
+        digest.update(json.dumps([tree.prompt, tree.prompt_mask, tree.branches]).encode())
+    return digest.hexdigest()
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that answer while the adapter is off, by the names that they have without one."""
+    state = base_model(model).state_dict()
+    if isinstance(model, PeftModel):
+        return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
+    return state
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write(path: Path, logps: Tensor) -> None:
+    """Written aside and renamed, so that no reader meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        aside = Path(folder) / path.name
+        save_file({"logps": logps}, aside, metadata={"sha256": hashlib.sha256(_bytes(logps)).hexdigest()})
+        os.replace(aside, path)
+
+
+def _read(path: Path, branches: int) -> list[float]:
+    """The numbers of a file.
+
+    Raises:
+        SafetensorError, ValueError: it is not whole.
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        logps = file.get_tensor("logps")
+    if logps.shape != (branches,) or metadata.get("sha256") != hashlib.sha256(_bytes(logps)).hexdigest():
+        raise ValueError(f"{tuple(logps.shape)} numbers that do not match their checksum, instead of ({branches},)")
+    return logps.tolist()
