@@ -25,7 +25,8 @@ class PreferenceLogps:
     """What a preference loss sees of a batch of pairs; each field is (pairs,).
 
     Log-probabilities are sums over the completion's tokens, in nats, prompt excluded; token counts are of the same tokens. The
-    reference's are None for a loss with ``needs_reference=False``.
+    reference's are None for a loss with ``needs_reference=False``. `common` is the same of the first tokens of both completions,
+    as many as the shorter one has; it is None for a loss without ``needs_common=True``.
     """
 
     policy_chosen: Tensor
@@ -34,6 +35,7 @@ class PreferenceLogps:
     rejected_tokens: Tensor
     reference_chosen: Tensor | None = None
     reference_rejected: Tensor | None = None
+    common: PreferenceLogps | None = None
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Log-probability per token of chosen and rejected; NaN for an empty completion, which has none."""
@@ -49,6 +51,11 @@ class PreferenceLogps:
             raise ValueError("this loss needs the reference model's log-probs: pass reference_chosen and reference_rejected")
         return self.policy_chosen - self.reference_chosen, self.policy_rejected - self.reference_rejected
 
+    def mean_logratios(self) -> tuple[Tensor, Tensor]:
+        """`logratios` per token; NaN for an empty completion."""
+        chosen, rejected = self.logratios()
+        return chosen / self.chosen_tokens, rejected / self.rejected_tokens
+
 
 @dataclass(frozen=True)
 class LossOutput:
@@ -61,6 +68,7 @@ class LossOutput:
 class PreferenceLoss(Protocol):
     __name__: str
     needs_reference: bool
+    needs_common: bool
 
     def __call__(self, x: PreferenceLogps, /, **arguments: Any) -> LossOutput: ...
 
@@ -68,12 +76,14 @@ class PreferenceLoss(Protocol):
 preference_losses: Catalog[PreferenceLoss] = Catalog("preference loss")
 
 
-def preference_loss(*, needs_reference: bool) -> Callable[[Callable[..., LossOutput]], PreferenceLoss]:
-    """Register a preference loss under its function's name, and let the trainer ask it whether it needs a reference model."""
+def preference_loss(*, needs_reference: bool, needs_common: bool = False) -> Callable[[Callable[..., LossOutput]], PreferenceLoss]:
+    """Register a preference loss under its function's name, and let the trainer ask it what it needs: a reference model's
+    log-probs, those of the completions' common length.
+    """
 
     def register(function: Callable[..., LossOutput]) -> PreferenceLoss:
         loss = cast(PreferenceLoss, function)
-        loss.needs_reference = needs_reference
+        loss.needs_reference, loss.needs_common = needs_reference, needs_common
         return preference_losses.add(loss)
 
     return register
@@ -145,9 +155,7 @@ def ipo(x: PreferenceLogps, *, beta: float, average: bool = False) -> LossOutput
     `average` picks what is compared: sums over the completion's tokens, as the paper writes it, or, as TRL does it, means.
     """
     _positive(beta=beta)
-    chosen, rejected = x.logratios()
-    if average:
-        chosen, rejected = chosen / x.chosen_tokens, rejected / x.rejected_tokens
+    chosen, rejected = x.mean_logratios() if average else x.logratios()
     loss = (chosen - rejected - 1 / (2 * beta)) ** 2  # arXiv:2310.12036, Eq. 17
     return _output(x, loss, (beta * chosen, beta * rejected))
 
@@ -165,6 +173,46 @@ def apo_zero(x: PreferenceLogps, *, beta: float) -> LossOutput:
     """Anchored preference optimization for chosen completions better than the model's own: raises them, lowers the rejected."""
     chosen, rejected = rewards = _implicit_rewards(x, beta)
     loss = torch.sigmoid(-chosen) + torch.sigmoid(rejected)  # arXiv:2408.06266, Eq. 7, plus the constant 1 (TRL's form)
+    return _output(x, loss, rewards)
+
+
+@preference_loss(needs_reference=True)
+def apo_down(x: PreferenceLogps, *, beta: float) -> LossOutput:
+    """Anchored preference optimization for chosen completions worse than the model's own: lowers both, the rejected more."""
+    chosen, rejected = rewards = _implicit_rewards(x, beta)
+    loss = torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)  # arXiv:2408.06266, Eq. 8, plus the constant 1 (TRL's form)
+    return _output(x, loss, rewards)
+
+
+@preference_loss(needs_reference=True)
+def dpo_norm(x: PreferenceLogps, *, beta: float) -> LossOutput:
+    """Length-normalized DPO: log ratios per token instead of their sums, so `beta` is larger than DPO's (Tülu 3 takes 5)."""
+    _positive(beta=beta)
+    chosen, rejected = x.mean_logratios()
+    chosen, rejected = rewards = beta * chosen, beta * rejected
+    loss = -F.logsigmoid(chosen - rejected)  # arXiv:2411.15124, Eq. 6
+    return _output(x, loss, rewards)
+
+
+@preference_loss(needs_reference=True, needs_common=True)
+def ld_dpo(x: PreferenceLogps, *, beta: float, alpha: float) -> LossOutput:
+    """Length-desensitized DPO: what the longer completion has beyond the other's length counts `alpha` (0 to 1; 1 is DPO).
+
+    Raises:
+        ValueError: there are no log-probs of the common length.
+    """
+    _positive(beta=beta)
+    if not 0 <= alpha <= 1:
+        raise AlignError(f"alpha is the weight of the tokens beyond the common length: 0 <= it <= 1, not {alpha}")
+    if x.common is None:
+        raise ValueError("this loss needs the log-probs of the completions' common length: pass common")
+    # arXiv:2409.06411: log-probs are sums over the common length plus alpha times the rest, policy's and reference's alike
+    whole, common = x.logratios(), x.common.logratios()
+    chosen, rejected = rewards = (
+        beta * (common[0] + alpha * (whole[0] - common[0])),
+        beta * (common[1] + alpha * (whole[1] - common[1])),
+    )
+    loss = -F.logsigmoid(chosen - rejected)
     return _output(x, loss, rewards)
 
 

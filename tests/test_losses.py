@@ -26,6 +26,9 @@ ARGUMENTS = {
     "ipo": {"beta": 0.1},
     "hinge": {"beta": 0.1},
     "apo_zero": {"beta": 0.1},
+    "apo_down": {"beta": 0.1},
+    "dpo_norm": {"beta": 1.0},
+    "ld_dpo": {"beta": 0.1, "alpha": 0.5},
     "rpo": {"beta": 0.1, "rpo_alpha": 0.5},
     "simpo": {"beta": 2.0, "gamma": 1.0},
     "orpo": {"lam": 0.1},
@@ -39,8 +42,12 @@ def double(values):
 
 
 def pair():
-    """chosen: 4 tokens, policy -10, reference -12, so a log ratio of 2; rejected: 5 tokens, -15 and -14, so -1."""
-    return PreferenceLogps(double([-10.0]), double([-15.0]), tensor([4]), tensor([5]), double([-12.0]), double([-14.0]))
+    """chosen: 4 tokens, policy -10, reference -12, so a log ratio of 2; rejected: 5 tokens, -15 and -14, so -1, and -11 and -10.5
+    of its first 4, so -0.5.
+    """
+    common = PreferenceLogps(double([-10.0]), double([-11.0]), tensor([4]), tensor([4]), double([-12.0]), double([-10.5]))
+    whole = PreferenceLogps(double([-10.0]), double([-15.0]), tensor([4]), tensor([5]), double([-12.0]), double([-14.0]))
+    return replace(whole, common=common)
 
 
 def value(name, x=None, **arguments):
@@ -72,6 +79,25 @@ class TestByHand:
     def test_apo_zero(self):
         """1 - σ(0.2) + σ(-0.1) = 0.450166 + 0.475021."""
         assert value("apo_zero", beta=0.1) == pytest.approx(0.925187, abs=1e-6)
+
+    def test_apo_down(self):
+        """σ(0.2) + 1 - σ(0.3) = 0.549834 + 0.425557. Chosen answers are not drawn up: at 0.2 the anchor outweighs the margin."""
+        assert value("apo_down", beta=0.1) == pytest.approx(0.975391, abs=1e-6)
+        policy = double([-10.0]).requires_grad_()
+        losses.apo_down(replace(pair(), policy_chosen=policy), beta=0.1).loss.backward()
+        assert policy.grad.item() == pytest.approx(0.1 * (0.247517 - 0.244458), abs=1e-6)  # β (σ'(0.2) - σ'(0.3))
+
+    def test_dpo_norm(self):
+        """Log ratios per token 2/4 and -1/5: log(1 + e^-0.7) = log 1.496585 = 0.403186."""
+        assert value("dpo_norm", beta=1.0) == pytest.approx(0.403186, abs=1e-6)
+
+    def test_ld_dpo(self):
+        """α = 0.5 of the last rejected token's -0.5: -0.75, margin 0.275, log(1 + e^-0.275) = log 1.759572 = 0.565071. α = 0
+        leaves -0.5: log(1 + e^-0.25) = log 1.778801. α = 1 is DPO.
+        """
+        assert value("ld_dpo", beta=0.1, alpha=0.5) == pytest.approx(0.565071, abs=1e-6)
+        assert value("ld_dpo", beta=0.1, alpha=0.0) == pytest.approx(math.log(1.778801), abs=1e-6)
+        assert value("ld_dpo", beta=0.1, alpha=1.0) == value("dpo", beta=0.1)
 
     def test_rpo(self):
         """DPO's 0.554355 + 0.5 x 10/4."""
@@ -184,7 +210,17 @@ def random_pairs(count=5, requires_grad=False):
     tokens = torch.randint(3, 9, (2, count))
     policy, reference = -torch.rand(2, 2, count, dtype=torch.float64) * 3 * tokens - 0.1
     policy.requires_grad_(requires_grad)
-    return PreferenceLogps(policy[0], policy[1], tokens[0], tokens[1], reference[0], reference[1])
+    x = PreferenceLogps(policy[0], policy[1], tokens[0], tokens[1], reference[0], reference[1])
+    shortest = tokens.amin(0)
+    share = shortest / tokens  # as if each token had the same part in the sum
+    common = [policy[0] * share[0], policy[1] * share[1], shortest, shortest, reference[0] * share[0], reference[1] * share[1]]
+    return replace(x, common=PreferenceLogps(*common))
+
+
+def only(x, number):
+    """The pair `number` of `x` alone."""
+    fields = {key: field[number : number + 1] for key, field in vars(x).items() if isinstance(field, torch.Tensor)}
+    return PreferenceLogps(**fields, common=only(x.common, number) if x.common else None)
 
 
 @pytest.mark.parametrize("name", preference_losses)
@@ -201,10 +237,14 @@ class TestEveryPreferenceLoss:
     def test_learning_raises_chosen_over_rejected(self, name):
         x = random_pairs()
         policy = torch.stack([x.reference_chosen, x.reference_rejected]).requires_grad_()
-        x = replace(x, policy_chosen=policy[0], policy_rejected=policy[1])  # the policy starts as the reference
+        common = replace(x.common, policy_chosen=x.common.reference_chosen, policy_rejected=x.common.reference_rejected)
+        x = replace(x, policy_chosen=policy[0], policy_rejected=policy[1], common=common)  # the policy starts as the reference
         preference_losses[name](x, **ARGUMENTS[name]).loss.sum().backward()
-        assert (policy.grad[0] < 0).all()
         assert (policy.grad[1] > 0).all()
+        if name == "apo_down":  # the anchor holds the chosen answer where it is, as strongly as the margin lifts it
+            assert (policy.grad[0] == 0).all()
+        else:
+            assert (policy.grad[0] < 0).all()
 
     def test_output_is_per_pair_and_metrics_are_detached(self, name):
         output = preference_losses[name](random_pairs(requires_grad=True), **ARGUMENTS[name])
@@ -218,14 +258,21 @@ class TestEveryPreferenceLoss:
 
     def test_one_pair_does_not_see_another(self, name):
         x = random_pairs()
-        fields = {key: getattr(x, key)[1:2] for key in vars(x)}
-        whole, alone = (preference_losses[name](y, **ARGUMENTS[name]).loss for y in (x, PreferenceLogps(**fields)))
+        whole, alone = (preference_losses[name](y, **ARGUMENTS[name]).loss for y in (x, only(x, 1)))
         torch.testing.assert_close(whole[1:2], alone)
 
     def test_says_whether_it_needs_a_reference(self, name):
         loss, x = preference_losses[name], replace(random_pairs(), reference_chosen=None, reference_rejected=None)
         if loss.needs_reference:
             with pytest.raises(ValueError, match="reference_chosen"):
+                loss(x, **ARGUMENTS[name])
+        else:
+            assert loss(x, **ARGUMENTS[name]).loss.isfinite().all()
+
+    def test_says_whether_it_needs_the_common_length(self, name):
+        loss, x = preference_losses[name], replace(random_pairs(), common=None)
+        if loss.needs_common:
+            with pytest.raises(ValueError, match="pass common"):
                 loss(x, **ARGUMENTS[name])
         else:
             assert loss(x, **ARGUMENTS[name]).loss.isfinite().all()
@@ -243,6 +290,7 @@ class TestNumericalExtremes:
     def test_loss_and_gradient_stay_finite_in_single_precision(self, name, chosen, rejected):
         policy = tensor([[chosen], [rejected]], requires_grad=True)
         x = PreferenceLogps(policy[0], policy[1], tensor([4]), tensor([5]), tensor([-12.0]), tensor([-14.0]))
+        x = replace(x, common=replace(x, policy_rejected=0.8 * policy[1], rejected_tokens=tensor([4])))
         loss = preference_losses[name](x, **ARGUMENTS[name]).loss
         loss.sum().backward()
         assert loss.isfinite().all()
@@ -294,6 +342,11 @@ class TestMistakes:
         key = "lam" if name == "orpo" else "beta"
         with pytest.raises(AlignError, match=f"{key} must be greater than 0"):
             value(name, **{**ARGUMENTS[name], key: 0.0})
+
+    @pytest.mark.parametrize("alpha", [-0.1, 1.1])
+    def test_alpha_is_a_share(self, alpha):
+        with pytest.raises(AlignError, match="0 <= it <= 1"):
+            value("ld_dpo", beta=0.1, alpha=alpha)
 
     @pytest.mark.parametrize("name", ["dpo", "robust"])
     @pytest.mark.parametrize("smoothing", [0.5, -0.1])
