@@ -213,5 +213,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write `model` and `tokenizer` (chat template included) as a folder that ``from_pretrained`` loads."""
-    model.save_pretrained(folder)  # type: ignore[operator]
+    # TRL adds a copy of the adapter as its reference; it is not what was trained.
+    only: dict[str, Any] = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(folder, **only)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)

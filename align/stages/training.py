@@ -185,7 +185,12 @@ def run_trainer(trainer: Any, stage: TrainingStage, context: Context, *, has_eva
     context.history.rewind(-1 if last is None else int(last.rpartition("-")[2]))
     if last is None and has_eval:
         trainer.evaluate()
-    trainer.train(resume_from_checkpoint=last)
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, Watch):
+                callback.close()
     if has_eval and context.history.records[-1].get("eval_loss") is None:
         trainer.evaluate()
     save_model(trainer.model, trainer.processing_class, context.folder)

@@ -40,6 +40,10 @@ class Watch(TrainerCallback):
                 self.bar.set_postfix_str(shown(logs), refresh=False)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it is, so that what is said next stands below it."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
