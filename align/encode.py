@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.errors import AlignError
 from align.forest import Tree
-from align.schema import Message, PreferenceRow, PromptRow, SFTRow, Text, TextRow
+from align.schema import LabelledRow, Message, PreferenceRow, PromptRow, SFTRow, Text, TextRow
 
 Tools = list[dict[str, Any]] | None
 """Descriptions of functions that the chat template shows to the model."""
@@ -223,6 +223,14 @@ class Encoder:
     def _preference_tree(self, row: PreferenceRow) -> Tree:
         branches = tuple(self.answer_ids(row.prompt, answer, row.tools) for answer in (row.chosen, row.rejected))
         return Tree(self.prompt_ids(row.prompt, row.tools), branches, values={"margin": [row.margin or 0.0]})
+
+    def unpaired(self, rows: Iterable[LabelledRow]) -> Encoded:
+        """A prompt with one branch; the value ``desirable`` is 1 for a wanted answer, 0 for an unwanted one."""
+        return self._collect(rows, self._unpaired_tree)
+
+    def _unpaired_tree(self, row: LabelledRow) -> Tree:
+        answer = self.answer_ids(row.prompt, row.completion, row.tools)
+        return Tree(self.prompt_ids(row.prompt, row.tools), (answer,), values={"desirable": [float(row.label)]})
 
     def prompts(self, rows: Iterable[PromptRow]) -> Encoded:
         """Prompts alone; one that leaves no room within `max_length` is set aside."""

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 Item = TypeVar("Item")
 
-SHOWN = ("loss", "eval_loss", "rewards/accuracies", "accuracy", "objective/scores", "objective/kl", "mean_token_accuracy")
+SHOWN = ("loss", "eval_loss", "rewards/accuracies", "accuracy", "objective/scores", "reward", "objective/kl", "mean_token_accuracy")
 """Metrics worth a place beside the progress bar."""
 
 

@@ -31,7 +31,7 @@ def reference_logps(model: nn.Module, trees: Sequence[Tree], max_tokens: MaxToke
     They are kept in ``$ALIGN_HOME/cache/reference_logps``, under a hash of all that they depend on: the weights themselves, the
     model's config, and the tokens (which say what the data, the chat template and the maximum length made of the rows).
     """
-    said = f"{label}: log-probs of {len(trees)} pairs under the reference"
+    said = f"{label}: log-probs of {len(trees)} rows under the reference"
     path = home() / "cache" / "reference_logps" / f"{_key(model, trees)}.safetensors"
     branches = sum(len(tree.branches) for tree in trees)
     if path.is_file():

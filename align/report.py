@@ -28,6 +28,7 @@ PANELS = (
     ("pairs ranked right", "accuracy", "eval_accuracy"),
     ("pairs ranked right", "rewards/accuracies", "eval_rewards/accuracies"),
     ("score", "objective/scores", "eval_score"),
+    ("reward", "reward", "eval_reward"),
     ("KL to the start, nats an answer", "objective/kl", "eval_kl"),
     ("tokens an answer", "completions/mean_length", "eval_mean_length"),
 )

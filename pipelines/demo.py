@@ -17,7 +17,7 @@ from align.stages.base import Context, DataRefs, stage
 DATA = Path(__file__).resolve().parent.parent / "data"
 SOURCES = [str(path) for path in sorted(DATA.glob("world*.py"))]
 HELD_OUT_WRITTEN_PAIRS = 400
-"""Pairs of a written good and a written flawed answer that the reward model is tested on, beside those sampled from the SFT model."""
+"""Written pairs that the reward model is tested on, beside those sampled from the SFT model."""
 GOLD = f"{DATA / 'world.py'}:gold"
 PARTS = [f"{DATA / 'gold_parts.py'}:{part}" for part in ("content", "instruction", "tone", "brevity", "ending", "fluency")]
 

@@ -92,6 +92,7 @@ def _inside(folder, monkeypatch):
 
 SFT = "sft --model model --max_steps 1 --data "
 PPO = "ppo --model model --data prompts.jsonl --total_episodes 4 --episodes_per_step 4 --max_completion_length 4 --reward_funcs "
+GRPO = "grpo --model model --data prompts.jsonl --held_out 0 --max_completion_length 4 --reward_funcs "
 PAIRS = " --model model --data pairs.jsonl --max_steps 1"
 RUN = "run recipe.py "
 
@@ -149,7 +150,35 @@ MISTAKES = {
     "simpo with lam": ("simpo --beta 2 --gamma 1 --lam 0.1" + PAIRS, "'simpo' takes no 'lam'"),
     "no such loss": ("preference --loss dop" + PAIRS, r"unknown preference loss 'dop' \(did you mean 'dpo'\?\)"),
     "two losses": ("dpo --loss ipo --beta 0.1" + PAIRS, "use `align preference --loss ipo`"),
-    "trl has no simpo here": ("simpo --engine trl --beta 2 --gamma 1" + PAIRS, "engine 'trl' runs the loss 'dpo' only"),
+    "trl has no simpo here": ("simpo --engine trl --beta 2 --gamma 1" + PAIRS, "engine 'trl' runs the losses dpo, .* not 'simpo'"),
+    "trl's dpo is not smoothed": (
+        "dpo --engine trl --beta 0.1 --label_smoothing 0.1" + PAIRS,
+        "TRL's DPO loss ignores label_smoothing",
+    ),
+    "trl's ipo averages": ("ipo --engine trl --beta 0.1" + PAIRS, "TRL's IPO loss averages log-probs over tokens; set average"),
+    "ld_dpo without alpha": ("preference --loss ld_dpo --beta 0.1" + PAIRS, "'ld_dpo' needs 'alpha', and it has no default"),
+    "ld_dpo with a weight above 1": (
+        "preference --loss ld_dpo --beta 0.1 --alpha 2" + PAIRS,
+        "'alpha' is 2: input should be less than or equal to 1",
+    ),
+    "kto is a stage": (
+        "preference --loss kto --beta 0.1" + PAIRS,
+        "kto is a stage of its own, .*: use `align kto`",
+    ),
+    "kto without beta": ("kto --model model --data pairs.jsonl", "'beta' is missing"),
+    "kto on a row at a time": (
+        "kto --beta 0.1 --per_device_train_batch_size 1" + PAIRS,
+        "'per_device_train_batch_size' is 1: input should be greater than 1",
+    ),
+    "kto on demonstrations": ("kto --beta 0.1 --model model --data sft.jsonl", r"sft\.jsonl row 1, .* gives sft rows here"),
+    "grpo on the forest": (GRPO + "mine.py:short --engine forest", "'engine' is 'forest': input should be 'trl'"),
+    "groups that do not fit": (GRPO + "mine.py:short --num_generations 3", r"\(8\) must be a multiple of num_generations \(3\)"),
+    "greedy groups": (GRPO + "mine.py:short --temperature 0", "'temperature' is 0: input should be greater than 0"),
+    "prompts that fill no batch": (
+        GRPO + "mine.py:short --num_generations 2 --gradient_accumulation_steps 4",
+        "8 prompts do not fill a batch, which takes 16",
+    ),
+    "grpo without a reward": (GRPO.removesuffix("--reward_funcs "), "nothing judges the answers"),
     "unknown flag": (SFT + "sft.jsonl --learning_rte 1", r"unknown flag --learning_rte \(did you mean 'learning_rate'\?\)"),
     "no flag": ("sft sft.jsonl", "'sft.jsonl' is not a flag"),
     "a number that is none": (SFT + "sft.jsonl --learning_rate fast", "'learning_rate' is 'fast': input should be a valid number"),
@@ -259,7 +288,24 @@ def test_help(capsys):
 
 
 @pytest.mark.parametrize(
-    "verb", ["pretrain", "sft", "reward", "ppo", "dpo", "orpo", "simpo", "ipo", "preference", "pairs", "evaluate", "eval"]
+    "verb",
+    [
+        "pretrain",
+        "sft",
+        "reward",
+        "ppo",
+        "dpo",
+        "orpo",
+        "simpo",
+        "ipo",
+        "preference",
+        "kto",
+        "grpo",
+        "rloo",
+        "pairs",
+        "evaluate",
+        "eval",
+    ],
 )
 def test_help_of_a_stage_explains_every_field(verb, capsys):
     assert main([verb, "--help"]) == 0
@@ -338,7 +384,16 @@ def test_one_value_is_enough_for_a_list(capsys):
     assert plan["runs"]
 
 
-@pytest.mark.parametrize("command", [SFT + "sft.jsonl", "reward" + PAIRS, "dpo --beta 0.1" + PAIRS])
+@pytest.mark.parametrize(
+    "command",
+    [
+        SFT + "sft.jsonl",
+        "reward" + PAIRS,
+        "dpo --beta 0.1" + PAIRS,
+        "preference --loss ld_dpo --beta 0.1 --alpha 0.5" + PAIRS,
+        "kto --beta 0.5 --per_device_train_batch_size 16" + PAIRS,
+    ],
+)
 @pytest.mark.parametrize("adapter", ["", " --use_peft --lora_r 2"])
 def test_trl_is_one_word_away(command, adapter, capsys):
     """The same fields, rows and registry, and the same held-out loss before and after a step over all rows."""

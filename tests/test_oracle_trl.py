@@ -4,15 +4,18 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_close, assert_same, build, documents, llama, pairs, run
+from helpers import assert_same, build, documents, llama, pairs, run
+from transformers import TrainingArguments
 
 from align.encode import Encoder
 from align.engine import enable_forest
-from align.errors import AlignError
 from align.losses import preference_losses
-from align.schema import Message, PreferenceRow
-from align.trainers.objectives import LanguageModel, Preference, RewardModel, add_reference_logps
-from align.trainers.trl import dpo_trainer, reward_trainer, sft_trainer
+from align.schema import LabelledRow, Message, PreferenceRow
+from align.stages.preference import TRL_LOSSES
+from align.stages.preference import Preference as PreferenceStage
+from align.trainers.kto import KTOTrainer, add_mismatched
+from align.trainers.objectives import LanguageModel, Preference, RewardModel, Unpaired, add_reference_logps
+from align.trainers.trl import dpo_trainer, kto_trainer, reward_trainer, sft_trainer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -68,31 +71,91 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("tools", [None, [{"type": "function", "function": {"name": "weather", "parameters": {}}}]])
-def test_dpo(tokenizer, arguments, tools):
-    """From rows, which TRL renders and tokenizes itself. The policy has moved away from the reference, else the loss is log 2."""
-    tokenizer, rows = copy.deepcopy(tokenizer), [ROWS[0], ROWS[1].model_copy(update={"tools": tools}), ROWS[2]]
-    tokenizer.chat_template = "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}" + tokenizer.chat_template
-    reference = llama()
-    policy = copy.deepcopy(reference)
-    trainer = dpo_trainer(policy, tokenizer, rows, [], arguments, beta=0.3, label_smoothing=0.0, max_length=None)
+LOSSES = {
+    "dpo": {"beta": 0.3},
+    "ld_dpo": {"beta": 0.3, "alpha": 0.4},
+    "dpo_norm": {"beta": 2.0},
+    "ipo": {"beta": 0.3, "average": True},
+    "robust": {"beta": 0.3, "label_smoothing": 0.1},
+    "hinge": {"beta": 0.3},
+    "apo_zero": {"beta": 0.3},
+    "apo_down": {"beta": 0.3},
+}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+
+
+def move(policy):
+    """The policy away from the reference, where every loss is at a constant."""
     torch.manual_seed(1)
     with torch.no_grad():
         for p in policy.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    moved = copy.deepcopy(policy)
-    loss, gradients = theirs(trainer)
+    return copy.deepcopy(policy)
+
+
+@pytest.fixture
+def calling(tokenizer):
+    """The tokenizer with a template that shows tools."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}" + tokenizer.chat_template
+    return tokenizer
+
+
+@pytest.mark.parametrize("loss", TRL_LOSSES)
+def test_dpo(calling, arguments, loss):
+    """From rows, which TRL renders and tokenizes itself. One shows a tool; the longer answer is the chosen one here, there the
+    other.
+    """
+    rows, reference = [ROWS[0], ROWS[1].model_copy(update={"tools": TOOLS}), ROWS[2]], llama()
+    policy = copy.deepcopy(reference)
+    stage = PreferenceStage(model="m", data="d", engine="trl", loss=loss, max_length=None, **LOSSES[loss])
+    trainer = dpo_trainer(policy, calling, rows, [], arguments | stage.trl_arguments)
+    moved = move(policy)
+    oracle = theirs(trainer)
 
     assert enable_forest(reference) is None
-    trees = add_reference_logps(reference, Encoder(tokenizer).preference(rows).trees, 64)
-    our_loss, our_gradients = ours(Preference(preference_losses["dpo"], {"beta": 0.3}), moved, trees)
-    assert abs(loss.item() - 0.6931) > 0.05
-    assert_close(our_loss, loss, what="loss")
-    assert our_gradients.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        assert_close(our_gradients[name], gradient, what=name)
+    function = preference_losses[loss]
+    trees = add_reference_logps(reference, Encoder(calling).preference(rows).trees, 64, common=function.needs_common)
+    at_start, _ = ours(Preference(function, LOSSES[loss]), reference, trees)
+    assert abs(oracle[0].item() - at_start.item()) > 0.01
+    assert_same(ours(Preference(function, LOSSES[loss]), moved, trees), oracle)
 
 
-def test_what_trl_would_ignore_is_refused(tokenizer, arguments):
-    with pytest.raises(AlignError, match="TRL's DPO loss ignores label_smoothing"):
-        dpo_trainer(llama(), tokenizer, ROWS, [], arguments, beta=0.3, label_smoothing=0.2, max_length=None)
+LABELLED = [
+    LabelledRow(prompt=row.prompt, completion=answer, label=label)
+    for row in ROWS
+    for label, answer in ((True, row.chosen), (False, row.rejected))
+]
+WEIGHTS = {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.7}
+
+
+@pytest.mark.parametrize("max_length", [None, 42])
+@pytest.mark.parametrize("max_tokens", [1, 10_000])
+def test_kto(calling, arguments, max_length, max_tokens):
+    """z₀ is above 0 here. It is TRL's, however the batch is cut, and where answers are cut to `max_length`, each as much as the
+    prompt before it asks for.
+    """
+    rows, reference = [LABELLED[0].model_copy(update={"tools": TOOLS}), *LABELLED[1:]], llama()
+    encoded, whole = (Encoder(calling, length).unpaired(rows) for length in (max_length, None))
+    assert len(encoded.trees) == 6
+    assert encoded.cut_rows == (0 if max_length is None else 1)
+    trees = add_mismatched(encoded.trees, [tree.branches[0] for tree in whole.trees], 64, max_length)
+    policy = copy.deepcopy(reference)
+    trainer = kto_trainer(policy, calling, rows, [], {**arguments, **WEIGHTS, "max_length": max_length})
+    moved = move(policy)
+    oracle = theirs(trainer)
+
+    for model in (reference, moved):
+        assert enable_forest(model) is None
+    args = TrainingArguments(remove_unused_columns=False, **arguments)
+    trees = add_reference_logps(reference, trees, 64)
+    mine = KTOTrainer(moved, Unpaired(**WEIGHTS), args, trees, max_tokens=max_tokens)
+    (batch,), count = mine.get_batch_samples(iter([trees]), 1, torch.device("cpu"))
+    moved.zero_grad()
+    loss = mine.training_step(moved, batch, count)
+    metrics = mine._means(mine._sums)
+    assert metrics["kl"] > 0.1
+    assert metrics["kl"] == pytest.approx(trainer._metrics["eval"]["kl"][0], rel=1e-5)
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"):
+        assert metrics[name] == pytest.approx(trainer._metrics["eval"][name][0], rel=1e-4), name
+    assert_same((loss, {name: p.grad for name, p in moved.named_parameters()}), oracle)

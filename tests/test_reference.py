@@ -48,12 +48,12 @@ def test_they_are_computed_once_and_then_read(model, files, capsys, monkeypatch)
     trees = pairs(3, 9)
     first = reference_logps(model, trees, 30, "dpo")
     assert first == branch_logps(model, trees, 30)
-    assert capsys.readouterr().err == "dpo: log-probs of 9 pairs under the reference: computed once\n"
+    assert capsys.readouterr().err == "dpo: log-probs of 9 rows under the reference: computed once\n"
 
     monkeypatch.setattr("align.reference.branch_logps", None)
     again = ready(llama())  # as a later process would load it
     assert reference_logps(again, trees, 500, "ipo") == first
-    assert capsys.readouterr().err == "ipo: log-probs of 9 pairs under the reference: from the cache\n"
+    assert capsys.readouterr().err == "ipo: log-probs of 9 rows under the reference: from the cache\n"
     # What else travels with the rows, such as a margin, is none of the model's business.
     assert reference_logps(again, [replace(tree, values={}) for tree in trees], 500, "ipo") == first
     assert len(files()) == 1
@@ -182,7 +182,7 @@ def test_a_sweep_pays_once(tokenizer, tmp_path, capsys):
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "log-probs of" in line]
         return line
 
-    assert said("first") == "first: log-probs of 8 pairs under the reference: computed once"
+    assert said("first") == "first: log-probs of 8 rows under the reference: computed once"
     for name, fields in {
         "beta": {"beta": 0.5},
         "ipo": {"loss": "ipo"},
@@ -190,5 +190,5 @@ def test_a_sweep_pays_once(tokenizer, tmp_path, capsys):
         "lora": {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2},
         "elsewhere": {"out": "other"},
     }.items():
-        assert said(name, **fields) == f"{name}: log-probs of 8 pairs under the reference: from the cache"
+        assert said(name, **fields) == f"{name}: log-probs of 8 rows under the reference: from the cache"
     assert said("short", max_length=12).endswith("computed once")

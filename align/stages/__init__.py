@@ -2,6 +2,8 @@
 
 from align.stages.base import Stage, stages
 from align.stages.evaluate import Evaluate
+from align.stages.grpo import GRPO, RLOO
+from align.stages.kto import KTO
 from align.stages.pairs import Pairs
 from align.stages.ppo import PPO
 from align.stages.preference import Preference
@@ -9,4 +11,4 @@ from align.stages.pretrain import Pretrain
 from align.stages.reward import RewardModel
 from align.stages.sft import SFT
 
-__all__ = ["PPO", "SFT", "Evaluate", "Pairs", "Preference", "Pretrain", "RewardModel", "Stage", "stages"]
+__all__ = ["GRPO", "KTO", "PPO", "RLOO", "SFT", "Evaluate", "Pairs", "Preference", "Pretrain", "RewardModel", "Stage", "stages"]

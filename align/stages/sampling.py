@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from align.scoring import Judge
 
 
-class SamplingFields(Fields):
-    """How answers are drawn."""
+class DecodingFields(Fields):
+    """How an answer is drawn."""
 
     max_completion_length: int = Field(128, gt=0)
     """Most tokens in an answer."""
@@ -24,6 +24,11 @@ class SamplingFields(Fields):
     """Sample from the likeliest tokens that hold this much probability."""
     top_k: int = Field(0, ge=0)
     """Sample from this many likeliest tokens; 0 for all."""
+
+
+class SamplingFields(DecodingFields):
+    """How answers are drawn by our own sampler."""
+
     rollout_batch_size: int = Field(128, gt=0)
     """Answers sampled side by side."""
 

@@ -62,11 +62,15 @@ class ForestTrainer(Trainer):
     ) -> tuple[list[list[Tree] | None], None]:
         """This process' trees of one optimizer step, all in the last of its micro-steps, the only one with something to do."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        mine = self._share(gather_object([tree for batch in batches for tree in batch]))
+        mine = self._ready(self._share(gather_object([tree for batch in batches for tree in batch])))
         return [*repeat(None, len(batches) - 1), mine][: len(batches)], None
 
     def _share(self, trees: list[Tree]) -> list[Tree]:
         return deal(trees, self.accelerator.num_processes)[self.accelerator.process_index]
+
+    def _ready(self, trees: list[Tree]) -> list[Tree]:
+        """This process' trees of a step or an evaluation, with what the loss needs to know of those of all processes."""
+        return trees
 
     def training_step(self, model: nn.Module, inputs: list[Tree] | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Forward and backward of the step's forests; returns the sum of their losses over the step's units."""
@@ -108,8 +112,11 @@ class ForestTrainer(Trainer):
         Processes pack their trees into different numbers of forests, and the replicas or shards of a model wait for each other.
         """
         most = int(self.accelerator.gather(torch.tensor([len(forests)], device=self.args.device)).max())
-        spare = [plant(self.train_dataset[:1])] * (most - len(forests))
+        spare = repeat(self._spare(), most - len(forests)) if most > len(forests) else ()
         return [*((forest, True) for forest in forests), *((forest, False) for forest in spare)]
+
+    def _spare(self) -> Forest:
+        return plant(self.train_dataset[:1])
 
     def _refuse_non_finite(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
@@ -134,7 +141,7 @@ class ForestTrainer(Trainer):
 
     @staticmethod
     def _means(sums: dict[str, float]) -> dict[str, float]:
-        return {name: total / sums[f"{name}/units"] for name, total in sums.items() if f"{name}/units" in sums}
+        return {name: total / sums[f"{name}/units"] for name, total in sums.items() if sums.get(f"{name}/units")}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the objective's metrics since the last log."""
@@ -155,7 +162,7 @@ class ForestTrainer(Trainer):
         model = self._wrap_model(self.model, training=False)
         was_training = model.training
         model.eval()
-        trees = self._share(self.eval_dataset if eval_dataset is None else eval_dataset)
+        trees = self._ready(self._share(self.eval_dataset if eval_dataset is None else eval_dataset))
         sums = self.eval_budget.fit(trees, partial(self._measure, model), alone=self.accelerator.num_processes == 1)
         model.train(was_training)
         means = self._means(self._over_processes(sums))

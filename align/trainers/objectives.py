@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from align.budget import MaxTokens
 from align.forest import Forest, Tree
 from align.heads import TokenScores
-from align.losses import LossOutput, PreferenceLogps, bradley_terry
+from align.losses import LossOutput, PreferenceLogps, PreferenceLoss, bradley_terry, kto
 from align.reference import reference_logps
 
 
@@ -40,7 +41,7 @@ class LanguageModel:
 class Preference:
     """A preference loss of the catalog on (chosen, rejected) trees; the unit is a pair."""
 
-    loss: Callable[..., LossOutput]
+    loss: PreferenceLoss
     parameters: dict[str, Any] = field(default_factory=dict)
 
     def units(self, forest: Forest) -> int:
@@ -48,18 +49,63 @@ class Preference:
 
     def __call__(self, model: nn.Module, forest: Forest) -> LossOutput:
         scores: TokenScores = model(forest=forest)
-        policy = forest.per_sequence(scores.logps).view(-1, 2)
-        tokens = forest.target_counts().view(-1, 2)
-        reference = forest.values["reference_logps"].view(-1, 2) if "reference_logps" in forest.values else None
-        logps = PreferenceLogps(
-            policy_chosen=policy[:, 0],
-            policy_rejected=policy[:, 1],
-            chosen_tokens=tokens[:, 0],
-            rejected_tokens=tokens[:, 1],
-            reference_chosen=None if reference is None else reference[:, 0],
-            reference_rejected=None if reference is None else reference[:, 1],
-        )
+        tokens = forest.target_counts()
+        logps = _pairs(forest.per_sequence(scores.logps), tokens, forest.values.get("reference_logps"))
+        if self.loss.needs_common:
+            common = tokens.view(-1, 2).amin(1).repeat_interleave(2)
+            within = _number_in_sequence(forest) < common[forest.owner]
+            shared = forest.per_sequence(scores.logps * within)
+            logps = replace(logps, common=_pairs(shared, common, forest.values.get("reference_common_logps")))
         return self.loss(logps, **self.parameters)
+
+
+def _pairs(policy: Tensor, tokens: Tensor, reference: Tensor | None) -> PreferenceLogps:
+    """Values of sequences (2 x pairs,), chosen and rejected in turn, by name."""
+    both = (None, None) if reference is None else (reference[::2], reference[1::2])
+    return PreferenceLogps(policy[::2], policy[1::2], tokens[::2], tokens[1::2], *both)
+
+
+def _number_in_sequence(forest: Forest) -> Tensor:
+    """Of each target (targets,), how many targets its sequence has before it."""
+    counts = forest.target_counts()
+    first = counts.cumsum(0) - counts
+    return torch.arange(len(forest.targets), device=counts.device) - first[forest.owner]
+
+
+@dataclass(frozen=True)
+class Unpaired:
+    """KTO on trees of one answer, with the values ``desirable``, ``reference_logps`` and ``kl`` (z₀, nats); the unit is an
+    answer.
+    """
+
+    beta: float
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    def units(self, forest: Forest) -> int:
+        return forest.trees
+
+    def __call__(self, model: nn.Module, forest: Forest) -> LossOutput:
+        scores: TokenScores = model(forest=forest)
+        logps = forest.per_sequence(scores.logps)
+        good, kl = forest.values["desirable"].bool(), forest.values["kl"]
+        output = kto(
+            logps - forest.values["reference_logps"],
+            good,
+            kl,
+            beta=self.beta,
+            desirable_weight=self.desirable_weight,
+            undesirable_weight=self.undesirable_weight,
+        )
+        rewards, logps = output.metrics["rewards"], logps.detach()
+        metrics = {
+            "rewards/chosen": rewards[good],
+            "rewards/rejected": rewards[~good],
+            "logps/chosen": logps[good],
+            "logps/rejected": logps[~good],
+            "kl": kl,
+        }
+        return LossOutput(output.loss, metrics)
 
 
 @dataclass(frozen=True)
@@ -78,10 +124,26 @@ class RewardModel:
         return bradley_terry(scores[:, 0], scores[:, 1], margin, center_rewards_coefficient=self.center_rewards_coefficient)
 
 
-def add_reference_logps(model: nn.Module, trees: Sequence[Tree], max_tokens: MaxTokens, label: str = "preference") -> list[Tree]:
+def add_reference_logps(
+    model: nn.Module, trees: Sequence[Tree], max_tokens: MaxTokens, label: str = "trees", *, common: bool = False
+) -> list[Tree]:
     """The same trees, each with the log-probs (nats) of its branches under `model` as it is now, its adapter off.
 
     Done once, before training: what a run starts from is its own reference, so no second copy of the model is ever held.
+
+    Args:
+        common: also those of the branches' first tokens, as many as the shortest has.
     """
-    logps = reference_logps(model, trees, max_tokens, label)
-    return [replace(tree, values={**tree.values, "reference_logps": values}) for tree, values in zip(trees, logps, strict=True)]
+    measured = {"reference_logps": trees}
+    if common:
+        measured["reference_common_logps"] = [_to_common_length(tree) for tree in trees]
+    columns = {name: reference_logps(model, part, max_tokens, label) for name, part in measured.items()}
+    return [
+        replace(tree, values={**tree.values, **{name: column[i] for name, column in columns.items()}})
+        for i, tree in enumerate(trees)
+    ]
+
+
+def _to_common_length(tree: Tree) -> Tree:
+    shortest = min(map(len, tree.branches))
+    return replace(tree, branches=tuple(branch[:shortest] for branch in tree.branches))

@@ -7,19 +7,44 @@ trainer's internals: data go in, a trainer comes out.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
+from align.encode import Encoded
 from align.errors import AlignError
 from align.forest import Tree
-from align.schema import PreferenceRow
+from align.rollout import Completion
+from align.schema import LabelledRow, PreferenceRow
+from align.scoring import Judge, component_means, plain
+
+GROUP_TRAINERS = {"grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}
+
+
+def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    """`arguments` without TRL's own default where it differs from ours: TRL trades time for memory unasked."""
+    return {"gradient_checkpointing": False, **arguments}
 
 
 def sft_trainer(
@@ -40,7 +65,7 @@ def sft_trainer(
             rows.append({"input_ids": tree.prompt, "labels": labels})
         return Dataset.from_list(rows) if rows else None
 
-    args = SFTConfig(**arguments, max_length=None)
+    args = SFTConfig(**_plain(arguments), max_length=None)
     return SFTTrainer(model, args, train_dataset=dataset(trees), eval_dataset=dataset(held), processing_class=tokenizer, **rest)
 
 
@@ -59,7 +84,8 @@ def reward_trainer(
         rows = [{"chosen_ids": t.prompt + t.branches[0], "rejected_ids": t.prompt + t.branches[1]} for t in part]
         return Dataset.from_list(rows) if rows else None
 
-    args = RewardConfig(**arguments, max_length=None, center_rewards_coefficient=center_rewards_coefficient or None)
+    center = center_rewards_coefficient or None
+    args = RewardConfig(**_plain(arguments), max_length=None, center_rewards_coefficient=center)
     return RewardTrainer(model, args, train_dataset=dataset(trees), eval_dataset=dataset(held), processing_class=tokenizer, **rest)
 
 
@@ -69,28 +95,103 @@ def dpo_trainer(
     rows: Sequence[PreferenceRow],
     held: Sequence[PreferenceRow],
     arguments: dict[str, Any],
-    *,
-    beta: float,
-    label_smoothing: float,
-    max_length: int | None,
     **rest: Any,
 ) -> DPOTrainer:
-    """`DPOTrainer` on our rows; it renders and tokenizes them itself.
+    """`DPOTrainer` on our rows; it renders and tokenizes them itself. `arguments` are those of a `DPOConfig`."""
+    return DPOTrainer(
+        model,
+        _reference(model),
+        DPOConfig(**_plain(arguments)),
+        train_dataset=_rendered(rows, "chosen", "rejected"),
+        eval_dataset=_rendered(held, "chosen", "rejected"),
+        processing_class=tokenizer,
+        **rest,
+    )
+
+
+def kto_trainer(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[LabelledRow],
+    held: Sequence[LabelledRow],
+    arguments: dict[str, Any],
+    **rest: Any,
+) -> KTOTrainer:
+    """`KTOTrainer` on our rows, in their order; it renders and tokenizes them itself. `arguments` are those of a `KTOConfig`."""
+    return KTOTrainer(
+        model,
+        _reference(model),
+        KTOConfig(**_plain(arguments)),
+        train_dataset=_rendered(rows, "completion", "label"),
+        eval_dataset=_rendered(held, "completion", "label"),
+        processing_class=tokenizer,
+        **rest,
+    )
+
+
+def _rendered(rows: Sequence[Any], *columns: str) -> Dataset | None:
+    """The prompts and `columns` of `rows`, for a trainer that renders them."""
+    dumped = [row.model_dump(include={"prompt", *columns}, exclude_none=True) for row in rows]
+    tools = [json.dumps(row.tools) if row.tools else None for row in rows]
+    return Dataset.from_list(dumped).add_column("tools", tools) if dumped else None
+
+
+def _reference(model: nn.Module) -> nn.Module | None:
+    """What TRL is to take as reference. Without an explicit copy it would load one anew by name, which a model changed in memory
+    does not have.
+    """
+    return None if isinstance(model, PeftModel) else deepcopy(model)
+
+
+def group_trainer(
+    name: str,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Encoded,
+    held: Encoded,
+    judge: Judge,
+    arguments: dict[str, Any],
+    **rest: Any,
+) -> GRPOTrainer | RLOOTrainer:
+    """The trainer `name` of `GROUP_TRAINERS` on our prompts, rewarded by our judge. `arguments` are those of its config.
 
     Raises:
-        AlignError: label smoothing, which TRL's plain DPO loss takes and ignores.
+        AlignError: a prompt shows tools, which TRL takes for functions that it may call.
     """
-    if label_smoothing:
-        raise AlignError("TRL's DPO loss ignores label_smoothing; leave it out or use engine 'forest'")
+    rows, trees = [*train.rows, *held.rows], [*train.trees, *held.trees]
+    if any(row.tools for row in rows):
+        raise AlignError("engine 'trl' cannot show the tools of a row in its prompt; leave the column 'tools' out")
+    numbered = [{"prompt": plain(row.prompt), "row": number} for number, row in enumerate(rows)]
+    parts = numbered[: len(train.rows)], numbered[len(train.rows) :]
+    config, trainer = GROUP_TRAINERS[name]
+    args = config(**_plain(arguments))
+    # TRL loads its reference by name, which a model changed in memory does not have: it gets a folder for as long as that takes.
+    own_name = model.config._name_or_path  # type: ignore[union-attr]
+    with TemporaryDirectory() if args.beta and not isinstance(model, PeftModel) else nullcontext() as folder:
+        if folder is not None:
+            model.save_pretrained(folder)  # type: ignore[operator]
+            model.config._name_or_path = folder  # type: ignore[union-attr]
+        made = trainer(
+            model,
+            _rewards(judge, rows, trees),
+            args,
+            train_dataset=Dataset.from_list(parts[0]),
+            eval_dataset=Dataset.from_list(parts[1]) if parts[1] else None,
+            processing_class=tokenizer,
+            **rest,
+        )
+    model.config._name_or_path = own_name  # type: ignore[union-attr]
+    return made
 
-    def dataset(part: Sequence[PreferenceRow]) -> Dataset | None:
-        plain = [row.model_dump(include={"prompt", "chosen", "rejected"}, exclude_none=True) for row in part]
-        tools = [json.dumps(row.tools) if row.tools else None for row in part]
-        return Dataset.from_list(plain).add_column("tools", tools) if plain else None
 
-    # Without an explicit copy TRL would load the reference anew by name, which a model changed in memory does not have.
-    reference = None if isinstance(model, PeftModel) else deepcopy(model)
-    args = DPOConfig(**arguments, beta=beta, max_length=max_length)
-    return DPOTrainer(
-        model, reference, args, train_dataset=dataset(rows), eval_dataset=dataset(held), processing_class=tokenizer, **rest
-    )
+def _rewards(judge: Judge, rows: Sequence[Any], trees: Sequence[Tree]) -> Callable[..., list[float]]:
+    """`judge` as a reward function of TRL's protocol; the column ``row`` says which of `rows` a completion answers."""
+
+    def total(completion_ids: list[list[int]], row: list[int], log_metric: Callable[[str, float], None], **_: Any) -> list[float]:
+        answers = [Completion(ids, finished=True) for ids in completion_ids]
+        totals, components = judge([rows[i] for i in row], [trees[i].prompt for i in row], answers)
+        for component, mean in component_means(components).items():
+            log_metric(f"rewards/{component}", mean)
+        return totals
+
+    return total

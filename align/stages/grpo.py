@@ -1,0 +1,131 @@
+"""Reinforcement learning without a critic: an answer's advantage is measured against other answers to the same prompt (GRPO,
+RLOO). These stages run TRL's trainers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from align.stages.base import Context, TrainingStage, stage
+from align.stages.sampling import DecodingFields, RewardFields
+
+
+class GroupStage(TrainingStage, DecodingFields, RewardFields):
+    """What GRPO and RLOO share. Batch sizes count answers, `num_generations` of them for each prompt."""
+
+    trl_fields: ClassVar[tuple[str, ...]] = (
+        "max_completion_length",
+        "temperature",
+        "top_p",
+        "top_k",
+        "num_generations",
+        "num_iterations",
+        "epsilon",
+    )
+    """Fields of TRL's config of the same names."""
+
+    engine: Literal["trl"] = "trl"
+    """Only `trl` runs this stage."""
+    learning_rate: float = Field(1e-6, gt=0)
+    """Peak learning rate: about 1e-6 for all weights of a pretrained model, ten times that for LoRA."""
+    per_device_train_batch_size: int = Field(8, gt=0)
+    """Answers for each device in a micro-step."""
+    logging_steps: int = Field(1, gt=0)
+    """Optimizer steps between two lines of metrics."""
+    temperature: float = Field(1.0, gt=0)
+    """Of the distribution that answers are drawn from, and that is optimized."""
+    num_generations: int = Field(8, gt=1)
+    """Answers sampled for each prompt. It divides per_device_train_batch_size x gradient_accumulation_steps."""
+    num_iterations: int = Field(1, gt=0)
+    """Passes over each batch of answers."""
+    epsilon: float = Field(0.2, gt=0)
+    """Clip of the policy's probability ratio."""
+    eval_prompts: int = Field(256, ge=0)
+    """Held-out prompts answered and scored before, during and after training."""
+
+    @model_validator(mode="after")
+    def _groups_fit(self) -> GroupStage:
+        answers = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if answers % self.num_generations:
+            raise ValueError(
+                f"per_device_train_batch_size x gradient_accumulation_steps ({answers}) must be a multiple of num_generations "
+                f"({self.num_generations})"
+            )
+        if self.early_stopping_patience is not None:
+            raise ValueError("early_stopping_patience watches the held-out loss, which says nothing here; leave it out")
+        return self
+
+    def run(self, context: Context) -> dict[str, Any]:
+        from align.encode import Encoder
+        from align.errors import AlignError
+        from align.models import disable_dropout, load_causal_lm
+        from align.stages import training as t
+        from align.trainers.trl import group_trainer
+
+        t.seed_everything(self)
+        rows, held = t.rows_of(self, "prompts", context.name)
+        tokenizer, _ = t.tokenizer_of(self)
+        encoder = Encoder(tokenizer, None if self.max_length is None else self.max_length - self.max_completion_length)
+        judge = self.judge(tokenizer, dtype=self.dtype, max_tokens=self.max_tokens_per_micro_batch)
+        train, test = encoder.prompts(rows), encoder.prompts(held[: self.eval_prompts])
+        prompts = len(t.usable(train, context.name))
+        needed = self.per_device_train_batch_size * self.gradient_accumulation_steps // self.num_generations
+        if prompts < needed:
+            raise AlignError(
+                f"{prompts} prompts do not fill a batch, which takes {needed}; raise num_generations or lower the batch"
+            )
+        model = load_causal_lm(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        t.teach_end_token(model, t.end_token(encoder, rows))
+        longest = t.longest(train.trees) + self.max_completion_length
+        model = t.make_ready(self, context.name, model, tokenizer, longest, context.folder)
+        disable_dropout(model)  # after LoRA, whose own dropout would part old and new log-probs
+        has_eval = bool(test.trees)
+        arguments = t.training_arguments(self, context, has_eval=has_eval)
+        # An evaluation, too, answers every prompt num_generations times, and whole groups at once.
+        arguments["per_device_eval_batch_size"] = (
+            max(1, self.per_device_train_batch_size // self.num_generations) * self.num_generations
+        )
+        arguments |= {name: getattr(self, name) for name in self.trl_fields}
+        trainer = group_trainer(
+            self.stage, model, tokenizer, train, test, judge, arguments, callbacks=t.callbacks_of(self, context)
+        )
+        metrics = t.run_trainer(trainer, self, context, has_eval=has_eval)
+        told = ("eval_reward", "eval_kl", "eval_completions/mean_length")
+        return {
+            **{name: value for name, value in metrics.items() if name.startswith(told) and "/total/" not in name},
+            "reward": context.history.last("reward"),
+        }
+
+
+@stage("grpo")
+class GRPO(GroupStage):
+    """Group relative policy optimization (arXiv:2402.03300), by TRL: an answer's advantage is its reward minus the mean of its
+    group, over the group's deviation.
+    """
+
+    trl_fields = (*GroupStage.trl_fields, "beta", "loss_type", "scale_rewards")
+
+    beta: float = Field(0.04, ge=0)
+    """Price of a nat of divergence from the reference, in the loss of each token; 0 runs without a reference."""
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = "grpo"
+    """How tokens are averaged. grpo: within each answer, as in the paper. dapo (TRL's default) and bnpo: over all tokens of the
+    batch. dr_grpo: divided by a constant.
+    """
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Whose deviation advantages are divided by; `none` is Dr. GRPO (arXiv:2503.20783)."""
+
+
+@stage("rloo")
+class RLOO(GroupStage):
+    """REINFORCE with a leave-one-out baseline (arXiv:2402.14740), by TRL: an answer's advantage is its reward minus the mean of
+    the others in its group.
+    """
+
+    trl_fields = (*GroupStage.trl_fields, "beta", "normalize_advantages")
+
+    beta: float = Field(0.05, ge=0)
+    """Price of a nat of divergence from the reference, taken off the reward; 0 runs without a reference."""
+    normalize_advantages: bool = False
+    """Shift and scale advantages to mean 0, variance 1 over the batch."""

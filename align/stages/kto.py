@@ -1,0 +1,94 @@
+"""Preference optimization without pairs: answers labelled good or bad, one by one (KTO)."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from pydantic import Field
+
+from align.stages.base import Context, TrainingStage, stage
+
+
+@stage("kto")
+class KTO(TrainingStage):
+    """Train a policy directly on answers labelled good or bad; pairs are read as two such rows each.
+
+    Every reward is compared to an estimate of the divergence from the reference, made from prompts with the answers of their
+    neighbours in the batch. So rows are shuffled once, and come in that order in every epoch.
+    """
+
+    learning_rate: float = Field(5e-7, gt=0)
+    """Peak learning rate: 5e-7 to 5e-6 for all weights of a pretrained model, ten times that for LoRA."""
+    per_device_train_batch_size: int = Field(8, gt=1)
+    """Rows for each device in a micro-step; it is cut further by `max_tokens_per_micro_batch`. At least 2: an answer is also put
+    behind its neighbour's prompt.
+    """
+    beta: float = Field(gt=0)
+    """Strength of the pull to the reference, 0.01 to 0.5."""
+    desirable_weight: float = Field(1.0, gt=0)
+    """Weight of good answers (lambda_D). Where one label is rarer, raise its weight until weight x rows of both are about equal."""
+    undesirable_weight: float = Field(1.0, gt=0)
+    """Weight of bad answers (lambda_U)."""
+
+    def run(self, context: Context) -> dict[str, Any]:
+        from transformers import TrainingArguments
+
+        from align.encode import Encoder
+        from align.models import disable_dropout, load_causal_lm
+        from align.stages import training as t
+        from align.trainers.kto import KTOTrainer, add_mismatched
+        from align.trainers.objectives import Unpaired, add_reference_logps
+
+        t.seed_everything(self)
+        rows, held = t.rows_of(self, "unpaired", context.name)
+        for part in (rows, held):
+            random.Random(self.seed).shuffle(part)
+        tokenizer, encoder = t.tokenizer_of(self)
+        train, test = encoder.unpaired(rows), encoder.unpaired(held)
+        t.usable(train, context.name)
+        if held:
+            t.usable(test, f"{context.name} (held out)")
+        trees, held_trees = (
+            add_mismatched(
+                part.trees,
+                [tree.branches[0] for tree in Encoder(tokenizer).unpaired(part.rows).trees],
+                self.per_device_train_batch_size,
+                self.max_length,
+            )
+            for part in (train, test)
+        )
+        model = load_causal_lm(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        t.teach_end_token(model, t.end_token(encoder, rows))
+        disable_dropout(model)
+        model = t.make_ready(self, context.name, model, tokenizer, t.longest(trees, held_trees), context.folder)
+        arguments = t.training_arguments(self, context, has_eval=bool(held)) | {"train_sampling_strategy": "sequential"}
+        callbacks = t.callbacks_of(self, context)
+        parameters = {name: getattr(self, name) for name in ("beta", "desirable_weight", "undesirable_weight")}
+        trainer: Any
+        if self.engine == "trl":
+            from align.trainers.trl import kto_trainer
+
+            trainer = kto_trainer(
+                model,
+                tokenizer,
+                train.rows,
+                test.rows,
+                {**arguments, **parameters, "max_length": self.max_length},
+                callbacks=callbacks,
+            )
+        else:
+            both = [*trees, *held_trees]
+            both = add_reference_logps(model, both, self.max_tokens_per_micro_batch, context.name)
+            trees, held_trees = both[: len(trees)], both[len(trees) :]
+            trainer = KTOTrainer(
+                model,
+                Unpaired(**parameters),
+                TrainingArguments(**arguments),
+                trees,
+                held_trees or None,
+                max_tokens=self.max_tokens_per_micro_batch,
+                tokenizer=tokenizer,
+                callbacks=callbacks,
+            )
+        return t.run_trainer(trainer, self, context, has_eval=bool(held))

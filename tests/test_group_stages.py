@@ -1,0 +1,147 @@
+"""GRPO and RLOO by TRL: our rows and rewards go in, a trained model with its history comes out."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import llama
+from transformers import AutoModelForCausalLM
+
+from align.artifact import Artifact
+from align.cli import main
+from align.data import write_rows
+from align.encode import Encoder
+from align.registry import Registry
+from align.schema import Message, PromptRow
+from align.scoring import Judge
+from align.trainers.trl import GROUP_TRAINERS, group_trainer
+
+REWARDS = """
+def low(completions, completion_ids, **columns): return [sum(i < 100 for i in ids) / len(ids) for ids in completion_ids]
+def raises(completions, **columns): raise RuntimeError("the judge\\nis asleep")
+def wants(completions, score): return score
+def told(completions, answer, **columns): return [float(a in c[0]["content"]) for c, a in zip(completions, answer)]
+"""
+COMMAND = "--model model --data prompts.jsonl --max_completion_length 6 --num_generations 4 --held_out 0.3 --warmup_ratio 0 --json"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("inputs")
+    llama().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+    # A column of mixed types: it reaches the reward as it is.
+    rows = [
+        {"prompt": [{"role": "user", "content": f"say {word}"}], "answer": word, "extra": word if i % 2 else i}
+        for i, word in enumerate(words)
+    ]
+    write_rows(folder / "prompts.jsonl", rows)
+    write_rows(
+        folder / "pairs.jsonl",
+        [
+            {
+                "prompt": row["prompt"],
+                **{k: [{"role": "assistant", "content": w}] for k, w in (("chosen", "cat"), ("rejected", "mat"))},
+            }
+            for row in rows
+        ],
+    )
+    (folder / "mine.py").write_text(REWARDS)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _inside(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def run(command, capsys):
+    assert main(command.split()) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("stage", GROUP_TRAINERS)
+@pytest.mark.parametrize("adapter", ["", " --use_peft --lora_r 2"])
+def test_two_steps(stage, adapter, capsys):
+    """Registered like any stage, with both rewards, weighted, in metrics and history; the weights moved."""
+    rewards = " --reward_funcs mine.py:low mine.py:told --reward_weights 2 0.5"
+    artifact = run(f"{stage} {COMMAND} --max_steps 2 --learning_rate 1e-2{rewards}{adapter}", capsys)
+    metrics = artifact["metrics"]
+    for when in ("", "_before"):
+        total = 2 * metrics[f"eval_rewards/low{when}"] + 0.5 * metrics[f"eval_rewards/told{when}"]
+        assert metrics[f"eval_reward{when}"] == pytest.approx(total, rel=1e-5)
+    path = Path(artifact["path"])
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2]
+    assert {"reward", "rewards/low", "rewards/told", "kl", "completions/mean_length", "entropy"} <= steps[0].keys()
+    assert metrics["reward"] == steps[-1]["reward"]
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-4), "the reference is what the run started from"
+    assert Registry().get(f"{stage}@1") == Artifact.read(path)
+    assert not (path / "ref").exists()
+    if adapter:
+        assert (path / "adapter_model.safetensors").exists()
+    else:
+        start, end = (AutoModelForCausalLM.from_pretrained(folder).lm_head.weight for folder in ("model", path))
+        assert not torch.equal(start, end)
+
+
+def test_a_reward_model_scores_what_was_sampled(capsys):
+    run("reward --model model --data pairs.jsonl --max_steps 2 --learning_rate 1e-2 --json", capsys)
+    artifact = run(f"rloo {COMMAND} --max_steps 1 --reward_model reward --reward_funcs mine.py:low", capsys)
+    metrics = artifact["metrics"]
+    assert metrics["eval_reward"] == pytest.approx(metrics["eval_rewards/low"] + metrics["eval_rewards/reward_model"], rel=1e-4)
+    assert artifact["parents"].keys() == {"model", "reward"} or "reward" in artifact["parents"]
+
+
+def test_it_learns(capsys):
+    """From a third of the tokens below 100 to most of them, in 25 steps."""
+    artifact = run(
+        f"grpo {COMMAND} --max_steps 25 --learning_rate 1e-2 --beta 0 --per_device_train_batch_size 16 --reward_funcs mine.py:low",
+        capsys,
+    )
+    assert artifact["metrics"]["eval_reward_before"] < 0.5
+    assert artifact["metrics"]["eval_reward"] > 0.7
+
+
+@pytest.mark.parametrize("name", GROUP_TRAINERS)
+def test_the_reference_is_the_model_in_memory(name, tokenizer, tmp_path):
+    """A model that lies nowhere on disk, or differs from what does: TRL would load its reference by name."""
+    rows = [PromptRow(prompt=[Message(role="user", content=word)]) for word in ("one", "two")]
+    encoded = Encoder(tokenizer).prompts(rows)
+    llama(seed=1).save_pretrained(tmp_path / "other")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+    model.load_state_dict(llama().state_dict())
+    arguments = {"output_dir": str(tmp_path), "per_device_train_batch_size": 4, "num_generations": 2, "beta": 0.1, "bf16": False}
+    quiet = {"report_to": [], "use_cpu": True}
+    judge = Judge(tokenizer, None)
+    trainer = group_trainer(
+        name, model, copy.deepcopy(tokenizer), encoded, Encoder(tokenizer).prompts([]), judge, arguments | quiet
+    )
+    for ours, theirs in zip(model.parameters(), trainer.ref_model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert model.config._name_or_path == str(tmp_path / "other")
+
+
+def test_tools_in_a_prompt_are_refused(tokenizer, tmp_path, capsys):
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    write_rows(tmp_path / "tools.jsonl", [{"prompt": [{"role": "user", "content": w}], "tools": tools} for w in ("one", "two")])
+    assert main(f"grpo {COMMAND} --data {tmp_path}/tools.jsonl --held_out 0 --reward_funcs mine.py:low".split()) == 2
+    assert "engine 'trl' cannot show the tools of a row" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", GROUP_TRAINERS)
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("raises", "reward 'raises' raised RuntimeError: the judge is asleep"),
+        ("wants", "reward 'wants' needs a column 'score'; the rows have: answer, extra"),
+    ],
+)
+def test_a_reward_that_fails_is_one_line_below_the_bar(stage, reward, message, capsys):
+    assert main(f"{stage} {COMMAND} --held_out 0 --reward_funcs mine.py:{reward}".split()) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"align: error: {stage}: {message}"
+    assert Registry().all() == []
