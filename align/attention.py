@@ -1,20 +1,26 @@
 """Attention over a forest: a branch sees its prompt and itself, never a sibling or another tree.
 
 Transformers lets us register an attention function by name and hands it the extra keyword arguments of the model call, so no model
-is forked: ``model(input_ids, position_ids=…, forest=plan)``.
+is forked: ``model(input_ids, position_ids=…, forest=plan)``. What computes it is chosen by device and type:
 
-The runs of a forest (`Segment`) are grouped into *buckets* of similar length, and each bucket is one call of
-``scaled_dot_product_attention``. Only attention sees the little padding inside a bucket; every matrix product of the model
-runs on the forest's own tokens.
+- 16-bit on CUDA: one call of FlashAttention for sequences of any length (``varlen_attn``), no padding at all;
+- everything else: the runs of the forest (`Segment`) in *buckets* of similar length, each one call of
+  ``scaled_dot_product_attention``. Only attention sees the little padding inside a bucket;
+- soft caps and sinks, which neither of them has: the same buckets, as a softmax between two matrix products.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
@@ -24,6 +30,9 @@ from align.forest import Forest, Segment
 
 FOREST = "align_forest"
 """The name of the attention function in transformers' registry."""
+
+VARLEN_IS_COMPLETE = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""Earlier than torch 2.12 it has no `enable_gqa`, and first of all neither `scale` nor `window_size`."""
 
 
 @dataclass(frozen=True)
@@ -37,25 +46,79 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class AttentionPlan:
-    """How to gather a forest's queries and keys into buckets and the results back. Made once a forest, used by every layer."""
+class Buckets:
+    """A forest's queries and keys gathered into buckets, and the way back."""
 
     buckets: tuple[Bucket, ...]
     query_index: Tensor  # (padded queries,)
     key_index: Tensor  # (padded keys,)
     restore: Tensor  # (tokens,) where each token's result lies among the padded queries
-    longest: int
+
+    @property
+    def query_sizes(self) -> list[int]:
+        return [bucket.count * bucket.queries for bucket in self.buckets]
+
+    @property
+    def key_sizes(self) -> list[int]:
+        return [bucket.count * bucket.keys for bucket in self.buckets]
 
 
-def make_plan(forest: Forest) -> AttentionPlan:
-    """Group the segments of `forest` into buckets."""
-    device = forest.input_ids.device
+@dataclass(frozen=True)
+class Runs:
+    """The segments end to end, as FlashAttention takes them. Queries stay where they are, as the segments tile the row; the keys of
+    a segment are its prompt's and its own: the path in order, so its last query sees its last key (lower-right causal).
+    """
+
+    key_index: Tensor  # (keys,)
+    query_ends: Tensor  # (segments + 1,) int32, from 0
+    key_ends: Tensor  # (segments + 1,) int32, from 0
+    most_queries: int
+    most_keys: int
+
+
+class AttentionPlan:
+    """Who sees whom in a forest. Made once a forest and used by every layer; each form is made when a layer first asks for it."""
+
+    # Not a dataclass: FSDP copies those, with everything in them, at the door of every layer.
+    def __init__(self, forest: Forest) -> None:
+        self.segments = forest.segments
+        self.positions = forest.position_ids
+        self.longest = forest.longest
+        self._windowed: dict[int, Buckets] = {}
+
+    @cached_property
+    def buckets(self) -> Buckets:
+        """Segments grouped by length."""
+        return _gather(self.segments, len(self.positions), self.positions.device)
+
+    def windowed(self, window: int | None) -> Buckets:
+        """`buckets` under a sliding window: a token sees the last `window` tokens of its path, itself among them."""
+        if window is None:
+            return self.buckets
+        if window not in self._windowed:
+            self._windowed[window] = _narrow(self.buckets, self.positions, window)
+        return self._windowed[window]
+
+    @cached_property
+    def runs(self) -> Runs:
+        """Segments end to end."""
+        segments = sorted(self.segments, key=lambda s: s.start)
+        ranges = [run for s in segments for run in ((s.prefix_start, s.prefix_length), (s.start, s.length))]
+        key_index = torch.cat([torch.arange(start, start + length) for start, length in ranges])
+        lengths = torch.tensor([(s.length, s.prefix_length + s.length) for s in segments])
+        ends = torch.cat([torch.zeros(1, 2, dtype=torch.long), lengths.cumsum(0)]).to(self.positions.device, torch.int32)
+        most_queries, most_keys = lengths.amax(0).tolist()
+        query_ends, key_ends = ends.T.contiguous()
+        return Runs(key_index.to(self.positions.device), query_ends, key_ends, most_queries, most_keys)
+
+
+def _gather(segments: tuple[Segment, ...], tokens: int, device: torch.device) -> Buckets:
     buckets: list[Bucket] = []
     queries: list[Tensor] = []
     keys: list[Tensor] = []
-    restore = torch.empty(forest.tokens, dtype=torch.long)
+    restore = torch.empty(tokens, dtype=torch.long)
     offset = 0
-    for group in _group(forest.segments):
+    for group in _group(segments):
         starts = torch.tensor([s.start for s in group])
         lengths = torch.tensor([s.length for s in group])
         span = torch.arange(int(lengths.max()))
@@ -78,9 +141,7 @@ def make_plan(forest: Forest) -> AttentionPlan:
         queries.append(query_index.flatten())
         keys.append(key_index.flatten())
         buckets.append(Bucket(len(group), query_index.shape[1], key_index.shape[1], mask))
-    return AttentionPlan(
-        tuple(buckets), torch.cat(queries).to(device), torch.cat(keys).to(device), restore.to(device), forest.longest
-    )
+    return Buckets(tuple(buckets), torch.cat(queries).to(device), torch.cat(keys).to(device), restore.to(device))
 
 
 def _group(segments: tuple[Segment, ...]) -> list[list[Segment]]:
@@ -103,6 +164,23 @@ def _fits(first: Segment, segment: Segment) -> bool:
     return all(abs(a - b) <= max(8, a // 4) for a, b in pairs)
 
 
+def _narrow(plan: Buckets, positions: Tensor, window: int) -> Buckets:
+    """Masks that also hide what lies `window` tokens or more behind. Positions count along the path, through the prompt."""
+    queries, keys = positions[plan.query_index].split(plan.query_sizes), positions[plan.key_index].split(plan.key_sizes)
+    narrowed = []
+    for bucket, q, k in zip(plan.buckets, queries, keys, strict=True):
+        if bucket.keys > window:  # no path in this bucket is longer than its keys
+            distance = q.view(bucket.count, 1, bucket.queries, 1) - k.view(bucket.count, 1, 1, bucket.keys)
+            mask = _causal(bucket.queries, bucket.keys, positions.device) if bucket.mask is None else bucket.mask
+            bucket = replace(bucket, mask=mask & (distance < window))
+        narrowed.append(bucket)
+    return replace(plan, buckets=tuple(narrowed))
+
+
+def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
+
+
 def forest_attention(
     module: nn.Module,
     query: Tensor,
@@ -111,44 +189,118 @@ def forest_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     forest: AttentionPlan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function in transformers' protocol: query (1, heads, tokens, head_dim) to output (1, tokens, heads, head_dim).
 
-    Without a `forest` (generation, padded batches) it is transformers' own SDPA.
+    Without a `forest` (generation, padded batches) it is transformers' own SDPA, which has neither soft caps nor sinks: those are
+    done here.
+
+    Args:
+        softcap: logits become ``softcap * tanh(logits / softcap)``.
+        s_aux: a logit for each head (heads,) that takes its part of the softmax and gives nothing: a sink.
 
     Raises:
-        NotImplementedError: the layer wants what this function cannot express (the check before training keeps such models away).
+        NotImplementedError: the layer wants what this function cannot express.
     """
-    if forest is None:
+    if forest is None and softcap is None and s_aux is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    refuse_unsupported(forest.longest, kwargs)
-    heads, head_dim = query.shape[1], query.shape[3]
-    groups = heads // key.shape[1]
-    if groups > 1:
-        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    q = _rows(query).index_select(0, forest.query_index)
-    k = _rows(key).index_select(0, forest.key_index)
-    v = _rows(value).index_select(0, forest.key_index)
+    if kwargs.get("position_bias") is not None:
+        raise NotImplementedError("its attention adds a bias to each pair of positions")
+    dropout = dropout if module.training else 0.0
+    if forest is not None:
+        return _on_forest(query, key, value, forest, kwargs.get("sliding_window"), scaling, dropout, softcap, s_aux), None
+    key, value = _for_all_heads(query, key, value)
+    out = _softmax(query, key, value, attention_mask, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux)
+    return out.transpose(1, 2), None
 
+
+# What depends on the shapes of a forest stays out of compiled graphs, which would be made anew for each.
+@torch.compiler.disable
+def _on_forest(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: AttentionPlan,
+    window: int | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    if window is not None and window >= plan.longest:
+        window = None
+    fused = softcap is None and sinks is None
+    if fused and flash_fits(query, value, dropout):
+        return _in_runs(query, key, value, plan.runs, window, scaling)
+    attend = _fused if fused else partial(_softmax, softcap=softcap, sinks=sinks)
+    key, value = _for_all_heads(query, key, value)
+    return _in_buckets(query, key, value, plan.windowed(window), partial(attend, scaling=scaling, dropout=dropout))
+
+
+def flash_fits(query: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether ``varlen_attn`` can do it: 16-bit on an Ampere GPU or later, heads of at most 256, no dropout."""
+    return (
+        query.is_cuda
+        and _type_of(query) in (torch.bfloat16, torch.float16)
+        and query.shape[3] == value.shape[3] <= 256
+        and query.shape[3] % 8 == 0
+        and not dropout
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and VARLEN_IS_COMPLETE
+    )
+
+
+def _type_of(x: Tensor) -> torch.dtype:
+    """The type that a matrix product with `x` is taken in."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def _in_runs(query: Tensor, key: Tensor, value: Tensor, runs: Runs, window: int | None, scaling: float | None) -> Tensor:
+    """All segments in one call of FlashAttention."""
+    q, k, v = (x.squeeze(0).transpose(0, 1).to(_type_of(query)) for x in (query, key, value))
+    out = varlen_attn(
+        q,
+        k.index_select(0, runs.key_index),
+        v.index_select(0, runs.key_index),
+        runs.query_ends,
+        runs.key_ends,
+        runs.most_queries,
+        runs.most_keys,
+        scale=scaling,
+        # (keys to the left of a query's own, keys to the right of it); -1 is all
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=True,
+    )
+    assert isinstance(out, Tensor)  # a pair only where asked for
+    return out[None]
+
+
+def _in_buckets(query: Tensor, key: Tensor, value: Tensor, gathered: Buckets, attend: Callable[..., Tensor]) -> Tensor:
+    """One call of `attend` a bucket; key and value have as many heads as query."""
+    heads, head_dim, value_dim = query.shape[1], query.shape[3], value.shape[3]
+    queries = _rows(query).index_select(0, gathered.query_index).split(gathered.query_sizes)
+    keys = _rows(key).index_select(0, gathered.key_index).split(gathered.key_sizes)
+    values = _rows(value).index_select(0, gathered.key_index).split(gathered.key_sizes)
     results = []
-    q_at = k_at = 0
-    for bucket in forest.buckets:
-        q_end, k_end = q_at + bucket.count * bucket.queries, k_at + bucket.count * bucket.keys
-        out = scaled_dot_product_attention(
-            q[q_at:q_end].view(bucket.count, bucket.queries, heads, head_dim).transpose(1, 2),
-            k[k_at:k_end].view(bucket.count, bucket.keys, heads, head_dim).transpose(1, 2),
-            v[k_at:k_end].view(bucket.count, bucket.keys, heads, value.shape[3]).transpose(1, 2),
-            attn_mask=bucket.mask,
-            is_causal=bucket.mask is None,
-            dropout_p=dropout if module.training else 0.0,
-            scale=scaling,
+    for bucket, q, k, v in zip(gathered.buckets, queries, keys, values, strict=True):
+        out = attend(
+            q.view(bucket.count, bucket.queries, heads, head_dim).transpose(1, 2),
+            k.view(bucket.count, bucket.keys, heads, head_dim).transpose(1, 2),
+            v.view(bucket.count, bucket.keys, heads, value_dim).transpose(1, 2),
+            bucket.mask,
         )
         results.append(out.transpose(1, 2).reshape(bucket.count * bucket.queries, -1))
-        q_at, k_at = q_end, k_end
     out = torch.cat(results) if len(results) > 1 else results[0]
-    return out.index_select(0, forest.restore).view(1, -1, heads, value.shape[3]), None
+    return out.index_select(0, gathered.restore).view(1, -1, heads, value_dim)
+
+
+def _for_all_heads(query: Tensor, *shared: Tensor) -> list[Tensor]:
+    """Repeat keys and values that several heads of `query` share."""
+    return [repeat_kv(x, query.shape[1] // x.shape[1]) for x in shared]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -156,14 +308,34 @@ def _rows(x: Tensor) -> Tensor:
     return x.squeeze(0).transpose(0, 1).reshape(x.shape[2], -1)
 
 
-def refuse_unsupported(longest: int, kwargs: dict[str, Any]) -> None:
-    """Raise unless plain causal attention is what the layer asked for: silent wrongness would be unforgivable."""
-    window = kwargs.get("sliding_window")
-    if window is not None and longest > window:
-        raise NotImplementedError(f"a tree of {longest} tokens is longer than the model's sliding window of {window}")
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(f"the model's attention uses {name!r}")
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float | None, dropout: float) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling)
+
+
+def _softmax(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention (rows, heads, queries, dim) step by step, where `mask` is true, or causal; the logits are held whole."""
+    logits = q @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if mask is None and q.shape[2] > 1:
+        mask = _causal(q.shape[2], k.shape[2], q.device)
+    if mask is not None:
+        # Not -inf: a row of padding sees nothing, and its softmax would be NaN.
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)], dim=3)
+    weights = logits.softmax(3, dtype=torch.promote_types(logits.dtype, torch.float32)).to(v.dtype)
+    return drop(weights[..., : k.shape[2]], dropout) @ v
 
 
 AttentionInterface.register(FOREST, forest_attention)

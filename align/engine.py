@@ -2,24 +2,32 @@
 
 `enable_forest` gives a loaded model that call, after checking on random tokens that it answers as the model itself does. A model
 that cannot run on a forest unfolds it into padded rows instead, and the caller is told why. Everything else about the model stays
-as it is: ``save_pretrained``, ``generate``, wrapping by accelerate, gradient checkpointing.
+as it is: ``save_pretrained``, ``generate``, wrapping by accelerate, gradient checkpointing, ``torch.compile``, DDP and FSDP.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from align.attention import FOREST, make_plan
+from align.attention import FOREST, AttentionPlan
 from align.errors import AlignError
 from align.forest import Forest, Tree, pad, plant
 from align.heads import TokenScores, at_least_fp32, head_of, token_scores
 
-PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest difference in log-probs (nats) that rounding explains."""
+PROBE_TOLERANCE = 3.0
+"""How many times the noise of a model's own rounding its answers may differ by (means over the targets of the probe)."""
+
+PROBE_FLOOR = 1e-4
+"""Mean difference (nats) that never matters: fp32 sums in another order, or TF32 products."""
+
+PROBE_WINDOW = 6
+"""Sliding window during the probe, so that its rows of up to 13 tokens are longer."""
 
 
 def enable_forest(model: nn.Module, longest: int | None = None) -> str | None:
@@ -30,30 +38,39 @@ def enable_forest(model: nn.Module, longest: int | None = None) -> str | None:
     (``read="sources"``).
 
     Args:
-        longest: tokens in the longest path to come, held against the model's sliding window.
+        longest: tokens in the longest path to come, held against the reach of the model's attention.
 
     Raises:
-        AlignError: neither path gives the model's own log-probs.
+        AlignError: the model is not a causal decoder, or neither path gives its own log-probs.
     """
-    model.forward = MethodType(_forward, model)
     base = base_model(model)
     before = base.config._attn_implementation
-    reason = _refused_by_config(base.config, longest)
-    if reason is None:
-        try:
-            if not type(base)._can_set_attn_implementation():
-                raise NotImplementedError(f"{type(base).__name__} does not use transformers' attention interface")
-            base.set_attn_implementation(FOREST)
-            model.forest_padded = False  # type: ignore[assignment]
-            reason = _probe(model)
-        except (NotImplementedError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
-    if reason is None:
-        return None
-    base.set_attn_implementation(before)
-    model.forest_padded = True  # type: ignore[assignment]
-    if problem := _probe(model):
-        raise AlignError(f"{type(base).__name__} can be trained neither on the forest ({reason}) nor on padded rows ({problem})")
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise AlignError(f"{type(base).__name__} is an encoder and a decoder; take a decoder alone, as Llama, Qwen or GPT-2")
+    model.forward = MethodType(_forward, model)
+    with _evaluating(model), _short_windows(base, longest):
+        probe = _Probe(model)
+        if not probe.is_causal():
+            raise AlignError(
+                f"{type(base).__name__} is not causal: its tokens see those after them, so it would read the words that it is to "
+                "predict. Take a decoder (is_decoder=True in the config of an encoder that can be one)"
+            )
+        reason = _refused_by_config(base, longest)
+        if reason is None:
+            try:
+                base.set_attn_implementation(FOREST)
+                model.forest_padded = False  # type: ignore[assignment]
+                reason = probe.problem()
+            except (NotImplementedError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+                reason = str(error).partition("\n")[0] or type(error).__name__
+        if reason is None:
+            return None
+        base.set_attn_implementation(before)
+        model.forest_padded = True  # type: ignore[assignment]
+        if problem := probe.problem():
+            raise AlignError(
+                f"{type(base).__name__} can be trained neither on the forest ({reason}) nor on padded rows ({problem})"
+            )
     return reason
 
 
@@ -81,62 +98,140 @@ def _forward(
     return token_scores(hidden[sources], forest.targets, head_of(base), temperature, with_entropy=with_entropy)
 
 
+def _trunk(base: Any) -> Any:
+    """`base` without its head. Llama 4 alone names it otherwise than its class says."""
+    return base.model if base.base_model is base else base.base_model
+
+
 def _hidden_states(base: Any, forest: Forest, *, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Last hidden states (rows, hidden), and where in them the forest's sources and ends lie."""
     if padded:
         batch = pad(forest)
-        output = base.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        output = _trunk(base)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         return output.last_hidden_state.flatten(0, 1), batch.sources, batch.ends
     # A four-dimensional mask is taken as ready-made by transformers, which would otherwise build one of (tokens, tokens).
     no_mask = torch.empty(1, 1, 0, 0, device=forest.input_ids.device)
-    output = base.base_model(
+    output = _trunk(base)(
         input_ids=forest.input_ids[None],
         position_ids=forest.position_ids[None],
         attention_mask=no_mask,
         use_cache=False,
-        forest=make_plan(forest),
+        forest=AttentionPlan(forest),
     )
     return output.last_hidden_state[0], forest.sources, forest.ends
 
 
-def _refused_by_config(config: Any, longest: int | None) -> str | None:
-    """What the config tells that a short probe cannot show."""
-    window = getattr(config, "sliding_window", None)
-    if window and getattr(config, "use_sliding_window", True) and longest and longest > window:
-        return f"its sliding window of {window} tokens is shorter than the longest row ({longest} tokens)"
+# -- the check ---------------------------------------------------------------------------------------------------------------
+
+
+def _refused_by_config(base: Any, longest: int | None) -> str | None:
+    """What class and config tell, and a short probe cannot show."""
+    config = base.config
+    if not type(base)._can_set_attn_implementation():
+        return f"{type(base).__name__} does not use transformers' attention interface"
+    if getattr(config, "attn_temperature_tuning", False):
+        return "its attention scales queries by their place in the row, not in the path"
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk and (longest is None or longest > chunk):
+        rows = "rows of any length" if longest is None else f"the longest row ({longest} tokens)"
+        return f"its attention is cut into chunks of {chunk} tokens, shorter than {rows}"
     return None
 
 
-@torch.no_grad()
-def _probe(model: nn.Module) -> str | None:
-    """Compare `model` on a small forest of random tokens with its own padded forward. None where they agree."""
-    base = base_model(model)
-    generator = torch.Generator().manual_seed(0)
+class _Probe:
+    """A small forest of random tokens, what the model itself says of it as padded rows, and how much of that is rounding."""
 
-    def tokens(n: int) -> list[int]:
-        return torch.randint(base.config.vocab_size, (n,), generator=generator).tolist()
+    @torch.no_grad()
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.base = model, base_model(model)
+        generator = torch.Generator().manual_seed(0)
 
-    forest = plant([Tree(tokens(7), (tokens(5), tokens(3), tokens(6))), Tree(tokens(4), (tokens(2), tokens(2)))])
-    weight = next(model.parameters())
-    forest = forest.to(weight.device)
-    batch = pad(forest)
+        def tokens(n: int) -> list[int]:
+            return torch.randint(self.base.config.vocab_size, (n,), generator=generator).tolist()
+
+        forest = plant([Tree(tokens(7), (tokens(5), tokens(3), tokens(6))), Tree(tokens(4), (tokens(2), tokens(2)))])
+        self.forest = forest.to(next(model.parameters()).device)
+        self.batch = pad(self.forest)
+        self.own = self._own_answers(self.batch.input_ids)
+        with _rounding_twice(self.base):
+            noise = self._distance(self._own_answers(self.batch.input_ids))
+        self.tolerance = max(PROBE_FLOOR, PROBE_TOLERANCE * noise)
+
+    @torch.no_grad()
+    def problem(self) -> str | None:
+        """How the enabled model's answers differ from its own. None where they do not."""
+        answers = self.model(forest=self.forest, read="sources")
+        distance = self._distance(answers.logps if isinstance(answers, TokenScores) else answers)
+        if distance <= self.tolerance:
+            return None
+        return f"its log-probs on the probe differ by {distance:.1e} nats (at most {self.tolerance:.0e} is rounding)"
+
+    @torch.no_grad()
+    def is_causal(self) -> bool:
+        """Whether another last token changes no answer before it."""
+        ids = self.batch.input_ids.flatten().clone()
+        ids[self.batch.ends] = (ids[self.batch.ends] + 1) % self.base.config.vocab_size
+        return self._distance(self._own_answers(ids.view_as(self.batch.input_ids))) <= self.tolerance
+
+    def _own_answers(self, input_ids: Tensor) -> Tensor:
+        """Log-probs or scores of the forest's targets (targets,) by the model's own forward."""
+        rows = {"input_ids": input_ids, "attention_mask": self.batch.attention_mask, "use_cache": False}
+        if hasattr(self.base, "score"):
+            # A score head answers once a row, at the last token that is not padding; read the trunk instead.
+            hidden = _trunk(self.base)(**rows).last_hidden_state.flatten(0, 1)[self.batch.sources]
+            return self.base.score(hidden).squeeze(-1).float()
+        logits = type(self.model).forward(self.model, **rows).logits.flatten(0, 1)[self.batch.sources]
+        return logits.to(at_least_fp32(logits.dtype)).log_softmax(1).gather(1, self.forest.targets[:, None])[:, 0]
+
+    def _distance(self, answers: Tensor) -> float:
+        return (answers - self.own).abs().mean().item()
+
+
+@contextmanager
+def _rounding_twice(model: nn.Module) -> Iterator[None]:
+    """Within, every output of the innermost modules is off by up to one unit in its last place, at random: what their rounding does
+    to the answers, seen by doing it again (Monte Carlo arithmetic; Parker 1997).
+    """
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def jitter(module: nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
+        generator = generators.setdefault(output.device, torch.Generator(output.device).manual_seed(0))
+        wide = at_least_fp32(output.dtype)
+        shift = torch.rand(output.shape, generator=generator, device=output.device, dtype=wide).mul_(2).sub_(1)
+        return (output.to(wide) * (1 + torch.finfo(output.dtype).eps * shift)).to(output.dtype)
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if not any(True for _ in module.children()):
+                stack.callback(module.register_forward_hook(jitter).remove)
+        yield
+
+
+@contextmanager
+def _short_windows(model: nn.Module, longest: int | None) -> Iterator[None]:
+    """Within, sliding windows that `longest` tokens reach beyond are so short that the probe does too."""
+    windows: dict[int, tuple[Any, int]] = {}
+    for module in model.modules():
+        for holder in (module, getattr(module, "config", None)):
+            window = getattr(holder, "sliding_window", None)
+            if isinstance(window, int) and (longest is None or longest > window):
+                windows[id(holder)] = holder, window
+    for holder, _ in windows.values():
+        holder.sliding_window = PROBE_WINDOW
+    try:
+        yield
+    finally:
+        for holder, window in windows.values():
+            holder.sliding_window = window
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        ours = model(forest=forest, read="ends")
-        theirs = type(model).forward(model, input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        if isinstance(ours, TokenScores):
-            logits = theirs.flatten(0, 1)[batch.sources]
-            wanted = logits.to(at_least_fp32(logits.dtype)).log_softmax(1).gather(1, forest.targets[:, None])[:, 0]
-            difference = (ours.logps - wanted).abs().max().item()
-        else:
-            # A score head answers once a row, at the last token that is not padding; read the trunk instead.
-            hidden = base.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            wanted = base.score(hidden.last_hidden_state.flatten(0, 1)[batch.ends]).squeeze(-1).float()
-            difference = (ours - wanted).abs().max().item()
+        yield
     finally:
         model.train(was_training)
-    tolerance = PROBE_TOLERANCE.get(weight.dtype, 1e-4)
-    if difference <= tolerance:
-        return None
-    return f"its log-probs on the probe differ by {difference:.1e} nats (at most {tolerance:.0e} is rounding)"

@@ -1,35 +1,51 @@
 """The attention function against softmax(q k / sqrt(d)) v under an explicit mask of who sees whom."""
 
 import random
+from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import assert_close, build, tokens
+from helpers import assert_close, tokens
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
-from align.attention import forest_attention, make_plan, refuse_unsupported
-from align.engine import enable_forest
+from align import attention
+from align.attention import AttentionPlan, forest_attention
 from align.forest import Tree, plant
 
 EVAL = SimpleNamespace(training=False)
 
 
-def mask_of(forest):
-    """(tokens, tokens): each token sees the part of its path up to itself."""
+def mask_of(forest, window=None):
+    """(tokens, tokens): each token sees the part of its path up to itself, or the last `window` tokens of that."""
     sees = torch.zeros(forest.tokens, forest.tokens, dtype=torch.bool)
     for start, length, branch, more in forest.paths:
         whole = [*range(start, start + length), *range(branch, branch + more)]
         for position, token in enumerate(whole):
-            sees[token, whole[: position + 1]] = True
+            sees[token, whole[0 if window is None else max(position + 1 - window, 0) : position + 1]] = True
     return sees
 
 
-def slowly(q, k, v, sees, scale):
+def slowly(q, k, v, sees, scale, softcap=None, sinks=None):
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = (q @ k.transpose(2, 3)) * scale
-    return (scores.masked_fill(~sees, -torch.inf).softmax(3) @ v).transpose(1, 2)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    odds = scores.exp() * sees
+    total = odds.sum(3, keepdim=True) + (0 if sinks is None else sinks.exp()[:, None, None])
+    return (odds / total @ v).transpose(1, 2)
+
+
+def assert_same_as_slowly(inputs, ours, theirs):
+    """Output, and the gradient of each input under random weights; the scale is that of the largest gradient, as some are 0."""
+    assert_close(ours, theirs)
+    weights = torch.randn_like(ours)
+    mine, others = (torch.autograd.grad((out * weights).sum(), inputs) for out in (ours, theirs))
+    scale = max(gradient.abs().max() for gradient in others)
+    assert all((a - b).abs().max() <= 1e-5 * scale for a, b in zip(mine, others, strict=True))
 
 
 def qkv(n, heads=4, kv_heads=2, dim=8, value_dim=8):
@@ -53,29 +69,52 @@ def trees(seed):
 @pytest.mark.parametrize(("kv_heads", "value_dim", "scale"), [(4, 8, None), (2, 8, 0.3), (1, 5, None)])
 def test_equals_softmax_under_the_mask(seed, kv_heads, value_dim, scale):
     forest = plant(trees(seed))
-    plan = make_plan(forest)
-    assert len(plan.buckets) > 2
-    assert {bucket.mask is None for bucket in plan.buckets} == {True, False}
+    plan = AttentionPlan(forest)
+    assert len(plan.buckets.buckets) > 2
+    assert {bucket.mask is None for bucket in plan.buckets.buckets} == {True, False}
     inputs = qkv(forest.tokens, kv_heads=kv_heads, value_dim=value_dim)
     ours, _ = forest_attention(EVAL, *inputs, None, scaling=scale, forest=plan)
-    theirs = slowly(*inputs, mask_of(forest), scale or 8**-0.5)
     assert ours.shape == (1, forest.tokens, 4, value_dim)
-    assert_close(ours, theirs)
-    weights = torch.randn_like(ours)
-    for mine, other in zip(
-        torch.autograd.grad((ours * weights).sum(), inputs), torch.autograd.grad((theirs * weights).sum(), inputs), strict=True
-    ):
-        assert_close(mine, other)
+    assert_same_as_slowly(inputs, ours, slowly(*inputs, mask_of(forest), scale or 8**-0.5))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("window", [1, 2, 7, 25, 109])
+def test_a_sliding_window_counts_along_the_path(seed, window):
+    """Layers of one model may differ in their windows: the plan keeps each."""
+    forest = plant([*trees(seed), Tree([3] * 50, ([4] * 60, [5] * 60))])
+    assert forest.longest == 110
+    plan, inputs = AttentionPlan(forest), qkv(forest.tokens)
+    ours, _ = forest_attention(EVAL, *inputs, None, forest=plan, sliding_window=window)
+    assert_same_as_slowly(inputs, ours, slowly(*inputs, mask_of(forest, window), 8**-0.5))
+    assert plan.windowed(window) is plan.windowed(window)
+    for wide in (None, 110, 4096):
+        whole, _ = forest_attention(EVAL, *inputs, None, forest=plan, sliding_window=wide)
+        assert_close(whole, slowly(*inputs, mask_of(forest), 8**-0.5))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("softcap", "sinks"), [(2.0, False), (None, True), (2.0, True)])
+def test_soft_caps_and_sinks(seed, window, softcap, sinks):
+    forest = plant(trees(seed))
+    s_aux = torch.randn(4, generator=torch.Generator().manual_seed(seed), requires_grad=True) if sinks else None
+    inputs = qkv(forest.tokens)
+    ours, _ = forest_attention(
+        EVAL, *inputs, None, scaling=0.9, forest=AttentionPlan(forest), softcap=softcap, s_aux=s_aux, sliding_window=window
+    )
+    theirs = slowly(*inputs, mask_of(forest, window), 0.9, softcap, s_aux)
+    assert_same_as_slowly([*inputs, s_aux] if sinks else inputs, ours, theirs)
 
 
 def test_a_sibling_and_another_tree_are_never_seen():
     """A huge value in every token that must not be seen changes nothing, not by one bit."""
     forest = plant([Tree([5, 6], ([7, 8], [9], [10])), Tree([11, 12, 13])])
     q, k, v = (x.detach() for x in qkv(forest.tokens))
-    clean, _ = forest_attention(EVAL, q, k, v, None, forest=make_plan(forest))
+    clean, _ = forest_attention(EVAL, q, k, v, None, forest=AttentionPlan(forest))
     others = [2, 3, 5, 6, 7, 8]  # all but the prompt at 0, 1 and the branch at 4
     v[:, :, others] = 1e30
-    shouted, _ = forest_attention(EVAL, q, k, v, None, forest=make_plan(forest))
+    shouted, _ = forest_attention(EVAL, q, k, v, None, forest=AttentionPlan(forest))
     assert torch.equal(shouted[:, [0, 1, 4]], clean[:, [0, 1, 4]])
     assert (shouted[:, others] > 1e24).all()
 
@@ -84,7 +123,7 @@ def test_a_sibling_and_another_tree_are_never_seen():
 def test_padding_inside_buckets_is_bounded(seed):
     """Lengths in a bucket differ by a quarter or by 8 tokens at most, and every token's result comes from a cell of its own."""
     forest = plant(trees(seed))
-    plan = make_plan(forest)
+    plan = AttentionPlan(forest).buckets
     assert len(set(plan.restore.tolist())) == forest.tokens
     assert plan.query_index[plan.restore].tolist() == list(range(forest.tokens))
     assert sum(bucket.count for bucket in plan.buckets) == len(forest.segments)
@@ -108,7 +147,7 @@ def test_without_a_forest_it_is_transformers_own():
 
 def test_dropout_is_for_training_only():
     forest = plant([Tree([5] * 6, ([6] * 5, [7] * 5))])
-    inputs, plan = qkv(forest.tokens), make_plan(forest)
+    inputs, plan = qkv(forest.tokens), AttentionPlan(forest)
     plain, _ = forest_attention(EVAL, *inputs, None, forest=plan)
     quiet, _ = forest_attention(EVAL, *inputs, None, dropout=0.5, forest=plan)
     noisy, _ = forest_attention(SimpleNamespace(training=True), *inputs, None, dropout=0.5, forest=plan)
@@ -116,38 +155,99 @@ def test_dropout_is_for_training_only():
     assert not torch.allclose(plain, noisy)
 
 
-@pytest.mark.parametrize(
-    ("wanted", "message"),
-    [
-        ({"softcap": 50.0}, "'softcap'"),
-        ({"s_aux": torch.zeros(4)}, "'s_aux'"),
-        ({"position_bias": torch.zeros(1)}, "'position_bias'"),
-        ({"sliding_window": 10}, "a tree of 11 tokens is longer than the model's sliding window of 10"),
-    ],
-)
-def test_what_it_cannot_express_raises(wanted, message):
+@pytest.mark.parametrize("mask", [None, torch.ones(5, 5, dtype=torch.bool).tril()])
+def test_without_a_forest_soft_caps_and_sinks_are_kept(mask):
+    """Where transformers' SDPA would refuse the one and forget the other. One new token against a cache sees all of it."""
+    q, k, v = qkv(5)
+    sinks = torch.tensor([1.0, -1.0, 0.0, 2.0])
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()
+    ours, _ = forest_attention(EVAL, q, k, v, mask, softcap=3.0, s_aux=sinks)
+    assert_close(ours, slowly(q, k, v, causal, 8**-0.5, 3.0, sinks))
+    last, _ = forest_attention(EVAL, q[:, :, -1:], k, v, None, softcap=3.0, s_aux=sinks)
+    assert_close(last, ours[:, -1:])
+
+
+def test_a_bias_on_positions_raises():
     forest = plant([Tree([5] * 6, ([6] * 5, [7] * 5))])
-    with pytest.raises(NotImplementedError, match=message):
-        forest_attention(EVAL, *qkv(forest.tokens), None, forest=make_plan(forest), **wanted)
+    with pytest.raises(NotImplementedError, match="adds a bias"):
+        forest_attention(EVAL, *qkv(forest.tokens), None, forest=AttentionPlan(forest), position_bias=torch.zeros(1))
 
 
-def test_what_is_absent_or_wide_enough_does_not():
-    refuse_unsupported(11, {"softcap": None, "s_aux": None, "sliding_window": 11})
-    refuse_unsupported(11, {"sliding_window": None})
+# -- FlashAttention ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_tree_longer_than_the_window_raises_inside_the_model():
-    """The probe is short and `longest` was not given: the layer itself is the last guard."""
-    model = build(
-        "mistral",
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=16,
-    )
-    assert enable_forest(model) is None
-    model(forest=plant([Tree([5] * 10, ([6] * 6,))]))
-    with pytest.raises(NotImplementedError, match="sliding window of 16"):
-        model(forest=plant([Tree([5] * 10, ([6] * 7,))]))
+def plain_varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What ``varlen_attn`` documents, one sequence at a time: (-1, 0) is causal and (w, 0) sees w keys to the left, both aligned so
+    that the last query sees the last key.
+    """
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert enable_gqa
+    assert window_size[1] == 0
+    results = []
+    for (q_from, q_to), (k_from, k_to) in zip(pairwise(cu_seq_q.tolist()), pairwise(cu_seq_k.tolist()), strict=True):
+        queries, keys = q_to - q_from, k_to - k_from
+        assert queries <= max_q
+        assert keys <= max_k
+        ahead = torch.arange(keys) - (torch.arange(queries)[:, None] + keys - queries)
+        sees = (ahead <= 0) & ((ahead >= -window_size[0]) if window_size[0] >= 0 else torch.tensor(True))
+        sequence = [x[a:b].transpose(0, 1)[None] for x, a, b in ((q, q_from, q_to), (k, k_from, k_to), (v, k_from, k_to))]
+        results.append(slowly(*sequence, sees, scale or q.shape[2] ** -0.5)[0])
+    assert [q_to, k_to] == [len(q), len(k)]
+    return torch.cat(results)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("window", "kv_heads", "scale"), [(None, 4, None), (None, 2, 0.3), (5, 1, None), (1, 2, None), (500, 2, None)]
+)
+def test_segments_end_to_end_equal_the_buckets(monkeypatch, seed, window, kv_heads, scale):
+    """The call of FlashAttention, with a plain function in its place: which keys each segment gets, where it begins and ends."""
+    forest = plant(trees(seed))
+    inputs = qkv(forest.tokens, kv_heads=kv_heads)
+    wanted, _ = forest_attention(EVAL, *inputs, None, scaling=scale, forest=AttentionPlan(forest), sliding_window=window)
+    monkeypatch.setattr(attention, "flash_fits", lambda *_: True)
+    monkeypatch.setattr(attention, "varlen_attn", plain_varlen_attn)
+    ours, _ = forest_attention(EVAL, *inputs, None, scaling=scale, forest=AttentionPlan(forest), sliding_window=window)
+    assert_same_as_slowly(inputs, ours, wanted)
+
+
+def test_the_call_of_flash_attention_is_one_that_torch_takes():
+    """Its arguments bind to the operator of this torch, forward and backward, as far as shapes and types go."""
+    assert attention.VARLEN_IS_COMPLETE
+    forest = plant(trees(0))
+    runs = AttentionPlan(forest).runs
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q, k, v = (torch.empty(1, n, forest.tokens, 16, dtype=torch.bfloat16, requires_grad=True) for n in (4, 2, 2))
+        out = attention._in_runs(q, k, v, runs, 7, 0.5)
+        assert out.shape == (1, forest.tokens, 4, 16)
+        gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    assert [gradient.shape for gradient in gradients] == [q.shape, k.shape, v.shape]
+
+
+def test_flash_attention_is_for_16_bits_on_cuda():
+    assert not attention.flash_fits(torch.empty(1, 4, 5, 16, dtype=torch.bfloat16), torch.empty(1, 4, 5, 16), 0.0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="needs an Ampere GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [None, 1, 7])
+def test_flash_attention_on_cuda(dtype, window):
+    """Output and gradients as close to the fp32 buckets as the buckets of the same type are."""
+    forest = plant(trees(0)).to("cuda")
+    inputs = [x.detach().to("cuda").requires_grad_() for x in qkv(forest.tokens, dim=16, value_dim=16)]
+    weights = torch.randn(1, forest.tokens, 4, 16, device="cuda")
+
+    def answers(kind, flash):
+        typed = [x.detach().to(kind).requires_grad_() for x in inputs]
+        assert not flash or attention.flash_fits(typed[0], typed[2], 0.0)
+        plan = AttentionPlan(forest)
+        if flash:
+            out, _ = forest_attention(EVAL, *typed, None, forest=plan, sliding_window=window)
+        else:
+            heads = attention._for_all_heads(typed[0], *typed[1:])
+            fused = partial(attention._fused, scaling=None, dropout=0.0)
+            out = attention._in_buckets(typed[0], *heads, plan.windowed(window), fused)
+        return [x.float() for x in (out, *torch.autograd.grad((out.float() * weights).sum(), typed))]
+
+    for ours, same_type, exact in zip(answers(dtype, True), answers(dtype, False), answers(torch.float32, False), strict=True):
+        assert (ours - exact).norm() <= 2 * (same_type - exact).norm() + 1e-3 * exact.norm()

@@ -132,69 +132,12 @@ def test_every_number_of_the_head_equals_log_softmax():
     assert torch.equal(ours.correct, alone.correct)
 
 
-# -- families ----------------------------------------------------------------------------------------------------------------
-
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
-FOREST_FAMILIES = {
-    "llama": SIZES,
-    "qwen2": SIZES,
-    "qwen3": {**SIZES, "head_dim": 8},
-    "mistral": SIZES,
-    "gemma": {**SIZES, "head_dim": 8},
-    "gemma3_text": {**SIZES, "head_dim": 8, "query_pre_attn_scalar": 8},
-    "phi3": SIZES,
-    "gpt2": GPT2,
-    "gpt_neox": {**SIZES, "num_key_value_heads": None},
-    "opt": {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "olmo2": SIZES,
-    "mixtral": {**SIZES, "num_local_experts": 4},
-}
-PADDED_FAMILIES = {
-    "gemma2": ({**SIZES, "head_dim": 8, "query_pre_attn_scalar": 8}, "softcap"),
-    "bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 4}, "attention interface"),
-    "falcon": ({"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}, "attention interface"),
-    "gptj": ({**GPT2, "rotary_dim": 4}, "attention interface"),
-    "mistral": ({**SIZES, "sliding_window": 16}, "sliding window of 16 tokens is shorter than the longest row"),
-}
-
-
 def random_trees(draw):
     return [
         Tree(tokens(draw, 5), (tokens(draw, 9), tokens(draw, 2))),
         Tree(tokens(draw, 12), (tokens(draw, 8),)),
         Tree([], ([7, 8],)),
     ]
-
-
-@pytest.mark.parametrize("family", FOREST_FAMILIES)
-def test_families_on_the_forest(family):
-    """GPT-2 and OPT have dropout: they are compared in evaluation mode."""
-    model = build(family, **FOREST_FAMILIES[family])
-    trees = random_trees(random.Random(0))
-    theirs = run_alone(LanguageModel(), model, trees)
-    assert enable_forest(model, longest=20) is None
-    ours = run(LanguageModel(), model, trees)
-    assert_close(ours[0], theirs[0], what="loss")
-    assert ours[1].keys() == theirs[1].keys()
-    # Some gradients are 0 but for rounding (a bias on all keys changes no softmax), so the scale is the whole gradient's.
-    scale = max(gradient.abs().max() for gradient in theirs[1].values())
-    for name, gradient in theirs[1].items():
-        assert (ours[1][name] - gradient).abs().max() <= 1e-5 * scale, name
-
-
-@pytest.mark.parametrize("family", PADDED_FAMILIES)
-def test_families_on_padded_rows(family):
-    fields, reason = PADDED_FAMILIES[family]
-    model, trees = build(family, **fields), random_trees(random.Random(0))
-    with torch.no_grad():
-        theirs = Alone(model, trees)()
-        assert reason in enable_forest(model, longest=20)
-        assert model.forest_padded
-        assert_close(model(forest=plant(trees)).logps, theirs.logps)
-
-
-def test_a_window_that_is_long_enough_takes_the_forest():
-    assert enable_forest(build("mistral", **SIZES, sliding_window=20), longest=20) is None
 
 
 def test_scale_and_bias_of_the_head_come_from_the_model():
