@@ -1,7 +1,11 @@
 """The forest gives what the model itself gives: log-probs, losses, and the gradient of every parameter."""
 
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,12 +208,14 @@ def test_an_adapter_on_the_head_says_what_to_do():
         enable_forest(model)
 
 
-def test_gradient_checkpointing_changes_no_gradient():
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
     model, trees = llama(), documents(5)
     assert enable_forest(model) is None
     model.train()
     plain = run(LanguageModel(), model, trees)
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
     assert model.is_gradient_checkpointing
     assert_same(run(LanguageModel(), model, trees), plain, rel=1e-6)
 
@@ -219,3 +225,69 @@ def test_tied_embeddings_get_both_gradients():
     alone = run_alone(LanguageModel(), model, trees)
     assert enable_forest(model) is None
     assert_same(run(LanguageModel(), model, trees), alone)
+
+
+def test_compiled():
+    """Losses and gradients are the same, and forests of new shapes compile nothing anew. AOT needs no C++ compiler."""
+    model = llama(num_hidden_layers=1)
+    assert enable_forest(model) is None
+    batches = [[replace(tree, values={}) for tree in (*documents(seed, 3), *pairs(seed, 3))] for seed in range(5)]
+    plain = [run(LanguageModel(), model, trees) for trees in batches]
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    graphs = []
+    for trees, wanted in zip(batches, plain, strict=True):
+        assert_same(run(LanguageModel(), compiled, trees, parameters=model), wanted)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    torch.compiler.reset()
+    assert graphs[0] > 0
+    assert graphs[2:] == [graphs[2]] * 3
+
+
+SHARDED = """
+import sys
+import torch
+from helpers import documents, llama, run
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from align.engine import enable_forest
+from align.forest import plant
+from align.trainers.objectives import LanguageModel
+
+distributed.init_process_group("gloo")
+rank, processes = distributed.get_rank(), distributed.get_world_size()
+mesh, trees = init_device_mesh("cpu", (processes,)), documents(1, 8)
+units = sum(tree.targets for tree in trees)
+for padded in (False, True):
+    for tied in (False, True):
+        model = llama(tie_word_embeddings=tied)
+        assert enable_forest(model) is None
+        whole = run(LanguageModel(), model, trees)[1]
+        model.forest_padded = padded
+        model.train()
+        model.gradient_checkpointing_enable()
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        for step in range(2):
+            model.zero_grad()
+            loss = LanguageModel()(model, plant(trees[rank::processes])).loss
+            (loss.sum() / units * processes).backward()  # gradients are averaged over processes
+        for name, p in model.named_parameters():
+            ours, theirs = p.grad.full_tensor(), whole[name]
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max(), (padded, tied, name)
+distributed.destroy_process_group()
+"""
+
+
+def test_sharded_by_fsdp(tmp_path):
+    """FSDP2 on two processes: each parameter's gradient is that of one process on all rows. The head reads its weight while the
+    outermost module has it gathered.
+    """
+    script = tmp_path / "script.py"
+    script.write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
