@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test bench lint clean
 
 # Installed once, and again when a dependency changes. pip and not uv: pip finds the small CPU build of torch.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -17,6 +17,10 @@ demo: setup
 
 test: setup
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+
+# Beside TRL on this machine's CPU; `make bench ONLY=dpo_hh` runs one.
+bench: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.run $(if $(ONLY),--only $(ONLY))
 
 lint: setup
 	$(BIN)/ruff check .

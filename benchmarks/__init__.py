@@ -1,0 +1,1 @@
+"""Our engine against TRL, side by side: ``make bench`` on a CPU, ``python -m benchmarks.gpu`` on a GPU."""
