@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from transformers import TrainingArguments
@@ -10,9 +11,10 @@ from transformers import TrainingArguments
 from align.engine import enable_forest
 from align.errors import AlignError
 from align.losses import preference_losses
+from align.scoring import branch_logps
 from align.stages.base import TrainingStage
 from align.trainers.forest import ForestTrainer
-from align.trainers.objectives import LanguageModel, Objective, Preference, RewardModel, add_reference_logps
+from align.trainers.objectives import LanguageModel, Objective, Preference, RewardModel
 from benchmarks.training import BETA, GAMMA, LAMBDA, Clock, Outcome, arguments, finish, output_folder, synchronize
 from benchmarks.work import Job, build
 
@@ -49,7 +51,9 @@ def train(job: Job) -> Outcome:
     trees, reference_seconds = job.trees, 0.0
     if needs_reference(job.method):
         start = time.perf_counter()
-        trees = add_reference_logps(model, trees, MAX_TOKENS)
+        # Not `add_reference_logps`: from the second run on it would find them on disk.
+        logps = branch_logps(model, trees, MAX_TOKENS)
+        trees = [replace(tree, values={"reference_logps": values}) for tree, values in zip(trees, logps, strict=True)]
         synchronize(job.device)
         reference_seconds = time.perf_counter() - start
     clock = Clock()

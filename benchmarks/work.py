@@ -156,15 +156,18 @@ def tokens_of(trees: Iterable[Tree]) -> int:
 
 
 def lightest(plan: Sequence[list[Tree]]) -> list[Tree]:
-    """The batch with the fewest tokens: what runs warm up with."""
-    return min(plan, key=tokens_of)
+    """The batch whose longest row is the shortest: what runs warm up with."""
+    return min(plan, key=_longest)
 
 
 def heaviest_last(plan: Sequence[list[Tree]], steps: int) -> list[list[Tree]]:
     """`steps` batches, the last one with the longest row of `plan`: peak memory is reached with the optimizer's state in place."""
-    light = sorted(plan, key=tokens_of)
-    heaviest = max(plan, key=lambda batch: max(tree.longest for tree in batch))
-    return [*(light[i % len(light)] for i in range(steps - 1)), heaviest]
+    light = sorted(plan, key=_longest)
+    return [*(light[i % len(light)] for i in range(steps - 1)), light[-1]]
+
+
+def _longest(batch: Sequence[Tree]) -> int:
+    return max(tree.longest for tree in batch)
 
 
 # -- one run --------------------------------------------------------------------------------------------------------------------
@@ -194,7 +197,7 @@ class Job:
     @property
     def longest(self) -> int:
         """Tokens in the longest path."""
-        return max(tree.longest for tree in self.trees)
+        return _longest(self.trees)
 
     def write(self, path: Path) -> None:
         """As JSON, for another process."""
