@@ -38,7 +38,7 @@ def arguments(job: Job, folder: str) -> dict[str, Any]:
         "per_device_train_batch_size": BATCH,
         "max_steps": len(job.batches),
         "train_sampling_strategy": "sequential",
-        "learning_rate": 1e-4,
+        "learning_rate": job.learning_rate,
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
         "bf16": job.bf16,

@@ -188,6 +188,7 @@ class Job:
     """TRL: log-probs of the reference before training instead of in every step. (Ours always does.)"""
     weights: str = "float32"
     device: str = "cpu"
+    learning_rate: float = 1e-4
     seed: int = 0
 
     @property
