@@ -53,7 +53,8 @@ def _key(model: nn.Module, trees: Sequence[Tree]) -> str:
     config = {name: value for name, value in base_model(model).config.to_dict().items() if name != "_name_or_path"}
     # On another kind of device half precision rounds differently.
     device = next(model.parameters()).device.type
-    digest = hashlib.sha256(json.dumps([__version__, device, config], sort_keys=True, default=str).encode())
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    digest = hashlib.sha256(json.dumps([__version__, device, autocast, config], sort_keys=True, default=str).encode())
     for name, tensor in sorted(_weights(model).items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
         digest.update(_bytes(tensor))

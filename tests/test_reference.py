@@ -1,6 +1,7 @@
 """Reference log-probs: the right ones, computed once, and never another model's or other rows'."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -93,6 +94,14 @@ def test_another_model_or_other_rows_are_computed_anew(model, other, files):
     other_model, trees = other()
     found = reference_logps(ready(other_model), trees, 100, "dpo")
     assert found == branch_logps(other_model, trees, 100)
+    assert len(files()) == 2
+
+
+def test_another_precision_is_computed_anew(model, files):
+    exact = reference_logps(model, pairs(3), 100, "dpo")
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = reference_logps(model, pairs(3), 100, "dpo")
+        assert rounded == branch_logps(model, pairs(3), 100) != exact
     assert len(files()) == 2
 
 
@@ -192,3 +201,23 @@ def test_a_sweep_pays_once(tokenizer, tmp_path, capsys):
     }.items():
         assert said(name, **fields) == f"{name}: log-probs of 8 rows under the reference: from the cache"
     assert said("short", max_length=12).endswith("computed once")
+
+
+def test_in_bf16_the_reference_and_every_evaluation_are_in_bf16(tokenizer, tmp_path):
+    """Policy and reference stay one model at this learning rate: what moved a reward off 0 would be a difference in precision."""
+    save_model(llama(initializer_range=0.3), tokenizer, tmp_path / "base")
+    rows = [{"prompt": f"Are you {word}? ", "chosen": f"I am {word}.", "rejected": "A cat on a mat."} for word in "abcdefgh"]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    stage = Preference(
+        model=str(tmp_path / "base"),
+        data=str(tmp_path / "pairs.jsonl"),
+        held_out=0.3,
+        beta=1,
+        max_steps=1,
+        learning_rate=1e-12,
+        bf16=True,
+    )
+    metrics = Run(Recipe("bf16", {"dpo": stage}), tmp_path / "runs").execute()["dpo"].metrics
+    for when in ("", "_before"):
+        assert metrics[f"eval_loss{when}"] == pytest.approx(math.log(2), abs=1e-6)
+        assert metrics[f"eval_rewards/margins{when}"] == pytest.approx(0, abs=1e-6)

@@ -79,7 +79,8 @@ class KTO(TrainingStage):
             )
         else:
             both = [*trees, *held_trees]
-            both = add_reference_logps(model, both, self.max_tokens_per_micro_batch, context.name)
+            with t.precision(self):
+                both = add_reference_logps(model, both, self.max_tokens_per_micro_batch, context.name)
             trees, held_trees = both[: len(trees)], both[len(trees) :]
             trainer = KTOTrainer(
                 model,

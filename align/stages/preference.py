@@ -108,6 +108,7 @@ class Preference(TrainingStage):
             return t.run_trainer(trainer, self, context, has_eval=bool(held_trees))
         if loss.needs_reference:
             both = [*trees, *held_trees]
-            both = add_reference_logps(model, both, self.max_tokens_per_micro_batch, context.name, common=loss.needs_common)
+            with t.precision(self):
+                both = add_reference_logps(model, both, self.max_tokens_per_micro_batch, context.name, common=loss.needs_common)
             trees, held_trees = both[: len(trees)], both[len(trees) :]
         return t.train_on_forest(self, context, model, tokenizer, Objective(loss, self.loss_parameters), trees, held_trees)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,11 @@ def make_ready(
     return model
 
 
+def precision(stage: OptimizerFields) -> AbstractContextManager[None]:
+    """Within, forward passes are as precise as those of training."""
+    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=stage.bf16)
+
+
 def longest(*groups: Sequence[Tree]) -> int:
     """Tokens in the longest path of all `groups`."""
     return max(tree.longest for group in groups for tree in group)
@@ -184,7 +190,8 @@ def run_trainer(trainer: Any, stage: TrainingStage, context: Context, *, has_eva
     last = get_last_checkpoint(str(checkpoints)) if stage.resume_from_checkpoint and checkpoints.is_dir() else None
     context.history.rewind(-1 if last is None else int(last.rpartition("-")[2]))
     if last is None and has_eval:
-        trainer.evaluate()
+        with precision(stage):  # the Trainer prepares the model for it no earlier than in `train`
+            trainer.evaluate()
     try:
         trainer.train(resume_from_checkpoint=last)
     finally:
