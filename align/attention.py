@@ -27,6 +27,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from align.forest import Forest, Segment
+from align.heads import at_least_fp32
 
 FOREST = "align_forest"
 """The name of the attention function in transformers' registry."""
@@ -309,7 +310,12 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float | None, dropout: float) -> Tensor:
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling)
+    attend = partial(scaled_dot_product_attention, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling)
+    if not q.is_cpu:
+        return attend(q, k, v)
+    # A CPU's 16-bit kernel spends its time on short rows in rearranging them, many times what their products take.
+    with torch.autocast("cpu", enabled=False):
+        return attend(*(x.to(at_least_fp32(x.dtype)) for x in (q, k, v))).to(q.dtype)
 
 
 def _softmax(
