@@ -66,7 +66,7 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                     "model_type": "llama",
                     "hidden_size": 128,
                     "intermediate_size": 384,
-                    "num_hidden_layers": 4,
+                    "num_hidden_layers": 3,
                     "num_attention_heads": 4,
                     "num_key_value_heads": 4,
                     "max_position_embeddings": 256,
