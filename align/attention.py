@@ -27,7 +27,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from align.forest import Forest, Segment
-from align.heads import at_least_fp32
+from align.ops import at_least_fp32
 
 FOREST = "align_forest"
 """The name of the attention function in transformers' registry."""

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from align.attention import FOREST, AttentionPlan
 from align.errors import AlignError
 from align.forest import Forest, Tree, pad, plant
-from align.heads import TokenScores, at_least_fp32, head_of, token_scores
+from align.heads import TokenScores, head_of, token_scores
+from align.ops import at_least_fp32
 
 PROBE_TOLERANCE = 2.0
 """How many times the noise of a model's own rounding its answers may differ by (means over the targets of the probe)."""

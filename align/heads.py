@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from align.errors import AlignError
+from align.ops import at_least_fp32
 
 CHUNK_ELEMENTS = 2**22
 """Logits held at a time (16 MB in fp32)."""
@@ -43,11 +44,6 @@ class Head:
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
-def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    """The type that sums over the vocabulary are taken in."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def head_of(model: nn.Module) -> Head:

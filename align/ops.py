@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, or float32 where that is wider: what sums are taken in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Mean of `values` where `mask` is true, over everything or over `dim`; NaN where nothing is, as for any empty mean."""
     mask = mask.bool().expand_as(values)
