@@ -268,7 +268,7 @@ def test_an_interruption_has_its_own_exit_code(monkeypatch, capsys):
     def cut(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("align.cli.load_recipe", cut)
+    monkeypatch.setattr("align.commands.run.load_recipe", cut)
     assert main(["run", "recipe.py"]) == 130
     assert capsys.readouterr().err.startswith("align: interrupted")
 

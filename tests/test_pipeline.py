@@ -388,6 +388,9 @@ LAYERS = (
     {"stages"},
     {"recipe"},
     {"pipeline", "report"},
+    {"commands", "commands.output"},
+    {"commands.run"},
+    {"commands.stage", "commands.models", "commands.report"},
     {"cli"},
 )
 """From the bottom up: a module imports from lower lines only. `recipe.main` alone reaches up, for scripts that hand their arguments

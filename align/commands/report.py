@@ -1,0 +1,29 @@
+"""``align report RUN``: the pages of a run, written again."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from align.artifact import Artifact
+from align.errors import AlignError
+
+
+def add(verbs: Any) -> None:
+    parser = verbs.add_parser("report", help="write report.md, report.html and results.json of a run again")
+    parser.add_argument("run", type=Path, metavar="RUN", help="output folder of a run")
+    parser.set_defaults(handler=report)
+
+
+def report(options: argparse.Namespace) -> int:
+    from align.report import write_report
+
+    if not options.run.is_dir():
+        raise AlignError(f"no run folder {options.run}")
+    found = [a for folder in options.run.iterdir() if folder.is_dir() and (a := Artifact.read(folder))]
+    artifacts = {a.name: a for a in sorted(found, key=lambda a: a.created)}
+    if not artifacts:
+        raise AlignError(f"{options.run} holds no finished stage")
+    write_report(options.run, options.run.name, artifacts)
+    return 0

@@ -1,0 +1,133 @@
+"""``align STAGE``: every stage of the catalog, and some preference losses, as verbs of their own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from align.artifact import Artifact
+from align.commands.run import show_plan
+from align.errors import AlignError, near_miss
+from align.pipeline import Run
+from align.recipe import Recipe, field_name, make_stage, other_names, parse_value, read_yaml
+from align.registry import check_name, home
+from align.stages import Preference, Stage, stages
+
+PREFERENCE_VERBS = ("dpo", "orpo", "simpo", "ipo")
+"""Preference losses that are verbs of their own; the others run as ``align preference --loss NAME``."""
+
+OWN_FLAGS = ("config", "output_dir", "name", "plan", "json")
+"""What a stage verb takes besides the stage's fields."""
+
+
+def add(verbs: Any) -> None:
+    for verb in (*stages, *PREFERENCE_VERBS):
+        summary = (_class_of(verb).__doc__ or "").strip().splitlines()[0]
+        # The flags are the stage's fields: they are read by `run_stage` itself.
+        verbs.add_parser(verb, help=summary, add_help=False).set_defaults(handler=run_stage, stage=verb, reads_flags=True)
+    evaluate = verbs.add_parser("eval", help="the same as `evaluate`", add_help=False)
+    evaluate.set_defaults(handler=run_stage, stage="evaluate", reads_flags=True)
+
+
+def _class_of(verb: str) -> type[Stage]:
+    return Preference if verb in PREFERENCE_VERBS else stages[verb]
+
+
+def run_stage(options: argparse.Namespace, rest: list[str]) -> int:
+    verb = options.stage
+    cls = _class_of(verb)
+    if "--help" in rest or "-h" in rest:
+        print(_stage_help(options.verb, cls))
+        return 0
+    fields = _flags(rest, cls, options.verb)
+    if "config" in fields:
+        fields = _merged(_config_file(Path(fields.pop("config")), cls), fields)
+    own = {key: fields.pop(key, None) for key in OWN_FLAGS}
+    if verb in PREFERENCE_VERBS:
+        if fields.get("loss", verb) != verb:
+            raise AlignError(f"`align {verb}` with loss {fields['loss']!r}: use `align preference --loss {fields['loss']}`")
+        fields["loss"] = verb
+    name = check_name(own["name"] or verb)
+    recipe = Recipe(name, {name: make_stage(cls, fields, f"align {options.verb}")})
+    folder = None if own["output_dir"] is None else Path(str(own["output_dir"]))  # `--output_dir` promises exactly this folder
+    run = Run(recipe, home() / "stages" if folder is None else folder.parent, folder)
+    if own["plan"]:
+        return show_plan(run, as_json=bool(own["json"]))
+    _show_result(run.execute()[name], as_json=bool(own["json"]))
+    return 0
+
+
+def _show_result(artifact: Artifact, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(artifact), indent=1))
+        return
+    print(f"{artifact.reference}  {artifact.path}")
+    for name, value in artifact.metrics.items():
+        print(f"  {name:<28} {value:.4g}" if isinstance(value, float) else f"  {name:<28} {value}")
+
+
+def _flags(rest: list[str], cls: type[Stage], verb: str) -> dict[str, Any]:
+    """``--key value``, ``--key=value`` and ``--switch`` to fields; several values make a list."""
+    known = {*cls.model_fields, *OWN_FLAGS, *(name for info in cls.model_fields.values() for name in other_names(info))}
+    fields: dict[str, Any] = {}
+    index = 0
+    while index < len(rest):
+        flag = rest[index]
+        if not flag.startswith("--"):
+            raise AlignError(f"align {verb}: {flag!r} is not a flag; write --KEY VALUE")
+        key, equals, value = flag[2:].partition("=")
+        key, _, entry = key.partition(".")
+        key = key.replace("-", "_")
+        if key not in known:
+            raise AlignError(f"align {verb}: unknown flag --{key}{near_miss(key, known)}; see `align {verb} --help`")
+        key = field_name(cls, key)
+        index += 1
+        values = [value] if equals else []
+        while not equals and index < len(rest) and not rest[index].startswith("--"):
+            values.append(rest[index])
+            index += 1
+        parsed = values if key in OWN_FLAGS else [parse_value(item) for item in values]
+        result = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
+        if key in ("config", "output_dir", "name") and not isinstance(result, str):
+            raise AlignError(f"align {verb}: --{key} takes one value")
+        if entry:
+            before = fields.get(key)
+            fields[key] = {**(before if isinstance(before, dict) else {}), entry: result}
+        else:
+            fields[key] = result
+    return fields
+
+
+def _config_file(path: Path, cls: type[Stage]) -> dict[str, Any]:
+    if not path.is_file():
+        raise AlignError(f"--config {path}: there is no such file")
+    fields = read_yaml(path)
+    if not isinstance(fields, dict):
+        raise AlignError(f"--config {path}: expected `key: value` lines")
+    return {field_name(cls, key): value for key, value in fields.items()}
+
+
+def _merged(config: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags win; of a mapping they change the entries that they name."""
+    both = {key for key in config.keys() & flags.keys() if isinstance(config[key], dict) and isinstance(flags[key], dict)}
+    return {**config, **flags, **{key: {**config[key], **flags[key]} for key in both}}
+
+
+def _stage_help(verb: str, cls: type[Stage]) -> str:
+    lines = [f"align {verb} [--config FILE.yaml] [--KEY VALUE ...]", "", (cls.__doc__ or "").strip(), ""]
+    lines += ["  --config FILE         fields from a YAML file; flags win", "  --output_dir DIR      write into this folder"]
+    lines += [
+        "  --name NAME           name in the registry",
+        "  --plan                show what would run, and stop",
+        "  --json                print JSON",
+        "",
+    ]
+    for name, info in cls.model_fields.items():
+        if verb in PREFERENCE_VERBS and name == "loss":
+            continue
+        default = "required" if info.is_required() else f"default {info.get_default(call_default_factory=True)!r}"
+        lines.append(f"  --{name} ({default})\n        {info.description}")
+    return "\n".join(lines)
