@@ -225,9 +225,14 @@ def split_by_prompt(rows: Sequence[AnyRow], held_out: float, seed: int = 0) -> t
         raise AlignError(f"held_out: got {held_out}, expected a share from 0 up to, but not including, 1")
     sides: tuple[list[AnyRow], list[AnyRow]] = ([], [])
     for row in rows:
-        digest = hashlib.sha256(f"{seed}:{prompt_key(row)}".encode()).digest()
-        sides[int.from_bytes(digest[:8], "big") < held_out * 2**64].append(row)
+        sides[is_held_out(row, held_out, seed)].append(row)
     return sides
+
+
+def is_held_out(row: Row, share: float, seed: int = 0) -> bool:
+    """Whether `row` is on the second side of `split_by_prompt`."""
+    digest = hashlib.sha256(f"{seed}:{prompt_key(row)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def prompt_key(row: Row) -> str:

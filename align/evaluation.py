@@ -126,7 +126,7 @@ class Evaluation:
         return result
 
     @staticmethod
-    def _trees(name: str, encoded: Encoded) -> list[Tree]:
+    def _trees(name: str, encoded: Encoded) -> Sequence[Tree]:
         """The trees of held-out rows.
 
         Raises:

@@ -22,8 +22,8 @@ def say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-def bar(label: str, total: int, unit: str = "step") -> tqdm:
-    """A progress bar with the time left."""
+def bar(label: str, total: int | None, unit: str = "step") -> tqdm:
+    """A progress bar with the time left; without a `total`, with the rate alone."""
     return tqdm(total=total, desc=f"{label:>12}", unit=unit, file=sys.stderr, dynamic_ncols=True, mininterval=0.5)
 
 

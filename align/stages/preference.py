@@ -81,7 +81,6 @@ class Preference(TrainingStage):
         from align.models import disable_dropout, load_causal_lm
         from align.stages import training as t
         from align.trainers.objectives import Preference as Objective
-        from align.trainers.objectives import add_reference_logps
 
         preference_losses.check_arguments(self.loss, self.loss_parameters)
         loss = preference_losses[self.loss]
@@ -107,8 +106,5 @@ class Preference(TrainingStage):
             )
             return t.run_trainer(trainer, self, context, has_eval=bool(held_trees))
         if loss.needs_reference:
-            both = [*trees, *held_trees]
-            with t.precision(self):
-                both = add_reference_logps(model, both, self.max_tokens_per_micro_batch, context.name, common=loss.needs_common)
-            trees, held_trees = both[: len(trees)], both[len(trees) :]
+            trees, held_trees = t.with_reference(self, context.name, model, trees, held_trees, common=loss.needs_common)
         return t.train_on_forest(self, context, model, tokenizer, Objective(loss, self.loss_parameters), trees, held_trees)
