@@ -238,7 +238,10 @@ def is_held_out(row: Row, share: float, seed: int = 0) -> bool:
 def prompt_key(row: Row) -> str:
     """What makes two prompts the same: the letters and digits of the first user turn, in lower case."""
     text = _first_prompt(row)
-    plain = "".join(letter for letter in unicodedata.normalize("NFKC", text).lower() if letter.isalnum())
+    if text.isascii():
+        plain = re.sub(r"[^0-9a-z]+", "", text.lower())  # the same, ten times faster
+    else:
+        plain = "".join(letter for letter in unicodedata.normalize("NFKC", text).lower() if letter.isalnum())
     return plain or text.strip()
 
 

@@ -92,8 +92,13 @@ class Encoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self._end_of_turn: int | None = None
+        self._look_up()
         self._known: dict[tuple[bool, str], list[int]] = {}
         self._rendered: dict[tuple[Any, ...], str] = {}
+
+    def _look_up(self) -> None:
+        """Begin and end token, for which the tokenizer takes longer than for a short text."""
+        self._begin, self._end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
 
     # -- what ends an answer ------------------------------------------------------------------------------------------------
 
@@ -122,11 +127,11 @@ class Encoder:
     @property
     def end_of_text(self) -> int:
         """The tokenizer's end token, put behind raw text."""
-        if self.tokenizer.eos_token_id is None:
+        if self._end is None:
             raise AlignError(
                 "the tokenizer has no end token (eos_token), so the model would never learn to stop; set one in its folder"
             )
-        return self.tokenizer.eos_token_id
+        return self._end
 
     # -- rendering -----------------------------------------------------------------------------------------------------------
 
@@ -159,8 +164,8 @@ class Encoder:
 
     def _doubled(self, ids: list[int]) -> int:
         """How many begin tokens stand in front of another one at the start of `ids`."""
-        begin, count = self.tokenizer.bos_token_id, 0
-        while begin is not None and ids[count : count + 2] == [begin, begin]:
+        count = 0
+        while ids[count : count + 1] == ids[count + 1 : count + 2] == [self._begin]:
             count += 1
         return count
 
@@ -206,8 +211,8 @@ class Encoder:
         cut_rows = 0
         for row in self._ahead(rows):
             ids = self._ids(row.text, special=True)
-            if self.tokenizer.eos_token_id is not None and ids[-1:] != [self.tokenizer.eos_token_id]:
-                ids.append(self.tokenizer.eos_token_id)
+            if self._end is not None and ids[-1:] != [self._end]:
+                ids.append(self._end)
             step = self.max_length or max(len(ids), 1)
             blocks = [ids[i : i + step] for i in range(0, len(ids), step)]
             new = [Tree(block, prompt_mask=[True] * len(block)) for block in blocks if len(block) > 1]
@@ -323,6 +328,7 @@ class Encoder:
         rows = iter(rows)
         while group := list(islice(rows, 1024)):
             self._known, self._rendered = {}, {}
+            self._look_up()
             wanted = dict.fromkeys(text for row in group for text in self._texts(row)) if self._tokenizes_plainly else {}
             for special in (False, True):
                 texts = [text for kind, text in wanted if kind is special]

@@ -35,15 +35,15 @@ NATIVE = {
 }
 """The native columns of each kind."""
 
-TELLING = {
-    "tagging": ("tokens",),
-    "qa": ("question",),
-    "classification": ("text", "label"),
-    "unpaired": ("label",),
-    "preference": ("chosen",),
-    "sft": ("completion",),
-    "prompts": ("prompt",),
-    "text": ("text",),
+TELLING: dict[str, set[str]] = {
+    "tagging": {"tokens"},
+    "qa": {"question"},
+    "classification": {"text", "label"},
+    "unpaired": {"label"},
+    "preference": {"chosen"},
+    "sft": {"completion"},
+    "prompts": {"prompt"},
+    "text": {"text"},
 }
 """The fields by which a kind is known; the first that fits."""
 
@@ -52,7 +52,7 @@ def kind_of(fields: Fields) -> str:
     """The kind of row that `fields` are, before any derivation."""
     if "messages" in fields:
         return "sft" if any(message["role"] == "assistant" for message in fields["messages"]) else "prompts"
-    return next(kind for kind, columns in TELLING.items() if all(column in fields for column in columns))
+    return next(kind for kind, columns in TELLING.items() if columns <= fields.keys())
 
 
 def recognise(rows: Iterable[Raw], kind: str | None, named: str | None) -> tuple[str | None, str | None]:
