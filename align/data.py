@@ -31,6 +31,8 @@ AnyRow = TypeVar("AnyRow", bound=Row)
 PEEKED = 64
 """Rows of a file that are looked at to recognise its format."""
 OR_QUARANTINE = "; mend the row, or set on_bad_row to quarantine"
+LONGEST_REASON = 1000
+"""Characters; a broken row may have anything for a key."""
 EXAMPLES = 1000
 """Rows set aside that are remembered with their reasons; all of them are counted."""
 
@@ -100,9 +102,10 @@ class RowStream:
             try:
                 found = self._read(item.raw, name)
             except AlignError as error:
+                reason = str(error) if len(str(error)) <= LONGEST_REASON else f"{str(error)[:LONGEST_REASON]}..."
                 if self._strict:
-                    raise AlignError(f"{item.file} row {item.number}, {error}{OR_QUARANTINE}") from error
-                self._put_aside(item, str(error))
+                    raise AlignError(f"{item.file} row {item.number}, {reason}{OR_QUARANTINE}") from error
+                self._put_aside(item, reason)
                 continue
             rows = [row for row in found if not isinstance(row, SetAside)]
             if self.kind == "preference" and rows and isinstance(rows[0], LabelledRow):

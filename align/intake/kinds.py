@@ -127,8 +127,9 @@ def convert(name: str, raw: Raw, kind: str) -> list[Fields | SetAside]:
     """
     found = read(name, raw)
     rows = [row for each in found for row in ([each] if isinstance(each, SetAside) else _as_kind(each, kind, raw, name))]
-    if kind == "preference" and len(found) > 1 and "label" in rows[0]:  # type: ignore[operator]
-        return [*pairs_of(rows)]  # type: ignore[arg-type]
+    labelled = [row for row in rows if isinstance(row, dict) and "label" in row]
+    if kind == "preference" and len(labelled) > 1:
+        return pairs_of(labelled)
     if kind != "prompts":
         return rows
     entry = formats[name]
