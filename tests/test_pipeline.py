@@ -388,9 +388,11 @@ LAYERS = (
     {"stages"},
     {"recipe"},
     {"pipeline", "report"},
+    {"chat", "chat.speaker", "chat.votes"},
+    {"chat.terminal", "chat.ui"},
     {"commands", "commands.output"},
     {"commands.run"},
-    {"commands.stage", "commands.models", "commands.report"},
+    {"commands.stage", "commands.models", "commands.report", "commands.chat", "commands.serve", "commands.ui"},
     {"cli"},
 )
 """From the bottom up: a module imports from lower lines only. `recipe.main` alone reaches up, for scripts that hand their arguments
