@@ -46,6 +46,7 @@ def folder(tmp_path_factory, tokenizer):
     for name in ("pairs.jsonl", "votes.jsonl"):
         write_rows(folder / name, [{"prompt": "Say one.", "chosen": "One.", "rejected": "Two."}])
     write_rows(folder / "prompts.jsonl", [{"prompt": "Say one."}])
+    (folder / "corpus.txt").write_text("One text.\n\nAnother text.\n")
     for page in PAGES:
         for block in (*blocks(page, "python"), *blocks(page, "yaml")):
             if named := re.match(r"# (\w+\.(?:py|yaml))\n", block):
