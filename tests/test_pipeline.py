@@ -373,8 +373,12 @@ def test_a_folder_that_holds_another_result_is_not_overwritten():
 LAYERS = (
     {"align", "errors"},
     {"catalog", "schema", "artifact", "progress", "ops", "forest", "tokenizers", "trainers.settings", "trainers"},
-    {"registry", "budget", "turns", "losses", "heads", "attention", "models", "rewards", "encode"},
+    {"registry", "budget", "turns", "losses", "heads", "attention", "rewards", "encode", "tuning"},
     {"formats", "engine"},
+    {"tuning.parts", "tuning.adapters"},
+    {"tuning.growth", "tuning.soft"},
+    {"models", "tuning.strategies"},
+    {"tuning.tune"},
     {"sources", "rollout"},
     {"data", "scoring"},
     {"reference"},

@@ -13,11 +13,12 @@ from pydantic import ValidationError
 
 from align.engine import enable_forest
 from align.errors import AlignError
-from align.models import Lora, add_lora
 from align.progress import History
 from align.rollout import Completion, Sampling
 from align.trainers.ppo import PPOTrainer
 from align.trainers.settings import PPOSettings
+from align.tuning.strategies import Tuning
+from align.tuning.tune import tune
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 STOP = 2
@@ -246,7 +247,7 @@ def test_a_frozen_copy_is_the_reference_of_full_weights(make):
 
 
 def test_an_adapter_switched_off_is_the_reference_of_lora(make):
-    policy = add_lora(llama(), Lora(r=4, alpha=8, dropout=0.0))
+    policy = tune(llama(), Tuning("lora", {"r": 4}))
     trainer = make(policy, rate=1e-2)
     assert trainer._reference_copy is None
     assert trainer.estimate(*episodes()).kl.abs().max() == 0

@@ -30,7 +30,7 @@ class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, Sampli
 
         from align.budget import Budget
         from align.encode import Encoder
-        from align.models import disable_dropout, load_causal_lm, load_reward_model, save_model, stop_token_ids
+        from align.models import disable_dropout, save_model, stop_token_ids
         from align.rollout import complete
         from align.scoring import component_means
         from align.stages import training as t
@@ -44,8 +44,8 @@ class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, Sampli
         train, test = encoder.prompts(rows), encoder.prompts(held[: self.eval_prompts])
         prompts = [tree.prompt for tree in t.usable(train, context.name)]
 
-        policy = load_causal_lm(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
-        critic = load_reward_model(self.reward_model or self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        policy = t.causal_lm(self)
+        critic = t.reward_model(self, self.reward_model or self.model)
         end = t.end_token(encoder, rows)
         t.teach_end_token(policy, end)
         stop_ids = sorted({end, *stop_token_ids(policy, tokenizer)})
