@@ -105,7 +105,7 @@ def _forward(
 
 def trunk_of(base: Any) -> Any:
     """`base` without its head. Llama 4 alone names it otherwise than its class says."""
-    return base.model if base.base_model is base else base.base_model
+    return getattr(base, "model", base) if base.base_model is base else base.base_model
 
 
 def _hidden_states(base: Any, forest: Forest, *, padded: bool) -> tuple[Tensor, Tensor, Tensor]:

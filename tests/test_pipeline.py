@@ -378,7 +378,7 @@ LAYERS = (
     {"tuning.parts", "tuning.adapters"},
     {"tuning.growth", "tuning.soft"},
     {"models", "tuning.strategies"},
-    {"tuning.tune"},
+    {"tuning.tune", "tuning.export"},
     {"sources", "rollout"},
     {"data", "scoring"},
     {"reference"},
@@ -394,7 +394,7 @@ LAYERS = (
     {"pipeline", "report"},
     {"commands", "commands.output"},
     {"commands.run"},
-    {"commands.stage", "commands.models", "commands.report"},
+    {"commands.stage", "commands.models", "commands.report", "commands.export"},
     {"cli"},
 )
 """From the bottom up: a module imports from lower lines only. `recipe.main` alone reaches up, for scripts that hand their arguments

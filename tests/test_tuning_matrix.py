@@ -1,5 +1,6 @@
-"""Every strategy in every stage, on a model shaped like Llama and one shaped like GPT-2: it trains, it lowers its loss, nothing else
-moves, and what is saved answers the same, goes on training, and loads."""
+"""Every strategy in every stage, on models shaped like Llama and GPT-2: it trains, it lowers its loss, nothing else
+moves; what is saved loads, answers the same and goes on training.
+"""
 
 import gc
 import shutil
@@ -12,8 +13,7 @@ from peft import PeftModel
 from align.data import write_rows
 from align.models import load_causal_lm, load_reward_model, save_model
 from align.progress import History
-from align.stages import KTO, PPO, SFT, Preference, Pretrain, RewardModel
-from align.stages import training
+from align.stages import KTO, SFT, Preference, Pretrain, RewardModel, training
 from align.stages.base import Context
 from align.tuning.strategies import strategies
 
@@ -67,23 +67,26 @@ def expected(shape, name, *, score_head):
     ways = [(d, d), (d, k), (d, k), (d, d), (d, w), (d, w), (w, d)] if gated else [(d, 3 * d), (d, d), (d, w), (w, d)]
     biases = 0 if gated else 4 * d + w + d
     lora = layers * sum(2 * (i + o) for i, o in ways)
-    return score + {
-        "full": lambda: embeddings + layers * layer + norm + head,
-        "freeze": lambda: layer + norm + head,
-        "ffn": lambda: layers * ffn,
-        "attention": lambda: layers * attention,
-        "bias_norm": lambda: layers * (2 * norm + biases) + norm,
-        "head": lambda: ffn,
-        "adapter": lambda: layers * 4 * (3 * d if gated else 2 * d + 1),
-        "lora": lambda: lora,
-        "rslora": lambda: lora,
-        "pissa": lambda: lora,
-        "dora": lambda: lora + layers * sum(o for _, o in ways),
-        "ia3": lambda: layers * (2 * k + w if gated else 3 * d + w),
-        "prefix": lambda: TOKENS * layers * 2 * k,
-        "prompt": lambda: TOKENS * d,
-        "ptuning": lambda: TOKENS * d + 3 * (d * d + d),
-    }[name]()
+    return (
+        score
+        + {
+            "full": lambda: embeddings + layers * layer + norm + head,
+            "freeze": lambda: layer + norm + head,
+            "ffn": lambda: layers * ffn,
+            "attention": lambda: layers * attention,
+            "bias_norm": lambda: layers * (2 * norm + biases) + norm,
+            "head": lambda: ffn,
+            "adapter": lambda: layers * 4 * (3 * d if gated else 2 * d + 1),
+            "lora": lambda: lora,
+            "rslora": lambda: lora,
+            "pissa": lambda: lora,
+            "dora": lambda: lora + layers * sum(o for _, o in ways),
+            "ia3": lambda: layers * (2 * k + w if gated else 3 * d + w),
+            "prefix": lambda: TOKENS * layers * 2 * k,
+            "prompt": lambda: TOKENS * d,
+            "ptuning": lambda: TOKENS * d + 3 * (d * d + d),
+        }[name]()
+    )
 
 
 @pytest.fixture(scope="module")

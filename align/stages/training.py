@@ -218,10 +218,13 @@ def run_trainer(trainer: Any, stage: TrainingStage, context: Context, *, has_eva
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, Watch):
                 callback.close()
-    if has_eval and context.history.records[-1].get("eval_loss") is None:
+    best = trainer.state.best_global_step if stage.keeps_best else None
+    if best is not None:
+        say(f"{context.name}: kept the weights of step {best}, of {trainer.state.global_step}")
+    elif has_eval and context.history.records[-1].get("eval_loss") is None:
         trainer.evaluate()
     save_model(trainer.model, trainer.processing_class, context.folder)
-    return {**summary(context), **trainable(trainer.model)}
+    return {**summary(context, best), **trainable(trainer.model)}
 
 
 def check_metric(stage: TrainingStage, measured: dict[str, float]) -> None:
@@ -234,10 +237,10 @@ def check_metric(stage: TrainingStage, measured: dict[str, float]) -> None:
         )
 
 
-def summary(context: Context) -> dict[str, Any]:
-    """First and last of every held-out metric, and the last training loss."""
-    records = context.history.records
-    metrics: dict[str, Any] = {"train_loss": context.history.last("loss")}
+def summary(context: Context, best: int | None = None) -> dict[str, Any]:
+    """First and last of every held-out metric, and the last training loss; up to the step `best`, whose weights are kept."""
+    records = [record for record in context.history.records if best is None or record["step"] <= best]
+    metrics: dict[str, Any] = {"train_loss": context.history.last("loss"), **({} if best is None else {"best_step": best})}
     for name in {key: None for record in records for key in record if key.startswith("eval_") and not key.endswith(TIMING)}:
         values = [record[name] for record in records if name in record]
         metrics[name] = values[-1]

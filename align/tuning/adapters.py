@@ -90,7 +90,7 @@ def _names(names: str | list[str] | None) -> list[str] | None:
 
 def _wrap(model: Any, config: PeftConfig) -> PeftModel:
     try:
-        return get_peft_model(model, config)
+        return get_peft_model(model, config).train(model.training)
     except ValueError as error:
         raise AlignError(f"target_modules {config.target_modules or 'of the family'}: {error}") from error
 

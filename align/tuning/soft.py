@@ -44,8 +44,8 @@ def add_prompt(model: Any, count: int) -> Any:
     """See `align.tuning.strategies.prompt`."""
     wrapped = _wrap(model, PromptTuningConfig(num_virtual_tokens=count))
     with torch.no_grad():
-        embed = base_model(wrapped).get_input_embeddings()
-        wrapped.prompt_encoder["default"].embedding.weight.copy_(embed(_random_tokens(wrapped, count)))
+        embed, weight = base_model(wrapped).get_input_embeddings(), wrapped.prompt_encoder["default"].embedding.weight
+        weight.copy_(embed(_random_tokens(wrapped, len(weight))))  # an encoder-decoder has a prompt for each
     return wrapped
 
 
@@ -97,7 +97,7 @@ def _wrap(model: Any, config: PeftConfig) -> Any:
     except ValueError as error:
         raise AlignError(f"virtual tokens cannot be put in front of {_name(model)}: {error}") from error
     wrapped.off_is_base = True
-    return wrapped
+    return wrapped.train(model.training)
 
 
 def is_decoder(model: Any) -> bool:
