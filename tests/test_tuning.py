@@ -222,6 +222,8 @@ def test_answers_are_sampled_behind_virtual_tokens(name):
         for _ in range(6):
             row.append(int(logits(model, torch.tensor([row]))[0, -1].argmax()))
         assert completion.tokens == row[len(prompt) :]
+        said = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None)
+        assert said[0].tolist() == row
 
 
 # -- the reference ---------------------------------------------------------------------------------------------------------------

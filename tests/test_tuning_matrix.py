@@ -13,9 +13,9 @@ from peft import PeftModel
 from align.data import write_rows
 from align.models import load_causal_lm, load_reward_model, save_model
 from align.progress import History
-from align.stages import KTO, SFT, Preference, Pretrain, RewardModel, training
+from align.stages import KTO, PPO, SFT, Preference, Pretrain, RewardModel, training
 from align.stages.base import Context
-from align.tuning.strategies import strategies
+from align.tuning.strategies import SOFT, strategies
 
 HIDDEN, WIDTH, LAYERS, HEADS, KV_HEADS, TOKENS, ROWS = 16, 24, 2, 2, 1, 3, 320
 SHAPES = {
@@ -49,6 +49,7 @@ STAGES = {
     "simpo": (Preference, "pairs", {"loss": "simpo", "beta": 2.0, "gamma": 0.5}),
     "kto": (KTO, "pairs", {"beta": 0.5}),
 }
+PROMPTS = ["How are you?", "hello to me", "one two", "and said"]
 TRAINED = [name for name in strategies if name != "qlora"]
 
 
@@ -97,6 +98,8 @@ def ground(tmp_path_factory, tokenizer):
         save_model(build(shape, **fields), tokenizer, folder / shape)
     said = ["one two", "three four five", "six", "seven eight"]
     write_rows(folder / "text.jsonl", [{"text": f"the cat said {words}. hello to me {words}"} for words in said])
+    write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    (folder / "one.py").write_text("def one(completions, **columns):\n    return [1.0] * len(completions)\n")
     write_rows(folder / "sft.jsonl", [{"instruction": "How are you?", "input": "", "output": f"Fine, {words}"} for words in said])
     write_rows(
         folder / "pairs.jsonl",
@@ -117,7 +120,7 @@ def seen(monkeypatch):
 
     def make_ready(*arguments):
         model = ready(*arguments)
-        seen["start"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+        seen.setdefault("start", {name: p.detach().clone() for name, p in model.named_parameters()})  # PPO's critic comes second
         return model
 
     def save_it(model, *rest):
@@ -182,3 +185,39 @@ def test_a_strategy_in_a_stage(name, shape, kind, ground, seen, tmp_path):
     shutil.copy(tmp_path / "whole" / "metrics.jsonl", tmp_path / "cut" / "metrics.jsonl")
     run(stage, tmp_path / "cut")
     assert_close(answers(seen["model"]), answers(model), 1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_strategy_in_ppo(name, shape, ground, seen, tmp_path, monkeypatch):
+    """The critic's loss falls, as every answer is worth 1; the policy moves away from its reference, which is the base."""
+    monkeypatch.setattr("align.models.save_model", training.save_model)
+    stage = PPO(
+        model=str(ground / shape),
+        data=str(ground / "prompts.jsonl"),
+        reward_funcs=[f"{ground}/one.py:one"],
+        held_out=0,
+        tuning=name,
+        tuning_args=ARGUMENTS.get(name, {}),
+        chat_template="plain",
+        total_episodes=12,
+        episodes_per_step=4,
+        num_mini_batches=1,
+        max_completion_length=4,
+        learning_rate=3e-3,
+        critic_learning_rate=3e-2,
+        warmup_ratio=0.0,
+        lr_scheduler_type="constant",
+        max_length=64,
+    )
+    metrics = run(stage, tmp_path)
+    assert metrics["trainable_parameters"] == expected(shape, name, score_head=False)
+    records = History(tmp_path / "metrics.jsonl").records
+    assert records[-1]["loss/value_avg"] < records[0]["loss/value_avg"]
+    if name not in SOFT:  # the first answers come from the base; new virtual tokens are not nothing
+        assert abs(records[0]["objective/kl"]) < 1e-4
+    assert abs(records[-1]["objective/kl"]) > 1e-6
+    for path, parameter in seen["model"].named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(parameter, seen["start"][path]), path
+    assert_close(answers(load_causal_lm(str(tmp_path))), answers(seen["model"]), 2e-5)

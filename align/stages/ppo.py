@@ -35,6 +35,7 @@ class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, Sampli
         from align.scoring import component_means
         from align.stages import training as t
         from align.trainers.ppo import PPOTrainer
+        from align.tuning.tune import trainable
 
         t.seed_everything(self)
         rows, held = t.rows_of(self, "prompts", context.name)
@@ -113,4 +114,5 @@ class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, Sampli
         after = held_out_score("after")
         save_model(policy, tokenizer, context.folder)
         last = context.history.last
-        return {**before, **after, "objective/kl": last("objective/kl"), "objective/scores": last("objective/scores")}
+        ends = {"objective/kl": last("objective/kl"), "objective/scores": last("objective/scores")}
+        return {**before, **after, **ends, **trainable(policy)}

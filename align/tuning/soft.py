@@ -129,7 +129,7 @@ class _Soft(PeftModel):
         return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        raise AlignError("transformers' generate does not know of virtual tokens here; use align.rollout.complete")
+        return self.base_model.generate(*args, **kwargs)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
