@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from align.errors import AlignError, near_miss
 
@@ -65,6 +67,15 @@ class Catalog(Generic[Entry]):
         for key, parameter in parameters.items():
             if parameter.default is parameter.empty and key not in arguments:
                 raise AlignError(f"{self.kind} {name!r} needs {key!r}, and it has no default: set it")
+
+    def check_values(self, name: str, arguments: dict[str, Any]) -> None:
+        """Raise `AlignError` unless each of `arguments` is of the type that the entry `name` is annotated with."""
+        hints = get_type_hints(self[name], include_extras=True)
+        for key, value in arguments.items():
+            try:
+                TypeAdapter(hints[key]).validate_python(value, strict=True)
+            except ValidationError as error:
+                raise AlignError(f"{self.kind} {name!r}: {key}={value!r}: {error.errors()[0]['msg'].lower()}") from error
 
 
 def _same_place(one: Callable[..., Any], other: Callable[..., Any]) -> bool:

@@ -10,10 +10,28 @@ import sys
 from typing import NoReturn
 
 from align import __version__
-from align.commands import chat, models, report, run, serve, stage, ui
+from align.commands import (
+    chat,
+    export,
+    models,
+    report,
+    run,
+    serve,
+    stage,
+    ui,
+)
 from align.errors import AlignError
 
-COMMANDS = (run, stage, models, report, chat, serve, ui)
+COMMANDS = (
+    run,
+    stage,
+    models,
+    report,
+    chat,
+    export,
+    serve,
+    ui,
+)
 
 
 class _Parser(argparse.ArgumentParser):

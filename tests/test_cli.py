@@ -121,7 +121,7 @@ MISTAKES = {
     "no such hub id": ("sft --model owner/nothing --data sft.jsonl", "cannot load a tokenizer from 'owner/nothing'"),
     "no such version": ("sft --model model@3 --data sft.jsonl", "no model 'model' in the registry"),
     "a folder that is no model": ("sft --model . --data sft.jsonl", "cannot load a tokenizer from"),
-    "no such layer": (SFT + "sft.jsonl --use_peft --lora_target_modules q_porj", "lora_target_modules"),
+    "no such layer": (SFT + "sft.jsonl --use_peft --lora_target_modules q_porj", "target_modules"),
     # rewards
     "no reward": (PPO.removesuffix("--reward_funcs "), "nothing judges the answers: set reward_funcs, reward_model or both"),
     "no such reward file": (PPO + "mien.py:short", r"reward file mien\.py does not exist .*did you mean 'mine\.py'"),

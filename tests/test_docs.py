@@ -75,7 +75,7 @@ def test_a_command_parses_and_plans(command, capsys, folder):
     needs = {"my-dpo": "runs/sft"}
     for name in needs.keys() & set(arguments):
         assert main(["models", "alias", name, needs[name]]) == 0
-    plans = [] if {"--plan", "--help"} & set(arguments) else ["--plan"]
+    plans = [] if {"--plan", "--help", "export"} & set(arguments) else ["--plan"]
     assert main([*arguments, *plans]) == 0, capsys.readouterr().err
     assert capsys.readouterr().out
     assert Registry().all() == []

@@ -35,7 +35,7 @@ class KTO(TrainingStage):
         from transformers import TrainingArguments
 
         from align.encode import Encoder
-        from align.models import disable_dropout, load_causal_lm
+        from align.models import disable_dropout
         from align.stages import training as t
         from align.trainers.kto import KTOTrainer, add_mismatched
         from align.trainers.objectives import Unpaired, add_reference_logps
@@ -58,7 +58,7 @@ class KTO(TrainingStage):
             )
             for part in (train, test)
         )
-        model = load_causal_lm(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        model = t.causal_lm(self)
         t.teach_end_token(model, t.end_token(encoder, rows))
         disable_dropout(model)
         model = t.make_ready(self, context.name, model, tokenizer, t.longest(trees, held_trees), context.folder)

@@ -27,7 +27,7 @@ class RewardModel(TrainingStage):
         return self
 
     def run(self, context: Context) -> dict[str, Any]:
-        from align.models import disable_dropout, load_reward_model
+        from align.models import disable_dropout
         from align.stages import training as t
         from align.trainers.objectives import RewardModel as Objective
 
@@ -36,7 +36,7 @@ class RewardModel(TrainingStage):
         tokenizer, encoder = t.tokenizer_of(self)
         trees = t.encoded(encoder.preference, rows, context.name)
         held_trees = t.encoded(encoder.preference, held, f"{context.name} (held out)")
-        model = load_reward_model(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        model = t.reward_model(self)
         disable_dropout(model)
         model = t.make_ready(self, context.name, model, tokenizer, t.longest(trees, held_trees), context.folder)
         if self.engine == "trl":
