@@ -30,6 +30,9 @@ GIVES = {
     "preference": ("preference", "sft", "prompts", "unpaired"),
     "unpaired": ("unpaired", "prompts"),
     "prompts": ("prompts",),
+    "classification": ("classification", "text"),
+    "tagging": ("tagging",),
+    "qa": ("qa", "prompts"),
 }
 """What rows of one kind can be used as."""
 
@@ -39,6 +42,9 @@ NATIVE = {
     "preference": ("chosen", "rejected"),
     "unpaired": ("prompt", "completion", "label"),
     "prompts": ("prompt",),
+    "classification": ("text", "label"),
+    "tagging": ("tokens", "tags"),
+    "qa": ("question", "context", "answers"),
 }
 """The native columns of each kind."""
 

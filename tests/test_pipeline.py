@@ -390,7 +390,8 @@ LAYERS = (
     {"pipeline", "report"},
     {"commands", "commands.output"},
     {"commands.run"},
-    {"commands.stage", "commands.models", "commands.report"},
+    {"commands.stage", "commands.models", "commands.report", "commands.data.check"},
+    {"commands.data"},
     {"cli"},
 )
 """From the bottom up: a module imports from lower lines only. `recipe.main` alone reaches up, for scripts that hand their arguments
