@@ -233,12 +233,13 @@ def split_by_prompt(rows: Sequence[AnyRow], held_out: float, seed: int = 0) -> t
 
 def prompt_key(row: Row) -> str:
     """What makes two prompts the same: the letters and digits of the first user turn, in lower case."""
-    text = _first_prompt(row)
+    text = first_prompt(row)
     plain = "".join(letter for letter in unicodedata.normalize("NFKC", text).lower() if letter.isalnum())
     return plain or text.strip()
 
 
-def _first_prompt(row: Row) -> str:
+def first_prompt(row: Row) -> str:
+    """The first user turn, or all of a prompt without one, or a document."""
     if isinstance(row, TextRow):
         return row.text
     prompt: str | list[Message] = getattr(row, "prompt", None) or getattr(row, "messages", None) or ""
@@ -267,11 +268,18 @@ def write_rows(path: str | Path, rows: Iterable[Row | Raw]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _line(row: Row | Raw) -> str:
-    """One line of JSON. The line ends of Unicode are escaped, for readers that split lines at them."""
+def plain_fields(row: Row | Raw) -> Raw:
+    """The columns that `row` is written as: a prompt's own are columns of the file."""
     fields = row.model_dump(exclude_none=True) if isinstance(row, BaseModel) else row
     if isinstance(row, PromptRow):
-        fields = {**row.columns, **{name: value for name, value in fields.items() if name != "columns"}}
+        return {**row.columns, **{name: value for name, value in fields.items() if name != "columns"}}
+    return fields
+
+
+def _line(row: Row | Raw) -> str:
+    """One line of JSON. The line ends of Unicode are escaped, for readers that split lines at them."""
     return re.sub(
-        "[\x85\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", json.dumps(fields, ensure_ascii=False, default=str)
+        "[\x85\u2028\u2029]",
+        lambda match: f"\\u{ord(match[0]):04x}",
+        json.dumps(plain_fields(row), ensure_ascii=False, default=str),
     )

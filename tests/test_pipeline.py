@@ -377,6 +377,10 @@ LAYERS = (
     {"formats", "engine"},
     {"sources", "rollout"},
     {"data", "scoring"},
+    {"quality", "quality.texts", "quality.personal"},
+    {"quality.duplicates", "quality.overlap", "quality.reading", "quality.augment"},
+    {"quality.splits", "quality.rules"},
+    {"quality.cleaning"},
     {"reference"},
     {"trainers.objectives", "trainers.callbacks", "trainers.ppo", "trainers.trl"},
     {"trainers.forest"},
@@ -391,6 +395,7 @@ LAYERS = (
     {"commands", "commands.output"},
     {"commands.run"},
     {"commands.stage", "commands.models", "commands.report", "commands.data.check"},
+    {"commands.data.augment", "commands.data.clean", "commands.data.split"},
     {"commands.data"},
     {"cli"},
 )
