@@ -10,10 +10,10 @@ import sys
 from typing import NoReturn
 
 from align import __version__
-from align.commands import data, models, report, run, stage
+from align.commands import check, data, models, report, run, stage
 from align.errors import AlignError
 
-COMMANDS = (run, stage, data, models, report)
+COMMANDS = (run, check, stage, data, models, report)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -15,6 +15,8 @@ from align.stages.sampling import DecodingFields, RewardFields
 class GroupStage(TrainingStage, DecodingFields, RewardFields):
     """What GRPO and RLOO share. Batch sizes count answers, `num_generations` of them for each prompt."""
 
+    reads = "prompts"
+
     trl_fields: ClassVar[tuple[str, ...]] = (
         "max_completion_length",
         "temperature",

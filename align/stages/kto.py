@@ -18,6 +18,8 @@ class KTO(TrainingStage):
     neighbours in the batch. So rows are shuffled once, and come in that order in every epoch.
     """
 
+    reads = "unpaired"
+
     learning_rate: float = Field(5e-7, gt=0)
     """Peak learning rate: 5e-7 to 5e-6 for all weights of a pretrained model, ten times that for LoRA."""
     per_device_train_batch_size: int = Field(8, gt=1)

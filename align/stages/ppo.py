@@ -15,6 +15,8 @@ from align.trainers.settings import PPOSettings
 class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, SamplingFields, RewardFields, PPOSettings):
     """Sample the policy on prompts, score what it says, and make what scored well more likely, close to where it started."""
 
+    reads = "prompts"
+
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate of the policy: about 1e-6 for all weights of a pretrained model, ten times that for LoRA."""
     max_tokens_per_micro_batch: MaxTokens = 8192

@@ -25,6 +25,8 @@ TRL_LOSSES = {
 class Preference(TrainingStage):
     """Train a policy directly on preference pairs. Parameters of the losses are named as in their papers and have no default."""
 
+    reads = "preference"
+
     loss: str = "dpo"
     """Name in the catalog of preference losses: dpo, ipo, orpo, simpo, robust, hinge, apo_zero, apo_down, rpo, dpo_norm, ld_dpo."""
     learning_rate: float = Field(5e-7, gt=0)

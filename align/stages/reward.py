@@ -13,6 +13,8 @@ from align.stages.base import Context, TrainingStage, stage
 class RewardModel(TrainingStage):
     """Train a score head on a language model, from preference pairs."""
 
+    reads = "preference"
+
     learning_rate: float = Field(1e-5, gt=0)
     """Peak learning rate: about 1e-5 for all weights of a pretrained model, ten times that for LoRA."""
     center_rewards_coefficient: float = Field(0.0, ge=0)

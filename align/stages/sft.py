@@ -13,6 +13,8 @@ from align.stages.base import Context, TrainingStage, stage
 class SFT(TrainingStage):
     """Teach a model to answer, from demonstrations."""
 
+    reads = "sft"
+
     learning_rate: float = Field(2e-5, gt=0)
     """Peak learning rate: 1e-5 to 5e-5 for all weights of a pretrained model, ten times that for LoRA."""
 
