@@ -88,7 +88,10 @@ def test_a_template_without_an_end_token(folder):
 
 
 def test_an_end_token_that_no_row_teaches(folder):
-    assert ("error", "end_token") in findings(sft=sft(max_length=24))
+    """Every answer is cut."""
+    endless = {"role": "assistant", "content": "one " * 99}
+    write_rows("sft.jsonl", [{"messages": [row["messages"][0], endless]} for row in sft_rows()])
+    assert findings(sft=sft()) == [("error", "end_token"), ("warning", "truncated")]
 
 
 def test_no_template(folder):
@@ -111,9 +114,11 @@ def test_a_begin_token_that_comes_twice(folder, where):
         folder.chat_template = "{{ bos_token }}" + folder.chat_template
         folder.save_pretrained("model")
     else:
-        folder.chat_template = folder.chat_template.replace("{{ message[", "{{ bos_token + message[", 1)
-        folder.save_pretrained("model")
-    assert findings(sft=sft()) == [("warning", "doubled_begin")]
+        rows = sft_rows()
+        rows[0]["messages"][0]["content"] = "<|bos|>" + rows[0]["messages"][0]["content"]
+        write_rows("sft.jsonl", rows)
+        Path("bare.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+    assert findings(sft=sft(chat_template="bare.jinja" if where == "rows" else None)) == [("warning", "doubled_begin")]
 
 
 def test_a_begin_token_that_chat_leaves_out(folder):
@@ -143,16 +148,12 @@ def test_prompts_that_leak_into_an_evaluation_of_the_recipe(folder):
 
 def test_a_long_run_of_words_in_common_is_a_leak(folder):
     long = "the old lighthouse keeper wrote a letter to his sister every sunday evening by the window"
-    rows = [{"prompt": f"Translate number {i}: {long}", "completion": "x"} for i in range(3)]
-    write_rows(
-        "sft.jsonl",
-        [
-            *sft_rows(),
-            *({"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": "x"}]} for row in rows),
-        ],
-    )
-    asked = [{"role": "user", "content": f"Who says: {long}?"}, {"role": "assistant", "content": "y"}]
-    write_rows("eval.jsonl", [*sft_rows(19, seed=9), {"messages": asked}])
+
+    def row(text):
+        return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "x"}]}
+
+    write_rows("sft.jsonl", [*sft_rows(), row(f"Translate this: {long}")])
+    write_rows("eval.jsonl", [*sft_rows(19, seed=9), row(f"Who says: {long}?")])
     assert findings(sft=sft()) == [("warning", "leaked_prompts")]
 
 
@@ -189,10 +190,11 @@ def test_swapped_labels(folder):
 
 def test_words_that_say_nothing_raise_no_suspicion(folder):
     rng = random.Random(0)
-    rows = [
-        PreferenceRow(prompt=str(i), chosen=" ".join(rng.sample(NOUNS, 6)), rejected=" ".join(rng.sample(NOUNS, 6)))
-        for i in range(300)
-    ]
+
+    def words():
+        return " ".join(rng.sample(NOUNS, 6))
+
+    rows = [PreferenceRow(prompt=str(i), chosen=words(), rejected=words()) for i in range(300)]
     assert suspicious(rows) == []
 
 
@@ -219,7 +221,8 @@ def test_duplicates(folder):
 
 def test_a_template_that_refuses_some_rows(folder):
     Path("strict.jinja").write_text(
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ m.content + eos_token }}{% endfor %}"
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m.content + eos_token }}{% endfor %}"
     )
     rows = sft_rows()
     rows[0]["messages"].insert(0, {"role": "system", "content": "be brief"})
@@ -281,13 +284,12 @@ def test_a_model_that_is_yet_to_be_trained_speaks_through_its_base(folder):
     folder.chat_template = None
     folder.save_pretrained("model")
     Path("model/chat_template.jinja").unlink()
-    chat = [
-        {
-            "prompt": [{"role": "user", "content": row["prompt"]}],
-            **{side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")},
-        }
-        for row in pairs()
-    ]
+
+    def said(role, text):
+        return [{"role": role, "content": text}]
+
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    chat = [{side: said(role, row[side]) for side, role in roles.items()} for row in pairs()]
     write_rows("pairs.jsonl", chat)
     assert findings(sft=sft(), dpo=dpo(model="sft")) == [("error", "encoding")]
     assert findings(sft=sft(chat_template="plain"), dpo=dpo(model="sft")) == []
@@ -335,7 +337,7 @@ def test_the_command(recipe, capsys):
 def test_the_command_says_what_to_do(recipe, capsys):
     assert main(["check", recipe, "--set", "sft.max_length=24"]) == 1
     page = capsys.readouterr().out
-    assert "error: end_token: the end token '<|eos|>' carries a loss in none of" in page
+    assert "error: lengths: none of the rows can be used: 57 rows = 0 used + 57 set aside" in page
     assert "Raise max_length" in page
     assert page.splitlines()[-1].startswith("mine: 1 errors, ")
 
@@ -355,6 +357,7 @@ def test_a_model_too_large_for_a_card(folder):
     full, lora = inspect(plan, machine=card("rtx 4090"))
     assert [(finding.level, finding.check) for finding in full.findings] == [("error", "memory")]
     assert full.estimate.states == pytest.approx(16 * 8.03e9, rel=0.01)  # 4 fp32 numbers for each of 8.03 billion parameters
-    assert lora.findings == []
+    assert lora.estimate.states == pytest.approx(2 * 8.03e9, rel=0.05)
+    assert all(finding.level == "warning" for finding in lora.findings)
     with pytest.raises(AlignError, match=r"unknown card 'H10' \(did you mean 'H100'\?\)"):
         card("H10")
