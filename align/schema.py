@@ -214,7 +214,7 @@ def row_class(kind: str) -> type[Row]:
     return KINDS[kind]
 
 
-def validate(kind: str, raw: dict[str, Any], where: str) -> Row:
+def validate(kind: str, raw: dict[str, Any], where: str = "") -> Row:
     """The row that `raw` describes.
 
     Raises:
@@ -223,7 +223,8 @@ def validate(kind: str, raw: dict[str, Any], where: str) -> Row:
     try:
         return row_class(kind).model_validate(raw)
     except ValidationError as error:
-        raise AlignError(f"{where}, {_explain(error.errors(include_url=False)[0])}") from None
+        reason = _explain(error.errors(include_url=False)[0])
+        raise AlignError(f"{where}, {reason}" if where else reason) from None
 
 
 def problem(path: str, got: Any, expected: str) -> str:

@@ -43,7 +43,7 @@ class KTO(TrainingStage):
         from align.trainers.objectives import Unpaired, add_reference_logps
 
         t.seed_everything(self)
-        rows, held = t.rows_of(self, "unpaired", context.name)
+        rows, held = t.rows_of(self, "unpaired", context)
         for part in (rows, held):
             random.Random(self.seed).shuffle(part)
         tokenizer, encoder = t.tokenizer_of(self)

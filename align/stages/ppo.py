@@ -39,7 +39,7 @@ class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, Sampli
         from align.trainers.ppo import PPOTrainer
 
         t.seed_everything(self)
-        rows, held = t.rows_of(self, "prompts", context.name)
+        rows, held = t.rows_of(self, "prompts", context)
         tokenizer, _ = t.tokenizer_of(self)
         encoder = Encoder(tokenizer, None if self.max_length is None else self.max_length - self.max_completion_length)
         judge = self.judge(tokenizer, dtype=self.dtype, max_tokens=self.max_tokens_per_micro_batch)

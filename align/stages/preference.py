@@ -88,7 +88,7 @@ class Preference(TrainingStage):
         preference_losses.check_arguments(self.loss, self.loss_parameters)
         loss = preference_losses[self.loss]
         t.seed_everything(self)
-        rows, held = t.rows_of(self, "preference", context.name)
+        rows, held = t.rows_of(self, "preference", context)
         tokenizer, encoder = t.tokenizer_of(self)
         trees = t.encoded(encoder.preference, rows, context.name)
         held_trees = t.encoded(encoder.preference, held, f"{context.name} (held out)")

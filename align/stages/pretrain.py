@@ -44,7 +44,7 @@ class Pretrain(TrainingStage):
         from align.trainers.objectives import LanguageModel
 
         t.seed_everything(self)
-        rows, held = t.rows_of(self, "text", context.name)
+        rows, held = t.rows_of(self, "text", context)
         start = self.model or self.tokenizer
         if start is not None:
             tokenizer = load_tokenizer(start, trust_remote_code=self.trust_remote_code)

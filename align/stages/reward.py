@@ -34,7 +34,7 @@ class RewardModel(TrainingStage):
         from align.trainers.objectives import RewardModel as Objective
 
         t.seed_everything(self)
-        rows, held = t.rows_of(self, "preference", context.name)
+        rows, held = t.rows_of(self, "preference", context)
         tokenizer, encoder = t.tokenizer_of(self)
         trees = t.encoded(encoder.preference, rows, context.name)
         held_trees = t.encoded(encoder.preference, held, f"{context.name} (held out)")

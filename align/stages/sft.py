@@ -24,7 +24,7 @@ class SFT(TrainingStage):
         from align.trainers.objectives import LanguageModel
 
         t.seed_everything(self)
-        rows, held = t.rows_of(self, "sft", context.name)
+        rows, held = t.rows_of(self, "sft", context)
         tokenizer, encoder = t.tokenizer_of(self)
         trees, held_trees = t.encoded(encoder.sft, rows, context.name), t.encoded(encoder.sft, held, f"{context.name} (held out)")
         t.check_end_token(encoder, rows, trees)
