@@ -63,7 +63,7 @@ def test_a_command_parses_and_plans(command, capsys, folder):
     if program == "python":
         script, *arguments = arguments
         arguments = ["run", str(ROOT / script if script.startswith("pipelines/") else script), *arguments]
-    if arguments[0] in ("models", "report", "data"):
+    if arguments[0] in ("models", "report", "data", "check"):
         code = main(arguments)
         assert code == 0 or re.search("no model 'demo-|no run folder", capsys.readouterr().err)
         return
