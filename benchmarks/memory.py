@@ -22,18 +22,18 @@ from benchmarks.probe import ROOT
 SIZES: dict[str, dict[str, int]] = {
     "4M": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6},
     "14M": {"hidden_size": 256, "intermediate_size": 1280, "num_hidden_layers": 8},
-    "45M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12},
+    "35M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8},
 }
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
-    "sft": ("sft", {"data": "pairs.jsonl", "max_steps": 3}),
-    "dpo": ("preference", {"data": "pairs.jsonl", "max_steps": 3, "beta": 0.1}),
-    "reward": ("reward", {"data": "pairs.jsonl", "max_steps": 3}),
+    "sft": ("sft", {"data": "pairs.jsonl", "max_steps": 2}),
+    "dpo": ("preference", {"data": "pairs.jsonl", "max_steps": 2, "beta": 0.1}),
+    "reward": ("reward", {"data": "pairs.jsonl", "max_steps": 2}),
     "ppo": (
         "ppo",
         {
             "data": "pairs.jsonl",
             "reward_funcs": ["length_band(low=10, high=90)"],
-            "total_episodes": 32,
+            "total_episodes": 16,
             "episodes_per_step": 16,
             "num_mini_batches": 1,
             "max_completion_length": 48,

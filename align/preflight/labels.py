@@ -13,6 +13,7 @@ from align.schema import PreferenceRow
 FOLDS = 5
 AGREEMENT = 0.7
 """Share of pairs that the words of the others must get right before they are believed."""
+FEWEST = 100
 MOST = 2000
 """Pairs looked at."""
 
@@ -21,9 +22,12 @@ def suspicious(pairs: Sequence[PreferenceRow]) -> list[int]:
     """Indices of the pairs whose words say clearly that the rejected answer is the better one.
 
     A word's weight is the logarithm of its odds to be in the chosen answer only, against the rejected one only, in the pairs of the
-    other folds (naive Bayes). Where that ranks less than 70 % of the pairs right, words say nothing here and no pair is suspicious.
-    Clearly means: by more than half of what a typical pair is ranked right by.
+    other folds (naive Bayes), less what those odds are for all words, so that length says nothing. Where that ranks less than 70 %
+    of the pairs right, or there are fewer than 100, words say nothing here and no pair is suspicious. Clearly means: by more than
+    half of what a typical pair is ranked right by.
     """
+    if len(pairs) < FEWEST:
+        return []
     pairs = pairs[:MOST]
     sides = [(set(words(said["chosen"])), set(words(said["rejected"]))) for said in map(texts, pairs)]
     folds = [_fold(pair) for pair in pairs]
@@ -35,7 +39,8 @@ def suspicious(pairs: Sequence[PreferenceRow]) -> list[int]:
             if other != fold:
                 chosen.update(good - bad)
                 rejected.update(bad - good)
-        weights = {word: math.log((chosen[word] + 1) / (rejected[word] + 1)) for word in chosen.keys() | rejected.keys()}
+        length = math.log((chosen.total() + 1) / (rejected.total() + 1))
+        weights = {word: math.log((chosen[word] + 1) / (rejected[word] + 1)) - length for word in chosen.keys() | rejected.keys()}
         for i, (good, bad) in enumerate(sides):
             if folds[i] == fold:
                 scores[i] = sum(weights.get(word, 0.0) for word in good - bad) - sum(weights.get(word, 0.0) for word in bad - good)

@@ -28,6 +28,12 @@ CHUNKS = 4
 """Tensors of the size of a chunk of logits that are held at a time, in the head's backward pass."""
 PASSING = 3
 """Tensors of the size of the largest in a layer that are on their way, forward or backward."""
+HEAP = 1.24
+"""On a CPU: what the C library's heap takes for tensors of up to 32 MB, for what they take themselves (measured)."""
+MAPPED = 2**25
+"""Larger ones it maps, and gives back whole."""
+HOLES = 0.8
+"""On a CPU: of each adapted layer's output, what its adapter makes unusable by a small tensor in a freed place (measured)."""
 
 
 class _Attention(torch.autograd.Function):
@@ -121,7 +127,14 @@ class Skeleton:
         with saved_tensors_hooks(note, lambda x: x):
             self._forward(tokens)()
         sizes = [x.untyped_storage().nbytes() for x in kept.values()]
-        return sum(sizes), max(sizes, default=0)
+        total = sum(sizes) if self.gpu else sum(size * HEAP if size <= MAPPED else size for size in sizes)
+        return round(total + self._holes(tokens)), max(sizes, default=0)
+
+    def _holes(self, tokens: int) -> float:
+        if self.lora is None or self.gpu:
+            return 0.0
+        outputs = [tokens * 4 * module.out_features for module in self.model.modules() if hasattr(module, "lora_A")]
+        return HOLES * sum(size for size in outputs if size <= MAPPED)
 
     def activations(self, tokens: int) -> int:
         """Bytes held when the backward pass of so many tokens begins, what is on its way included."""
