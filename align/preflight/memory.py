@@ -28,11 +28,11 @@ CHUNKS = 4
 """Tensors of the size of a chunk of logits that are held at a time, in the head's backward pass."""
 PASSING = 3
 """Tensors of the size of the largest in a layer that are on their way, forward or backward."""
-HEAP = 1.24
+HEAP = 1.3
 """On a CPU: what the C library's heap takes for tensors of up to 32 MB, for what they take themselves (measured)."""
 MAPPED = 2**25
 """Larger ones it maps, and gives back whole."""
-HOLES = 0.8
+HOLES = 0.9
 """On a CPU: of each adapted layer's output, what its adapter makes unusable by a small tensor in a freed place (measured)."""
 
 
