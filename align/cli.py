@@ -12,6 +12,8 @@ from typing import NoReturn
 from align import __version__
 from align.commands import (
     chat,
+    check,
+    data,
     export,
     models,
     report,
@@ -28,6 +30,8 @@ COMMANDS = (
     models,
     report,
     chat,
+    check,
+    data,
     export,
     serve,
     ui,

@@ -7,40 +7,154 @@ import json
 import os
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
 from align.errors import AlignError
-from align.formats import SetAside, formats
-from align.schema import Message, PromptRow, Row, TextRow, missing, row_class, validate
+from align.formats import formats
+from align.intake.account import Account, Quarantine
+from align.intake.catalog import SetAside
+from align.intake.files import Item, Raw, Unreadable
+from align.intake.kinds import UNMATCHED, convert, detect, pair, read, recognise
+from align.schema import LabelledRow, LabelledText, Message, PromptRow, QARow, Row, TaggedTokens, TextRow, row_class, validate
 from align.sources import fingerprint as fingerprint
 from align.sources import read_source
-from align.turns import Fields, Raw, cut, same_reply
 
 AnyRow = TypeVar("AnyRow", bound=Row)
 
-GIVES = {
-    "text": ("text",),
-    "sft": ("sft", "prompts"),
-    "preference": ("preference", "sft", "prompts", "unpaired"),
-    "unpaired": ("unpaired", "prompts"),
-    "prompts": ("prompts",),
-}
-"""What rows of one kind can be used as."""
+PEEKED = 64
+"""Rows of a file that are looked at to recognise its format."""
+OR_QUARANTINE = "; mend the row, or set on_bad_row to quarantine"
+EXAMPLES = 1000
+"""Rows set aside that are remembered with their reasons; all of them are counted."""
 
-NATIVE = {
-    "text": ("text",),
-    "sft": ("prompt", "completion"),
-    "preference": ("chosen", "rejected"),
-    "unpaired": ("prompt", "completion", "label"),
-    "prompts": ("prompt",),
-}
-"""The native columns of each kind."""
+
+class RowStream:
+    """The rows of one source, one at a time, in bounded memory, and an account of every row read so far.
+
+    Each iteration reads the source anew. `kind` is None until the first row is read, unless it was given.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        kind: str | None = None,
+        *,
+        format: str | None = None,
+        split: str = "train",
+        limit: int | None = None,
+        on_bad_row: str = "raise",
+        quarantine: Quarantine | None = None,
+    ) -> None:
+        """The arguments are those of `load_rows`; without a `kind`, rows are of the one that most have by themselves.
+
+        Raises:
+            AlignError: an argument is none of its options.
+        """
+        if kind is not None:
+            row_class(kind)
+        if format is not None:
+            formats[format]
+        if on_bad_row not in ("raise", "quarantine"):
+            raise AlignError(f"on_bad_row: got {on_bad_row!r}, expected 'raise' or 'quarantine'")
+        if limit is not None and limit < 1:
+            raise AlignError(f"limit: got {limit}, expected at least 1")
+        self.source, self.kind, self.split, self.limit = str(source), kind, split, limit
+        self.account = Account()
+        self.set_aside: list[tuple[str, str]] = []
+        """Place and reason of the first rows that were set aside."""
+        self._named, self._recognised = format, dict[str, None]()
+        self._strict, self._quarantine = on_bad_row == "raise", quarantine or Quarantine(None)
+        self._waiting: dict[str, list[tuple[Item, LabelledRow]]] = {}
+
+    @property
+    def format(self) -> str:
+        """The format read; several, joined by commas, where the files of a folder differ."""
+        return self._named or ", ".join(self._recognised)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.account, self.set_aside, self._recognised, self._waiting = Account(), [], {}, {}
+        for _, items in groupby(read_source(self.source, self.split), key=itemgetter(0)):
+            for row in self._file(items):
+                self.account.gave += 1
+                yield row
+                if self.account.gave == self.limit:
+                    return
+        for waiting in self._waiting.values():
+            for item, _ in waiting:
+                self._put_aside(item, UNMATCHED)
+
+    def _file(self, items: Iterator[Item]) -> Iterator[Row]:
+        """The rows of one file. Its format is that of most of its first rows, so that a broken one has no say."""
+        head = list(islice(items, PEEKED))
+        name, self.kind = recognise((item.raw for item in head if isinstance(item.raw, dict)), self.kind, self._named)
+        for item in chain(head, items):
+            if name is None and isinstance(item.raw, dict):
+                name, self.kind = recognise([item.raw], self.kind, None)
+            try:
+                found = self._read(item.raw, name)
+            except AlignError as error:
+                if self._strict:
+                    raise AlignError(f"{item.file} row {item.number}, {error}{OR_QUARANTINE}") from error
+                self._put_aside(item, str(error))
+                continue
+            rows = [row for row in found if not isinstance(row, SetAside)]
+            if self.kind == "preference" and rows and isinstance(rows[0], LabelledRow):
+                yield from self._paired(item, rows[0])
+            elif rows:
+                self.account.use(item.rows, [row.reason for row in found if isinstance(row, SetAside)])
+                yield from rows
+            else:
+                self._put_aside(item, found[0].reason)
+
+    def _read(self, raw: Raw | Unreadable, name: str | None) -> list[Any]:
+        """The rows that `raw` holds, or why it holds none.
+
+        Raises:
+            AlignError: it is malformed. The message does not say where it stands.
+        """
+        if isinstance(raw, Unreadable):
+            raise AlignError(raw.reason)
+        name = name or detect(raw, self.kind)
+        self._recognised[name] = None
+        if self.kind is None:  # no row so far has told
+            self.kind = recognise([raw], None, name)[1]
+        if self.kind is None:
+            return list(read(name, raw))
+        found: list[Any] = convert(name, raw, self.kind)
+        for i, fields in enumerate(found):
+            if not isinstance(fields, SetAside):
+                found[i] = validate("unpaired" if self.kind == "preference" and "label" in fields else self.kind, fields)
+        return found
+
+    def _paired(self, item: Item, row: LabelledRow) -> Iterator[Row]:
+        """The pair that a labelled answer makes with an earlier one to the same prompt; without one, it waits."""
+        key = json.dumps(row.model_dump(include={"prompt", "tools"}), sort_keys=True)
+        waiting = self._waiting.setdefault(key, [])
+        if not waiting or waiting[0][1].label == row.label:
+            waiting.append((item, row))
+            return
+        other_item, other = waiting.pop(0)
+        fields = pair(*(each.model_dump(exclude_none=True) for each in ((row, other) if row.label else (other, row))))
+        if isinstance(fields, SetAside):
+            self._put_aside(item, fields.reason)
+            self._put_aside(other_item, fields.reason)
+            return
+        self.account.use(item.rows + other_item.rows, [])
+        yield validate("preference", fields)
+
+    def _put_aside(self, item: Item, reason: str) -> None:
+        self.account.put_aside(item.rows, reason)
+        if len(self.set_aside) < EXAMPLES:
+            self.set_aside.append((f"{item.file} row {item.number}", reason))
+        content = item.raw.content if isinstance(item.raw, Unreadable) else item.raw
+        self._quarantine.add(item.file, item.number, reason, content)
 
 
 @dataclass
@@ -51,20 +165,13 @@ class Rows:
     source: str
     format: str
     """The format read; several, joined by commas, where the files of a folder differ."""
-    set_aside: list[tuple[int, str]] = field(default_factory=list)
-    """Row number and reason. In a folder the numbers run on from file to file."""
+    account: Account = field(default_factory=Account)
+    set_aside: list[tuple[str, str]] = field(default_factory=list)
+    """Place (file and row) and reason of the first 1,000 rows that were set aside."""
 
     def summary(self) -> str:
         """``697 rows = 690 used + 7 set aside (7 identical chosen and rejected)``: one line that adds up."""
-        line = f"{len(self.rows) + len(self.set_aside):,} rows = {len(self.rows):,} used + {len(self.set_aside):,} set aside"
-        return f"{line} ({self.reasons()})" if self.set_aside else line
-
-    def reasons(self) -> str:
-        """How many rows were set aside for which reason, the most frequent first."""
-        counts = Counter(reason for _, reason in self.set_aside).most_common()
-        shown = [f"{count:,} {reason}" for reason, count in counts[:4]]
-        rest = sum(count for _, count in counts[4:])
-        return ", ".join([*shown, f"{rest:,} for other reasons"] if rest else shown)
+        return self.account.summary()
 
 
 def load_rows(
@@ -75,133 +182,31 @@ def load_rows(
     split: str = "train",
     limit: int | None = None,
     on_bad_row: str = "raise",
+    quarantine: Quarantine | None = None,
 ) -> Rows:
-    """The rows of `source` as rows of `kind`, one of `align.schema.KINDS`.
+    """The rows of `source` as rows of `kind`, one of `align.schema.KINDS`, all in memory; `RowStream` gives them one at a time.
 
-    `source` is a file (.jsonl, .json, .csv, .tsv, .parquet, .txt, also with .gz or .zst), a folder of such files, a data set saved
-    by `datasets`, or an id on the hub. `format` names one of `align.formats.formats`; by default each file's is recognised by its
-    columns. `split` chooses within folders and data sets that have splits. `limit` stops after that many rows. A malformed row
-    raises, or with ``on_bad_row="quarantine"`` is set aside; a pair whose two replies are the same is always set aside.
+    `source` is a file (.jsonl, .json, .csv, .tsv, .parquet, .txt, .conll, also with .gz or .zst), a folder of such files, a data
+    set saved by `datasets`, an entry of a dataset_info.json, or an id on the hub. `format` names one of `align.formats.formats`; by
+    default each file's is recognised by its columns. `split` chooses within folders and data sets that have splits. `limit` stops
+    after that many rows. A malformed row raises, or with ``on_bad_row="quarantine"`` is set aside, and written to `quarantine`; a
+    pair whose two replies are the same is always set aside.
 
     Raises:
         AlignError: there is no such source, format or kind; a row is malformed or cannot give `kind`; no row is left.
     """
-    row_class(kind)
-    if format is not None:
-        formats[format]
-    if on_bad_row not in ("raise", "quarantine"):
-        raise AlignError(f"on_bad_row: got {on_bad_row!r}, expected 'raise' or 'quarantine'")
-    if limit is not None and limit < 1:
-        raise AlignError(f"limit: got {limit}, expected at least 1")
-    loaded = Rows([], str(source), format or "")
-    recognised: dict[str, str] = {}
-    count = number = offset = 0
-    last_file = None
-    for file, number_in_file, raw in read_source(str(source), split):
-        offset, last_file = (offset, file) if file == last_file else (number, file)
-        number, count = offset + number_in_file, count + 1
-        where = f"{file} row {number_in_file}"
-        try:
-            name = format or recognised.get(file) or detect(_sound(raw), kind)
-            found = [row if isinstance(row, SetAside) else validate(kind, row, where) for row in convert(name, _sound(raw), kind)]
-        except AlignError as error:
-            reason = str(error).removeprefix(f"{where}, ")
-            if on_bad_row == "raise":
-                raise AlignError(f"{where}, {reason}") from error
-            loaded.set_aside.append((number, reason))
-            continue
-        recognised[file] = name
-        loaded.set_aside += [(number, row.reason) for row in found if isinstance(row, SetAside)]
-        loaded.rows += [row for row in found if not isinstance(row, SetAside)]
-        if limit is not None and len(loaded.rows) >= limit:
-            del loaded.rows[limit:]
-            break
-    if not loaded.rows:
-        raise AlignError(f"{source}: no rows" + (f" to use as {kind}: {loaded.reasons()}" if count else ": it is empty"))
-    loaded.format = format or ", ".join(dict.fromkeys(recognised.values()))
-    return loaded
+    stream = RowStream(source, kind, format=format, split=split, limit=limit, on_bad_row=on_bad_row, quarantine=quarantine)
+    rows = list(stream)
+    refuse_empty(stream)
+    return Rows(rows, stream.source, stream.format, stream.account, stream.set_aside)
 
 
-def _sound(raw: Raw | AlignError) -> Raw:
-    if isinstance(raw, AlignError):
-        raise raw
-    return raw
-
-
-# From a raw row to the fields of a kind
-
-
-def detect(raw: Raw, kind: str) -> str:
-    """The name of the first format that `raw` matches.
-
-    Raises:
-        AlignError: none does; the message lists the columns found, and the one that a row of `kind` would have.
-    """
-    if kind == "text" and "text" in raw:
-        return "text"
-    for name in formats:
-        if formats[name].matches(raw):
-            return name
-    raise AlignError(f"the columns fit no format; {_lacking(raw, kind)}; formats: {', '.join(formats)}")
-
-
-def convert(name: str, raw: Raw, kind: str) -> list[Fields | SetAside]:
-    """Read `raw` as format `name` and give the fields of rows of `kind`.
-
-    Raises:
-        AlignError: the row lacks a column, is malformed, or cannot give `kind`. The message does not say where it stands.
-    """
-    entry = formats[name]
-    for column in entry.needs:
-        if column not in raw:
-            raise AlignError(f"column {column!r} of format {name!r}: {missing(column, raw)}")
-    if not entry.when(raw):
-        raise AlignError(f"not a row of format {name!r}; {_lacking(raw, kind)}")
-    try:
-        read = entry(raw)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:  # a shape that the format did not foresee
-        raise AlignError(f"not a well-formed row of format {name!r}: {type(error).__name__}: {error}") from error
-    rows = [row for found in read for row in ([found] if isinstance(found, SetAside) else _as_kind(found, kind, raw, name))]
-    if kind != "prompts":
-        return rows
-    kept = {column: value for column, value in raw.items() if column not in (*entry.prompt, "prompt", "tools")}
-    unique = [row for i, row in enumerate(rows) if row not in rows[:i]]
-    return [row if isinstance(row, SetAside) else {**row, "columns": kept} for row in unique]
-
-
-def _as_kind(fields: Fields, kind: str, raw: Raw, name: str) -> list[Fields | SetAside]:
-    """`fields` as rows of `kind`: as they are, or derived where there is one obvious way."""
-    have = kind_of(fields)
-    if have == "preference" and kind in ("preference", "unpaired") and same_reply(fields["chosen"], fields["rejected"]):
-        return [SetAside("identical chosen and rejected")]
-    if (kind == "sft" and "messages" in fields) or (have == kind and have != "prompts"):
-        return [fields]  # messages without an assistant's turn included: the schema says best what is wrong with them
-    if kind not in GIVES[have]:
-        usable = " or ".join(GIVES[have])
-        raise AlignError(f"format {name!r} gives {have} rows here, which can be used as {usable}; {_lacking(raw, kind)}")
-    shared = {"tools": fields["tools"]} if "tools" in fields else {}
-    if "messages" in fields:
-        prompt = cut(fields["messages"])[0]
-        return [{"prompt": prompt, **shared} if prompt else SetAside("no turn before the assistant's")]
-    shared["prompt"] = fields["prompt"]
-    if kind == "prompts":
-        return [shared]
-    if kind == "sft":
-        return [{**shared, "completion": fields["chosen"]}]
-    return [{**shared, "completion": fields[side], "label": side == "chosen"} for side in ("chosen", "rejected")]
-
-
-def kind_of(fields: Fields) -> str:
-    """The kind of row that `fields` are, before any derivation."""
-    if "messages" in fields:
-        return "sft" if any(message["role"] == "assistant" for message in fields["messages"]) else "prompts"
-    telling = {"label": "unpaired", "chosen": "preference", "completion": "sft", "prompt": "prompts", "text": "text"}
-    return next(kind for column, kind in telling.items() if column in fields)
-
-
-def _lacking(raw: Raw, kind: str) -> str:
-    column = next((column for column in NATIVE[kind] if column not in raw), NATIVE[kind][0])
-    return f"for {kind} rows, column {column!r} is {missing(column, raw)}"
+def refuse_empty(stream: RowStream) -> None:
+    """Raise `AlignError` if `stream`, read to its end, gave no row."""
+    account = stream.account
+    if not account.gave:
+        why = f" to use as {stream.kind}: {account.summary()}" if account.rows else ": it is empty"
+        raise AlignError(f"{stream.source}: no rows{why}")
 
 
 # Splitting and writing
@@ -227,14 +232,19 @@ def split_by_prompt(rows: Sequence[AnyRow], held_out: float, seed: int = 0) -> t
 
 def prompt_key(row: Row) -> str:
     """What makes two prompts the same: the letters and digits of the first user turn, in lower case."""
-    text = _first_prompt(row)
+    text = first_prompt(row)
     plain = "".join(letter for letter in unicodedata.normalize("NFKC", text).lower() if letter.isalnum())
     return plain or text.strip()
 
 
-def _first_prompt(row: Row) -> str:
-    if isinstance(row, TextRow):
+def first_prompt(row: Row) -> str:
+    """The first user turn, or all of a prompt without one; of other rows the text that they are about."""
+    if isinstance(row, TextRow | LabelledText):
         return row.text
+    if isinstance(row, TaggedTokens):
+        return " ".join(row.tokens)
+    if isinstance(row, QARow):  # a context is on one side with all its questions
+        return row.context or row.question
     prompt: str | list[Message] = getattr(row, "prompt", None) or getattr(row, "messages", None) or ""
     if isinstance(prompt, str):
         return prompt
@@ -261,11 +271,18 @@ def write_rows(path: str | Path, rows: Iterable[Row | Raw]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _line(row: Row | Raw) -> str:
-    """One line of JSON. The line ends of Unicode are escaped, for readers that split lines at them."""
+def plain_fields(row: Row | Raw) -> Raw:
+    """The columns that `row` is written as: a prompt's own are columns of the file."""
     fields = row.model_dump(exclude_none=True) if isinstance(row, BaseModel) else row
     if isinstance(row, PromptRow):
-        fields = {**row.columns, **{name: value for name, value in fields.items() if name != "columns"}}
+        return {**row.columns, **{name: value for name, value in fields.items() if name != "columns"}}
+    return fields
+
+
+def _line(row: Row | Raw) -> str:
+    """One line of JSON. The line ends of Unicode are escaped, for readers that split lines at them."""
     return re.sub(
-        "[\x85\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", json.dumps(fields, ensure_ascii=False, default=str)
+        "[\x85\u2028\u2029]",
+        lambda match: f"\\u{ord(match[0]):04x}",
+        json.dumps(plain_fields(row), ensure_ascii=False, default=str),
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from align.errors import AlignError
@@ -18,6 +19,13 @@ Tools = list[dict[str, Any]] | None
 """Descriptions of functions that the chat template shows to the model."""
 
 TEMPLATES = Path(__file__).parent / "templates" / "chat"
+
+MARK = "\ue000"
+"""A character of Unicode's private use area, to find out where a template puts a turn's words."""
+
+
+class Refused(AlignError):
+    """The chat template cannot render one row; others it may."""
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> None:
@@ -80,7 +88,9 @@ class Encoder:
             marker = "\u2603"
             turn = [Message(role="user", content="a"), Message(role="assistant", content=marker)]
             tail = self.render(turn).rpartition(marker)[2]
-            special = [i for i in self._ids(tail) if i in self.tokenizer.all_special_ids]
+            # A base model's tokenizer may have the token without naming it among its special tokens (Llama 3's <|eot_id|>).
+            added = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+            special = [i for i in self._ids(tail) if i in added or i in self.tokenizer.all_special_ids]
             if not special:
                 raise AlignError(
                     f"the chat template puts no end token behind an assistant turn (it puts {tail!r}), so the model would "
@@ -105,6 +115,7 @@ class Encoder:
 
         Raises:
             AlignError: the tokenizer has no chat template.
+            Refused: the template refuses these messages.
         """
         if not self.tokenizer.chat_template:
             raise AlignError(
@@ -112,15 +123,27 @@ class Encoder:
                 "or a .jinja file"
             )
         plain = [message.model_dump(exclude_none=True) for message in messages]
-        return self.tokenizer.apply_chat_template(plain, tools=tools, tokenize=False, add_generation_prompt=generate)
+        try:
+            return self.tokenizer.apply_chat_template(plain, tools=tools, tokenize=False, add_generation_prompt=generate)
+        except TemplateError as error:
+            raise Refused(f"the chat template refuses the row ({error})") from error
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _ids(self, text: str, *, special: bool = False) -> list[int]:
+        """Tokens of `text`, with a begin token at most once: a template writes it, some tokenizers add it, some texts hold it."""
+        ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        return ids[self._doubled(ids) :]
+
+    def _doubled(self, ids: list[int]) -> int:
+        """How many begin tokens stand in front of another one at the start of `ids`."""
+        begin, count = self.tokenizer.bos_token_id, 0
+        while begin is not None and ids[count : count + 2] == [begin, begin]:
+            count += 1
+        return count
 
     def prompt_ids(self, prompt: Text, tools: Tools = None) -> list[int]:
         """Tokens of a prompt, up to where the answer begins."""
         if isinstance(prompt, str):
-            return self.tokenizer(prompt)["input_ids"] if prompt else []
+            return self._ids(prompt, special=True) if prompt else []
         return self._ids(self.render(prompt, generate=True, tools=tools))
 
     def answer_ids(self, prompt: Text, answer: Text, tools: Tools = None) -> list[int]:
@@ -128,7 +151,7 @@ class Encoder:
         if isinstance(answer, str):
             assert isinstance(prompt, str)
             head, tail, end = prompt, answer, self.end_of_text
-            prefix, whole = self.prompt_ids(prompt), self.tokenizer(head + tail)["input_ids"]
+            prefix, whole = self.prompt_ids(prompt), self._ids(head + tail, special=True)
         else:
             turns = [*prompt, *answer]
             head, text = self.render(prompt, generate=True, tools=tools), self.render(turns, tools=tools)  # type: ignore[arg-type]
@@ -158,7 +181,7 @@ class Encoder:
         set_aside: Counter[str] = Counter()
         cut_rows = 0
         for row in rows:
-            ids = self.tokenizer(row.text)["input_ids"]
+            ids = self._ids(row.text, special=True)
             if self.tokenizer.eos_token_id is not None and ids[-1:] != [self.tokenizer.eos_token_id]:
                 ids.append(self.tokenizer.eos_token_id)
             step = self.max_length or max(len(ids), 1)
@@ -185,8 +208,8 @@ class Encoder:
             return Tree(head + answer, prompt_mask=[False] * len(head) + [True] * len(answer))
         turns = row.messages
         answered = [i for i, message in enumerate(turns) if message.role == "assistant"]
-        if len(answered) == 1 and answered[0] == len(turns) - 1:
-            head = self.prompt_ids(turns[:-1], row.tools) if len(turns) > 1 else []
+        if answered == [len(turns) - 1] and len(turns) > 1:
+            head = self.prompt_ids(turns[:-1], row.tools)
             answer = self.answer_ids(turns[:-1], turns[-1:], row.tools)
             return Tree(head + answer, prompt_mask=[False] * len(head) + [True] * len(answer))
         return self._conversation(turns, answered, row.tools)
@@ -194,27 +217,60 @@ class Encoder:
     def _conversation(self, turns: list[Message], answered: list[int], tools: Tools) -> Tree:
         """Several assistant turns: the characters that each adds to the rendered text, mapped to tokens by their offsets."""
         text = self.render(turns, tools=tools)
-        spans = []
-        for i in answered:
-            before = self.render(turns[:i], generate=True, tools=tools) if i else ""
-            after = self.render(turns[: i + 1], tools=tools)
-            if not (text.startswith(before) and text.startswith(after)):
-                raise AlignError(
-                    "the chat template renders earlier turns differently later in the conversation, so turns cannot be told apart"
-                )
-            spans.append((len(before), len(after)))
+        spans = [self._span(text, turns, i, tools) for i in answered]
+        if not self.tokenizer.is_fast:
+            raise AlignError(
+                "conversations of several answers need a fast tokenizer, which knows where each token stands in the text"
+            )
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, mask = encoding["input_ids"], []
-        for start, end in encoding["offset_mapping"]:
-            mask.append(any(start < stop and end > begin for begin, stop in spans))
-        # Whitespace behind the end token belongs to no answer.
-        for i in range(len(ids) - 1):
-            if mask[i] and ids[i] == self.end_of_turn:
-                j = i + 1
-                while j < len(ids) and mask[j] and not self.tokenizer.decode([ids[j]]).strip():
-                    mask[j] = False
-                    j += 1
-        return Tree(ids, prompt_mask=mask)
+        doubled = self._doubled(encoding["input_ids"])
+        mask = [any(start < stop and end > begin for begin, stop in spans) for start, end in encoding["offset_mapping"]]
+        return Tree(encoding["input_ids"][doubled:], prompt_mask=mask[doubled:])
+
+    def _span(self, text: str, turns: Sequence[Message], i: int, tools: Tools) -> tuple[int, int]:
+        """Where in `text`, the rendered `turns`, the words of the assistant's turn `i` and their end token stand."""
+        begin, stop = self._added(text, turns, i, tools) or self._found(text, turns, i, tools)
+        end = self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
+        # What a template puts behind the end token ("\n") is the next turn's.
+        last = text.rfind(end, begin, stop)
+        if last >= 0:
+            return begin, last + len(end)
+        behind = len(text) - len(text[stop:].lstrip())
+        return begin, behind + len(end) if text.startswith(end, behind) else stop
+
+    def _added(self, text: str, turns: Sequence[Message], i: int, tools: Tools) -> tuple[int, int] | None:
+        """What the turn adds to the text before it; None where the template writes that differently later on."""
+        if i == 0:
+            return None
+        before = self.render(turns[:i], generate=True, tools=tools)
+        after = self.render(turns[: i + 1], tools=tools)
+        return (len(before), len(after)) if text.startswith(after) and after.startswith(before) else None
+
+    def _found(self, text: str, turns: Sequence[Message], i: int, tools: Tools) -> tuple[int, int]:
+        """Where `text` changes when the turn does, for templates that rewrite earlier turns (Mistral's shows tools in front of the
+        latest question only; others leave out earlier reasoning).
+
+        Raises:
+            AlignError: the template shows the turn's words not at all, or more than once.
+        """
+        turn = turns[i]
+        calls = [{**call, "function": {**call["function"], "name": MARK}} for call in turn.tool_calls or []]
+        changed = turn.model_copy(update={"tool_calls": calls} if calls else {"content": MARK})
+        other = self.render([*turns[:i], changed, *turns[i + 1 :]], tools=tools)
+        start = other.find(MARK)  # the text before it is the same in both
+        if other.count(MARK) == max(len(calls), 1) and text[:start] == other[:start]:
+            if i:
+                before, alone = self.render(turns[:i], generate=True, tools=tools), self.render(turns[: i + 1], tools=tools)
+                added = alone[len(before) :] if alone.startswith(before) else ""
+                begin = text.find(added, max(start - len(added), 0)) if added else -1
+                if 0 <= begin <= start:
+                    return begin, begin + len(added)
+            behind = other[start + len(MARK) :]
+            if not calls and text.endswith(behind):
+                return start, len(text) - len(behind)
+        raise AlignError(
+            "the chat template renders earlier turns differently later in the conversation, so turns cannot be told apart"
+        )
 
     def preference(self, rows: Iterable[PreferenceRow]) -> Encoded:
         """A prompt with two branches, chosen first; the value ``margin`` is the row's, 0 where it has none."""
@@ -244,7 +300,11 @@ class Encoder:
         set_aside: Counter[str] = Counter()
         cut_rows = cut_tokens = 0
         for row in rows:
-            tree = encode(row)
+            try:
+                tree = encode(row)
+            except Refused as refusal:
+                set_aside[str(refusal)] += 1
+                continue
             if self.max_length is not None and tree.longest > self.max_length:
                 shorter = _shorten(tree, self.max_length)
                 if shorter is None:

@@ -2,62 +2,22 @@
 
 A format function returns the fields it finds (``{"prompt": ..., "chosen": ..., "rejected": ...}``), a list of such dictionaries
 when one raw row holds several rows, or `SetAside` when it holds none. Which kind of row the fields make, and what other kinds
-that gives, is the business of `align.data.convert`. Formats are tried in the order of this file; the most general one comes last.
+that gives, is the business of `align.intake.kinds`. Formats are tried in the order of this file, behind those of
+`align.intake.tasks`; the most general one comes last.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from align.catalog import Catalog
 from align.errors import AlignError
+from align.intake import tasks as _tasks  # noqa: F401  registers its formats, in front of these
+from align.intake.catalog import Format as Format
+from align.intake.catalog import SetAside, data_format
+from align.intake.catalog import formats as formats
 from align.schema import problem
-from align.turns import Fields, Raw, assistant, cut, shared_prompt, string, tools, truth, turn, turns, user, weighted
-
-
-@dataclass(frozen=True)
-class SetAside:
-    """A well-formed row with nothing to train on: `reason` says why. It is counted, never dropped in silence."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Format:
-    """How to recognise the rows of one format, and read them."""
-
-    read: Callable[[Raw], Fields | SetAside | list[Fields]]
-    needs: tuple[str, ...]
-    """Columns without which a row is not of this format."""
-    when: Callable[[Raw], bool]
-    """A look at the other columns or the values, where these columns do not decide."""
-    prompt: tuple[str, ...]
-    """Columns that the prompt is made of; a prompt row keeps all others for the reward functions."""
-
-    def __call__(self, raw: Raw) -> list[Fields] | list[SetAside]:
-        found = self.read(raw)
-        if isinstance(found, SetAside):
-            return [found]
-        return found if isinstance(found, list) else [found]
-
-    def matches(self, raw: Raw) -> bool:
-        return all(column in raw for column in self.needs) and self.when(raw)
-
-
-formats: Catalog[Format] = Catalog("data format")
-
-
-def data_format(*needs: str, when: Callable[[Raw], bool] = lambda raw: True, prompt: tuple[str, ...] = ()) -> Callable[..., Any]:
-    """Register the decorated function as the format of its name; `needs`, `when` and `prompt` are those of `Format`."""
-
-    def register(read: Callable[[Raw], Any]) -> Callable[[Raw], Any]:
-        formats.add(Format(read, needs, when, prompt or needs), read.__name__)
-        return read
-
-    return register
+from align.turns import Fields, Raw, assistant, cut, number, shared_prompt, string, tools, truth, turn, turns, user, weighted
 
 
 @data_format("chosen", "rejected", when=lambda raw: isinstance(raw["chosen"], list) and not isinstance(raw.get("prompt"), list))
@@ -77,13 +37,6 @@ def _pair(chosen: list[Fields], rejected: list[Fields], raw: Raw) -> Fields | Se
     if not prompt or any(message["role"] in ("user", "system") for reply in replies for message in reply):
         return SetAside("chosen and rejected part before the last reply")
     return {"prompt": prompt, "chosen": replies[0], "rejected": replies[1], **tools(raw)}
-
-
-def _number(raw: Raw, column: str) -> float:
-    try:
-        return float(raw[column])
-    except (KeyError, TypeError, ValueError):
-        raise AlignError(problem(column, raw.get(column), "a number")) from None
 
 
 @data_format("chosen", "rejected", when=lambda raw: isinstance(raw["chosen"], str) and raw["chosen"].startswith("\n\nHuman:"))
@@ -190,9 +143,12 @@ def _ask(raw: Raw, question: str, material: str) -> Fields:
 @data_format("instruction", "output_1", "output_2", "preference", prompt=("instruction",))
 def judged(raw: Raw) -> Fields | SetAside:
     """AlpacaEval annotations: `preference` 1 is for output_1, 2 for output_2, anything between a probability; 0 is a tie."""
-    if raw["preference"] is None or _number(raw, "preference") in (0, 1.5):
+    preference = 0 if raw["preference"] is None else number(raw["preference"], "preference")
+    if preference in (0, 1.5):
         return SetAside("the judge had no preference")
-    best, worst = ("output_1", "output_2") if _number(raw, "preference") < 1.5 else ("output_2", "output_1")
+    if not 1 <= preference <= 2:
+        raise AlignError(problem("preference", preference, "1 for output_1, 2 for output_2, a number between, or 0 for a tie"))
+    best, worst = ("output_1", "output_2") if preference < 1.5 else ("output_2", "output_1")
     return _answered(_ask(raw, "instruction", "input"), string(raw, best), string(raw, worst))
 
 
@@ -265,26 +221,20 @@ def text(raw: Raw) -> Fields:
     return {"text": raw["text"]}
 
 
-def documents(content: str) -> Iterator[str]:
-    """The documents of a text file: parted by ``<|endoftext|>`` if it occurs, else by blank lines, else one a line."""
-    parts = content.split("<|endoftext|>")
-    if len(parts) == 1:
-        parts = re.split(r"\n[^\S\n]*\n", content.strip())
-    if len(parts) == 1:
-        parts = content.split("\n")
-    yield from filter(None, (part.strip() for part in parts))
-
-
-@data_format(when=lambda raw: "prompt" in raw or {"chosen", "rejected"} <= raw.keys(), prompt=("prompt",))
+@data_format("prompt")
 def native(raw: Raw) -> Fields:
-    """TRL's columns, strings or messages: prompt, prompt + completion [+ label], [prompt +] chosen + rejected [+ margin]."""
+    """TRL's columns, strings or messages: prompt, prompt + completion [+ label], prompt + chosen + rejected [+ margin]."""
     replies = ("chosen", "rejected") if {"chosen", "rejected"} <= raw.keys() else ("completion",) if "completion" in raw else ()
-    fields = {column: _text(raw, column) for column in ("prompt", *replies) if column in raw}
-    if "prompt" not in raw:
-        fields = _split_strings(string(raw, "chosen"), string(raw, "rejected"))
+    fields = {column: _text(raw, column) for column in ("prompt", *replies)}
     if "label" in raw and "completion" in fields:
         fields["label"] = truth(raw["label"])
     return {**fields, **(_margin(raw) if "chosen" in fields else {}), **tools(raw)}
+
+
+@data_format("chosen", "rejected", prompt=("chosen", "rejected"))
+def implicit(raw: Raw) -> Fields:
+    """TRL's chosen + rejected [+ margin] as strings, without a prompt: the words that they begin with in common are the prompt."""
+    return {**_split_strings(string(raw, "chosen"), string(raw, "rejected")), **_margin(raw), **tools(raw)}
 
 
 def _text(raw: Raw, column: str) -> Any:
@@ -302,6 +252,8 @@ def _split_strings(chosen: str, rejected: str) -> Fields:
 def _margin(raw: Raw) -> Fields:
     """How much better the chosen reply was scored: given as such, or as two scores."""
     if raw.get("margin") not in (None, ""):
-        return {"margin": _number(raw, "margin")}
-    scored = raw.get("score_chosen") is not None and raw.get("score_rejected") is not None
-    return {"margin": _number(raw, "score_chosen") - _number(raw, "score_rejected")} if scored else {}
+        return {"margin": number(raw.get("margin"), "margin")}
+    scores = [raw.get(column) for column in ("score_chosen", "score_rejected")]
+    if None in scores:
+        return {}
+    return {"margin": number(scores[0], "score_chosen") - number(scores[1], "score_rejected")}

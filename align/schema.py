@@ -63,7 +63,7 @@ Text = Annotated[Annotated[String, Tag("<text>")] | Annotated[list[Message], Tag
 
 
 class Row(_Strict):
-    """What the five kinds have in common: the checks between fields."""
+    """What all kinds have in common: the checks between fields."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Row:
@@ -151,12 +151,55 @@ class LabelledRow(Row):
     tools: list[dict[str, Any]] | None = None
 
 
+class LabelledText(Row):
+    """A text and its class, for classification. Classes are names: 1 is read as "1"."""
+
+    text: String
+    label: String
+
+
+class TaggedTokens(Row):
+    """The words of a sentence and a tag for each, for token classification (BIO, IOB1 ...: as published)."""
+
+    tokens: list[String]
+    tags: list[String]
+
+    @model_validator(mode="after")
+    def _a_tag_for_each(self) -> TaggedTokens:
+        if not self.tokens:
+            raise ValueError(problem("tokens", [], "at least one token"))
+        if len(self.tokens) != len(self.tags):
+            raise ValueError(f"field tags: got {len(self.tags)} tags, expected one for each of the {len(self.tokens)} tokens")
+        return self
+
+
+class QARow(Row):
+    """A question about a context, and every accepted answer: none says that the context does not answer it."""
+
+    question: String
+    context: String = ""
+    answers: list[String] = Field(default_factory=list)
+    starts: list[int] | None = None
+    """Where each answer begins in the context, in characters."""
+
+    @model_validator(mode="after")
+    def _a_start_for_each(self) -> QARow:
+        if self.starts is not None and len(self.starts) != len(self.answers):
+            raise ValueError(
+                f"field starts: got {len(self.starts)} starts, expected one for each of the {len(self.answers)} answers"
+            )
+        return self
+
+
 KINDS: dict[str, type[Row]] = {
     "text": TextRow,
     "sft": SFTRow,
     "preference": PreferenceRow,
     "prompts": PromptRow,
     "unpaired": LabelledRow,
+    "classification": LabelledText,
+    "tagging": TaggedTokens,
+    "qa": QARow,
 }
 
 
@@ -171,7 +214,7 @@ def row_class(kind: str) -> type[Row]:
     return KINDS[kind]
 
 
-def validate(kind: str, raw: dict[str, Any], where: str) -> Row:
+def validate(kind: str, raw: dict[str, Any], where: str = "") -> Row:
     """The row that `raw` describes.
 
     Raises:
@@ -180,7 +223,8 @@ def validate(kind: str, raw: dict[str, Any], where: str) -> Row:
     try:
         return row_class(kind).model_validate(raw)
     except ValidationError as error:
-        raise AlignError(f"{where}, {_explain(error.errors(include_url=False)[0])}") from None
+        reason = _explain(error.errors(include_url=False)[0])
+        raise AlignError(f"{where}, {reason}" if where else reason) from None
 
 
 def problem(path: str, got: Any, expected: str) -> str:

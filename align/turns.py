@@ -6,6 +6,7 @@ Whatever is malformed raises `AlignError` with the path it has in the raw row, s
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from align.errors import AlignError, near_miss
@@ -172,6 +173,35 @@ def string(raw: Raw, name: str) -> str:
     if not isinstance(raw[name], str):
         raise AlignError(problem(name, raw[name], "a string"))
     return raw[name]
+
+
+def strings(value: Any, path: str) -> list[str]:
+    """`value`, if it is a list of strings.
+
+    Raises:
+        AlignError: it is not; `path` is its place in the raw row.
+    """
+    if not isinstance(value, list):
+        raise AlignError(problem(path, value, "a list of strings"))
+    for i, each in enumerate(value):
+        if not isinstance(each, str):
+            raise AlignError(problem(f"{path}[{i}]", each, "a string"))
+    return value
+
+
+def number(value: Any, path: str) -> float:
+    """`value` as a finite number; tables write numbers as text.
+
+    Raises:
+        AlignError: it is none; `path` is its place in the raw row.
+    """
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise AlignError(problem(path, value, "a finite number"))
+    return found
 
 
 def parse_json(value: Any, path: str) -> Any:

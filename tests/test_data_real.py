@@ -5,13 +5,15 @@ The traps are those that its README lists.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from align.data import load_rows, prompt_key, split_by_prompt, write_rows
+from align.data import RowStream, load_rows, prompt_key, split_by_prompt, write_rows
 from align.errors import AlignError
 
 REAL = Path(os.environ.get("ALIGN_REAL_DATA", Path(__file__).parents[2] / "shared" / "real"))
@@ -66,6 +68,12 @@ REAL_ROWS = {
     "prompts/anthropic_evals_agreeableness.jsonl": ("prompts", 705, 0),
     "prompts/arena_hard_v0_1_question.jsonl": ("prompts", 338, 0),
     "prompts/mt_bench_question.jsonl": ("prompts", 61, 0),
+    "rlvr/svamp.jsonl": ("prompts", 710, 0),
+    "rlvr/commonsenseqa_dev.jsonl": ("prompts", 849, 0),
+    "qa/squad_v2_dev_normans.json": ("qa", 137, 0),
+    "qa/xquad_de.json": ("prompts", 887, 0),
+    "cls/sst2_train.tsv": ("classification", 6917, 0),
+    "ner/wnut17_train.conll": ("tagging", 3394, 0),
     "text/c4_demo.jsonl": ("text", 216, 0),
     "text/tinyshakespeare.txt": ("text", 5534, 0),
     "text/tinystories_train_head.txt": ("text", 3390, 0),
@@ -78,12 +86,47 @@ REAL_ROWS = {
 def test_real_data(name: str) -> None:
     kind, used, set_aside = REAL_ROWS[name]
     loaded = load_rows(REAL / name, kind)
-    assert (len(loaded.rows), len(loaded.set_aside)) == (used, set_aside)
+    assert (len(loaded.rows), loaded.account.set_aside) == (used, set_aside)
 
 
-@pytest.mark.parametrize("folder", ["sft", "pref", "kto", "text"])
-def test_no_real_file_is_left_out(folder: str) -> None:
-    assert {f"{folder}/{path.name}" for path in (REAL / folder).iterdir()} <= set(REAL_ROWS)
+BY_THEMSELVES = {"sft": "sft", "pref": "preference", "kto": "unpaired", "text": "text", "qa": "qa", "cls": "classification"}
+BY_THEMSELVES |= {"ner": "tagging", "rlvr": "prompts", "prompts": "prompts"}
+"""The kind that the files of a folder have by themselves."""
+DEMONSTRATE = ("gsm8k_t", "alpaca_eval_outputs", "alpaca_farm_outputs")
+"""Files of the last two folders that hold answers in full, so that they are demonstrations unless asked for as prompts."""
+
+
+def published_counts() -> dict[str, int]:
+    """Each file of the README's table, and how many rows of it are here."""
+    table = (REAL / "README.md").read_text(encoding="utf-8").split("## Files")[1].split("## Details")[0]
+    counts = {}
+    for name, here in re.findall(r"^\| (\S+) \|[^|]*\|[^|]*\| *([\d,]+) *(?:lines)? *\|", table, flags=re.MULTILINE):
+        name = name.replace("{valid,test}", "valid")
+        if (REAL / name).is_file():
+            counts[name] = int(here.replace(",", ""))
+    return counts
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real data sets are not here")
+def test_every_real_file_is_what_its_readme_says() -> None:
+    """Recognised without a word, the rows that the README counts, each used or set aside for a reason."""
+    counts = published_counts()
+    here = {path.relative_to(REAL).as_posix() for folder in BY_THEMSELVES for path in (REAL / folder).iterdir()}
+    assert counts.keys() == here
+    for name, rows in counts.items():
+        stream = RowStream(REAL / name, on_bad_row="quarantine")
+        gave = sum(1 for _ in stream)
+        account, (folder, file) = stream.account, name.split("/")
+        kind = "sft" if file.startswith(DEMONSTRATE) else BY_THEMSELVES[folder]
+        assert (name, account.rows) == (name, rows)
+        assert account.rows == account.used + sum(account.reasons.values())
+        if file == "mt_bench_reference_gpt4.jsonl":  # answers whose questions are in another file
+            assert (gave, list(account.reasons)) == (0, ["an answer without its question: join it to its question by question_id"])
+            continue
+        assert (name, stream.kind) == (name, kind)
+        assert gave == account.gave >= account.used * (folder != "text")
+        taught_nothing = {"identical chosen and rejected", "the judge had no preference"}
+        assert set(account.reasons) <= taught_nothing
 
 
 def prompts(rows: list[Any]) -> set[str]:
@@ -169,5 +212,21 @@ def test_real_data_set_used_for_another_stage() -> None:
     assert len(load_rows(path, "sft").rows) == 496
     assert len(load_rows(path, "prompts").rows) == 496
     assert len(load_rows(path, "unpaired").rows) == 2 * 495
-    with pytest.raises(AlignError, match="can be used as unpaired or prompts"):
-        load_rows(REAL / "kto/kto_en_demo.jsonl", "preference")
+    assert len(load_rows(REAL / "rlvr/gsm8k_test.jsonl", "sft").rows) == 929
+    pairs = load_rows(REAL / "kto/kto_en_demo.jsonl", "preference")  # few prompts have answers of both labels
+    assert pairs.account.used == 2 * len(pairs.rows)
+    assert pairs.account.rows == 218 == pairs.account.used + sum(pairs.account.reasons.values())
+    with pytest.raises(AlignError, match="can be used as prompts"):
+        load_rows(REAL / "rlvr/svamp.jsonl", "sft")
+
+
+def test_real_solutions_make_pairs() -> None:
+    """Four solutions to a question, each right or wrong: as many pairs as there are of the rarer label."""
+    rows = [json.loads(line) for line in (REAL / "kto/gsm8k_example_model_solutions.jsonl").read_text("utf-8").splitlines()]
+    right = [sum(each["is_correct"] for each in row.values() if isinstance(each, dict)) for row in rows]
+    loaded = load_rows(REAL / "kto/gsm8k_example_model_solutions.jsonl", "preference")
+    parts, whole = sum(loaded.account.parts.values()), loaded.account
+    same = whole.parts["identical chosen and rejected"]
+    assert len(loaded.rows) + same == sum(min(n, 4 - n) for n in right)
+    assert (whole.rows, whole.used) == (929, sum(0 < n < 4 for n in right))
+    assert parts - same == sum(abs(2 * n - 4) for n in right if 0 < n < 4)

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 import align.formats
-from align.data import GIVES, convert, detect, kind_of, load_rows
+from align.data import load_rows
 from align.errors import AlignError
-from align.formats import SetAside, documents, formats
+from align.formats import formats
+from align.intake.catalog import SetAside
+from align.intake.kinds import GIVES, convert, detect, kind_of
+from align.intake.layouts import documents, parting
 from align.schema import KINDS, LabelledRow, PreferenceRow, SFTRow, validate
 from align.turns import turns
 
@@ -23,11 +26,16 @@ COUNTS = {
     "alpaca.preference.jsonl": ("preference", 1, 1),
     "alpaca.ranked.jsonl": ("preference", 1, 1),
     "alpaca.unpaired.jsonl": ("unpaired", 2, 0),
+    "choices.columns.jsonl": ("prompts", 1, 0),
+    "choices.jsonl": ("prompts", 2, 0),
     "dolly.jsonl": ("sft", 2, 0),
     "graded.jsonl": ("unpaired", 2, 0),
     "hh.jsonl": ("preference", 2, 1),
+    "implicit.jsonl": ("preference", 2, 0),
     "judged.jsonl": ("preference", 2, 1),
-    "native.preference.jsonl": ("preference", 3, 0),
+    "labelled.jsonl": ("classification", 2, 0),
+    "labelled.tsv": ("classification", 3, 0),
+    "native.preference.jsonl": ("preference", 2, 0),
     "native.prompts.jsonl": ("prompts", 2, 0),
     "native.sft.jsonl": ("sft", 2, 0),
     "native.unpaired.jsonl": ("unpaired", 2, 0),
@@ -39,16 +47,27 @@ COUNTS = {
     "qa.jsonl": ("sft", 1, 0),
     "questions.jsonl": ("prompts", 2, 0),
     "saferlhf.jsonl": ("preference", 1, 0),
+    "scored.jsonl": ("preference", 1, 1),
+    "scored.nested.jsonl": ("preference", 1, 0),
     "self_instruct.jsonl": ("sft", 2, 0),
     "sharegpt.jsonl": ("sft", 2, 0),
     "sharegpt.preference.jsonl": ("preference", 2, 0),
     "sharegpt.tools.jsonl": ("sft", 2, 0),
+    "squad.json": ("qa", 2, 0),
+    "squad.jsonl": ("qa", 2, 0),
     "stack_exchange.jsonl": ("preference", 1, 0),
+    "svamp.jsonl": ("prompts", 2, 0),
+    "tagged.conll": ("tagging", 2, 0),
+    "tagged.jsonl": ("tagging", 2, 0),
     "text.jsonl": ("text", 2, 0),
     "text.txt": ("text", 3, 0),
     "ultrafeedback.jsonl": ("preference", 2, 0),
 }
 """For each sample: the kind of its rows, how many are used, how many set aside. The format is the first part of its name."""
+
+
+ALONE = ("native.unpaired.jsonl", "openai.unpaired.jsonl")
+"""Samples with one labelled answer to each prompt, which make no pairs."""
 
 
 def said(messages: Any) -> list[tuple[str, str]]:
@@ -61,8 +80,8 @@ def sample(name: str, kind: str | None = None) -> list[Any]:
 
 
 def test_every_format_has_a_sample_and_every_sample_is_listed() -> None:
-    assert {path.name for path in SAMPLES.iterdir()} == set(COUNTS)
-    assert {name.split(".")[0] for name in COUNTS} == set(formats)
+    assert {path.name for path in SAMPLES.iterdir()} == {*COUNTS, "answers.jsonl"}
+    assert {name.split(".")[0] for name in COUNTS} == set(formats) - {"answers"}
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -79,7 +98,10 @@ def test_sample(name: str) -> None:
 def test_every_sample_as_every_kind(name: str, kind: str) -> None:
     """A file gives exactly the kinds that follow from its own; for the others the error says which it can give."""
     gives = GIVES[COUNTS[name][0]]
-    if kind in gives:
+    if kind == "preference" and name in ALONE:
+        with pytest.raises(AlignError, match="no answer with the other label to the same prompt"):
+            sample(name, kind)
+    elif kind in gives:
         assert sample(name, kind)
     else:
         with pytest.raises(AlignError, match=f"{name} row 1, .*can be used as {' or '.join(gives)}; for {kind} rows, column"):
@@ -190,8 +212,8 @@ def test_judged_and_labelled_choices() -> None:
     assert [row.label for row in sample("graded.jsonl")] == [False, True]
 
 
-def test_native_texts_without_a_prompt_share_whole_words() -> None:
-    row = sample("native.preference.jsonl")[1]
+def test_texts_without_a_prompt_share_whole_words() -> None:
+    row = sample("implicit.jsonl")[0]
     assert (row.prompt, row.chosen, row.rejected) == ("The sea is", " blue today.", " because.")
 
 
@@ -243,10 +265,24 @@ def test_roles_in_other_words() -> None:
     assert [message["role"] for message in found] == ["system", "user", "assistant", "tool"]
 
 
-def test_documents() -> None:
-    assert list(documents("a\nb\n<|endoftext|>\nc\n\nd")) == ["a\nb", "c\n\nd"]
-    assert list(documents(" \na\n \nb c\n\n\n")) == ["a", "b c"]
-    assert list(documents("one article\nanother\n")) == ["one article", "another"]
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("a\nb\n<|endoftext|>\nc\n\nd", [(1, "a\nb", 3), (4, "c\n\nd", 3)]),
+        ("a<|endoftext|>b\nc<|endoftext|>\n", [(1, "a", 0), (1, "b\nc", 2)]),
+        (" \na\n \nb c\n\n\n", [(2, "a", 3), (4, "b c", 3)]),
+        ("one article\nanother\n", [(1, "one article", 1), (2, "another", 1)]),
+        ("\n\none\ntwo\n\n", [(3, "one", 3), (4, "two", 2)]),
+        ("\n \n", []),
+        ("", []),
+    ],
+)
+def test_documents_and_the_lines_they_take_up(content: str, expected: list[tuple[int, str, int]]) -> None:
+    """Documents are parted by the marker, else by blank lines between others, else by the ends of lines; every line is counted."""
+    lines = content.splitlines(keepends=True)
+    found = list(documents(lines, parting(lines)))
+    assert found == expected
+    assert not found or sum(taken for _, _, taken in found) == len(lines)
 
 
 def test_the_examples_of_the_documentation_are_of_their_format() -> None:
@@ -259,8 +295,10 @@ def test_the_examples_of_the_documentation_are_of_their_format() -> None:
         for raw in map(json.loads, rows.splitlines()):
             fields = formats[name](raw)[0]
             assert detect(raw, "sft") == name
-            assert isinstance(fields, dict)
-            validate(kind_of(fields), fields, name)
+            assert isinstance(fields, SetAside if name == "answers" else dict)
+            if isinstance(fields, dict):
+                shown = {key: value for key, value in fields.items() if key != "columns" or kind_of(fields) == "prompts"}
+                validate(kind_of(fields), shown, name)
 
 
 def test_the_documented_way_to_add_a_format() -> None:

@@ -120,7 +120,8 @@ def test_accepted(kind: str, raw: dict[str, Any]) -> None:
         (
             "prefrence",
             {},
-            "unknown kind of rows 'prefrence' (did you mean 'preference'?); known: text, sft, preference, prompts, unpaired",
+            "unknown kind of rows 'prefrence' (did you mean 'preference'?); known: text, sft, preference, prompts, unpaired, "
+            "classification, tagging, qa",
         ),
     ],
 )

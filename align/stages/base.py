@@ -59,6 +59,8 @@ class Stage(BaseModel):
 
     stage: ClassVar[str]
     """Its name in the catalog."""
+    reads: ClassVar[str | None] = None
+    """For a stage that trains: the kind of rows that it reads from `data`. The preflight looks at them."""
 
     def run(self, context: Context) -> dict[str, Any]:
         """Do the work, fill ``context.folder``, return the metrics to register.

@@ -15,6 +15,8 @@ from align.stages.sampling import DecodingFields, RewardFields
 class GroupStage(TrainingStage, DecodingFields, RewardFields):
     """What GRPO and RLOO share. Batch sizes count answers, `num_generations` of them for each prompt."""
 
+    reads = "prompts"
+
     trl_fields: ClassVar[tuple[str, ...]] = (
         "max_completion_length",
         "temperature",
@@ -65,7 +67,7 @@ class GroupStage(TrainingStage, DecodingFields, RewardFields):
         from align.trainers.trl import group_trainer
 
         t.seed_everything(self)
-        rows, held = t.rows_of(self, "prompts", context.name)
+        rows, held = t.rows_of(self, "prompts", context)
         tokenizer, _ = t.tokenizer_of(self)
         encoder = Encoder(tokenizer, None if self.max_length is None else self.max_length - self.max_completion_length)
         judge = self.judge(tokenizer, dtype=self.dtype, max_tokens=self.max_tokens_per_micro_batch)

@@ -18,6 +18,8 @@ class KTO(TrainingStage):
     neighbours in the batch. So rows are shuffled once, and come in that order in every epoch.
     """
 
+    reads = "unpaired"
+
     learning_rate: float = Field(5e-7, gt=0)
     """Peak learning rate: 5e-7 to 5e-6 for all weights of a pretrained model, ten times that for LoRA."""
     per_device_train_batch_size: int = Field(8, gt=1)
@@ -41,7 +43,7 @@ class KTO(TrainingStage):
         from align.trainers.objectives import Unpaired, add_reference_logps
 
         t.seed_everything(self)
-        rows, held = t.rows_of(self, "unpaired", context.name)
+        rows, held = t.rows_of(self, "unpaired", context)
         for part in (rows, held):
             random.Random(self.seed).shuffle(part)
         tokenizer, encoder = t.tokenizer_of(self)

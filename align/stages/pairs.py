@@ -39,7 +39,7 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
         from align.scoring import answer, plain
         from align.stages import training as t
 
-        rows, held = t.rows_of(self, "prompts", context.name)
+        rows, held = t.rows_of(self, "prompts", context)
         tokenizer, _ = t.tokenizer_of(self)
         encoder = Encoder(tokenizer, None if self.max_length is None else self.max_length - self.max_completion_length)
         judge = self.judge(tokenizer, dtype=self.dtype, max_tokens=self.max_tokens_per_micro_batch)

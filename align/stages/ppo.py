@@ -15,6 +15,8 @@ from align.trainers.settings import PPOSettings
 class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, SamplingFields, RewardFields, PPOSettings):
     """Sample the policy on prompts, score what it says, and make what scored well more likely, close to where it started."""
 
+    reads = "prompts"
+
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate of the policy: about 1e-6 for all weights of a pretrained model, ten times that for LoRA."""
     max_tokens_per_micro_batch: MaxTokens = 8192
@@ -38,7 +40,7 @@ class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, Sampli
         from align.tuning.tune import trainable
 
         t.seed_everything(self)
-        rows, held = t.rows_of(self, "prompts", context.name)
+        rows, held = t.rows_of(self, "prompts", context)
         tokenizer, _ = t.tokenizer_of(self)
         encoder = Encoder(tokenizer, None if self.max_length is None else self.max_length - self.max_completion_length)
         judge = self.judge(tokenizer, dtype=self.dtype, max_tokens=self.max_tokens_per_micro_batch)

@@ -25,6 +25,8 @@ TRL_LOSSES = {
 class Preference(TrainingStage):
     """Train a policy directly on preference pairs. Parameters of the losses are named as in their papers and have no default."""
 
+    reads = "preference"
+
     loss: str = "dpo"
     """Name in the catalog of preference losses: dpo, ipo, orpo, simpo, robust, hinge, apo_zero, apo_down, rpo, dpo_norm, ld_dpo."""
     learning_rate: float = Field(5e-7, gt=0)
@@ -86,7 +88,7 @@ class Preference(TrainingStage):
         preference_losses.check_arguments(self.loss, self.loss_parameters)
         loss = preference_losses[self.loss]
         t.seed_everything(self)
-        rows, held = t.rows_of(self, "preference", context.name)
+        rows, held = t.rows_of(self, "preference", context)
         tokenizer, encoder = t.tokenizer_of(self)
         trees = t.encoded(encoder.preference, rows, context.name)
         held_trees = t.encoded(encoder.preference, held, f"{context.name} (held out)")

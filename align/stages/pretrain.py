@@ -13,6 +13,8 @@ from align.stages.base import Context, ModelRef, TrainingStage, stage
 class Pretrain(TrainingStage):
     """Train on plain text. With `architecture` the model starts from random weights and its tokenizer is trained on the text."""
 
+    reads = "text"
+
     model: ModelRef | None = Field(None, validation_alias=AliasChoices("model", "model_name_or_path"))  # type: ignore[assignment]
     """The model to continue: a registered name[@version], an alias, a folder or a hub id."""
     architecture: dict[str, Any] | None = None
@@ -42,7 +44,7 @@ class Pretrain(TrainingStage):
         from align.trainers.objectives import LanguageModel
 
         t.seed_everything(self)
-        rows, held = t.rows_of(self, "text", context.name)
+        rows, held = t.rows_of(self, "text", context)
         start = self.model or self.tokenizer
         if start is not None:
             tokenizer = load_tokenizer(start, trust_remote_code=self.trust_remote_code)

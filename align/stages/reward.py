@@ -13,6 +13,8 @@ from align.stages.base import Context, TrainingStage, stage
 class RewardModel(TrainingStage):
     """Train a score head on a language model, from preference pairs."""
 
+    reads = "preference"
+
     learning_rate: float = Field(1e-5, gt=0)
     """Peak learning rate: about 1e-5 for all weights of a pretrained model, ten times that for LoRA."""
     center_rewards_coefficient: float = Field(0.0, ge=0)
@@ -32,7 +34,7 @@ class RewardModel(TrainingStage):
         from align.trainers.objectives import RewardModel as Objective
 
         t.seed_everything(self)
-        rows, held = t.rows_of(self, "preference", context.name)
+        rows, held = t.rows_of(self, "preference", context)
         tokenizer, encoder = t.tokenizer_of(self)
         trees = t.encoded(encoder.preference, rows, context.name)
         held_trees = t.encoded(encoder.preference, held, f"{context.name} (held out)")

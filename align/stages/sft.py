@@ -13,6 +13,8 @@ from align.stages.base import Context, TrainingStage, stage
 class SFT(TrainingStage):
     """Teach a model to answer, from demonstrations."""
 
+    reads = "sft"
+
     learning_rate: float = Field(2e-5, gt=0)
     """Peak learning rate: 1e-5 to 5e-5 for all weights of a pretrained model, ten times that for LoRA."""
 
@@ -21,7 +23,7 @@ class SFT(TrainingStage):
         from align.trainers.objectives import LanguageModel
 
         t.seed_everything(self)
-        rows, held = t.rows_of(self, "sft", context.name)
+        rows, held = t.rows_of(self, "sft", context)
         tokenizer, encoder = t.tokenizer_of(self)
         trees, held_trees = t.encoded(encoder.sft, rows, context.name), t.encoded(encoder.sft, held, f"{context.name} (held out)")
         t.check_end_token(encoder, rows, trees)

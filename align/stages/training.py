@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from align.data import load_rows, split_by_prompt
+from align.data import Quarantine, load_rows, split_by_prompt
 from align.encode import Encoded, Encoder, set_chat_template
 from align.engine import enable_forest
 from align.errors import AlignError, near_miss
@@ -33,15 +33,17 @@ TIMING = ("runtime", "per_second", "preparation_time")
 """Ends of names that the Trainer adds to an evaluation, and that are no measures."""
 
 
-def rows_of(stage: DataFields, kind: str, label: str) -> tuple[list[Any], list[Any]]:
-    """Training and held-out rows of `kind`, with a line for each source that says what became of its rows.
+def rows_of(stage: DataFields, kind: str, context: Context) -> tuple[list[Any], list[Any]]:
+    """Training and held-out rows of `kind`, with a line for each source that says what became of its rows. Rows that were set
+    aside are in ``quarantine.jsonl`` in the stage's folder.
 
     Raises:
         AlignError: from loading; or nothing is left to train on.
     """
-    rows = read_rows(stage, stage.data, kind, label)
+    quarantine = Quarantine(context.folder / "quarantine.jsonl")
+    rows = read_rows(stage, stage.data, kind, context.name, quarantine)
     if stage.eval_data is not None:
-        return rows, read_rows(stage, stage.eval_data, kind, f"{label} (held out)")
+        return rows, read_rows(stage, stage.eval_data, kind, f"{context.name} (held out)", quarantine)
     train, held_out = split_by_prompt(rows, stage.held_out) if stage.held_out else (rows, [])
     if not train:
         raise AlignError(
@@ -50,14 +52,20 @@ def rows_of(stage: DataFields, kind: str, label: str) -> tuple[list[Any], list[A
     return train, held_out
 
 
-def read_rows(stage: DataFields, sources: Sequence[str], kind: str, label: str) -> list[Any]:
+def read_rows(stage: DataFields, sources: Sequence[str], kind: str, label: str, quarantine: Quarantine) -> list[Any]:
     """Rows of `kind` from each of `sources` in turn."""
     rows = []
     for source in sources:
         loaded = load_rows(
-            source, kind, format=stage.data_format, split=stage.data_split, limit=stage.max_rows, on_bad_row=stage.on_bad_row
+            source,
+            kind,
+            format=stage.data_format,
+            split=stage.data_split,
+            limit=stage.max_rows,
+            on_bad_row=stage.on_bad_row,
+            quarantine=quarantine,
         )
-        say(f"{label}: {source}: {loaded.summary()}")
+        say(f"{label}: {source}: {loaded.summary()}{quarantine.note(loaded.account)}")
         rows += loaded.rows
     return rows
 

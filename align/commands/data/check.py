@@ -1,0 +1,54 @@
+"""``align data check``: does every row load, and what becomes of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from align.errors import AlignError
+from align.schema import KINDS
+
+
+def add(actions: Any) -> None:
+    parser = actions.add_parser("check", help="does every row load, and what becomes of it; exit code 1 if some rows do not")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a file, a folder, or any other source of data")
+    parser.add_argument("--kind", choices=list(KINDS), help="what the rows shall be used as (default: what they are)")
+    parser.add_argument("--format", help="the format of the files (default: recognised)")
+    parser.add_argument("--split", default="train", help="which split of a folder or data set (default: train)")
+    parser.add_argument("--quarantine", type=Path, metavar="FILE.jsonl", help="write rows that are set aside, with their reasons")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each file")
+    parser.set_defaults(handler=check)
+
+
+def check(options: argparse.Namespace) -> int:
+    """0: every row is used; 1: some are set aside, or a file could not be read (to its end); 2: nothing could be read."""
+    from align.data import Quarantine, RowStream
+    from align.progress import say
+
+    quarantine = Quarantine(options.quarantine)
+    read = clean = 0
+    for file in options.files:
+        stream = RowStream(
+            file, options.kind, format=options.format, split=options.split, on_bad_row="quarantine", quarantine=quarantine
+        )
+        error = None
+        try:
+            for _ in stream:
+                pass
+        except AlignError as caught:
+            error = str(caught)
+        account = stream.account
+        read += account.rows > 0
+        clean += account.rows > 0 and not account.set_aside and error is None
+        if options.json:
+            found = {"file": file, "format": stream.format or None, "kind": stream.kind, **account.as_dict()}
+            print(json.dumps(found | ({"error": error} if error else {}), ensure_ascii=False))
+        else:
+            print(f"{file}: {stream.format or 'no known format'}, {stream.kind or 'no known kind'}: {account.summary()}")
+            for place, reason in stream.set_aside[:3]:
+                print(f"  {place}: {reason}")
+        if error or not account.rows:
+            say(f"align: {error or f'{file}: no rows: it is empty'}")
+    return 2 if not read else int(clean < len(options.files))

@@ -1,0 +1,295 @@
+"""Readers of files: one function a file type, from a path to numbered raw rows. Nothing here knows what a row means.
+
+All but JSON documents are read in bounded memory, whatever their size.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from align.errors import AlignError, near_miss
+from align.intake import layouts
+from align.schema import problem
+
+Raw = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A row that cannot be read, where those behind it can: why, and what is there instead."""
+
+    reason: str
+    content: str
+
+
+class Item(NamedTuple):
+    """A raw row, or what is wrong with it."""
+
+    file: str
+    number: int
+    """Its place in the file, from 1; in a text file, the line it begins at."""
+    raw: Raw | Unreadable
+    rows: int = 1
+    """How many of the file's rows it stands for: a document of a text file stands for its lines."""
+
+
+Numbered = tuple[int, Raw | Unreadable] | tuple[int, Raw | Unreadable, int]
+
+
+def read_file(path: Path) -> Iterator[Item]:
+    """The rows of one file.
+
+    Raises:
+        AlignError: no reader knows its type; or it cannot be read, or no further.
+    """
+    kind = type_of(path)
+    if kind not in READERS:
+        raise AlignError(
+            f"{path}: cannot read {kind or 'files without a suffix'}{near_miss(kind, READERS)}; expected {', '.join(READERS)}"
+        )
+    try:
+        for numbered in READERS[kind](path):
+            yield Item(path.name, *numbered)
+    except AlignError:
+        raise
+    except Exception as error:  # each compression and file type has its own for a file that is damaged or cut
+        raise AlignError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
+
+
+def type_of(path: Path) -> str:
+    """The suffix that says how to read `path`, without that of a compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in (".gz", ".zst"):
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return gzip.open(path)  # type: ignore[return-value]
+    if path.suffix != ".zst":
+        return path.open("rb")
+    try:
+        import zstandard
+    except ImportError:
+        raise AlignError(f"{path}: reading .zst needs the package zstandard: pip install 'align[zst]'") from None
+    return io.BufferedReader(zstandard.open(path, "rb"))
+
+
+def _text(path: Path, *, newline: str | None = None) -> IO[str]:
+    """Bytes that are not UTF-8 become lone surrogates, which `_broken_text` finds in the row where they stand."""
+    return io.TextIOWrapper(_open(path), "utf-8-sig", "surrogateescape", newline)
+
+
+_ESCAPED = re.compile("[\udc80-\udcff]")
+
+
+def _broken_text(text: str) -> str | None:
+    """What is wrong with `text`, if a byte of it was not UTF-8."""
+    found = None if text.isascii() else _ESCAPED.search(text)
+    return (
+        None if found is None else f"byte {ord(found[0]) - 0xDC00:#04x} at character {found.start() + 1} is not UTF-8; convert it"
+    )
+
+
+# JSON
+
+
+def _json_lines(path: Path) -> Iterator[Numbered]:
+    """One object a line. Lines end at the byte ``\\n`` alone: U+2028 and the like belong to the text."""
+    with _open(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if line.strip():
+                yield number, _parsed(line)
+
+
+def _parsed(line: bytes) -> Raw | Unreadable:
+    line = line.rstrip(b"\r\n")
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.start + 1}: not UTF-8{_field_before(line[: error.start].decode())}"
+    except json.JSONDecodeError as error:
+        reason = f"column {error.colno}: invalid JSON: {error.msg}{_field_before(error.doc[: error.pos])}"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of open brackets
+        reason = f"invalid JSON: {type(error).__name__}: {str(error).split(';')[0]}"
+    else:
+        if isinstance(value, dict):
+            return value
+        reason = problem("row", value, "an object with named columns")
+    return Unreadable(reason, line.decode("utf-8", "surrogateescape"))
+
+
+def _field_before(text: str) -> str:
+    """The last key that stands before a broken place, in words."""
+    keys = re.findall(r'"([^"\\]{1,60})"\s*:', text[-100_000:])
+    return f" (in field {keys[-1]})" if keys else ""
+
+
+def _json(path: Path) -> Iterator[Numbered]:
+    """An array of objects; or one object that holds such an array; or, as some .json files are, one object a line."""
+    with _text(path) as stream:
+        start = stream.read(1 << 16)
+    if start.lstrip().startswith("["):
+        yield from _json_array(path)
+        return
+    first, _, rest = start.lstrip().partition("\n")
+    if rest.strip():
+        try:
+            json.loads(first)
+        except ValueError:  # it goes on in the next line, so it is no row by itself
+            pass
+        else:
+            yield from _json_lines(path)
+            return
+    with _text(path) as stream:
+        content = stream.read()
+    if not content.strip():
+        return
+    try:
+        document = json.loads(content)
+    except json.JSONDecodeError as error:
+        raise AlignError(f"{path.name} line {error.lineno}, column {error.colno}: invalid JSON: {error.msg}") from error
+    yield from ((number, _sound(row)) for number, row in enumerate(layouts.rows_of(document), start=1))
+
+
+def _json_array(path: Path) -> Iterator[Numbered]:
+    """The elements of an array, read a piece at a time."""
+    decoder, buffer, number, lines = json.JSONDecoder(), "", 0, 1
+    with _text(path) as stream:
+
+        def more() -> bool:
+            nonlocal buffer
+            piece = stream.read(max(1 << 20, len(buffer)))
+            buffer += piece
+            return bool(piece)
+
+        def skip(position: int) -> int:
+            while True:
+                while position < len(buffer) and buffer[position] in " \t\r\n":
+                    position += 1
+                if position < len(buffer) or not more():
+                    return position
+
+        position = skip(0) + 1  # behind the bracket
+        while True:
+            position = skip(position)
+            if buffer[position : position + 1] == "]":
+                return
+            if number and buffer[position : position + 1] == ",":
+                position = skip(position + 1)
+            try:
+                value, end = decoder.raw_decode(buffer, position)
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or error.pos >= len(buffer) - 16
+                if cut and more():
+                    continue
+                line = lines + error.lineno - 1
+                raise AlignError(f"{path.name} line {line}, column {error.colno}: invalid JSON: {error.msg}") from error
+            number += 1
+            yield number, _sound(value)
+            if end > 1 << 20:
+                lines += buffer.count("\n", 0, end)
+                buffer, end = buffer[end:], 0
+            position = end
+
+
+def _sound(value: Any) -> Raw | Unreadable:
+    if not isinstance(value, dict):
+        return Unreadable(problem("row", value, "an object with named columns"), json.dumps(value))
+    return value
+
+
+# Tables
+
+
+def _table(delimiter: str) -> Callable[[Path], Iterator[Numbered]]:
+    def read(path: Path) -> Iterator[Numbered]:
+        csv.field_size_limit(sys.maxsize)
+        with _text(path) as stream:
+            first = stream.readline().rstrip("\n").split(delimiter)
+        columns = layouts.header(first)
+        # Programs that write no header, write no quotes either.
+        quoting: Any = csv.QUOTE_NONE if columns is None and delimiter == "\t" else csv.QUOTE_MINIMAL
+        number = 0
+        with _text(path, newline="") as stream:
+            rows = csv.reader(stream, delimiter=delimiter, quoting=quoting)
+            columns = layouts.columns_of(first) if columns is None else next(rows, [])
+            for cells in rows:
+                if cells:
+                    number += 1
+                    yield number, _row(columns, cells, delimiter)
+
+    return read
+
+
+def _row(columns: list[str], cells: list[str], delimiter: str) -> Raw | Unreadable:
+    if len(cells) != len(columns):
+        reason = f"the table has {len(columns)} columns ({', '.join(columns)}), this row has {len(cells)} cells"
+        return Unreadable(reason, delimiter.join(cells))
+    for column, cell in zip(columns, cells, strict=True):
+        if wrong := _broken_text(cell):
+            return Unreadable(f"field {column}: {wrong}", delimiter.join(cells))
+    return dict(zip(columns, cells, strict=True))
+
+
+def _parquet(path: Path) -> Iterator[Numbered]:
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    with _open(path) as stream:
+        batches = pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1024)
+        yield from enumerate((without_nulls(row) for batch in batches for row in batch.to_pylist()), start=1)
+
+
+def without_nulls(row: Raw) -> Raw:
+    """`row` without the keys that Arrow adds to nested dictionaries (as null) because some other row has them."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(each) for key, each in value.items() if each is not None}
+        return [clean(each) for each in value] if isinstance(value, list) else value
+
+    return {column: clean(value) for column, value in row.items()}
+
+
+# Text
+
+
+def _documents(path: Path) -> Iterator[Numbered]:
+    """The documents of a text file, each with the lines it takes up."""
+    with _text(path) as stream:
+        parted = layouts.parting(stream)
+    with _text(path) as stream:
+        for number, document, lines in layouts.documents(stream, parted):
+            wrong = _broken_text(document)
+            yield number, Unreadable(f"field text: {wrong}", document) if wrong else {"text": document}, lines
+
+
+def _sentences(path: Path) -> Iterator[Numbered]:
+    """The sentences of a CoNLL file."""
+    with _text(path) as stream:
+        for number, (content, found) in enumerate(layouts.sentences(stream), start=1):
+            wrong = _broken_text(content)
+            wrong = f"field tokens: {wrong}" if wrong else found if isinstance(found, str) else None
+            yield number, Unreadable(wrong, content) if wrong else found  # type: ignore[misc]
+
+
+READERS: dict[str, Callable[[Path], Iterator[Numbered]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": _table(","),
+    ".tsv": _table("\t"),
+    ".parquet": _parquet,
+    ".txt": _documents,
+    ".conll": _sentences,
+}

@@ -1,0 +1,211 @@
+"""Which format a row has, which kind of row its fields make, and which other kinds follow from that."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from align.errors import AlignError
+from align.formats import formats
+from align.intake.catalog import SetAside
+from align.schema import missing, problem
+from align.turns import Fields, Raw, cut, same_reply, user
+
+GIVES = {
+    "text": ("text",),
+    "sft": ("sft", "prompts"),
+    "preference": ("preference", "sft", "prompts", "unpaired"),
+    "unpaired": ("unpaired", "preference", "sft", "prompts"),
+    "prompts": ("prompts",),
+    "classification": ("classification", "text"),
+    "tagging": ("tagging",),
+    "qa": ("qa", "prompts", "sft"),
+}
+"""What rows of one kind can be used as."""
+
+NATIVE = {
+    "text": ("text",),
+    "sft": ("prompt", "completion"),
+    "preference": ("chosen", "rejected", "prompt"),
+    "unpaired": ("label", "completion", "prompt"),
+    "prompts": ("prompt",),
+    "classification": ("text", "label"),
+    "tagging": ("tokens", "tags"),
+    "qa": ("question", "answers"),
+}
+"""The native columns of each kind."""
+
+TELLING = {
+    "tagging": ("tokens",),
+    "qa": ("question",),
+    "classification": ("text", "label"),
+    "unpaired": ("label",),
+    "preference": ("chosen",),
+    "sft": ("completion",),
+    "prompts": ("prompt",),
+    "text": ("text",),
+}
+"""The fields by which a kind is known; the first that fits."""
+
+
+def kind_of(fields: Fields) -> str:
+    """The kind of row that `fields` are, before any derivation."""
+    if "messages" in fields:
+        return "sft" if any(message["role"] == "assistant" for message in fields["messages"]) else "prompts"
+    return next(kind for kind, columns in TELLING.items() if all(column in fields for column in columns))
+
+
+def recognise(rows: Iterable[Raw], kind: str | None, named: str | None) -> tuple[str | None, str | None]:
+    """The format that most of `rows` match (or `named`), and the kind that most of these are by themselves (or `kind`); None for
+    what they do not tell.
+    """
+    matched: dict[str, list[Raw]] = {}
+    for raw in rows:
+        if (name := named or match(raw, kind)) is not None:
+            matched.setdefault(name, []).append(raw)
+    if not matched:
+        return named, kind
+    name = max(matched, key=lambda each: len(matched[each]))
+    if kind is not None:
+        return name, kind
+    kinds = Counter(found for raw in matched[name] if (found := _kind_in(name, raw)) is not None)
+    return name, kinds.most_common(1)[0][0] if kinds else None
+
+
+def _kind_in(name: str, raw: Raw) -> str | None:
+    try:
+        found = read(name, raw)[0]
+    except AlignError:
+        return None
+    return None if isinstance(found, SetAside) else kind_of(found)
+
+
+def match(raw: Raw, kind: str | None) -> str | None:
+    if kind == "text" and "text" in raw:
+        return "text"
+    return next((name for name in formats if formats[name].matches(raw)), None)
+
+
+def detect(raw: Raw, kind: str | None) -> str:
+    """The name of the first format that `raw` matches.
+
+    Raises:
+        AlignError: none does; the message lists the columns found, and the one that a row of `kind` would have.
+    """
+    if (name := match(raw, kind)) is not None:
+        return name
+    raise AlignError(f"the columns fit no format; {_lacking(raw, kind)}; formats: {', '.join(formats)}")
+
+
+def read(name: str, raw: Raw) -> Sequence[Fields | SetAside]:
+    """What format `name` finds in `raw`.
+
+    Raises:
+        AlignError: the row lacks a column or is malformed. The message does not say where it stands.
+    """
+    entry = formats[name]
+    for column in entry.needs:
+        if column not in raw:
+            raise AlignError(f"column {column!r} of format {name!r}: {missing(column, raw)}")
+    try:
+        fits = entry.when(raw)
+        found = entry(raw)  # also of a row that does not fit, as its error says best what is wrong
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:  # a shape not foreseen
+        columns = ", ".join(entry.needs or entry.prompt or raw)
+        raise AlignError(f"fields {columns}: not those of a row of format {name!r}: {type(error).__name__}: {error}") from error
+    if not fits:
+        columns = ", ".join(entry.needs or entry.prompt or raw)
+        raise AlignError(f"fields {columns}: not those of a row of format {name!r}, as which the file was recognised")
+    return found
+
+
+def convert(name: str, raw: Raw, kind: str) -> list[Fields | SetAside]:
+    """Read `raw` as format `name` and give the fields of rows of `kind`.
+
+    Raises:
+        AlignError: the row lacks a column, is malformed, or cannot give `kind`. The message does not say where it stands.
+    """
+    found = read(name, raw)
+    rows = [row for each in found for row in ([each] if isinstance(each, SetAside) else _as_kind(each, kind, raw, name))]
+    if kind == "preference" and len(found) > 1 and "label" in rows[0]:  # type: ignore[operator]
+        return [*pairs_of(rows)]  # type: ignore[arg-type]
+    if kind != "prompts":
+        return rows
+    entry = formats[name]
+    kept = {column: value for column, value in raw.items() if column not in (*entry.prompt, "prompt", "tools")}
+    unique = [row for i, row in enumerate(rows) if row not in rows[:i]]
+    return [row if isinstance(row, SetAside) else {**row, "columns": {**kept, **row.get("columns", {})}} for row in unique]
+
+
+def _as_kind(fields: Fields, kind: str, raw: Raw, name: str) -> list[Fields | SetAside]:
+    """`fields` as rows of `kind`: as they are, or derived where there is one obvious way. Labelled rows that shall become pairs
+    are given as they are: it takes two of them.
+    """
+    have = kind_of(fields)
+    if have == "preference" and kind in ("preference", "unpaired") and same_reply(fields["chosen"], fields["rejected"]):
+        return [SetAside("identical chosen and rejected")]
+    if (kind == "sft" and "messages" in fields) or (have == kind and have != "prompts"):
+        return [fields]  # messages without an assistant's turn included: the schema says best what is wrong with them
+    if kind not in GIVES[have]:
+        usable = " or ".join(GIVES[have])
+        raise AlignError(f"format {name!r} gives {have} rows here, which can be used as {usable}; {_lacking(raw, kind)}")
+    if have == "qa":
+        return [_asked(fields, kind)]
+    if have == "unpaired" and not isinstance(fields["label"], bool):
+        raise AlignError(problem("label", fields["label"], "true or false"))
+    if have == "unpaired" and kind == "preference":
+        return [fields]
+    if have == "classification":
+        return [{"text": fields["text"]}]
+    shared: Fields = {key: fields[key] for key in ("tools", "columns") if key in fields}
+    if "messages" in fields:
+        prompt = cut(fields["messages"])[0]
+        return [{"prompt": prompt, **shared} if prompt else SetAside("no turn before the assistant's")]
+    shared["prompt"] = fields["prompt"]
+    if kind == "prompts":
+        return [shared]
+    if kind == "sft" and have == "unpaired":
+        demonstration = {**shared, "completion": fields["completion"]}
+        return [demonstration if fields["label"] else SetAside("an unwanted answer, nothing to imitate")]
+    if kind == "sft":
+        return [{**shared, "completion": fields["chosen"]}]
+    return [{**shared, "completion": fields[side], "label": side == "chosen"} for side in ("chosen", "rejected")]
+
+
+def _asked(fields: Fields, kind: str) -> Fields | SetAside:
+    """A question about a context as a prompt with its reference answers, or as a demonstration of the first of them."""
+    prompt = [user("\n\n".join(part for part in (fields["context"], fields["question"]) if part))]
+    answers = fields["answers"]
+    if kind == "prompts":
+        return {"prompt": prompt, "columns": {"answer": answers[0] if answers else None, "answers": answers}}
+    if not answers:
+        return SetAside("a question without an answer")
+    return {"prompt": prompt, "completion": [{"role": "assistant", "content": answers[0]}]}
+
+
+UNMATCHED = "no answer with the other label to the same prompt"
+
+
+def pairs_of(labelled: Sequence[Fields]) -> list[Fields | SetAside]:
+    """Wanted against unwanted answers to one prompt, in turn; those that are left over are set aside."""
+    wanted = [row for row in labelled if row["label"]]
+    unwanted = [row for row in labelled if not row["label"]]
+    pairs: list[Fields | SetAside] = [pair(*both) for both in zip(wanted, unwanted, strict=False)]
+    return pairs + [SetAside(UNMATCHED)] * abs(len(wanted) - len(unwanted))
+
+
+def pair(wanted: Fields, unwanted: Fields) -> Fields | SetAside:
+    """Two labelled answers to one prompt as a preference row."""
+    if same_reply(wanted["completion"], unwanted["completion"]):
+        return SetAside("identical chosen and rejected")
+    shared: Fields = {key: wanted[key] for key in ("prompt", "tools") if key in wanted}
+    return {**shared, "chosen": wanted["completion"], "rejected": unwanted["completion"]}
+
+
+def _lacking(raw: Raw, kind: str | None) -> str:
+    if kind is None:
+        return f"found {', '.join(raw) or 'nothing'}"
+    column = next((column for column in NATIVE[kind] if column not in raw), None)
+    if column is None:
+        return f"for {kind} rows, {' and '.join(NATIVE[kind])} are there, but not as expected"
+    return f"for {kind} rows, column {column!r} is {missing(column, raw)}"
