@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo test bench docs lint clean
 
 # Installed once, and again when a dependency changes. pip and not uv: pip finds the small CPU build of torch.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -21,6 +21,10 @@ test: setup
 # Beside TRL on this machine's CPU; `make bench ONLY=dpo_hh` runs one.
 bench: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.run $(if $(ONLY),--only $(ONLY))
+
+# The reference, made from the docstrings: open runs/docs/index.html.
+docs: setup
+	$(BIN)/pdoc --docformat google --output-directory runs/docs align
 
 lint: setup
 	$(BIN)/ruff check .

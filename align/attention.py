@@ -37,6 +37,15 @@ VARLEN_IS_COMPLETE = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 @dataclass(frozen=True)
+class Layout:
+    """What a plan needs to know of a forest; a `Forest` has it."""
+
+    segments: tuple[Segment, ...]
+    position_ids: Tensor  # (tokens,)
+    longest: int
+
+
+@dataclass(frozen=True)
 class Bucket:
     """Segments of similar length: `count` x `queries` against `count` x `keys`; plain causal where `mask` is None."""
 
@@ -81,10 +90,14 @@ class AttentionPlan:
     """Who sees whom in a forest. Made once a forest and used by every layer; each form is made when a layer first asks for it."""
 
     # Not a dataclass: FSDP copies those, with everything in them, at the door of every layer.
-    def __init__(self, forest: Forest) -> None:
+    def __init__(self, forest: Forest | Layout) -> None:
         self.segments = forest.segments
         self.positions = forest.position_ids
         self.longest = forest.longest
+        self.learned: tuple[Tensor, list[tuple[Tensor, Tensor]]] | None = None
+        """Cells of the row (cells,) that hold learned keys and values instead of their tokens', and those, (1, heads, n, dim), for
+        each layer; n divides the cells.
+        """
         self._windowed: dict[int, Buckets] = {}
 
     @cached_property
@@ -99,6 +112,26 @@ class AttentionPlan:
         if window not in self._windowed:
             self._windowed[window] = _narrow(self.buckets, self.positions, window)
         return self._windowed[window]
+
+    def behind(self, count: int) -> tuple[AttentionPlan, Tensor, Tensor]:
+        """The plan of the same row with `count` cells more in front of every tree, which all of its tokens see; where those cells
+        lie, (trees, count), and where the tokens of this row now lie, (tokens,).
+        """
+        roots = self.positions == 0  # a branch of an empty prompt is a root, too
+        tokens = torch.arange(len(roots), device=roots.device)
+        kept = tokens + count * roots.long().cumsum(0)
+        slots = kept[roots][:, None] - count + torch.arange(count, device=roots.device)
+        positions = self.positions.new_empty(len(roots) + slots.numel())
+        positions[slots.flatten()] = torch.arange(count, device=roots.device).repeat(len(slots))
+        positions[kept] = self.positions + count
+        is_root, place = roots.tolist(), kept.tolist()
+        segments = tuple(
+            Segment(place[s.start] - count, s.length + count)
+            if is_root[s.start]
+            else Segment(place[s.start], s.length, place[s.prefix_start] - count, s.prefix_length + count)
+            for s in self.segments
+        )
+        return AttentionPlan(Layout(segments, positions, self.longest + count)), slots, kept
 
     @cached_property
     def runs(self) -> Runs:
@@ -213,10 +246,20 @@ def forest_attention(
         raise NotImplementedError("its attention adds a bias to each pair of positions")
     dropout = dropout if module.training else 0.0
     if forest is not None:
+        if forest.learned is not None:
+            key, value = _put(forest.learned, module.layer_idx, key, value)  # type: ignore[arg-type]
         return _on_forest(query, key, value, forest, kwargs.get("sliding_window"), scaling, dropout, softcap, s_aux), None
     key, value = _for_all_heads(query, key, value)
     out = _softmax(query, key, value, attention_mask, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux)
     return out.transpose(1, 2), None
+
+
+def _put(learned: tuple[Tensor, list[tuple[Tensor, Tensor]]], layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (1, heads, tokens, dim) with the learned ones in their cells."""
+    cells, of_layers = learned
+    trees = len(cells) // of_layers[layer][0].shape[2]
+    own_key, own_value = (x.to(key.dtype).repeat(1, 1, trees, 1) for x in of_layers[layer])
+    return key.index_copy(2, cells, own_key), value.index_copy(2, cells, own_value)
 
 
 # What depends on the shapes of a forest stays out of compiled graphs, which would be made anew for each.

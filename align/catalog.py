@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import re
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from align.errors import AlignError, near_miss
 
@@ -53,6 +57,27 @@ class Catalog(Generic[Entry]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
+    def parse(self, spec: str) -> tuple[str, dict[str, Any]]:
+        """``"name(key=literal, ...)"`` as the name of an entry and the arguments for it, checked.
+
+        Raises:
+            AlignError: no such entry, or it takes other arguments.
+        """
+        match = re.fullmatch(r"([^()]+)(\(.*\))?", spec.strip(), re.DOTALL)
+        name, arguments = (match[1].strip(), match[2] or "()") if match else (spec, "()")
+        self[name]
+        try:
+            call = ast.parse(f"f{arguments}", mode="eval").body
+            if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+                raise ValueError("only key=value arguments")
+            values = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        except (SyntaxError, ValueError) as error:
+            raise AlignError(
+                f"{self.kind} {spec!r}: its arguments must read (key=value, ...) with plain values: {error}"
+            ) from error
+        self.check_arguments(name, values)
+        return name, values
+
     def check_arguments(self, name: str, arguments: dict[str, Any]) -> None:
         """Raise `AlignError` unless `arguments` are exactly keyword-only parameters of the entry `name` and none required is
         missing.
@@ -65,6 +90,15 @@ class Catalog(Generic[Entry]):
         for key, parameter in parameters.items():
             if parameter.default is parameter.empty and key not in arguments:
                 raise AlignError(f"{self.kind} {name!r} needs {key!r}, and it has no default: set it")
+
+    def check_values(self, name: str, arguments: dict[str, Any]) -> None:
+        """Raise `AlignError` unless each of `arguments` is of the type that the entry `name` is annotated with."""
+        hints = get_type_hints(self[name], include_extras=True)
+        for key, value in arguments.items():
+            try:
+                TypeAdapter(hints[key]).validate_python(value, strict=True)
+            except ValidationError as error:
+                raise AlignError(f"{self.kind} {name!r}: {key}={value!r}: {error.errors()[0]['msg'].lower()}") from error
 
 
 def _same_place(one: Callable[..., Any], other: Callable[..., Any]) -> bool:

@@ -10,10 +10,32 @@ import sys
 from typing import NoReturn
 
 from align import __version__
-from align.commands import data, models, report, run, stage
+from align.commands import (
+    chat,
+    check,
+    data,
+    export,
+    models,
+    report,
+    run,
+    serve,
+    stage,
+    ui,
+)
 from align.errors import AlignError
 
-COMMANDS = (run, stage, data, models, report)
+COMMANDS = (
+    run,
+    stage,
+    models,
+    report,
+    chat,
+    check,
+    data,
+    export,
+    serve,
+    ui,
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,15 +60,21 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
 
-def _dispatch(arguments: list[str]) -> int:
-    parser = _Parser(prog="align", description="From a base language model to an aligned chat model, on one machine.")
-    parser.add_argument("--version", action="version", version=__version__)
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
+def parser() -> argparse.ArgumentParser:
+    """The parser of every verb."""
+    root = _Parser(prog="align", description="From a base language model to an aligned chat model, on one machine.")
+    root.add_argument("--version", action="version", version=__version__)
+    verbs = root.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
     for command in COMMANDS:
         command.add(verbs)
-    options, rest = parser.parse_known_args(arguments)
+    return root
+
+
+def _dispatch(arguments: list[str]) -> int:
+    root = parser()
+    options, rest = root.parse_known_args(arguments)
     if options.verb is None:
-        parser.print_help()
+        root.print_help()
         return 0
     if getattr(options, "reads_flags", False):
         return options.handler(options, rest)

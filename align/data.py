@@ -240,7 +240,7 @@ def is_held_out(row: Row, share: float, seed: int = 0) -> bool:
 
 def prompt_key(row: Row) -> str:
     """What makes two prompts the same: the letters and digits of the first user turn, in lower case."""
-    text = _first_prompt(row)
+    text = first_prompt(row)
     if text.isascii():
         plain = re.sub(r"[^0-9a-z]+", "", text.lower())  # the same, ten times faster
     else:
@@ -248,7 +248,8 @@ def prompt_key(row: Row) -> str:
     return plain or text.strip()
 
 
-def _first_prompt(row: Row) -> str:
+def first_prompt(row: Row) -> str:
+    """The first user turn, or all of a prompt without one; of other rows the text that they are about."""
     if isinstance(row, TextRow | LabelledText):
         return row.text
     if isinstance(row, TaggedTokens):
@@ -281,11 +282,18 @@ def write_rows(path: str | Path, rows: Iterable[Row | Raw]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _line(row: Row | Raw) -> str:
-    """One line of JSON. The line ends of Unicode are escaped, for readers that split lines at them."""
+def plain_fields(row: Row | Raw) -> Raw:
+    """The columns that `row` is written as: a prompt's own are columns of the file."""
     fields = row.model_dump(exclude_none=True) if isinstance(row, BaseModel) else row
     if isinstance(row, PromptRow):
-        fields = {**row.columns, **{name: value for name, value in fields.items() if name != "columns"}}
+        return {**row.columns, **{name: value for name, value in fields.items() if name != "columns"}}
+    return fields
+
+
+def _line(row: Row | Raw) -> str:
+    """One line of JSON. The line ends of Unicode are escaped, for readers that split lines at them."""
     return re.sub(
-        "[\x85\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", json.dumps(fields, ensure_ascii=False, default=str)
+        "[\x85\u2028\u2029]",
+        lambda match: f"\\u{ord(match[0]):04x}",
+        json.dumps(plain_fields(row), ensure_ascii=False, default=str),
     )

@@ -103,20 +103,20 @@ def _forward(
     return score(hidden[sources], forest.targets, head_of(base), temperature, with_entropy=with_entropy)
 
 
-def _trunk(base: Any) -> Any:
+def trunk_of(base: Any) -> Any:
     """`base` without its head. Llama 4 alone names it otherwise than its class says."""
-    return base.model if base.base_model is base else base.base_model
+    return getattr(base, "model", base) if base.base_model is base else base.base_model
 
 
 def _hidden_states(base: Any, forest: Forest, *, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Last hidden states (rows, hidden), and where in them the forest's sources and ends lie."""
     if padded:
         batch = pad(forest)
-        output = _trunk(base)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        output = trunk_of(base)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         return output.last_hidden_state.flatten(0, 1), batch.sources, batch.ends
     # A four-dimensional mask is taken as ready-made by transformers, which would otherwise build one of (tokens, tokens).
     no_mask = torch.empty(1, 1, 0, 0, device=forest.input_ids.device)
-    output = _trunk(base)(
+    output = trunk_of(base)(
         input_ids=forest.input_ids[None],
         position_ids=forest.position_ids[None],
         attention_mask=no_mask,
@@ -184,7 +184,7 @@ class _Probe:
         rows = {"input_ids": input_ids, "attention_mask": self.batch.attention_mask, "use_cache": False}
         if hasattr(self.base, "score"):
             # A score head answers once a row, at the last token that is not padding; read the trunk instead.
-            hidden = _trunk(self.base)(**rows).last_hidden_state.flatten(0, 1)[self.batch.sources]
+            hidden = trunk_of(self.base)(**rows).last_hidden_state.flatten(0, 1)[self.batch.sources]
             return self.base.score(hidden).squeeze(-1).float()
         logits = type(self.model).forward(self.model, **rows).logits.flatten(0, 1)[self.batch.sources]
         return logits.to(at_least_fp32(logits.dtype)).log_softmax(1).gather(1, self.forest.targets[:, None])[:, 0]

@@ -56,7 +56,7 @@ def head_of(model: nn.Module) -> Head:
     if type(layer) is not nn.Linear:
         raise AlignError(
             f"the output layer of {type(model).__name__} is a {type(layer).__name__}, not a plain linear layer; "
-            "if an adapter sits on it, take 'lm_head' out of lora_target_modules"
+            "if an adapter sits on it, take 'lm_head' out of its target modules"
         )
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0

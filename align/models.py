@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
 
 from align.errors import AlignError
+from align.tuning.adapters import save_adapter
+from align.tuning.soft import SOFT_TYPES, load_soft_prompt
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,34 +44,53 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
         raise AlignError(_not_loadable("tokenizer", path, error)) from error
 
 
-def load_causal_lm(path: str, *, dtype: str = "float32", trust_remote_code: bool = False) -> nn.Module:
-    """A causal language model from a folder or hub id. An adapter comes back merged into its base.
+OnAdapter = Literal["merge", "continue"]
+"""What becomes of an adapter that is loaded: a part of the weights, or what is trained further."""
+
+
+def load_causal_lm(
+    path: str, *, dtype: str = "float32", trust_remote_code: bool = False, on_adapter: OnAdapter = "merge", four_bits: bool = False
+) -> nn.Module:
+    """A causal language model from a folder or hub id. An adapter comes back merged into its base, or on it, to be continued.
+    Virtual tokens (prefix and prompt tuning) cannot be merged: they come back in front of their base.
+
+    Args:
+        four_bits: hold the weights in 4 bits (NF4), for LoRA on top of them.
 
     Raises:
-        AlignError: there is no such model.
+        AlignError: there is no such model, or nothing to continue; 4 bits are not to be had here.
     """
-    return _load(AutoModelForCausalLM, path, dtype, trust_remote_code)
+    return _load(AutoModelForCausalLM, path, dtype, trust_remote_code, on_adapter, four_bits)
 
 
-def load_reward_model(path: str, *, dtype: str = "float32", trust_remote_code: bool = False) -> nn.Module:
+def load_reward_model(
+    path: str, *, dtype: str = "float32", trust_remote_code: bool = False, on_adapter: OnAdapter = "merge", four_bits: bool = False
+) -> nn.Module:
     """A sequence classifier with one output. On a model without a score head the head starts at zero, so the start is the same
-    for every seed.
+    for every seed. Arguments as for `load_causal_lm`.
 
     Raises:
-        AlignError: there is no such model, or it has several outputs.
+        AlignError: there is no such model, it has several outputs, or it cannot be continued as a reward model.
     """
-    model: Any = _load(AutoModelForSequenceClassification, path, dtype, trust_remote_code, num_labels=1)
+    auto = AutoModelForSequenceClassification
+    model: Any = _load(auto, path, dtype, trust_remote_code, on_adapter, four_bits, num_labels=1)
     if not hasattr(model, "score"):
         raise AlignError(f"{path}: {type(model).__name__} has no linear score head on its last hidden state")
     return model
 
 
-def _load(auto: Any, path: str, dtype: str, trust_remote_code: bool, **kwargs: Any) -> nn.Module:
+def _load(
+    auto: Any, path: str, dtype: str, trust_remote_code: bool, on_adapter: OnAdapter, four_bits: bool, **kwargs: Any
+) -> nn.Module:
     if dtype not in DTYPES:
         raise AlignError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     adapter = json.loads((Path(path) / "adapter_config.json").read_text()) if is_adapter(path) else None
+    if adapter is None and on_adapter == "continue":
+        raise AlignError(f"{path} is a whole model, not an adapter that could be continued: leave on_adapter at merge")
     if adapter is not None and adapter["task_type"] == "CAUSAL_LM" and auto is AutoModelForSequenceClassification:
-        return _with_score_head(load_causal_lm(path, dtype=dtype, trust_remote_code=trust_remote_code))
+        return _with_score_head(path, dtype, trust_remote_code, on_adapter, four_bits)
+    if four_bits:
+        kwargs["quantization_config"] = _in_four_bits(path, merged=adapter is not None and on_adapter == "merge")
     source = path if adapter is None else adapter["base_model_name_or_path"]
     try:
         model, info = auto.from_pretrained(
@@ -81,21 +103,52 @@ def _load(auto: Any, path: str, dtype: str, trust_remote_code: bool, **kwargs: A
         )
         if any(key.startswith("score.") for key in info["missing_keys"]):
             nn.init.zeros_(model.score.weight)
-        model.rows_on_disk = _embedding_rows(model)
+        model.rows_on_disk = model.get_input_embeddings().weight.shape[0]
         if adapter is not None:
-            model = PeftModel.from_pretrained(model, path).merge_and_unload()
-            model.merged_from = path
+            model = _with_adapter(model, path, adapter["peft_type"], on_adapter)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise AlignError(_not_loadable("model", path, error)) from error
     return model
 
 
-def _embedding_rows(model: Any) -> int:
-    return model.get_input_embeddings().weight.shape[0]
+def _with_adapter(model: Any, path: str, kind: str, on_adapter: OnAdapter) -> Any:
+    if kind in SOFT_TYPES:
+        return load_soft_prompt(model, path, trainable=on_adapter == "continue")
+    if on_adapter == "continue":
+        return PeftModel.from_pretrained(model, path, is_trainable=True)
+    model = PeftModel.from_pretrained(model, path).merge_and_unload()
+    model.merged_from = path
+    return model
 
 
-def _with_score_head(model: Any) -> nn.Module:
-    """A sequence classifier on the trunk of a causal language model, its head zero."""
+def _in_four_bits(path: str, *, merged: bool) -> Any:
+    """How bitsandbytes is to hold the weights.
+
+    Raises:
+        AlignError: there is no GPU or no bitsandbytes, or the model is an adapter to be merged first.
+    """
+    if not torch.cuda.is_available():
+        raise AlignError("tuning 'qlora' needs a CUDA GPU for its 4-bit weights, and this machine has none; use tuning 'lora'")
+    if find_spec("bitsandbytes") is None:
+        raise AlignError("tuning 'qlora' needs bitsandbytes: pip install 'align[qlora]'")
+    if merged:
+        raise AlignError(f"{path} is an adapter, and 4-bit weights take no merge: `align export {path} --merge` first")
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    )
+
+
+def _with_score_head(path: str, dtype: str, trust_remote_code: bool, on_adapter: OnAdapter, four_bits: bool) -> nn.Module:
+    """A sequence classifier on the trunk of a causal language model that is an adapter, its head zero.
+
+    Raises:
+        AlignError: the adapter would have to be kept.
+    """
+    if on_adapter == "continue":
+        raise AlignError(f"{path} is an adapter of a language model; a reward model has its own head: leave on_adapter at merge")
+    model: Any = load_causal_lm(path, dtype=dtype, trust_remote_code=trust_remote_code, four_bits=four_bits)
+    if isinstance(model, PeftModel):
+        raise AlignError(f"{path} are virtual tokens of a language model, which cannot be merged: take the model that it stands on")
     model.config.num_labels = 1
     classifier = AutoModelForSequenceClassification.from_config(model.config, dtype=model.dtype)
     classifier.base_model.load_state_dict(model.base_model.state_dict())
@@ -159,47 +212,6 @@ def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list
     return ids
 
 
-@dataclass(frozen=True)
-class Lora:
-    """What to put on the model's linear layers (all but the head where `target_modules` is None)."""
-
-    r: int
-    alpha: int
-    dropout: float
-    target_modules: list[str] | None = None
-    use_rslora: bool = False
-    use_dora: bool = False
-
-
-def add_lora(model: nn.Module, lora: Lora, folder: Path | None = None) -> PeftModel:
-    """Freeze `model` and put LoRA adapters on it. A score head is trained and saved with the adapter.
-
-    An adapter's folder must name a base that loads. A model that was merged from an earlier adapter exists nowhere on disk, so it
-    is written to ``folder/base`` first (without a `folder` the adapter cannot be saved for later).
-
-    Raises:
-        AlignError: a target module is not in the model.
-    """
-    base: Any = model
-    on_disk = getattr(base, "rows_on_disk", None) == _embedding_rows(base) and not getattr(base, "merged_from", None)
-    if not on_disk and folder is not None:
-        base.save_pretrained(folder / "base")
-        base.name_or_path = str((folder / "base").resolve())
-    config = LoraConfig(
-        task_type="SEQ_CLS" if hasattr(base, "score") else "CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules or "all-linear",
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-    )
-    try:
-        return get_peft_model(base, config)
-    except ValueError as error:
-        raise AlignError(f"lora_target_modules {lora.target_modules}: {error}") from error
-
-
 def disable_dropout(model: nn.Module) -> None:
     """Switch dropout off for good: the probabilities compared in preference losses and PPO must come from one and the same
     network.
@@ -213,7 +225,8 @@ def disable_dropout(model: nn.Module) -> None:
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write `model` and `tokenizer` (chat template included) as a folder that ``from_pretrained`` loads."""
-    # TRL adds a copy of the adapter as its reference; it is not what was trained.
-    only: dict[str, Any] = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(folder, **only)  # type: ignore[operator]
+    if isinstance(model, PeftModel):
+        save_adapter(model, folder)
+    else:
+        model.save_pretrained(folder)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)

@@ -121,7 +121,8 @@ class Run:
         """
         if only is not None and only not in self.recipe.stages:
             raise AlignError(f"recipe {self.recipe.name!r} has no stage {only!r}{near_miss(only, self.recipe.stages)}")
-        self.plan()  # every reference is checked before anything runs
+        plan = self.plan()  # every reference is checked before anything runs
+        looked = _look([step.name for step in plan if step.done is None and only in (None, step.name)], plan)
         finished: dict[str, Step] = {}
         for name in self.recipe.ordered():
             step = self._resolve(name, finished)
@@ -131,6 +132,8 @@ class Run:
                     raise AlignError(
                         f"stage {name!r} needs {', '.join(missing)}, which has not run; run it first, or leave out --only"
                     )
+                if name not in looked:
+                    looked |= _look([name], [*finished.values(), step])
                 step = replace(step, done=self._run_stage(step))
             elif step.done is not None:
                 say(f"{name}: up to date ({step.folder})")
@@ -170,6 +173,19 @@ class Run:
         artifact.write()
         say(f"{step.name}: done in {artifact.seconds:.0f} s, registered as {artifact.reference}")
         return artifact
+
+
+def _look(names: list[str], plan: list[Step]) -> set[str]:
+    """The preflight of the stages `names`; returns those that could be looked at before what they need has run.
+
+    Raises:
+        AlignError: it found an error.
+    """
+    if not names:
+        return set()
+    from align.preflight.inspect import preflight
+
+    return preflight(plan, names)
 
 
 def _quiet() -> None:

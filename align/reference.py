@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,10 +22,14 @@ from align.forest import Tree
 from align.progress import say
 from align.registry import home
 from align.scoring import branch_logps
+from align.tuning.tune import untouched
+
+IN_ADAPTER = re.compile(r"\.(lora|ia3)_")
+"""Names of an adapter's weights inside its base."""
 
 
 def reference_logps(model: nn.Module, trees: Sequence[Tree], max_tokens: MaxTokens, label: str) -> list[list[float]]:
-    """Log-probs (nats) of each tree's branches under the weights that `model` has now; with LoRA under its base, adapter off.
+    """Log-probs (nats) of each tree's branches under `model` as it is before training; a new adapter is off.
 
     They are kept in ``$ALIGN_HOME/cache/reference_logps``, under a hash of all that they depend on: the weights themselves, the
     model's config, and the tokens (which say what the data, the chat template and the maximum length made of the rows).
@@ -42,7 +45,7 @@ def reference_logps(model: nn.Module, trees: Sequence[Tree], max_tokens: MaxToke
         except (SafetensorError, ValueError) as error:
             say(f"{said}: the cache's {path} is damaged ({error})")
     say(f"{said}: computed once")
-    with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+    with untouched(model):
         logps = branch_logps(model, trees, max_tokens)
     _write(path, torch.tensor([value for values in logps for value in values], dtype=torch.float64))
     return logps
@@ -64,11 +67,13 @@ def _key(model: nn.Module, trees: Sequence[Tree]) -> str:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that answer while the adapter is off, by the names that they have without one."""
+    """The weights that answer before training: those of the base, where a new adapter is off, by the names that they have without
+    one.
+    """
+    if not getattr(model, "off_is_base", False):
+        return model.state_dict()
     state = base_model(model).state_dict()
-    if isinstance(model, PeftModel):
-        return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
-    return state
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if not IN_ADAPTER.search(name)}
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -121,7 +121,7 @@ MISTAKES = {
     "no such hub id": ("sft --model owner/nothing --data sft.jsonl", "cannot load a tokenizer from 'owner/nothing'"),
     "no such version": ("sft --model model@3 --data sft.jsonl", "no model 'model' in the registry"),
     "a folder that is no model": ("sft --model . --data sft.jsonl", "cannot load a tokenizer from"),
-    "no such layer": (SFT + "sft.jsonl --use_peft --lora_target_modules q_porj", "lora_target_modules"),
+    "no such layer": (SFT + "sft.jsonl --use_peft --lora_target_modules q_porj", "target_modules"),
     # rewards
     "no reward": (PPO.removesuffix("--reward_funcs "), "nothing judges the answers: set reward_funcs, reward_model or both"),
     "no such reward file": (PPO + "mien.py:short", r"reward file mien\.py does not exist .*did you mean 'mine\.py'"),
@@ -254,12 +254,23 @@ def test_a_mistake_is_one_line_and_exit_code_2(mistake, capsys, folder):
     assert sorted(folder.iterdir()) == before
 
 
-def test_a_mistake_in_the_second_stage_keeps_the_first(capsys, tmp_path):
+def test_a_mistake_in_the_second_stage_is_found_before_the_first_runs(capsys, tmp_path):
     recipe = {"sft": {"stage": "sft", "model": "model", "data": "sft.jsonl", "max_steps": 1}}
     recipe["dpo"] = {"stage": "preference", "model": "sft", "data": "sft.jsonl", "beta": 0.1}
     (tmp_path / "two.yaml").write_text(yaml.safe_dump({"name": "two", "stages": recipe}))
     assert main(["run", str(tmp_path / "two.yaml")]) == 2
     assert "align: error: dpo: sft.jsonl row 1, " in capsys.readouterr().err
+    assert Registry().all() == []
+    assert not (home() / "two").exists()
+
+
+def test_a_mistake_in_the_second_stage_keeps_the_first(capsys, tmp_path):
+    """One that only the stage itself can see: its loss has no beta."""
+    recipe = {"sft": {"stage": "sft", "model": "model", "data": "sft.jsonl", "max_steps": 1}}
+    recipe["dpo"] = {"stage": "preference", "model": "sft", "data": "pairs.jsonl"}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({"name": "two", "stages": recipe}))
+    assert main(["run", str(tmp_path / "two.yaml")]) == 2
+    assert "align: error: dpo: preference loss 'dpo' needs 'beta'" in capsys.readouterr().err
     assert [a.reference for a in Registry().all()] == ["two-sft@1"]
     assert [path.name.split("-")[0] for path in (home() / "two").iterdir()] == ["sft"]
 

@@ -15,8 +15,9 @@ from align.engine import enable_forest
 from align.errors import AlignError
 from align.forest import Tree, plant
 from align.losses import ppo_policy_loss, ppo_value_loss, preference_losses
-from align.models import Lora, add_lora
 from align.trainers.objectives import LanguageModel, Preference, RewardModel, add_reference_logps
+from align.tuning.strategies import Tuning
+from align.tuning.tune import tune
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -189,7 +190,7 @@ def test_the_model_stays_itself():
 def test_adapters(score_head):
     """LoRA's gradients too, and the wrapped model's numbers are its own."""
     goal, trees = (RewardModel(), pairs(4)) if score_head else (LanguageModel(), documents(4))
-    model = add_lora(build("llama", score_head=score_head, **SIZES), Lora(r=4, alpha=8, dropout=0.0))
+    model = tune(build("llama", score_head=score_head, **SIZES), Tuning("lora", {"r": 4}))
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)
@@ -203,8 +204,8 @@ def test_adapters(score_head):
 
 
 def test_an_adapter_on_the_head_says_what_to_do():
-    model = add_lora(llama(), Lora(r=2, alpha=2, dropout=0.0, target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(AlignError, match="take 'lm_head' out of lora_target_modules"):
+    model = tune(llama(), Tuning("lora", {"r": 2, "alpha": 2, "target_modules": ["q_proj", "lm_head"]}))
+    with pytest.raises(AlignError, match="take 'lm_head' out of its target modules"):
         enable_forest(model)
 
 

@@ -217,7 +217,7 @@ def test_a_begin_token_comes_once(style):
 
 
 def test_the_masks_are_those_of_generation_tags(tokenizer):
-    """Where a template marks the assistant's words itself, transformers' own mask is the same but for the end token it leaves out."""
+    """Where a template marks the assistant's words itself, transformers' own mask is the same."""
     encoder = Encoder(copy.deepcopy(tokenizer))
     tokenizer = encoder.tokenizer
     tokenizer.add_special_tokens({"additional_special_tokens": IM})

@@ -19,8 +19,6 @@ from align.engine import enable_forest
 from align.errors import AlignError
 from align.forest import plant
 from align.models import (
-    Lora,
-    add_lora,
     build_causal_lm,
     disable_dropout,
     ensure_pad_token,
@@ -31,9 +29,11 @@ from align.models import (
     save_model,
     stop_token_ids,
 )
+from align.tuning.strategies import Tuning
+from align.tuning.tune import tune
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-LORA = Lora(r=4, alpha=8, dropout=0.0)
+LORA = Tuning("lora", {"r": 4})
 LOADERS = {"causal": (load_causal_lm, AutoModelForCausalLM), "reward": (load_reward_model, AutoModelForSequenceClassification)}
 IDS = torch.tensor([tokens(random.Random(0), 12)])
 
@@ -107,7 +107,7 @@ def test_scores_on_right_padded_rows_equal_the_forest_s(tokenizer):
 
 
 def test_lora_on_a_causal_model(tmp_path, base, tokenizer):
-    model = shaken(add_lora(load_causal_lm(base), LORA, tmp_path / "a"))
+    model = shaken(tune(load_causal_lm(base), LORA, tmp_path / "a"))
     save_model(model, tokenizer, tmp_path / "a")
     expected = logits(model)
     assert not torch.equal(expected, logits(load_causal_lm(base)))
@@ -125,7 +125,7 @@ def test_lora_on_a_causal_model(tmp_path, base, tokenizer):
 def test_lora_on_a_reward_model_saves_its_head(tmp_path, base, tokenizer):
     model = load_reward_model(base)
     ensure_pad_token(tokenizer, model)
-    model = shaken(add_lora(model, LORA, tmp_path / "a"))
+    model = shaken(tune(model, LORA, tmp_path / "a"))
     save_model(model, tokenizer, tmp_path / "a")
     expected = logits(model)
     assert expected.abs().min() > 0
@@ -137,14 +137,14 @@ def test_lora_on_a_reward_model_saves_its_head(tmp_path, base, tokenizer):
 @pytest.mark.parametrize("kind", LOADERS)
 def test_an_adapter_on_an_adapter(tmp_path, base, tokenizer, kind):
     """The parent is merged; the child's folder carries what it was merged into, and needs nothing else."""
-    parent = shaken(add_lora(load_causal_lm(base), LORA, tmp_path / "parent"))
+    parent = shaken(tune(load_causal_lm(base), LORA, tmp_path / "parent"))
     save_model(parent, tokenizer, tmp_path / "parent")
     load, auto = LOADERS[kind]
     merged = load(str(tmp_path / "parent"))
     if kind == "causal":
         assert_close(logits(merged), logits(parent))
     ensure_pad_token(tokenizer, merged)
-    child = shaken(add_lora(merged, LORA, tmp_path / "child"))
+    child = shaken(tune(merged, LORA, tmp_path / "child"))
     save_model(child, tokenizer, tmp_path / "child")
     expected = logits(child)
     shutil.rmtree(tmp_path / "parent")
@@ -155,7 +155,7 @@ def test_an_adapter_on_an_adapter(tmp_path, base, tokenizer, kind):
 
 
 def test_a_reward_model_on_a_merged_adapter_has_its_trunk(tmp_path, base, tokenizer):
-    parent = shaken(add_lora(load_causal_lm(base), LORA, tmp_path / "parent"))
+    parent = shaken(tune(load_causal_lm(base), LORA, tmp_path / "parent"))
     save_model(parent, tokenizer, tmp_path / "parent")
     reward = load_reward_model(str(tmp_path / "parent"))
     assert (reward.score.weight == 0).all()
@@ -183,7 +183,7 @@ def test_an_adapter_on_a_model_with_a_token_more_than_its_base(tmp_path, bare, k
     load, auto = LOADERS[kind]
     model = load(str(tmp_path / "base-model"))
     ensure_pad_token(bare, model)
-    model = shaken(add_lora(model, LORA, tmp_path / "a"))
+    model = shaken(tune(model, LORA, tmp_path / "a"))
     save_model(model, bare, tmp_path / "a")
     assert_close(logits(PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "a" / "base"), tmp_path / "a")), logits(model))
     found = load(str(tmp_path / "a"))
@@ -193,7 +193,7 @@ def test_an_adapter_on_a_model_with_a_token_more_than_its_base(tmp_path, bare, k
 
 def test_an_adapter_on_random_weights(tmp_path, tokenizer):
     """A model that was never on disk is written beside its adapter."""
-    model = shaken(add_lora(build_causal_lm({"model_type": "llama", **SIZES}, tokenizer), LORA, tmp_path / "a"))
+    model = shaken(tune(build_causal_lm({"model_type": "llama", **SIZES}, tokenizer), LORA, tmp_path / "a"))
     save_model(model, tokenizer, tmp_path / "a")
     assert_close(logits(load_causal_lm(str(tmp_path / "a"))), logits(model))
 
@@ -266,7 +266,7 @@ def test_disable_dropout_makes_training_mode_deterministic():
         (lambda path: load_causal_lm(path), "cannot load a model from"),
         (lambda path: load_tokenizer(path), "cannot load a tokenizer from"),
         (lambda path: load_causal_lm(path, dtype="float8"), "dtype 'float8' is not one of float32, bfloat16, float16"),
-        (lambda path: add_lora(llama(), Lora(4, 8, 0.0, ["q_prj"])), "lora_target_modules"),
+        (lambda path: tune(llama(), Tuning("lora", {"target_modules": ["q_prj"]})), "target_modules"),
     ],
 )
 def test_mistakes_are_named(tmp_path, call, message):

@@ -10,12 +10,14 @@ from helpers import llama, pairs
 
 from align.data import write_rows
 from align.engine import base_model, enable_forest
-from align.models import Lora, add_lora, save_model
+from align.models import save_model
 from align.pipeline import Run
 from align.recipe import Recipe
 from align.reference import reference_logps
 from align.scoring import branch_logps
 from align.stages import Preference
+from align.tuning.strategies import Tuning
+from align.tuning.tune import tune
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def ready(model):
 def with_lora(model, seed=0, *, trained=False, use_dora=False):
     """`model` with an adapter; a trained one is not the identity."""
     torch.manual_seed(seed)
-    wrapped = add_lora(model, Lora(4, 8, 0.0, use_dora=use_dora))
+    wrapped = tune(model, Tuning("lora", {"r": 4, "dora": use_dora}))
     if trained:
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:

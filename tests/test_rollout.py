@@ -8,8 +8,10 @@ import torch
 from helpers import VOCABULARY, build, llama, tokens
 
 from align.engine import enable_forest
-from align.models import Lora, add_lora, load_causal_lm, load_tokenizer
+from align.models import load_causal_lm, load_tokenizer
 from align.rollout import Completion, Sampling, complete, draw
+from align.tuning.strategies import Tuning
+from align.tuning.tune import tune
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 FAMILIES = {
@@ -64,7 +66,7 @@ def test_the_batch_size_changes_nothing(batch_size):
 
 
 def test_adapters_are_sampled_with_the_adapter_on():
-    model, prompts = add_lora(llama(), Lora(r=4, alpha=16, dropout=0.0)), prompts_of(2)
+    model, prompts = tune(llama(), Tuning("lora", {"r": 4, "alpha": 16})), prompts_of(2)
     plain = complete(model, prompts, GREEDY, [2])
     for name, p in model.named_parameters():
         if "lora_B" in name:

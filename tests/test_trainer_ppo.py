@@ -4,6 +4,7 @@ import copy
 import math
 import random
 import statistics
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -13,11 +14,12 @@ from pydantic import ValidationError
 
 from align.engine import enable_forest
 from align.errors import AlignError
-from align.models import Lora, add_lora
 from align.progress import History
 from align.rollout import Completion, Sampling
 from align.trainers.ppo import PPOTrainer
 from align.trainers.settings import PPOSettings
+from align.tuning.strategies import Tuning
+from align.tuning.tune import tune
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 STOP = 2
@@ -134,8 +136,9 @@ def test_estimates_equal_a_slow_computation(make, settings, max_tokens):
     reference, critic = llama(), critic_model()
     policy, (prompts, completions, scores) = moved(reference), episodes()
     trainer = make(copy.deepcopy(policy), copy.deepcopy(critic), max_tokens=max_tokens, **settings)
-    trainer._reference_copy = copy.deepcopy(reference)
-    enable_forest(trainer._reference_copy)
+    other = copy.deepcopy(reference)
+    enable_forest(other)
+    trainer._reference = lambda: nullcontext(other)
     found = trainer.estimate(prompts, completions, scores)
     wanted = slowly(policy, reference, critic, prompts, completions, scores, trainer.settings, temperature=0.8)
 
@@ -234,9 +237,10 @@ def test_the_gradient_is_that_of_the_mean_over_the_mini_batch_s_tokens(make):
 
 def test_a_frozen_copy_is_the_reference_of_full_weights(make):
     trainer = make(rate=1e-2)
-    start = copy.deepcopy(trainer._reference_copy.state_dict())
+    start = copy.deepcopy(trainer.policy.state_dict())
     trainer.train()
-    assert all(torch.equal(start[name], value) for name, value in trainer._reference_copy.state_dict().items())
+    with trainer._reference() as reference:
+        assert all(torch.equal(start[name], value) for name, value in reference.state_dict().items())
     assert any(not torch.equal(start[name], value) for name, value in trainer.policy.state_dict().items())
     found = trainer.estimate(*episodes())
     assert found.kl.abs().max() > 1e-3
@@ -246,9 +250,9 @@ def test_a_frozen_copy_is_the_reference_of_full_weights(make):
 
 
 def test_an_adapter_switched_off_is_the_reference_of_lora(make):
-    policy = add_lora(llama(), Lora(r=4, alpha=8, dropout=0.0))
+    policy = tune(llama(), Tuning("lora", {"r": 4}))
     trainer = make(policy, rate=1e-2)
-    assert trainer._reference_copy is None
+    assert trainer._reference.start == []
     assert trainer.estimate(*episodes()).kl.abs().max() == 0
     trainer.train()
     found = trainer.estimate(*episodes())

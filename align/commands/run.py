@@ -26,13 +26,7 @@ def add(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    assignments = {}
-    for assignment in options.assignments:
-        key, equals, value = assignment.partition("=")
-        if not equals:
-            raise AlignError(f"--set {assignment}: write it as KEY=VALUE")
-        assignments[key] = value
-    recipe = load_recipe(options.recipe, assignments)
+    recipe = load_recipe(options.recipe, assigned(options.assignments))
     out = options.out or default_out(recipe)
     work = Run(recipe, out)
     if options.plan:
@@ -43,6 +37,21 @@ def run(options: argparse.Namespace) -> int:
 
         write_report(out, recipe.name, artifacts, as_json=options.json)
     return 0
+
+
+def assigned(assignments: list[str]) -> dict[str, str]:
+    """The values of ``--set KEY=VALUE`` by key.
+
+    Raises:
+        AlignError: one is written in another way.
+    """
+    found = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise AlignError(f"--set {assignment}: write it as KEY=VALUE")
+        found[key] = value
+    return found
 
 
 def show_plan(run: Run, *, as_json: bool) -> int:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from align.catalog import Catalog
+from align.errors import AlignError
 from align.progress import History
+from align.tuning.strategies import Tuning
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Stage(BaseModel):
 
     stage: ClassVar[str]
     """Its name in the catalog."""
+    reads: ClassVar[str | None] = None
+    """For a stage that trains: the kind of rows that it reads from `data`. The preflight looks at them."""
 
     def run(self, context: Context) -> dict[str, Any]:
         """Do the work, fill ``context.folder``, return the metrics to register.
@@ -140,8 +145,16 @@ class ModelFields(Fields):
 class AdapterFields(Fields):
     """What of the model is trained."""
 
+    tuning: str = "full"
+    """A strategy: full, freeze, ffn, attention, bias_norm, head, adapter, lora, rslora, dora, pissa, qlora, ia3, prefix, prompt,
+    ptuning (docs/tuning.md).
+    """
+    tuning_args: dict[str, Any] = Field(default_factory=dict)
+    """Its arguments, such as `r` of lora or `train_last` of freeze."""
+    on_adapter: Literal["merge", "continue"] = "merge"
+    """Where the model is an adapter: merge it into its base and train by `tuning`, or train it further, as it is."""
     use_peft: bool = False
-    """Train a LoRA adapter instead of all weights."""
+    """The same as `tuning: lora`, with the arguments below."""
     lora_r: int = Field(16, gt=0)
     """Rank."""
     lora_alpha: int | None = Field(None, gt=0)
@@ -154,6 +167,41 @@ class AdapterFields(Fields):
     """Scale by alpha / sqrt(r) (arXiv:2312.03732)."""
     use_dora: bool = False
     """Train magnitude and direction apart (arXiv:2402.09353)."""
+
+    @property
+    def strategy(self) -> Tuning:
+        """What `tuning` and `tuning_args` say, or `use_peft` and its arguments in the other spelling."""
+        if not self.use_peft:
+            return Tuning(self.tuning, self.tuning_args)
+        fields = {name: getattr(self, name) for name in LORA_FIELDS if name in self.model_fields_set}
+        return Tuning("lora", {LORA_FIELDS[name]: value for name, value in fields.items()})
+
+    @model_validator(mode="after")
+    def _one_strategy(self) -> Self:
+        given = self.model_fields_set
+        lora = next((name for name in LORA_FIELDS if name in given), None)
+        if self.use_peft and given & {"tuning", "tuning_args"}:
+            raise ValueError("use_peft is another spelling of tuning: lora; set one of the two")
+        if lora and not self.use_peft:
+            raise ValueError(f"{lora} belongs to use_peft; with tuning, write tuning_args: {{{LORA_FIELDS[lora]}: …}}")
+        if self.on_adapter == "continue" and (self.use_peft or given & {"tuning", "tuning_args"}):
+            raise ValueError("on_adapter: continue goes on with the adapter as it is; leave use_peft, tuning and tuning_args out")
+        try:
+            self.strategy.check()
+        except AlignError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+
+LORA_FIELDS = {
+    "lora_r": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_target_modules": "target_modules",
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+}
+"""Hugging Face's names of the arguments of `tuning: lora`."""
 
 
 class OptimizerFields(Fields):
@@ -199,7 +247,38 @@ class OptimizerFields(Fields):
     """Seed of shuffling, sampling and new weights."""
 
 
-class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields):
+LOWER_IS_BETTER = re.compile(r"(^|[/_])(loss|nll|perplexity|kl|error|ece|brier|entropy)(_|$)")
+"""Names of metrics that should fall."""
+
+
+class SelectionFields(Fields):
+    """When a model is measured while it trains, and which of its states is kept."""
+
+    eval_steps: int | None = Field(None, gt=0)
+    """Optimizer steps between two evaluations; once an epoch by default."""
+    early_stopping_patience: int | None = Field(None, gt=0)
+    """Stop after so many evaluations in a row without a better `metric_for_best_model`, and keep the best weights."""
+    load_best_model_at_end: bool = False
+    """Keep the weights of the best evaluation instead of the last ones. Implied by early_stopping_patience."""
+    metric_for_best_model: str = "loss"
+    """What is best: any metric of the held-out rows, as it stands in metrics.jsonl without its eval_."""
+    greater_is_better: bool | None = None
+    """Whether it should rise; by default so for all but losses, perplexities, divergences and errors."""
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best weights are kept."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
+
+    @property
+    def best_is_greatest(self) -> bool:
+        """Whether `metric_for_best_model` should rise."""
+        if self.greater_is_better is not None:
+            return self.greater_is_better
+        return LOWER_IS_BETTER.search(self.metric_for_best_model) is None
+
+
+class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, SelectionFields):
     """The fields of every stage that trains on a data set."""
 
     engine: Literal["forest", "trl"] = "forest"
@@ -214,10 +293,6 @@ class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFiel
     """
     gradient_accumulation_steps: int = Field(1, gt=0)
     """Micro-steps in an optimizer step."""
-    eval_steps: int | None = Field(None, gt=0)
-    """Optimizer steps between two evaluations; once an epoch by default."""
-    early_stopping_patience: int | None = Field(None, gt=0)
-    """Stop after so many evaluations without a better held-out loss, and keep the best weights."""
     save_steps: int | None = Field(None, gt=0)
     """Optimizer steps between two checkpoints; none by default."""
     save_total_limit: int = Field(2, gt=0)
@@ -226,3 +301,23 @@ class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFiel
     """Go on from the last checkpoint in the output folder."""
     report_to: list[str] = Field(default_factory=list)
     """Trackers besides metrics.jsonl: tensorboard, wandb …"""
+
+    @model_validator(mode="after")
+    def _trl_knows_the_strategy(self) -> Self:
+        if self.engine == "trl" and self.strategy.name not in TRL_STRATEGIES:
+            raise ValueError(
+                f"engine 'trl' trains with {', '.join(TRL_STRATEGIES)}; tuning {self.strategy.name!r} needs engine 'forest'"
+            )
+        if self.engine == "trl" and self.on_adapter == "continue":
+            raise ValueError("TRL's trainers would take the adapter's base for the reference; use engine 'forest' to continue it")
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_saved(self) -> Self:
+        if self.keeps_best and self.save_steps not in (None, self.eval_steps):
+            raise ValueError("keeping the best weights saves every evaluation: leave save_steps out, or equal to eval_steps")
+        return self
+
+
+TRL_STRATEGIES = ("full", "freeze", "ffn", "attention", "bias_norm", "lora", "rslora", "dora", "ia3")
+"""Strategies whose start TRL's trainers take for the reference."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,9 @@ from align.stages.sampling import RewardFields, SamplingFields
 @stage("evaluate")
 class Evaluate(Stage, SamplingFields, RewardFields):
     """Compare models on the same prompts. The first reward gives the headline, ``NAME_reward``; the others are its company."""
+
+    measures: ClassVar[dict[str, str]] = {"data": "prompts", "perplexity_data": "sft", "preference_data": "preference"}
+    """The fields that hold evaluation rows, and their kinds. The preflight looks for leaks in them."""
 
     models: dict[str, ModelRef] = Field(min_length=1)
     """What to call each model, and which it is."""

@@ -15,6 +15,8 @@ from align.stages.sampling import DecodingFields, RewardFields
 class GroupStage(TrainingStage, DecodingFields, RewardFields):
     """What GRPO and RLOO share. Batch sizes count answers, `num_generations` of them for each prompt."""
 
+    reads = "prompts"
+
     trl_fields: ClassVar[tuple[str, ...]] = (
         "max_completion_length",
         "temperature",
@@ -53,14 +55,14 @@ class GroupStage(TrainingStage, DecodingFields, RewardFields):
                 f"per_device_train_batch_size x gradient_accumulation_steps ({answers}) must be a multiple of num_generations "
                 f"({self.num_generations})"
             )
-        if self.early_stopping_patience is not None:
-            raise ValueError("early_stopping_patience watches the held-out loss, which says nothing here; leave it out")
+        if self.keeps_best and self.metric_for_best_model == "loss":
+            raise ValueError("the held-out loss says nothing here: set metric_for_best_model to reward to keep the best weights")
         return self
 
     def run(self, context: Context) -> dict[str, Any]:
         from align.encode import Encoder
         from align.errors import AlignError
-        from align.models import disable_dropout, load_causal_lm
+        from align.models import disable_dropout
         from align.stages import training as t
         from align.trainers.trl import group_trainer
 
@@ -76,7 +78,7 @@ class GroupStage(TrainingStage, DecodingFields, RewardFields):
             raise AlignError(
                 f"{prompts} prompts do not fill a batch, which takes {needed}; raise num_generations or lower the batch"
             )
-        model = load_causal_lm(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        model = t.causal_lm(self)
         t.teach_end_token(model, t.end_token(encoder, rows))
         longest = t.longest(train.trees) + self.max_completion_length
         model = t.make_ready(self, context.name, model, tokenizer, longest, context.folder)

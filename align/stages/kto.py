@@ -18,6 +18,8 @@ class KTO(TrainingStage):
     neighbours in the batch. So rows are shuffled once, and come in that order in every epoch.
     """
 
+    reads = "unpaired"
+
     learning_rate: float = Field(5e-7, gt=0)
     """Peak learning rate: 5e-7 to 5e-6 for all weights of a pretrained model, ten times that for LoRA."""
     per_device_train_batch_size: int = Field(8, gt=1)
@@ -35,7 +37,7 @@ class KTO(TrainingStage):
         from transformers import TrainingArguments
 
         from align.encode import Encoder
-        from align.models import disable_dropout, load_causal_lm
+        from align.models import disable_dropout
         from align.stages import training as t
         from align.trainers.kto import KTOTrainer, add_mismatched
         from align.trainers.objectives import Unpaired, add_reference_logps
@@ -58,7 +60,7 @@ class KTO(TrainingStage):
             )
             for part in (train, test)
         )
-        model = load_causal_lm(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        model = t.causal_lm(self)
         t.teach_end_token(model, t.end_token(encoder, rows))
         disable_dropout(model)
         model = t.make_ready(self, context.name, model, tokenizer, t.longest(trees, held_trees), context.folder)

@@ -15,6 +15,8 @@ from align.trainers.settings import PPOSettings
 class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, SamplingFields, RewardFields, PPOSettings):
     """Sample the policy on prompts, score what it says, and make what scored well more likely, close to where it started."""
 
+    reads = "prompts"
+
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate of the policy: about 1e-6 for all weights of a pretrained model, ten times that for LoRA."""
     max_tokens_per_micro_batch: MaxTokens = 8192
@@ -30,11 +32,12 @@ class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, Sampli
 
         from align.budget import Budget
         from align.encode import Encoder
-        from align.models import disable_dropout, load_causal_lm, load_reward_model, save_model, stop_token_ids
+        from align.models import disable_dropout, save_model, stop_token_ids
         from align.rollout import complete
         from align.scoring import component_means
         from align.stages import training as t
         from align.trainers.ppo import PPOTrainer
+        from align.tuning.tune import trainable
 
         t.seed_everything(self)
         rows, held = t.rows_of(self, "prompts", context)
@@ -44,8 +47,8 @@ class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, Sampli
         train, test = encoder.prompts(rows), encoder.prompts(held[: self.eval_prompts])
         prompts = [tree.prompt for tree in t.usable(train, context.name)]
 
-        policy = load_causal_lm(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
-        critic = load_reward_model(self.reward_model or self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        policy = t.causal_lm(self)
+        critic = t.reward_model(self, self.reward_model or self.model)
         end = t.end_token(encoder, rows)
         t.teach_end_token(policy, end)
         stop_ids = sorted({end, *stop_token_ids(policy, tokenizer)})
@@ -113,4 +116,5 @@ class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, Sampli
         after = held_out_score("after")
         save_model(policy, tokenizer, context.folder)
         last = context.history.last
-        return {**before, **after, "objective/kl": last("objective/kl"), "objective/scores": last("objective/scores")}
+        ends = {"objective/kl": last("objective/kl"), "objective/scores": last("objective/scores")}
+        return {**before, **after, **ends, **trainable(policy)}

@@ -25,6 +25,8 @@ TRL_LOSSES = {
 class Preference(TrainingStage):
     """Train a policy directly on preference pairs. Parameters of the losses are named as in their papers and have no default."""
 
+    reads = "preference"
+
     loss: str = "dpo"
     """Name in the catalog of preference losses: dpo, ipo, orpo, simpo, robust, hinge, apo_zero, apo_down, rpo, dpo_norm, ld_dpo."""
     learning_rate: float = Field(5e-7, gt=0)
@@ -78,7 +80,7 @@ class Preference(TrainingStage):
 
     def run(self, context: Context) -> dict[str, Any]:
         from align.losses import preference_losses
-        from align.models import disable_dropout, load_causal_lm
+        from align.models import disable_dropout
         from align.stages import training as t
         from align.trainers.objectives import Preference as Objective
 
@@ -89,7 +91,7 @@ class Preference(TrainingStage):
         tokenizer, encoder = t.tokenizer_of(self)
         trees = t.encoded(encoder.preference, rows, context.name)
         held_trees = t.encoded(encoder.preference, held, f"{context.name} (held out)")
-        model = load_causal_lm(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        model = t.causal_lm(self)
         t.teach_end_token(model, t.end_token(encoder, rows))
         disable_dropout(model)
         model = t.make_ready(self, context.name, model, tokenizer, t.longest(trees, held_trees), context.folder)

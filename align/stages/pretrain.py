@@ -13,6 +13,8 @@ from align.stages.base import Context, ModelRef, TrainingStage, stage
 class Pretrain(TrainingStage):
     """Train on plain text. With `architecture` the model starts from random weights and its tokenizer is trained on the text."""
 
+    reads = "text"
+
     model: ModelRef | None = Field(None, validation_alias=AliasChoices("model", "model_name_or_path"))  # type: ignore[assignment]
     """The model to continue: a registered name[@version], an alias, a folder or a hub id."""
     architecture: dict[str, Any] | None = None
@@ -30,13 +32,13 @@ class Pretrain(TrainingStage):
             raise ValueError("set either model (to continue it) or architecture (to start from random weights)")
         if self.engine != "forest":
             raise ValueError("pretrain runs on engine 'forest' only")
-        if self.use_peft and self.model is None:
-            raise ValueError("use_peft needs a model to continue: an adapter on random weights has no base to load")
+        if self.model is None and (self.strategy.name != "full" or self.on_adapter == "continue"):
+            raise ValueError("random weights are trained in full: use_peft, tuning and on_adapter need a model to continue")
         return self
 
     def run(self, context: Context) -> dict[str, Any]:
         from align.encode import Encoder, set_chat_template
-        from align.models import build_causal_lm, load_causal_lm, load_tokenizer
+        from align.models import build_causal_lm, load_tokenizer
         from align.stages import training as t
         from align.tokenizers import train_bpe
         from align.trainers.objectives import LanguageModel
@@ -53,7 +55,7 @@ class Pretrain(TrainingStage):
         encoder = Encoder(tokenizer, self.max_length)
         trees, held_trees = t.encoded(encoder.text, rows, context.name), t.encoded(encoder.text, held, f"{context.name} (held out)")
         if self.model is not None:
-            model = load_causal_lm(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+            model = t.causal_lm(self)
         else:
             assert self.architecture is not None
             model = build_causal_lm(self.architecture, tokenizer)

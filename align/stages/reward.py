@@ -13,6 +13,8 @@ from align.stages.base import Context, TrainingStage, stage
 class RewardModel(TrainingStage):
     """Train a score head on a language model, from preference pairs."""
 
+    reads = "preference"
+
     learning_rate: float = Field(1e-5, gt=0)
     """Peak learning rate: about 1e-5 for all weights of a pretrained model, ten times that for LoRA."""
     center_rewards_coefficient: float = Field(0.0, ge=0)
@@ -27,7 +29,7 @@ class RewardModel(TrainingStage):
         return self
 
     def run(self, context: Context) -> dict[str, Any]:
-        from align.models import disable_dropout, load_reward_model
+        from align.models import disable_dropout
         from align.stages import training as t
         from align.trainers.objectives import RewardModel as Objective
 
@@ -36,7 +38,7 @@ class RewardModel(TrainingStage):
         tokenizer, encoder = t.tokenizer_of(self)
         trees = t.encoded(encoder.preference, rows, context.name)
         held_trees = t.encoded(encoder.preference, held, f"{context.name} (held out)")
-        model = load_reward_model(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        model = t.reward_model(self)
         disable_dropout(model)
         model = t.make_ready(self, context.name, model, tokenizer, t.longest(trees, held_trees), context.folder)
         if self.engine == "trl":

@@ -13,11 +13,12 @@ from align.stages.base import Context, TrainingStage, stage
 class SFT(TrainingStage):
     """Teach a model to answer, from demonstrations."""
 
+    reads = "sft"
+
     learning_rate: float = Field(2e-5, gt=0)
     """Peak learning rate: 1e-5 to 5e-5 for all weights of a pretrained model, ten times that for LoRA."""
 
     def run(self, context: Context) -> dict[str, Any]:
-        from align.models import load_causal_lm
         from align.stages import training as t
         from align.trainers.objectives import LanguageModel
 
@@ -26,7 +27,7 @@ class SFT(TrainingStage):
         tokenizer, encoder = t.tokenizer_of(self)
         trees, held_trees = t.encoded(encoder.sft, rows, context.name), t.encoded(encoder.sft, held, f"{context.name} (held out)")
         t.check_end_token(encoder, rows, trees)
-        model = load_causal_lm(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        model = t.causal_lm(self)
         t.teach_end_token(model, t.end_token(encoder, rows))
         model = t.make_ready(self, context.name, model, tokenizer, t.longest(trees, held_trees), context.folder)
         if self.engine == "trl":

@@ -17,10 +17,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from align.encode import Encoder, set_chat_template
 from align.engine import enable_forest
-from align.errors import AlignError
+from align.errors import AlignError, near_miss
 from align.forest import Tree
 from align.intake.store import TreeFile
-from align.models import Lora, add_lora, ensure_pad_token, load_tokenizer, save_model
+from align.models import ensure_pad_token, load_causal_lm, load_reward_model, load_tokenizer, save_model
 from align.progress import say
 from align.scoring import SCORE_SCALE, branch_scores
 from align.stages.base import Context, OptimizerFields, TrainingStage
@@ -32,6 +32,10 @@ from align.stages.rows import usable as usable
 from align.trainers.callbacks import Watch
 from align.trainers.forest import ForestTrainer
 from align.trainers.objectives import Objective, add_reference_logps
+from align.tuning.tune import trainable, tune
+
+TIMING = ("runtime", "per_second", "preparation_time")
+"""Ends of names that the Trainer adds to an evaluation, and that are no measures."""
 
 
 def tokenizer_of(stage: Any) -> tuple[PreTrainedTokenizerBase, Encoder]:
@@ -41,21 +45,42 @@ def tokenizer_of(stage: Any) -> tuple[PreTrainedTokenizerBase, Encoder]:
     return tokenizer, Encoder(tokenizer, stage.max_length)
 
 
+def causal_lm(stage: Any) -> nn.Module:
+    """The language model that the stage starts from."""
+    return load_causal_lm(stage.model, **_loading(stage))
+
+
+def reward_model(stage: Any, path: str | None = None) -> nn.Module:
+    """The model that the stage starts from, with a score head; or the one at `path`, merged."""
+    loading = _loading(stage) if path is None else {**_loading(stage), "on_adapter": "merge"}
+    return load_reward_model(path or stage.model, **loading)
+
+
+def _loading(stage: Any) -> dict[str, Any]:
+    return {
+        "dtype": stage.dtype,
+        "trust_remote_code": stage.trust_remote_code,
+        "on_adapter": stage.on_adapter,
+        "four_bits": stage.strategy.name == "qlora",
+    }
+
+
 def make_ready(
     stage: Any, label: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, longest: int, folder: Path | None
 ) -> nn.Module:
-    """Embeddings that fit the tokenizer, a padding token, LoRA where asked, the device, and the forest path (or a line that says
-    why not).
+    """Embeddings that fit the tokenizer, a padding token, the stage's tuning strategy, the device, and the forest path (or a line
+    that says why not).
     """
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # type: ignore[operator]
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # type: ignore[operator]
     ensure_pad_token(tokenizer, model)
-    if stage.use_peft:
-        model = add_lora(model, lora_of(stage), folder)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    say(f"{label}: {trainable:,} of {total:,} parameters train ({trainable / total:.1%})")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if stage.on_adapter == "merge":
+        model = tune(model, stage.strategy, folder)
+    what = "the adapter goes on" if stage.on_adapter == "continue" else f"tuning {stage.strategy.name}"
+    count, share = trainable(model).values()
+    say(f"{label}: {what}: {count:,} of {round(count / share):,} parameters train ({share:.2%})")
+    if stage.strategy.name != "qlora":  # 4-bit weights are on the GPU already
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
     if getattr(stage, "engine", "forest") == "forest" and (reason := enable_forest(model, longest)):
         say(f"{label}: trains on padded rows, as {reason}")
     return model
@@ -64,12 +89,6 @@ def make_ready(
 def precision(stage: OptimizerFields) -> AbstractContextManager[None]:
     """Within, forward passes are as precise as those of training."""
     return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=stage.bf16)
-
-
-def lora_of(stage: Any) -> Lora:
-    """The stage's LoRA fields."""
-    alpha = 2 * stage.lora_r if stage.lora_alpha is None else stage.lora_alpha
-    return Lora(stage.lora_r, alpha, stage.lora_dropout, stage.lora_target_modules, stage.use_rslora, stage.use_dora)
 
 
 def teach_end_token(model: nn.Module, end: int) -> None:
@@ -98,11 +117,12 @@ def with_reference(
 
 def training_arguments(stage: TrainingStage, context: Context, *, has_eval: bool) -> dict[str, Any]:
     """The stage's fields as arguments of `transformers.TrainingArguments` and its subclasses."""
-    stopping = stage.early_stopping_patience is not None
-    if stopping and not has_eval:
-        raise AlignError("early_stopping_patience needs held-out rows: set eval_data or held_out")
+    best = stage.keeps_best
+    if best and not has_eval:
+        what = "early_stopping_patience" if stage.early_stopping_patience else "load_best_model_at_end"
+        raise AlignError(f"{what} needs held-out rows: set eval_data or held_out")
     steps = stage.eval_steps
-    saves = stage.save_steps or (steps if stopping else None)
+    saves = steps if best else stage.save_steps  # what was measured must be there to be kept
     arguments: dict[str, Any] = {
         "output_dir": str(context.folder / "checkpoints"),
         "learning_rate": stage.learning_rate,
@@ -124,12 +144,12 @@ def training_arguments(stage: TrainingStage, context: Context, *, has_eval: bool
         "logging_nan_inf_filter": False,
         "eval_strategy": ("steps" if steps else "epoch") if has_eval else "no",
         "eval_steps": steps,
-        "save_strategy": "steps" if saves else "epoch" if stopping else "no",
+        "save_strategy": "steps" if saves else "epoch" if best else "no",
         "save_steps": saves or 500,
         "save_total_limit": stage.save_total_limit,
-        "load_best_model_at_end": stopping,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
+        "load_best_model_at_end": best,
+        "metric_for_best_model": f"eval_{stage.metric_for_best_model.removeprefix('eval_')}",
+        "greater_is_better": stage.best_is_greatest,
         "seed": stage.seed,
         "report_to": stage.report_to,
         "remove_unused_columns": False,
@@ -159,25 +179,37 @@ def run_trainer(trainer: Any, stage: TrainingStage, context: Context, *, has_eva
     context.history.rewind(-1 if last is None else int(last.rpartition("-")[2]))
     if last is None and has_eval:
         with precision(stage):  # the Trainer prepares the model for it no earlier than in `train`
-            trainer.evaluate()
+            check_metric(stage, trainer.evaluate())
     try:
         trainer.train(resume_from_checkpoint=last)
     finally:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, Watch):
                 callback.close()
-    if has_eval and context.history.records[-1].get("eval_loss") is None:
+    best = trainer.state.best_global_step if stage.keeps_best else None
+    if best is not None:
+        say(f"{context.name}: kept the weights of step {best}, of {trainer.state.global_step}")
+    elif has_eval and context.history.records[-1].get("eval_loss") is None:
         trainer.evaluate()
     save_model(trainer.model, trainer.processing_class, context.folder)
-    return summary(context)
+    return {**summary(context, best), **trainable(trainer.model)}
 
 
-def summary(context: Context) -> dict[str, Any]:
-    """First and last of every held-out metric, and the last training loss."""
-    records = context.history.records
-    metrics: dict[str, Any] = {"train_loss": context.history.last("loss")}
-    timing = ("runtime", "per_second", "preparation_time")
-    for name in {key: None for record in records for key in record if key.startswith("eval_") and not key.endswith(timing)}:
+def check_metric(stage: TrainingStage, measured: dict[str, float]) -> None:
+    """Raise `AlignError` before training where `metric_for_best_model` is none of what is `measured`."""
+    names = [name.removeprefix("eval_") for name in measured if not name.endswith(TIMING)]
+    wanted = stage.metric_for_best_model.removeprefix("eval_")
+    if stage.keeps_best and wanted not in names:
+        raise AlignError(
+            f"metric_for_best_model {wanted!r} is not measured here{near_miss(wanted, names)}; known: {', '.join(names)}"
+        )
+
+
+def summary(context: Context, best: int | None = None) -> dict[str, Any]:
+    """First and last of every held-out metric, and the last training loss; up to the step `best`, whose weights are kept."""
+    records = [record for record in context.history.records if best is None or record["step"] <= best]
+    metrics: dict[str, Any] = {"train_loss": context.history.last("loss"), **({} if best is None else {"best_step": best})}
+    for name in {key: None for record in records for key in record if key.startswith("eval_") and not key.endswith(TIMING)}:
         values = [record[name] for record in records if name in record]
         metrics[name] = values[-1]
         metrics[f"{name}_before"] = values[0]

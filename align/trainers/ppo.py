@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -24,6 +21,7 @@ from align.ops import gae, kl_k1, kl_k3, masked_mean, masked_whiten
 from align.progress import History, bar, shown
 from align.rollout import Completion, Sampling, complete
 from align.trainers.settings import PPOSettings
+from align.tuning.tune import Reference
 
 KL_ESTIMATORS = {"k1": kl_k1, "k3": kl_k3}
 
@@ -53,7 +51,7 @@ class PPOTrainer:
     """Trains `policy` against `scorer`.
 
     Args:
-        policy: an enabled causal language model (`align.engine.enable_forest`); with LoRA its reference is itself, adapter off.
+        policy: an enabled causal language model (`align.engine.enable_forest`); its reference is itself as it is now.
         critic: an enabled model with one score per token.
         prompts: token ids of the prompts, sampled in a shuffled order, again and again.
         scorer: scores completions; see `Scorer`.
@@ -91,8 +89,7 @@ class PPOTrainer:
         self.bf16 = bf16
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.shuffle = torch.Generator().manual_seed(seed)
-        # With an adapter the reference is the same weights, adapter off. Otherwise it is a frozen copy.
-        self._reference_copy = None if isinstance(policy, PeftModel) else deepcopy(policy).requires_grad_(False).eval()
+        self._reference = Reference(policy)
 
     @property
     def steps(self) -> int:
@@ -259,12 +256,3 @@ class PPOTrainer:
     def _precision(self) -> torch.autocast:
         """Mixed precision where asked; sums and losses stay in fp32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-    @contextmanager
-    def _reference(self) -> Iterator[nn.Module]:
-        """The model that divergence is measured from."""
-        if self._reference_copy is not None:
-            yield self._reference_copy
-        else:
-            with self.policy.disable_adapter():  # type: ignore[operator]
-                yield self.policy

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from align.commands.data import check
+from align.commands.data import augment, check, clean, split
 
-ACTIONS = (check,)
+ACTIONS = (check, clean, augment, split)
 
 
 def add(verbs: Any) -> None:

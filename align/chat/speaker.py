@@ -1,0 +1,81 @@
+"""A model that answers, piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from threading import Thread
+from typing import Any
+
+import torch
+from transformers import TextIteratorStreamer
+
+from align.encode import Encoder, set_chat_template
+from align.models import load_causal_lm, load_tokenizer, stop_token_ids
+from align.registry import Registry
+from align.schema import Message
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is drawn. ``temperature=0`` is greedy; ``top_p=1`` and ``top_k=0`` switch those filters off."""
+
+    max_completion_length: int = 256
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+class Speaker:
+    """A loaded model and its chat template; an adapter is merged into its base.
+
+    Args:
+        reference: a registered NAME[@VERSION], an alias, a folder or a hub id.
+        chat_template: as the stages take it; `auto` gives a base model without one the template `plain`.
+
+    Raises:
+        AlignError: there is no such model, or its template ends an answer with no token.
+    """
+
+    def __init__(
+        self, reference: str, *, dtype: str = "float32", chat_template: str = "auto", trust_remote_code: bool = False
+    ) -> None:
+        self.name = reference
+        path = Registry().resolve(reference).path
+        self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        set_chat_template(self.tokenizer, chat_template)
+        self.encoder = Encoder(self.tokenizer)
+        self.model: Any = load_causal_lm(path, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.stops = sorted({*stop_token_ids(self.model, self.tokenizer), self.encoder.end_of_turn})
+
+    def answer(self, messages: Sequence[Message], decoding: Decoding) -> Iterator[str]:
+        """The answer to the last of `messages`, in pieces, as they come; draws of chance are torch's global ones."""
+        prompt = torch.tensor([self.encoder.prompt_ids(list(messages))], device=self.model.device)
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        sampled = decoding.temperature > 0
+        settings = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k} if sampled else {}
+        failed: list[Exception] = []
+
+        def generate() -> None:
+            try:
+                self.model.generate(
+                    input_ids=prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=decoding.max_completion_length,
+                    do_sample=sampled,
+                    eos_token_id=self.stops,
+                    pad_token_id=self.stops[0],
+                    streamer=streamer,
+                    **settings,
+                )
+            except Exception as error:  # raised below, in the thread of who asked
+                failed.append(error)
+                streamer.end()
+
+        thread = Thread(target=generate, daemon=True)
+        thread.start()
+        yield from streamer
+        thread.join()
+        if failed:
+            raise failed[0]

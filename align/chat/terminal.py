@@ -1,0 +1,94 @@
+"""A conversation at the terminal, with one model or with two side by side."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from align.chat.speaker import Decoding, Speaker
+from align.chat.votes import add_vote
+from align.schema import Message
+
+HELP = "/reset begins anew, /undo takes back the last turn, /system TEXT sets a system prompt, /quit ends"
+
+
+class Talk:
+    """What has been said so far. With two speakers both answer, and the conversation goes on from the better answer."""
+
+    def __init__(self, speakers: Sequence[Speaker], decoding: Decoding, *, system: str | None = None, votes: Path | None = None):
+        self.speakers, self.decoding, self.votes = speakers, decoding, votes
+        self.messages: list[Message] = []
+        self.set_system(system)
+
+    def set_system(self, text: str | None) -> None:
+        """Begin anew, with `text` as the system prompt."""
+        self.messages = [Message(role="system", content=text)] if text else []
+
+    def undo(self) -> None:
+        """Take back the last question and its answer."""
+        while self.messages and self.messages[-1].role != "user":
+            if self.messages[-1].role == "system":
+                return
+            self.messages.pop()
+        if self.messages:
+            self.messages.pop()
+
+    def ask(self, text: str, write: Callable[[str], object], vote: Callable[[], str] | None = None) -> list[str]:
+        """The answers to `text`, written as they come; the first one, or the one that `vote` (a or b) prefers, is kept."""
+        self.messages.append(Message(role="user", content=text))
+        answers: list[str] = []
+        for speaker in self.speakers:
+            if len(self.speakers) > 1:
+                write(f"[{'ab'[len(answers)]}] ")
+            pieces = []
+            for piece in speaker.answer(self.messages, self.decoding):
+                pieces.append(piece)
+                write(piece)
+            answers.append("".join(pieces).strip())
+            write("\n")
+        kept = 0
+        if len(answers) == 2 and vote is not None:
+            choice = vote()
+            if choice in ("a", "b"):
+                kept = "ab".index(choice)
+                if self.votes is not None:
+                    named = [(speaker.name, answer) for speaker, answer in zip(self.speakers, answers, strict=True)]
+                    add_vote(self.votes, self.messages, named[kept], named[1 - kept])
+        self.messages.append(Message(role="assistant", content=answers[kept]))
+        return answers
+
+
+def talk_at_terminal(talk: Talk) -> None:
+    """Read questions from stdin until it ends."""
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    def read(prompt: str) -> str:
+        """A line; the prompt only where a person reads it."""
+        return input(prompt if sys.stdin.isatty() else "")
+
+    def vote() -> str:
+        return read("better (a, b, or Enter for neither): ").strip().lower()
+
+    if sys.stdin.isatty():
+        print(" against ".join(speaker.name for speaker in talk.speakers) + f". {HELP}.")
+    while True:
+        try:
+            line = read("> ").strip()
+        except EOFError:
+            return
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return
+        if command == "/reset":
+            talk.set_system(talk.messages[0].content if talk.messages and talk.messages[0].role == "system" else None)
+        elif command == "/undo":
+            talk.undo()
+        elif command == "/system":
+            talk.set_system(rest.strip() or None)
+        elif command.startswith("/"):
+            print(f"{command} is no command. {HELP}.")
+        elif line:
+            talk.ask(line, write, vote)

@@ -1,0 +1,193 @@
+"""The web page behind ``align ui``: talk to a model, compare two blind and vote, read reports.
+
+Gradio draws it. What models say is shown as plain text, never as markup.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import random
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when it is imported
+
+import gradio as gr
+
+from align.chat.speaker import Decoding, Speaker
+from align.chat.votes import add_vote
+from align.schema import Message
+
+KEPT = 2
+"""Models held in memory."""
+
+
+class Speakers:
+    """Loaded models, the least recently used one let go."""
+
+    def __init__(self, chat_template: str) -> None:
+        self.chat_template = chat_template
+        self._loaded: OrderedDict[str, Speaker] = OrderedDict()
+
+    def __getitem__(self, name: str) -> Speaker:
+        if name not in self._loaded:
+            while len(self._loaded) >= KEPT:
+                self._loaded.popitem(last=False)
+            self._loaded[name] = Speaker(name, chat_template=self.chat_template)
+        self._loaded.move_to_end(name)
+        return self._loaded[name]
+
+
+def build(
+    names: list[str], *, votes: Path, runs: Path, decoding: Decoding, chat_template: str = "auto", seed: int = 0
+) -> gr.Blocks:
+    """The page.
+
+    Args:
+        names: models to choose from.
+        votes: file that votes are appended to.
+        runs: folder whose runs' reports can be read.
+        seed: of which answer of a blind pair stands on the left.
+    """
+    speakers, draw = Speakers(chat_template), random.Random(seed)
+    with gr.Blocks(title="align", analytics_enabled=False) as page:
+        gr.Markdown("# align")
+        settings = _settings(decoding)
+        with gr.Tab("Talk"):
+            _talk(names, speakers, settings)
+        with gr.Tab("Compare blind"):
+            _compare(names, speakers, settings, votes, draw)
+        with gr.Tab("Reports"):
+            _reports(runs)
+    return page
+
+
+def _settings(decoding: Decoding) -> list[Any]:
+    """The controls that all tabs share: system prompt, temperature, top-p, top-k, most tokens."""
+    with gr.Accordion("Settings", open=False):
+        system = gr.Textbox("", label="System prompt", lines=1)
+        with gr.Row():
+            temperature = gr.Slider(0, 2, decoding.temperature, step=0.05, label="Temperature (0 is greedy)")
+            top_p = gr.Slider(0.05, 1, decoding.top_p, step=0.05, label="Top-p")
+            top_k = gr.Number(decoding.top_k, minimum=0, precision=0, label="Top-k (0 is all)")
+            tokens = gr.Number(decoding.max_completion_length, minimum=1, precision=0, label="Most tokens in an answer")
+    return [system, temperature, top_p, top_k, tokens]
+
+
+def _decoding(temperature: float, top_p: float, top_k: float, tokens: float) -> Decoding:
+    return Decoding(int(tokens), temperature, top_p, int(top_k))
+
+
+def _messages(system: str, history: list[Message]) -> list[Message]:
+    """What a model sees of a conversation."""
+    return [Message(role="system", content=system.strip()), *history] if system.strip() else history
+
+
+def _shown(history: list[Message]) -> list[dict[str, str]]:
+    """A conversation as the page shows it. Gradio takes a turn for HTML and would fetch the images in it, so it is escaped."""
+    return [{"role": message.role, "content": html.escape(message.content)} for message in history]
+
+
+def _chatbot(label: str) -> gr.Chatbot:
+    return gr.Chatbot(label=label, render_markdown=False, feedback_options=None, buttons=[])
+
+
+def _talk(names: list[str], speakers: Speakers, settings: list[Any]) -> None:
+    model = gr.Dropdown(names, value=names[0], label="Model")
+    shown, turns = _chatbot("Conversation"), gr.State([])
+    said = gr.Textbox(label="You", placeholder="Ask something and press Enter", elem_id="talk-said")
+    again = gr.Button("Begin anew", size="sm")
+
+    def ask(name: str, text: str, history: list[Message], system: str, *decoding: float) -> Iterator[tuple[Any, ...]]:
+        if not text.strip():
+            raise gr.Error("Ask something first.")
+        history = [*history, Message(role="user", content=text)]
+        answer = Message(role="assistant", content="")
+        yield "", history, _shown(history)
+        for piece in speakers[name].answer(_messages(system, history), _decoding(*decoding)):
+            answer = Message(role="assistant", content=answer.content + piece)
+            yield "", history, _shown([*history, answer])
+        history = [*history, Message(role="assistant", content=answer.content.strip())]
+        yield "", history, _shown(history)
+
+    said.submit(ask, [model, said, turns, *settings], [said, turns, shown], api_name="talk")
+    for event in (again.click, model.change):
+        event(lambda: ([], []), None, [turns, shown], api_visibility="private")
+
+
+def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: Path, draw: random.Random) -> None:
+    with gr.Row():
+        models = [gr.Dropdown(names, value=names[min(i, len(names) - 1)], label=f"Model {i + 1}") for i in range(2)]
+    shown, turns = _chatbot("Conversation so far"), gr.State([])
+    said = gr.Textbox(label="You", placeholder="Ask both and press Enter", elem_id="compare-said")
+    with gr.Row():
+        sides = [gr.Textbox(label=label, lines=4, interactive=False, elem_id=label.lower()) for label in ("Left", "Right")]
+    with gr.Row():
+        choices = {"left": "Left is better", "right": "Right is better", "neither": "Neither"}
+        buttons = [gr.Button(label, interactive=False, elem_id=f"vote-{side}") for side, label in choices.items()]
+    verdict = gr.Markdown(f"Votes go to `{votes}` as preference rows.", elem_id="verdict")
+    answered = gr.State([])  # (name, answer) of left and right
+
+    def ask(one: str, two: str, text: str, history: list[Message], system: str, *decoding: float) -> tuple[Any, ...]:
+        if not text.strip():
+            raise gr.Error("Ask something first.")
+        if one == two:
+            raise gr.Error("Choose two different models.")
+        if history and history[-1].role == "user":  # the last question had no vote
+            history = history[:-1]
+        history = [*history, Message(role="user", content=text)]
+        order = [one, two]
+        draw.shuffle(order)
+        prompt = _messages(system, history)
+        answers = [(name, "".join(speakers[name].answer(prompt, _decoding(*decoding))).strip()) for name in order]
+        ready = [gr.Button(interactive=True)] * len(choices)
+        return "", history, _shown(history), *(answer for _, answer in answers), *ready, "Which answer is better?", answers
+
+    def vote(side: str) -> Any:
+        def record(answers: list[tuple[str, str]], history: list[Message], system: str) -> tuple[Any, ...]:
+            text = f"Left was **{_plain(answers[0][0])}**, right was **{_plain(answers[1][0])}**."
+            kept = ["left", "right"].index(side) if side != "neither" else 0
+            if side != "neither":
+                add_vote(votes, _messages(system, history), answers[kept], answers[1 - kept])
+                text += f" Saved to `{votes}`."
+            history = [*history, Message(role="assistant", content=answers[kept][1])]
+            return *[gr.Button(interactive=False)] * len(choices), text, history, _shown(history)
+
+        return record
+
+    outputs = [said, turns, shown, *sides, *buttons, verdict, answered]
+    said.submit(ask, [*models, said, turns, *settings], outputs, api_name="ask")
+    for side, button in zip(choices, buttons, strict=True):
+        button.click(vote(side), [answered, turns, settings[0]], [*buttons, verdict, turns, shown], api_name=side)
+    for model in models:
+        model.change(lambda: ([], []), None, [turns, shown], api_visibility="private")
+
+
+def _plain(name: str) -> str:
+    return html.escape(name).replace("*", "\\*")
+
+
+def _reports(runs: Path) -> None:
+    def found() -> list[str]:
+        return sorted(page.parent.name for page in runs.glob("*/report.html"))
+
+    def show(name: str | None) -> str:
+        if name not in found():
+            return "<p>No report yet: a finished pipeline writes one.</p>"
+        text = (runs / str(name) / "report.html").read_text(encoding="utf-8")
+        # In a frame of its own, without access to this page.
+        return f'<iframe sandbox="allow-scripts" style="width:100%;height:80vh;border:0" srcdoc="{html.escape(text)}"></iframe>'
+
+    names = found()
+    run = gr.Dropdown(names, value=names[0] if names else None, label="Run")
+    page = gr.HTML(show(names[0] if names else None))
+    run.change(show, run, page)
+
+
+def launch(page: gr.Blocks, host: str, port: int) -> None:
+    """Serve `page` until it is interrupted. Nothing is shared, and fonts are this machine's."""
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    page.launch(server_name=host, server_port=port, share=False, quiet=True, theme=theme, footer_links=[])

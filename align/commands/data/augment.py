@@ -1,0 +1,45 @@
+"""``align data augment``: new rows out of rows; each says what it was made of."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def add(actions: Any) -> None:
+    from align.schema import KINDS
+
+    parser = actions.add_parser("augment", help="synonyms, paraphrases, back-translation, swapped pairs")
+    parser.add_argument("file", metavar="FILE")
+    parser.add_argument("--how", nargs="+", required=True, metavar="HOW", help="augmentations, as NAME or 'NAME(key=value)'")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl", help="the rows and what was made of them")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", choices=list(KINDS), help="what the rows are; recognised by default")
+    parser.add_argument("--format", help="name of the data's format; recognised by default")
+    parser.add_argument("--split", default="train", help="split of a folder or hub data set")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(handler=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from collections import Counter
+
+    from align.data import write_rows
+    from align.quality.augment import augment
+    from align.quality.reading import read
+
+    loaded = read(options.file, options.kind, format=options.format, split=options.split)
+    rows = augment(loaded.rows, options.how, options.seed)
+    write_rows(options.output, rows)
+    made = Counter(row["origin"]["how"] for row in rows if "origin" in row)
+    counts = {how: made[how] for how in options.how}
+    account = {"file": options.file, "rows": len(loaded.rows), "written": len(rows), "made": counts}
+    if options.json:
+        print(json.dumps(account))
+    else:
+        print(f"{options.file}: {loaded.summary()}")
+        print("\n".join(f"  {how}: {count:,} rows" for how, count in counts.items()))
+        print(f"{len(rows):,} rows written to {options.output}")
+    return 0

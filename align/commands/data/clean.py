@@ -1,0 +1,67 @@
+"""``align data clean``: take away what should not be trained on. Without --output nothing is written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from align.errors import AlignError
+
+
+def add(actions: Any) -> None:
+    from align.schema import KINDS
+
+    parser = actions.add_parser("clean", help="duplicates, mojibake, boilerplate and more: counted, shown, and taken away")
+    parser.add_argument("file", metavar="FILE")
+    parser.add_argument("--rules", nargs="+", metavar="RULE", help="cleaning rules, as NAME or 'NAME(key=value)'")
+    parser.add_argument("--also", nargs="+", default=[], metavar="RULE", help="rules besides the default ones")
+    parser.add_argument("--against", nargs="+", default=[], metavar="FILE", help="take away what repeats these evaluation sets")
+    parser.add_argument("--mask", nargs="+", default=[], metavar="KIND", help="personal data to mask, or 'all'")
+    parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="write the rows kept here, the others beside it")
+    parser.add_argument("--kind", choices=list(KINDS), help="what the rows are; recognised by default")
+    parser.add_argument("--format", help="name of the data's format; recognised by default")
+    parser.add_argument("--split", default="train", help="split of a folder or hub data set")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(handler=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from align.data import plain_fields, write_rows
+    from align.quality.cleaning import clean
+    from align.quality.personal import patterns
+    from align.quality.reading import read
+    from align.quality.rules import DEFAULT
+
+    if options.output is not None and options.output.suffix != ".jsonl":
+        raise AlignError(f"--output {options.output}: rows are written as .jsonl")
+    loaded = read(options.file, options.kind, format=options.format, split=options.split)
+    specs = [*(options.rules or DEFAULT), *options.also]
+    if options.against:
+        specs.append(f"contaminated(against={tuple(options.against)!r})")
+    cleaned = clean(loaded.rows, specs, list(patterns) if options.mask == ["all"] else options.mask)
+    written = []
+    if options.output is not None:
+        aside = options.output.with_suffix(".removed.jsonl")
+        removed = [{"number": n, "rule": rule, "why": why, "row": plain_fields(row)} for n, rule, why, row in cleaned.removed]
+        write_rows(options.output, cleaned.kept)
+        write_rows(aside, removed)
+        written = [str(options.output), str(aside)]
+    account = {"file": options.file, "loaded": loaded.summary(), **cleaned.account(), "written": written}
+    print(json.dumps(account, indent=1, ensure_ascii=False) if options.json else _page(account, cleaned.summary()))
+    return 0
+
+
+def _page(account: dict[str, Any], summary: str) -> str:
+    lines = [f"{account['file']}: {account['loaded']}", f"cleaning: {summary}"]
+    for rule, found in account["rules"].items():
+        lines.append(f"  {rule:<20} {found['count']:>8,}")
+        lines += [f"      row {example['row']}: {example['why']}: {example['text']}" for example in found["examples"]]
+    if account["masked"]["counts"]:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in account["masked"]["counts"].items())
+        lines.append(f"  masked in {account['masked']['rows']:,} rows: {kinds}")
+    lines.append(
+        f"written: {', '.join(account['written'])}" if account["written"] else "nothing was written: name a file with --output"
+    )
+    return "\n".join(lines)

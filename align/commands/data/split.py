@@ -1,0 +1,45 @@
+"""``align data split``: two files that share no prompt and no near copy of one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def add(actions: Any) -> None:
+    from align.schema import KINDS
+
+    parser = actions.add_parser("split", help="part rows by prompt, near copies kept together, stable when rows are added")
+    parser.add_argument("file", metavar="FILE")
+    parser.add_argument("--held_out", type=float, default=0.05, metavar="SHARE", help="share of the prompts held out (0.05)")
+    parser.add_argument("--threshold", type=float, help="similarity of near copies (0.7)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, metavar="DIR", required=True, help="for train.jsonl and test.jsonl")
+    parser.add_argument("--kind", choices=list(KINDS), help="what the rows are; recognised by default")
+    parser.add_argument("--format", help="name of the data's format; recognised by default")
+    parser.add_argument("--split", default="train", help="split of a folder or hub data set")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(handler=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from align.data import write_rows
+    from align.quality.duplicates import THRESHOLD
+    from align.quality.reading import read
+    from align.quality.splits import split_rows
+
+    loaded = read(options.file, options.kind, format=options.format, split=options.split)
+    split = split_rows(loaded.rows, options.held_out, options.seed, options.threshold or THRESHOLD)
+    parts = {"train": split.train, "test": split.held_out, "between": split.between}
+    for name, rows in parts.items():
+        if rows or name != "between":
+            write_rows(options.output_dir / f"{name}.jsonl", rows)
+    account = {"file": options.file, "rows": len(loaded.rows), **{name: len(rows) for name, rows in parts.items()}}
+    if options.json:
+        print(json.dumps(account))
+    else:
+        print(f"{options.file}: {loaded.summary()}")
+        print("{rows:,} rows = {train:,} train + {test:,} test + {between:,} near prompts of both sides".format(**account))
+    return 0

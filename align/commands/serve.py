@@ -1,0 +1,81 @@
+"""``align serve NAME``: an OpenAI-compatible server, transformers' own or vLLM's."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from align.errors import AlignError
+
+
+def add(verbs: Any) -> None:
+    parser = verbs.add_parser("serve", help="answer OpenAI-compatible requests with a model")
+    parser.add_argument("model", metavar="NAME", help="a registered name, an alias, a folder or a hub id")
+    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help="whose server")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; the default is reached from this machine only")
+    parser.add_argument("--port", type=int, default=8000, help="(default: 8000)")
+    parser.add_argument("--dtype", default="auto", help="precision of the weights")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    parser.set_defaults(handler=serve)
+
+
+def serve(options: argparse.Namespace) -> int:
+    from align.progress import say
+    from align.registry import Registry
+
+    start, missing = ENGINES[options.engine]
+    if problem := missing():
+        raise AlignError(problem)
+    resolved = Registry().resolve(options.model)
+    with tempfile.TemporaryDirectory(prefix="align-serve-") as folder:
+        name = resolved.path  # a hub id
+        if Path(resolved.path).is_dir():
+            # A folder is served under its name: the servers call a model what its path says, so it gets a short one.
+            name = resolved.artifact.name if resolved.artifact else Path(resolved.path).name
+            _place(Path(resolved.path), Path(folder) / name)
+            os.chdir(folder)
+        say(f"model {name!r} at http://{options.host}:{options.port}/v1 (Ctrl-C ends it)")
+        return start(options, name)
+
+
+def _place(model: Path, target: Path) -> None:
+    """`model` at `target`; an adapter is merged, so that what answers is what was evaluated."""
+    from align.models import is_adapter, load_causal_lm, load_tokenizer, save_model
+
+    if is_adapter(str(model)):
+        save_model(load_causal_lm(str(model)), load_tokenizer(str(model)), target)
+    else:
+        target.symlink_to(model)
+
+
+def _missing_packages() -> str | None:
+    missing = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
+    return f"align serve needs {', '.join(missing)}: pip install 'align[serve]'" if missing else None
+
+
+def _missing_program() -> str | None:
+    return None if shutil.which("vllm") else "there is no program `vllm` on PATH: install vLLM (in an environment of its own)"
+
+
+def _transformers(options: argparse.Namespace, name: str) -> int:
+    from transformers.cli.serve import Serve
+
+    common = {"host": options.host, "port": options.port, "dtype": options.dtype}
+    Serve(force_model=name, trust_remote_code=options.trust_remote_code, **common)
+    return 0
+
+
+def _vllm(options: argparse.Namespace, name: str) -> int:
+    command = ["vllm", "serve", name, "--host", options.host, "--port", str(options.port)]
+    command += ["--dtype", options.dtype, *(["--trust-remote-code"] if options.trust_remote_code else [])]
+    return subprocess.run(command, check=False).returncode
+
+
+ENGINES = {"transformers": (_transformers, _missing_packages), "vllm": (_vllm, _missing_program)}
+"""How each server is started, and what says that it cannot be."""

@@ -1,0 +1,60 @@
+"""``align ui``: a page to talk to models, compare them blind, and read reports."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from align.errors import AlignError
+
+
+def add(verbs: Any) -> None:
+    parser = verbs.add_parser("ui", help="a page to talk to models, compare two blind and vote, and read reports")
+    parser.add_argument("models", nargs="*", metavar="NAME", help="models to choose from (default: all registered policies)")
+    parser.add_argument("--votes", type=Path, metavar="FILE", help="where votes go as preference rows (default: runs/votes.jsonl)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; the default is reached from this machine only")
+    parser.add_argument("--port", type=int, default=7860, help="(default: 7860)")
+    parser.add_argument("--max_completion_length", type=int, default=256, help="most tokens in an answer (default: 256)")
+    parser.add_argument("--chat_template", default="auto", help="`auto`, a shipped template's name or a .jinja file")
+    parser.set_defaults(handler=ui)
+
+
+def ui(options: argparse.Namespace) -> int:
+    if importlib.util.find_spec("gradio") is None:
+        raise AlignError("align ui needs gradio: pip install 'align[ui]'")
+    from align.progress import say
+    from align.registry import Registry, home
+
+    registry = Registry()
+    for name in options.models:
+        registry.resolve(name)
+    names = options.models or policies(registry)
+    if not names:
+        raise AlignError(f"the registry {registry.root} holds no language model: name one, or train one (`make demo`)")
+    from align.chat.speaker import Decoding
+    from align.chat.ui import build, launch
+    from align.chat.votes import default_votes
+
+    page = build(
+        names,
+        votes=options.votes or default_votes(),
+        runs=home(),
+        decoding=Decoding(options.max_completion_length),
+        chat_template=options.chat_template,
+    )
+    say(f"http://{options.host}:{options.port} (Ctrl-C ends it)")
+    launch(page, options.host, options.port)
+    return 0
+
+
+def policies(registry: Any) -> list[str]:
+    """Registered names whose latest version is a folder with a language model, not a reward model."""
+    from align.artifact import Artifact
+
+    def speaks(artifact: Artifact) -> bool:
+        folder = Path(artifact.path)
+        return artifact.stage != "reward" and any((folder / f).is_file() for f in ("config.json", "adapter_config.json"))
+
+    return [name for name in registry.names() if speaks(registry.get(name))]

@@ -1,0 +1,173 @@
+"""Peak memory and time of a stage, before it runs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig
+
+from align.budget import START
+from align.models import Lora
+from align.preflight.cards import GB, Machine
+from align.preflight.checks import Finding
+from align.preflight.memory import Skeleton
+from align.preflight.subject import Subject
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes and seconds."""
+
+    parts: dict[str, float]
+    """Peak of each phase: loading, evaluating, training ..."""
+    made_of: dict[str, float]
+    """What the phase with the highest peak consists of."""
+    states: float
+    """Weights, gradients and optimizer: what no smaller pass can save."""
+    tokens: int
+    """Tokens in the largest pass."""
+    seconds: float | None
+    """Of training; None where its rows were not all looked at."""
+    machine: str
+
+    @property
+    def peak(self) -> float:
+        return max(self.parts.values())
+
+    def line(self) -> str:
+        """``peak memory 3.1 GB (training: weights 0.5, ...), about 12 min``."""
+        phase = max(self.parts, key=lambda name: self.parts[name])
+        inside = ", ".join(f"{name} {size / GB:.2f}" for name, size in self.made_of.items() if size)
+        duration = "" if self.seconds is None else f"; about {_duration(self.seconds)}"
+        return f"on {self.machine}: peak memory {self.peak / GB:.2f} GB while {phase} ({inside}){duration}"
+
+    def plain(self) -> dict[str, Any]:
+        return {"machine": self.machine, "peak_bytes": round(self.peak), "phases": self.parts, "made_of": self.made_of,
+                "states_bytes": round(self.states), "tokens_per_pass": self.tokens, "seconds": self.seconds}  # fmt: skip
+
+    def findings(self, machine: Machine) -> list[Finding]:
+        """A warning where memory will be short, an error where no smaller pass helps."""
+        if self.states > machine.memory:
+            need = f"weights, gradients and optimizer alone take {self.states / GB:.1f} GB of {machine.memory / GB:.1f} GB"
+            return [Finding("error", "memory", need, "Set use_peft, or dtype bfloat16, or take a smaller model")]
+        if self.peak > machine.memory:
+            need = f"the estimated peak is {self.peak / GB:.1f} GB of {machine.memory / GB:.1f} GB"
+            less = "Lower max_tokens_per_micro_batch or max_length, set gradient_checkpointing, bf16 or use_peft"
+            return [Finding("warning", "memory", need, less)]
+        return []
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def estimate(subject: Subject, machine: Machine) -> Estimate | None:
+    """What the stage will take on `machine`; None where its model or its tokens are not known yet."""
+    trees = subject.encoded.trees
+    config = _config(subject)
+    if config is None or not trees or getattr(subject.stage, "engine", "forest") != "forest":
+        return None
+    return _sampled(subject, config, machine) if subject.kind == "prompts" else _supervised(subject, config, machine)
+
+
+def _config(subject: Subject) -> Any:
+    if subject.model is not None:
+        return AutoConfig.from_pretrained(subject.model, trust_remote_code=subject.stage.trust_remote_code)
+    if subject.architecture is not None and subject.encoder is not None:
+        fields = dict(subject.architecture)
+        return AutoConfig.for_model(fields.pop("model_type", "llama"), **{"vocab_size": len(subject.encoder.tokenizer), **fields})
+    return None
+
+
+def _skeleton(subject: Subject, config: Any, machine: Machine, **changes: Any) -> Skeleton:
+    stage = subject.stage
+    lora = None
+    if stage.use_peft:
+        alpha = stage.lora_alpha or 2 * stage.lora_r
+        lora = Lora(stage.lora_r, alpha, stage.lora_dropout, stage.lora_target_modules, stage.use_rslora, stage.use_dora)
+    settings = {"dtype": stage.dtype, "lora": lora, "bf16": stage.bf16, "checkpointing": stage.gradient_checkpointing}
+    return Skeleton(config, **{**settings, "gpu": machine.gpu, **changes})
+
+
+def _budget(stage: Any) -> int:
+    return START if stage.max_tokens_per_micro_batch == "auto" else stage.max_tokens_per_micro_batch
+
+
+def _largest(tokens: list[int], rows: int, budget: int) -> tuple[int, bool]:
+    """Tokens in the largest pass over so many rows of a step, and whether the step takes several passes."""
+    together = statistics.fmean(tokens) * rows + 2 * statistics.pstdev(tokens) * math.sqrt(rows)
+    return max(min(budget, round(together)), max(tokens)), together > budget
+
+
+def _training(model: Skeleton, tokens: int, targets: int, several: bool) -> dict[str, float]:
+    """What is held at the peak of an optimizer step."""
+    gradients, passing = float(model.gradients), model.activations(tokens) + model.head(targets)
+    held = {"weights": float(model.weights), "optimizer": 2 * gradients}
+    if gradients > passing and not several:
+        return {**held, "gradients": gradients}
+    return {**held, "gradients": gradients if several else 0.0, "activations": float(passing)}
+
+
+def _supervised(subject: Subject, config: Any, machine: Machine) -> Estimate:
+    stage, trees = subject.stage, subject.encoded.trees
+    model = _skeleton(subject, config, machine, score_head=stage.stage == "reward")
+    sizes, budget = [tree.tokens for tree in trees], _budget(stage)
+    rows = stage.per_device_train_batch_size * stage.gradient_accumulation_steps
+    tokens, several = _largest(sizes, rows, budget)
+    share = sum(tree.targets for tree in trees) / sum(sizes)
+    training = _training(model, tokens, round(share * tokens), several)
+    # Before training, the held-out rows are evaluated, and the reference says what it thinks of all rows.
+    before = len(subject.held_out) + (len(subject.rows) if subject.kind in ("preference", "unpaired") else 0)
+    everything = statistics.fmean(sizes) * before
+    parts = {
+        "loading": 2.0 * model.weights,
+        "evaluating": float(model.weights + model.passing(round(min(budget, everything)))),
+        "training": sum(training.values()),
+    }
+    each = statistics.fmean(sizes)
+    steps = math.ceil(len(subject.rows) / rows) * stage.num_train_epochs if stage.max_steps < 0 else stage.max_steps
+    flops = steps * rows * each * model.parameters * (4 if stage.use_peft else 6)
+    seconds = None if subject.capped and stage.max_steps < 0 else flops / (machine.flops_bf16 if stage.bf16 else machine.flops)
+    return Estimate(parts, training, model.weights + 3.0 * model.gradients, tokens, seconds, machine.name)
+
+
+def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
+    """PPO, GRPO and RLOO: a policy, its reference, a critic where there is one, a reward model where there is one."""
+    stage, trees = subject.stage, subject.encoded.trees
+    critic_kind = getattr(stage, "critic", "separate") if getattr(stage, "advantage_estimator", "gae") == "gae" else None
+    policy = _skeleton(subject, config, machine)
+    frozen = _skeleton(subject, config, machine, lora=None, trained=False)
+    critic = _skeleton(subject, config, machine, score_head=True)
+    prompts = [tree.tokens for tree in trees]
+    sizes = [prompt + stage.max_completion_length for prompt in prompts]
+    episodes = getattr(stage, "episodes_per_step", 1)
+    tokens, several = _largest(sizes, max(1, episodes // getattr(stage, "num_mini_batches", 1)), _budget(stage))
+    targets = round(tokens * stage.max_completion_length / statistics.fmean(sizes))
+    training = _training(policy, tokens, targets, several)
+    standing = 0.0
+    if critic_kind == "separate":
+        own = _training(critic, tokens, 0, several)
+        training = {name: training.get(name, 0.0) + own.get(name, 0.0) for name in {**training, **own}}
+        standing += critic.weights
+    copy, judge = 0 if stage.use_peft else frozen.weights, frozen.weights if stage.reward_model else 0
+    others = {"reference": float(copy), "reward model": float(judge)}
+    training.update(others)
+    standing += policy.weights + sum(others.values())
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    batch = min(stage.rollout_batch_size, episodes) if hasattr(stage, "rollout_batch_size") else episodes
+    cache = batch * max(sizes) * 2 * heads * size * text.num_hidden_layers * 4
+    parts = {
+        "loading": standing + policy.weights,
+        "sampling": standing + training["optimizer"] + cache * 1.5 + policy.passing(batch * max(prompts)),
+        "training": sum(training.values()),
+    }
+    parameters = policy.parameters * (2 if critic_kind == "separate" else 1)
+    total = getattr(stage, "total_episodes", 0)
+    flops = total * statistics.fmean(sizes) * parameters * (6 * getattr(stage, "num_ppo_epochs", 1) + 6)
+    states = standing + sum(3.0 * model.gradients for model in ([policy, critic] if critic_kind == "separate" else [policy]))
+    return Estimate(parts, training, states, tokens, flops / machine.flops if total else None, machine.name)

@@ -1,0 +1,132 @@
+"""Looks at every stage of a plan: findings, estimates, and rows as the model will see them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from align.data import load_rows, split_by_prompt
+from align.errors import AlignError
+from align.preflight.cards import Machine
+from align.preflight.checks import Finding, broken, leaked, look
+from align.preflight.estimate import Estimate, estimate
+from align.preflight.show import Piece, html, paths
+from align.preflight.subject import ROWS, NotYet, Planned, Subject, subject
+from align.progress import say
+from align.schema import Row
+
+
+@dataclass
+class Looked:
+    """What a preflight says of one stage."""
+
+    name: str
+    about: str
+    """What will be trained, on which rows; or why it cannot be said yet."""
+    findings: list[Finding] = field(default_factory=list)
+    estimate: Estimate | None = None
+    samples: list[list[Piece]] = field(default_factory=list)
+    subject: Subject | None = None
+    """None where the stage trains nothing, or cannot be looked at yet."""
+
+    def plain(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "stage": self.name,
+            "about": self.about,
+            "findings": [finding.plain() for finding in self.findings],
+            "estimate": self.estimate.plain() if self.estimate else None,
+            "samples": [html(pieces) for pieces in self.samples],
+        }
+
+
+def inspect(
+    plan: Sequence[Planned], names: Collection[str] | None = None, *, machine: Machine | None = None, samples: int = 0
+) -> list[Looked]:
+    """What there is to say of the stages `names` (by default of all) of `plan`.
+
+    Args:
+        machine: estimate memory and time for it.
+        samples: rows to render of each stage.
+    """
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # tokenizers would warn of every long row
+    found = []
+    for step in plan:
+        if names is None or step.name in names:
+            found.append(_inspect(step, plan, machine, samples))
+    trained = [row for each in found if each.subject and each.subject.kind != "text" for row in each.subject.rows]
+    for step, each in zip([step for step in plan if names is None or step.name in names], found, strict=True):
+        if trained and getattr(step.stage, "measures", None):
+            each.findings += _leaks_into(step, trained)
+    return found
+
+
+def _inspect(step: Planned, plan: Sequence[Planned], machine: Machine | None, samples: int) -> Looked:
+    try:
+        seen = subject(step, plan)
+    except NotYet as reason:
+        return Looked(step.name, f"not looked at yet: {reason}")
+    except AlignError as error:
+        return Looked(step.name, "cannot be looked at", [broken(step.name, error)])
+    if seen is None:
+        return Looked(step.name, "trains nothing")
+    result = Looked(step.name, _about(seen), look(seen), subject=seen)
+    if machine is not None:
+        result.estimate = estimate(seen, machine)
+        result.findings += result.estimate.findings(machine) if result.estimate else []
+    if samples and seen.encoder is not None:
+        trees = seen.encoded.trees
+        chosen = trees[:: max(1, len(trees) // samples)][:samples]
+        result.samples = [pieces for tree in chosen for pieces in paths(seen.encoder, tree)]
+    return result
+
+
+def _about(seen: Subject) -> str:
+    count = f"{'at least ' if seen.capped else ''}{len(seen.rows):,}"
+    rows = f"{count} rows ({seen.kind}), {len(seen.held_out):,} held out"
+    trees = seen.encoded.trees
+    if not trees:
+        return f"{seen.stage.stage} on {rows}"
+    mean, longest = sum(tree.tokens for tree in trees) / len(trees), max(tree.longest for tree in trees)
+    share = sum(tree.targets for tree in trees) / sum(tree.tokens for tree in trees)
+    learned = "" if seen.kind == "prompts" else f", {share:.0%} of them with a loss"
+    return f"{seen.stage.stage} on {rows}; {mean:,.0f} tokens a row (longest {longest:,}){learned}"
+
+
+def _leaks_into(step: Planned, trained: Sequence[Row]) -> list[Finding]:
+    """Prompts that an evaluation has in common with the training rows of the recipe."""
+    stage = step.stage
+    findings: list[Finding] = []
+    for name, kind in stage.measures.items():
+        rows: list[Row] = []
+        for source in getattr(stage, name) or []:
+            try:
+                rows += load_rows(source, kind, format=stage.data_format, split=stage.data_split, limit=ROWS).rows
+            except AlignError:
+                return findings  # made by another stage, or broken: then the stage says so
+        if stage.held_out:
+            rows = split_by_prompt(rows, stage.held_out)[1]
+        findings += list(leaked(trained, rows, name)) if rows else []
+    return findings
+
+
+def preflight(plan: Sequence[Planned], names: Collection[str]) -> set[str]:
+    """Look at the stages `names` before they run: warnings are said, errors stop the run. Returns those that could be looked at.
+
+    Raises:
+        AlignError: there is an error among the findings.
+    """
+    looked = inspect(plan, names)
+    errors = []
+    for each in looked:
+        for finding in each.findings:
+            if finding.level == "error":
+                errors.append(f"{each.name}: {finding.message}. {finding.advice}")
+            else:
+                say(f"{each.name}: {finding.line()}")
+    if errors:
+        raise AlignError("; ".join(errors))
+    return {each.name for each in looked if not each.about.startswith("not looked at yet")}

@@ -1,0 +1,1 @@
+"""The quality of rows: cleaning, near duplicates, decontamination, splits, augmentation (docs/quality.md)."""

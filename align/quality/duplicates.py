@@ -1,0 +1,86 @@
+"""Near duplicates: groups of texts that share most of their five-character pieces, found by MinHash (Broder 1997)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from align.errors import AlignError
+from align.quality.texts import key
+
+PIECE = 5
+"""Characters in a piece."""
+PERMUTATIONS = 128
+THRESHOLD = 0.7
+"""Jaccard similarity of the pieces from which two texts are near duplicates: about one changed word in ten."""
+
+
+class NearDuplicates:
+    """Finds, for one text after another, the earlier texts that it nearly repeats.
+
+    Candidates come from locality-sensitive hashing, tuned to miss few; each is then compared piece by piece, so none is wrong.
+
+    Raises:
+        AlignError: the threshold is not between 0 and 1; or the library is not installed.
+    """
+
+    def __init__(self, threshold: float = THRESHOLD) -> None:
+        if not 0 < threshold <= 1:
+            raise AlignError(f"threshold: got {threshold}, expected a similarity above 0 and up to 1")
+        try:
+            from datasketch import MinHash, MinHashLSH
+        except ImportError:
+            raise AlignError("near duplicates need the package datasketch: pip install 'align[quality]'") from None
+        from xxhash import xxh32_intdigest
+
+        self.threshold = threshold
+        self._empty = MinHash(PERMUTATIONS, hashfunc=xxh32_intdigest)
+        self._index: Any = MinHashLSH(max(threshold - 0.1, 0.05), PERMUTATIONS, weights=(0.2, 0.8))
+        self._texts: list[str] = []
+        self._first: dict[str, int] = {}
+
+    def add(self, text: str) -> list[int]:
+        """Numbers of the earlier texts that `text` nearly repeats, in order; of equal ones only the first is compared."""
+        number, text = len(self._texts), key(text)
+        self._texts.append(text)
+        if text in self._first:
+            return [self._first[text]]
+        self._first[text] = number
+        mine = pieces(text)
+        sketch = self._empty.copy()
+        sketch.update_batch([piece.encode() for piece in mine])
+        found = [other for other in sorted(self._index.query(sketch)) if self._repeats(text, mine, self._texts[other])]
+        self._index.insert(number, sketch, check_duplication=False)
+        return found
+
+    def _repeats(self, text: str, mine: set[str], other: str) -> bool:
+        """Whether the texts are as similar as that, and speak of the same numbers: 12 + 7 is another question than 12 + 8."""
+        return numbers(text) == numbers(other) and similarity(mine, pieces(other)) >= self.threshold
+
+
+def numbers(text: str) -> list[str]:
+    """The numbers among the words of `text`."""
+    return [word for word in text.split() if word.isdigit()]
+
+
+def pieces(text: str) -> set[str]:
+    """Every run of five characters."""
+    return {text[i : i + PIECE] for i in range(max(len(text) - PIECE + 1, 1))}
+
+
+def similarity(one: set[str], other: set[str]) -> float:
+    """Jaccard similarity: what is shared, as a part of all."""
+    return len(one & other) / len(one | other)
+
+
+def leaders(texts: Iterable[str], threshold: float = THRESHOLD) -> list[int]:
+    """Of each text, the number of the first text of its group (its own, if it repeats none).
+
+    A text joins the group of the first earlier text that it nearly repeats, so no group changes when texts are added behind.
+    """
+    seen = NearDuplicates(threshold)
+    found: list[int] = []
+    for number, text in enumerate(texts):
+        earlier = seen.add(text)
+        found.append(found[earlier[0]] if earlier else number)
+    return found

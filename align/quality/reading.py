@@ -1,0 +1,18 @@
+"""Rows of a kind that nobody named."""
+
+from __future__ import annotations
+
+from align.data import Rows, RowStream, refuse_empty
+
+
+def read(source: str, kind: str | None = None, *, format: str | None = None, split: str = "train") -> Rows:
+    """The rows of `source` as `kind`, by default as the kind that most are by themselves; malformed rows are set aside, with their
+    reasons.
+
+    Raises:
+        AlignError: from loading.
+    """
+    stream = RowStream(source, kind, format=format, split=split, on_bad_row="quarantine")
+    rows = list(stream)
+    refuse_empty(stream)
+    return Rows(rows, stream.source, stream.format, stream.account, stream.set_aside)

@@ -1,0 +1,106 @@
+"""Augmentation: new rows out of rows, each saying what it was made of."""
+
+import json
+
+import pytest
+
+from align.cli import main
+from align.data import load_rows, write_rows
+from align.errors import AlignError
+from align.quality.augment import augment, load_thesaurus
+from align.schema import Message, PreferenceRow, PromptRow, SFTRow, TextRow
+
+ROWS = [
+    SFTRow(prompt="Describe the BIG house", completion="It is big."),
+    SFTRow(messages=[Message(role="user", content="Write it"), Message(role="assistant", content="big house")]),
+    SFTRow(messages=[Message(role="assistant", content="nobody asked")]),
+]
+PAIRS = [PreferenceRow(prompt=f"q{i}", chosen=f"good {i}", rejected=f"bad {i}", margin=1.0) for i in range(10)]
+
+
+def test_synonyms(tmp_path):
+    (tmp_path / "mine.json").write_text(json.dumps({"Big": ["large"], "house": ["home"], "write": ["compose"]}))
+    spec = f"synonyms(rate=1.0, thesaurus={str(tmp_path / 'mine.json')!r})"
+    rows = augment(ROWS, [spec])
+    assert rows[:3] == [row.model_dump(exclude_none=True) for row in ROWS]
+    assert [row["origin"] for row in rows[3:]] == [{"row": 1, "how": spec}, {"row": 2, "how": spec}]
+    assert rows[3]["prompt"] == "Describe the Large home"
+    assert rows[3]["completion"] == "It is big."  # replies stay
+    assert [turn["content"] for turn in rows[4]["messages"]] == ["Compose it", "big house"]
+
+
+def test_the_shipped_thesaurus_and_chance():
+    known = load_thesaurus(None)
+    assert all(word not in others and word.isalpha() for word, others in known.items())
+    rows = [PromptRow(prompt="show a big house " * 50)]
+    assert augment(rows, ["synonyms"]) == augment(rows, ["synonyms"])
+    assert augment(rows, ["synonyms"], seed=1) != augment(rows, ["synonyms"])
+    (_, made) = augment(rows, ["synonyms(rate=0.2)"])
+    assert 15 < sum(a != b for a, b in zip(made["prompt"].split(), rows[0].prompt.split(), strict=True)) < 45
+
+
+def test_paraphrases(tmp_path):
+    ways = tmp_path / "ways.txt"
+    ways.write_text("Please: {prompt}\n{prompt}\\nBe brief.\n")
+    spec = f"paraphrases(templates={str(ways)!r}, copies=2)"
+    rows = augment([PromptRow(prompt="Say {x}.", columns={"answer": 4})], [spec])
+    assert {row["prompt"] for row in rows[1:]} == {"Please: Say {x}.", "Say {x}.\nBe brief."}
+    assert all(row["answer"] == 4 for row in rows)
+    ways.write_text("no place\n")
+    with pytest.raises(AlignError, match=r"the line 'no place' has no \{prompt\} in it"):
+        augment(ROWS, [spec])
+
+
+def test_swaps_are_in_place_and_exactly_so_many():
+    rows = augment(PAIRS, ["swapped(share=0.3)"])
+    swapped = [row for row in rows if "origin" in row]
+    assert (len(rows), len(swapped)) == (10, 3)
+    for row in swapped:
+        source = PAIRS[row["origin"]["row"] - 1]
+        assert (row["chosen"], row["rejected"], row["margin"]) == (source.rejected, source.chosen, -1.0)
+    with pytest.raises(AlignError, match="no preference pairs"):
+        augment(ROWS, ["swapped(share=0.3)"])
+
+
+def test_back_translation_by_two_models(tmp_path, tokenizer):
+    """Two T5 models with random weights: what comes out is the second model's answer to the first's."""
+    import torch
+    from transformers import AutoModelForSeq2SeqLM, T5Config
+
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": len(tokenizer)}
+    special = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2}
+    for seed, name in enumerate(("there", "back")):
+        torch.manual_seed(seed)
+        AutoModelForSeq2SeqLM.from_config(T5Config(**sizes, **special, initializer_factor=4.0)).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    spec = f"back_translation(there={str(tmp_path / 'there')!r}, back={str(tmp_path / 'back')!r}, max_new_tokens=8, batch_size=2)"
+    texts = ["one two three", "Fine, thanks!", "the cat sat on a mat"]
+    rows = augment([*ROWS, *(TextRow(text=text) for text in texts)], [spec])
+    made = [row for row in rows if "origin" in row]
+    assert [row["origin"]["row"] for row in made] == [1, 2, 4, 5, 6]
+    assert made[0]["completion"] == ROWS[0].completion
+    assert made[2]["text"] != texts[0]
+
+    def translate(name, text):
+        model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / name)
+        ids = tokenizer(text, return_tensors="pt")
+        out = model.generate(input_ids=ids["input_ids"], num_beams=4, do_sample=False, max_new_tokens=8)
+        return tokenizer.decode(out[0], skip_special_tokens=True).strip() or text
+
+    assert [row["text"] for row in made[2:]] == [translate("back", translate("there", text)) for text in texts]
+    with pytest.raises(AlignError, match="cannot load"):
+        augment(ROWS, [f"back_translation(there={str(tmp_path / 'none')!r}, back='x')"])
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_rows("pairs.jsonl", PAIRS)
+    assert (
+        main(["data", "augment", "pairs.jsonl", "--how", "paraphrases", "swapped(share=0.2)", "--output", "more.jsonl", "--json"])
+        == 0
+    )
+    account = json.loads(capsys.readouterr().out)
+    assert account["made"] == {"paraphrases": 10, "swapped(share=0.2)": 2}
+    assert len(load_rows("more.jsonl", "preference").rows) == account["written"] == 20
+    assert main(["data", "augment", "pairs.jsonl", "--how", "parphrases", "--output", "more.jsonl"]) == 2
+    assert "did you mean 'paraphrases'?" in capsys.readouterr().err

@@ -1,0 +1,215 @@
+"""Talking to models: what is answered, what a vote leaves behind, and the server that speaks OpenAI's protocol."""
+
+import json
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import llama
+
+from align.chat.speaker import Decoding, Speaker
+from align.chat.terminal import Talk
+from align.chat.votes import add_vote
+from align.cli import main
+from align.data import load_rows
+from align.models import Lora, add_lora, save_model
+from align.schema import Message
+
+ROOT = Path(__file__).parent.parent
+GREEDY = Decoding(max_completion_length=8, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tokenizer):
+    """Two models, and a LoRA adapter on the first."""
+    root = tmp_path_factory.mktemp("chat")
+    for seed, name in enumerate(("one", "two")):
+        save_model(llama(seed), tokenizer, root / name)
+    base = llama(0)
+    base.name_or_path, base.rows_on_disk = str(root / "one"), base.get_input_embeddings().weight.shape[0]
+    adapter = add_lora(base, Lora(r=4, alpha=8, dropout=0.0))
+    torch.manual_seed(5)
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    save_model(adapter, tokenizer, root / "adapter")
+    return root
+
+
+def expected(folder, messages, tokens=8):
+    """The greedy answer, by forward passes alone."""
+    speaker = Speaker(str(folder))
+    ids = speaker.encoder.prompt_ids(messages)
+    for _ in range(tokens):
+        ids = [*ids, int(speaker.model(torch.tensor([ids])).logits[0, -1].argmax())]
+        if ids[-1] in speaker.stops:
+            break
+    return speaker.tokenizer.decode(ids[len(speaker.encoder.prompt_ids(messages)) :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("name", ["one", "adapter"])
+def test_the_answer_is_the_models_greedy_one(folders, name):
+    messages = [Message(role="system", content="Be brief."), Message(role="user", content="How are you?")]
+    pieces = list(Speaker(str(folders / name)).answer(messages, GREEDY))
+    assert "".join(pieces).strip() == expected(folders / name, messages)
+
+
+def test_an_adapter_answers_otherwise_than_its_base(folders):
+    asked = [Message(role="user", content="How are you?")]
+    assert expected(folders / "one", asked) != expected(folders / "adapter", asked)
+
+
+def test_a_failure_while_answering_is_not_swallowed(folders):
+    speaker = Speaker(str(folders / "one"))
+
+    def broken(*args, **kwargs):
+        raise ValueError("out of ideas")
+
+    speaker.model.forward = broken
+    with pytest.raises(ValueError, match="out of ideas"):
+        list(speaker.answer([Message(role="user", content="Hi")], GREEDY))
+
+
+# -- a conversation ------------------------------------------------------------------------------------------------------------
+
+
+class Parrot:
+    """Says its name and how much it has heard."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def answer(self, messages, decoding):
+        yield from (self.name, " ", str(len(messages)))
+
+
+def test_history_goes_on_from_the_better_answer(tmp_path):
+    votes = tmp_path / "votes.jsonl"
+    talk = Talk([Parrot("x"), Parrot("y")], GREEDY, system="Be brief.", votes=votes)
+    choices = iter(["b", "", "a"])
+    for question in ("1", "2", "3"):
+        talk.ask(question, lambda text: None, lambda: next(choices))
+    said = [(message.role, message.content) for message in talk.messages]
+    assert said == [
+        ("system", "Be brief."),
+        *(("user", "1"), ("assistant", "y 2")),
+        *(("user", "2"), ("assistant", "x 4")),
+        *(("user", "3"), ("assistant", "x 6")),
+    ]
+    rows = load_rows(votes, "preference").rows  # in the project's own schema
+    assert [(row.chosen[0].content, row.rejected[0].content) for row in rows] == [("y 2", "x 2"), ("x 6", "y 6")]
+    assert [message.content for message in rows[1].prompt] == ["Be brief.", "1", "y 2", "2", "x 4", "3"]
+    assert json.loads(votes.read_text().splitlines()[0])["chosen_model"] == "y"
+
+
+def test_undo_takes_back_a_turn_and_never_the_system_prompt():
+    talk = Talk([Parrot("x")], GREEDY, system="Be brief.")
+    talk.ask("1", lambda text: None)
+    talk.ask("2", lambda text: None)
+    talk.undo()
+    assert [message.content for message in talk.messages] == ["Be brief.", "1", "x 2"]
+    talk.undo()
+    talk.undo()
+    assert [message.content for message in talk.messages] == ["Be brief."]
+
+
+def test_votes_hold_any_text(tmp_path):
+    answer = 'line\nbreak "quote" \u2028 <script>'
+    add_vote(tmp_path / "v.jsonl", [Message(role="user", content="a\tb")], ("m", answer), ("n", "no"))
+    (row,) = load_rows(tmp_path / "v.jsonl", "preference").rows
+    assert (row.prompt[0].content, row.chosen[0].content) == ("a\tb", answer)
+
+
+def test_votes_train_dpo(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in range(6):
+        add_vote(Path("v.jsonl"), [Message(role="user", content=f"Say {number}.")], ("a", "one two"), ("b", "cat sat"))
+    flags = ["--learning_rate", "1e-3", "--beta", "0.1", "--held_out", "0", "--max_steps", "1", "--output_dir", "out"]
+    assert main(["dpo", "--model", str(folders / "one"), "--data", "v.jsonl", *flags]) == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+# -- the command line ----------------------------------------------------------------------------------------------------------
+
+
+def test_one_prompt_as_json(folders, capsys):
+    flags = ["--prompt", "How are you?", "--temperature", "0", "--max_completion_length", "8", "--json"]
+    assert main(["chat", str(folders / "one"), str(folders / "two"), *flags]) == 0
+    said = json.loads(capsys.readouterr().out)
+    asked = [Message(role="user", content="How are you?")]
+    assert [row["answer"] for row in said["answers"]] == [expected(folders / name, asked) for name in ("one", "two")]
+
+
+def test_a_conversation_from_a_pipe(folders, tmp_path, monkeypatch, capsys):
+    lines = iter(["Hello", "b", "/undo", "/nonsense", "Hello", "a", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    flags = ["--temperature", "0", "--max_completion_length", "8", "--votes", str(tmp_path / "v.jsonl")]
+    assert main(["chat", str(folders / "one"), str(folders / "two"), *flags]) == 0
+    out = capsys.readouterr().out
+    assert "/nonsense is no command" in out
+    first, second = load_rows(tmp_path / "v.jsonl", "preference").rows
+    assert (first.prompt, first.chosen, first.rejected) == (second.prompt, second.rejected, second.chosen)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["chat", "nowhere"], "no model 'nowhere'"),
+        (["chat", "a", "b", "c"], "compares two models, not 3"),
+        (["chat", "a", "--json"], "--json needs --prompt"),
+        (["chat", "a", "--temperature", "-1"], "0 is greedy"),
+        (["chat", "a", "--top_p", "0"], "a probability above 0"),
+        (["serve", "nowhere"], "no model 'nowhere'"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, said, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+# -- serving -------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def served(model):
+    """`align serve` in a process of its own; gives its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "align.cli", "serve", str(model), "--port", str(port)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        for line in process.stdout:
+            if "Uvicorn running" in line:
+                break
+        else:
+            pytest.fail(f"the server ended: {process.wait()}")
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(30)
+        process.stdout.close()
+
+
+@pytest.mark.parametrize("name", ["adapter"])
+def test_the_served_answer_is_the_local_greedy_one(folders, name):
+    openai = pytest.importorskip("openai")
+    pytest.importorskip("uvicorn")
+    asked = [{"role": "user", "content": "How are you?"}]
+    with served(folders / name) as address:
+        client = openai.OpenAI(base_url=address, api_key="none")
+        stream = client.chat.completions.create(model=str(name), messages=asked, max_tokens=8, temperature=0, stream=True)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+    assert text.strip() == expected(folders / name, [Message(**asked[0])])
+
+
+def test_vllm_that_is_not_there_is_one_line(folders, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    assert main(["serve", str(folders / "one"), "--engine", "vllm"]) == 2
+    assert "no program `vllm`" in capsys.readouterr().err

@@ -1,0 +1,363 @@
+"""Preflight: every planted fault is found and named, and its clean twin raises no alarm."""
+
+import copy
+import json
+import random
+from pathlib import Path
+
+import pytest
+from helpers import llama
+
+from align.cli import main
+from align.data import write_rows
+from align.errors import AlignError
+from align.pipeline import Run
+from align.preflight.cards import card
+from align.preflight.checks import checks
+from align.preflight.inspect import inspect
+from align.preflight.labels import suspicious
+from align.preflight.show import html, paths, terminal
+from align.recipe import Recipe
+from align.schema import PreferenceRow
+from align.stages import SFT, Evaluate, Preference
+
+NOUNS = ["cat", "mat", "sea", "king", "letter", "harbour", "train", "garden", "lamp", "river", "teacher", "ship", "town", "song"]
+GOOD, BAD = ["thanks", "gladly", "certainly", "kindly"], ["whatever", "never", "nonsense", "shut"]
+
+
+def sft_rows(count=60, seed=0):
+    """Questions that share no run of five words, answers of uneven length."""
+    rng = random.Random(seed)
+    return [
+        {"messages": [{"role": "user", "content": f"{i} {' '.join(rng.sample(NOUNS, 4))}?"},
+                      {"role": "assistant", "content": " ".join(rng.choices(NOUNS, k=rng.randint(3, 9)))}]}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def pairs(count=200, seed=0):
+    """Pairs of which the longer answer is chosen as often as not, and a polite word tells the better one."""
+    rng = random.Random(seed)
+
+    def answer(words):
+        return " ".join(rng.sample([*rng.choices(NOUNS, k=rng.randint(3, 9)), *rng.sample(words, 2)], k=5))
+
+    return [
+        {
+            "prompt": f"{i} {' '.join(rng.sample(NOUNS, 4))}?",
+            "chosen": answer(GOOD) + " thanks",
+            "rejected": answer(BAD) + " nonsense",
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = copy.deepcopy(tokenizer)
+    llama().save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    write_rows("sft.jsonl", sft_rows())
+    write_rows("eval.jsonl", sft_rows(20, seed=9))
+    write_rows("pairs.jsonl", pairs())
+    return tokenizer
+
+
+def findings(**stages):
+    """Level and name of everything found in the stages."""
+    plan = Run(Recipe("r", stages), Path("runs")).plan()
+    return sorted({(finding.level, finding.check) for each in inspect(plan) for finding in each.findings})
+
+
+def sft(**fields):
+    return SFT(**{"model": "model", "data": "sft.jsonl", "eval_data": "eval.jsonl", "max_length": 128, **fields})
+
+
+def dpo(**fields):
+    return Preference(**{"model": "model", "data": "pairs.jsonl", "beta": 0.1, "max_length": 256, **fields})
+
+
+def test_the_clean_twins_raise_no_alarm(folder):
+    assert findings(sft=sft(), dpo=dpo()) == []
+
+
+def test_a_template_without_an_end_token(folder):
+    Path("endless.jinja").write_text("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}")
+    assert findings(sft=sft(chat_template="endless.jinja")) == [("error", "encoding")]
+
+
+def test_an_end_token_that_no_row_teaches(folder):
+    """Every answer is cut."""
+    endless = {"role": "assistant", "content": "one " * 99}
+    write_rows("sft.jsonl", [{"messages": [row["messages"][0], endless]} for row in sft_rows()])
+    assert findings(sft=sft()) == [("error", "end_token"), ("warning", "truncated")]
+
+
+def test_no_template(folder):
+    folder.chat_template = None
+    folder.save_pretrained("model")
+    Path("model/chat_template.jinja").unlink()
+    assert findings(sft=sft()) == [("error", "encoding")]
+    assert findings(sft=sft(chat_template="auto")) == []
+
+
+def test_pad_is_eos(folder):
+    folder.pad_token = folder.eos_token
+    folder.save_pretrained("model")
+    assert findings(sft=sft(), dpo=dpo()) == [("warning", "pad_is_eos")]
+
+
+@pytest.mark.parametrize("where", ["template", "rows"])
+def test_a_begin_token_that_comes_twice(folder, where):
+    if where == "template":
+        folder.chat_template = "{{ bos_token }}" + folder.chat_template
+        folder.save_pretrained("model")
+    else:
+        rows = sft_rows()
+        rows[0]["messages"][0]["content"] = "<|bos|>" + rows[0]["messages"][0]["content"]
+        write_rows("sft.jsonl", rows)
+        Path("bare.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+    assert findings(sft=sft(chat_template="bare.jinja" if where == "rows" else None)) == [("warning", "doubled_begin")]
+
+
+def test_a_begin_token_that_chat_leaves_out(folder):
+    from tokenizers.processors import TemplateProcessing
+
+    begin = folder.bos_token
+    folder.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, folder.bos_token_id)]
+    )
+    folder.save_pretrained("model")
+    assert findings(sft=sft()) == []  # the tokenizer adds it, the template writes it: the encoder takes one
+    Path("bare.jinja").write_text("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+    assert findings(sft=sft(chat_template="bare.jinja")) == [("warning", "missing_begin")]
+
+
+def test_leaked_prompts(folder):
+    write_rows("eval.jsonl", [*sft_rows(18, seed=9), *sft_rows()[:2]])
+    assert findings(sft=sft()) == [("warning", "leaked_prompts")]
+
+
+def test_prompts_that_leak_into_an_evaluation_of_the_recipe(folder):
+    evaluation = {"models": {"sft": "sft"}, "data": "eval.jsonl", "perplexity_data": "eval.jsonl"}
+    assert findings(sft=sft(eval_data=None), evaluate=Evaluate(**evaluation)) == []
+    write_rows("eval.jsonl", sft_rows()[:2])
+    assert findings(sft=sft(eval_data=None, held_out=0), evaluate=Evaluate(**evaluation)) == [("warning", "leaked_prompts")]
+
+
+def test_a_long_run_of_words_in_common_is_a_leak(folder):
+    long = "the old lighthouse keeper wrote a letter to his sister every sunday evening by the window"
+
+    def row(text):
+        return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "x"}]}
+
+    write_rows("sft.jsonl", [*sft_rows(), row(f"Translate this: {long}")])
+    write_rows("eval.jsonl", [*sft_rows(19, seed=9), row(f"Who says: {long}?")])
+    assert findings(sft=sft()) == [("warning", "leaked_prompts")]
+
+
+def test_truncated_rows(folder):
+    """30 % of the answers are longer than max_length."""
+    rows = sft_rows()
+    for row in rows[::3]:
+        row["messages"][1]["content"] = " ".join(NOUNS * 8)
+    write_rows("sft.jsonl", rows)
+    assert findings(sft=sft()) == [("warning", "truncated")]
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_length_bias(folder, side):
+    rows = pairs()
+    for row in rows[: int(0.85 * len(rows))]:
+        row[side] += " " + " ".join(NOUNS)
+    write_rows("pairs.jsonl", rows)
+    assert findings(dpo=dpo()) == [("warning", "length_bias")]
+
+
+def test_swapped_labels(folder):
+    """A fifth of the pairs, at random: the words of the rest tell which."""
+    rows = pairs()
+    swapped = random.Random(1).sample(range(len(rows)), len(rows) // 5)
+    for i in swapped:
+        rows[i]["chosen"], rows[i]["rejected"] = rows[i]["rejected"], rows[i]["chosen"]
+    write_rows("pairs.jsonl", rows)
+    assert findings(dpo=dpo()) == [("warning", "swapped_labels")]
+    found = suspicious([PreferenceRow(**row) for row in rows])
+    assert len(set(found) & set(swapped)) >= 0.9 * len(swapped)
+    assert len(set(found) - set(swapped)) <= 0.02 * len(rows)
+
+
+def test_words_that_say_nothing_raise_no_suspicion(folder):
+    rng = random.Random(0)
+
+    def words():
+        return " ".join(rng.sample(NOUNS, 6))
+
+    rows = [PreferenceRow(prompt=str(i), chosen=words(), rejected=words()) for i in range(300)]
+    assert suspicious(rows) == []
+
+
+def test_margins_that_speak_against_their_pair(folder):
+    rows = pairs()
+    write_rows("pairs.jsonl", [{**row, "margin": -1.0 if i % 5 == 0 else 1.0} for i, row in enumerate(rows)])
+    assert findings(dpo=dpo()) == [("warning", "swapped_labels")]
+
+
+def test_mojibake(folder):
+    rows = sft_rows()
+    rows[7]["messages"][1]["content"] += " it’s naïve".encode().decode("cp1252")
+    write_rows("sft.jsonl", rows)
+    assert findings(sft=sft()) == [("warning", "mojibake")]
+    rows[7]["messages"][1]["content"] = "it’s naïve"
+    write_rows("sft.jsonl", rows)
+    assert findings(sft=sft()) == []
+
+
+def test_duplicates(folder):
+    write_rows("sft.jsonl", [*sft_rows(), *sft_rows(6)])
+    assert findings(sft=sft()) == [("warning", "duplicates")]
+
+
+def test_a_template_that_refuses_some_rows(folder):
+    Path("strict.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m.content + eos_token }}{% endfor %}"
+    )
+    rows = sft_rows()
+    rows[0]["messages"].insert(0, {"role": "system", "content": "be brief"})
+    write_rows("sft.jsonl", rows)
+    assert findings(sft=sft(chat_template="strict.jinja")) == [("warning", "encoding")]
+
+
+def test_every_check_has_a_docstring():
+    assert all((checks[name].__doc__ or "").strip() for name in checks)
+
+
+# -- before a pipeline runs ------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_stops_the_run_before_anything_is_written(folder, capsys):
+    recipe = Recipe("r", {"sft": sft(max_steps=1), "dpo": dpo(model="sft", data="sft.jsonl")})
+    with pytest.raises(AlignError, match=r"dpo: sft\.jsonl row 1"):
+        Run(recipe, Path("runs/r")).execute()
+    assert not Path("runs/r").exists()
+
+
+def test_warnings_are_said_and_do_not_stop_it(folder, capsys):
+    write_rows("sft.jsonl", [*sft_rows(), *sft_rows(6)])
+    Run(Recipe("r", {"sft": sft(max_steps=1)}), Path("runs/r")).execute()
+    said = capsys.readouterr().err
+    assert said.count("sft: warning: duplicates: 6 of 66 rows (9.1%) repeat another.") == 1
+
+
+def test_what_a_stage_makes_is_looked_at_before_the_next_one_uses_it(folder, capsys):
+    """The rows of the second stage do not exist when the run begins."""
+    from typing import Any
+
+    from align.stages.base import Context, DataRefs, Stage, stage, stages
+
+    @stage("repeats_rows")
+    class Repeats(Stage):
+        """Writes rows that repeat each other."""
+
+        data: DataRefs
+        """Unused."""
+
+        def run(self, context: Context) -> dict[str, Any]:
+            write_rows(context.folder / "rows.jsonl", sft_rows(5) * 8)
+            return {}
+
+    try:
+        recipe = Recipe("r", {"made": Repeats(data="sft.jsonl"), "sft": sft(data="made/rows.jsonl", eval_data=None, max_steps=1)})
+        (made, looked) = inspect(Run(recipe, Path("runs/r")).plan())
+        assert made.about == "trains nothing"
+        assert looked.about == "not looked at yet: its rows are made by the stage 'made'"
+        Run(recipe, Path("runs/r")).execute()
+    finally:
+        del stages._entries["repeats_rows"]
+    assert capsys.readouterr().err.count("sft: warning: duplicates") == 1
+
+
+def test_a_model_that_is_yet_to_be_trained_speaks_through_its_base(folder):
+    """The tokenizer and the template of a stage's output are known before it runs."""
+    folder.chat_template = None
+    folder.save_pretrained("model")
+    Path("model/chat_template.jinja").unlink()
+
+    def said(role, text):
+        return [{"role": role, "content": text}]
+
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    chat = [{side: said(role, row[side]) for side, role in roles.items()} for row in pairs()]
+    write_rows("pairs.jsonl", chat)
+    assert findings(sft=sft(), dpo=dpo(model="sft")) == [("error", "encoding")]
+    assert findings(sft=sft(chat_template="plain"), dpo=dpo(model="sft")) == []
+
+
+# -- what is shown -----------------------------------------------------------------------------------------------------------------
+
+
+def test_what_carries_a_loss_is_marked(tokenizer):
+    from align.encode import Encoder
+    from align.schema import Message, SFTRow
+
+    encoder = Encoder(tokenizer)
+    turns = [Message(role="user", content="<b> one"), Message(role="assistant", content="two")]
+    (tree,) = encoder.sft([SFTRow(messages=turns)]).trees
+    (pieces,) = paths(encoder, tree)
+    assert pieces == [("<|bos|>User: <b> one\nAssistant:", False), (" two<|eos|>", True)]
+    assert html(pieces).endswith("<mark> two&lt;|eos|&gt;</mark>")
+    assert "&lt;b&gt;" in html(pieces)
+    assert terminal(pieces, colour=False).endswith("Assistant:⟦ two<|eos|>⟧")
+    assert terminal(pieces, colour=True).endswith("\033[32m two<|eos|>\033[0m")
+    (pair,) = encoder.preference([PreferenceRow(prompt="a", chosen=" b", rejected=" c")]).trees
+    assert [path[-1] for path in paths(encoder, pair)] == [(" b<|eos|>", True), (" c<|eos|>", True)]
+
+
+@pytest.fixture
+def recipe(folder):
+    stages = {"sft": {"stage": "sft", "model": "model", "data": "sft.jsonl", "max_length": 128}}
+    Path("recipe.yaml").write_text(json.dumps({"name": "mine", "stages": stages}))
+    return "recipe.yaml"
+
+
+def test_the_command(recipe, capsys):
+    assert main(["check", recipe, "--json", "--gpu", "H100", "--samples", "1", "--html", "page.html"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["recipe"], found["errors"], found["warnings"]) == ("mine", 0, 0)
+    (stage,) = found["stages"]
+    assert stage["estimate"]["machine"] == "H100"
+    assert stage["estimate"]["peak_bytes"] > stage["estimate"]["states_bytes"] / 2 > 0
+    assert "<mark>" in stage["samples"][0]
+    assert "<mark>" in Path("page.html").read_text()
+    assert not Path("home").exists()
+
+
+def test_the_command_says_what_to_do(recipe, capsys):
+    assert main(["check", recipe, "--set", "sft.max_length=24"]) == 1
+    page = capsys.readouterr().out
+    assert "error: lengths: none of the rows can be used: 57 rows = 0 used + 57 set aside" in page
+    assert "Raise max_length" in page
+    assert page.splitlines()[-1].startswith("mine: 1 errors, ")
+
+
+def test_a_model_too_large_for_a_card(folder):
+    from transformers import AutoConfig
+
+    sizes = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
+    AutoConfig.for_model("llama", vocab_size=128256, **sizes).save_pretrained("model")
+    plan = Run(Recipe("r", {"full": sft(), "lora": sft(use_peft=True, dtype="bfloat16", bf16=True)}), Path("runs")).plan()
+    full, lora = inspect(plan, machine=card("rtx 4090"))
+    assert [(finding.level, finding.check) for finding in full.findings] == [("error", "memory")]
+    assert full.estimate.states == pytest.approx(16 * 8.03e9, rel=0.01)  # 4 fp32 numbers for each of 8.03 billion parameters
+    assert lora.estimate.states == pytest.approx(2 * 8.03e9, rel=0.05)
+    assert all(finding.level == "warning" for finding in lora.findings)
+    with pytest.raises(AlignError, match=r"unknown card 'H10' \(did you mean 'H100'\?\)"):
+        card("H10")

@@ -1,0 +1,308 @@
+"""Cleaning rules, personal data, near duplicates, decontamination and splits."""
+
+import json
+
+import pytest
+
+from align.cli import main
+from align.data import load_rows, write_rows
+from align.errors import AlignError
+from align.quality.cleaning import clean
+from align.quality.duplicates import leaders
+from align.quality.overlap import Overlap
+from align.quality.personal import mask, patterns
+from align.quality.rules import DEFAULT, rules
+from align.quality.splits import split_rows
+from align.quality.texts import key, mojibake
+from align.schema import LabelledRow, Message, PreferenceRow, PromptRow, SFTRow, TextRow
+from benchmarks.duplicates import SMALL, made_up, planted, precision_and_recall
+
+
+def sft(prompt, completion):
+    return SFTRow(prompt=prompt, completion=completion)
+
+
+def pair(prompt, chosen, rejected):
+    return PreferenceRow(prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def removed(rows, *specs):
+    """Numbers of the rows that go, and why."""
+    return [(number, why) for number, _, why, _ in clean(rows, specs).removed]
+
+
+# -- the rules, each on a row that it should take and one that it should not ------------------------------------------------------
+
+FINE = [sft("Who wrote it?", "Mina did."), sft("", "A text without a prompt."), sft("2 + 2", "4")]
+
+
+@pytest.mark.parametrize("rule", DEFAULT)
+def test_nothing_is_found_in_fine_rows(rule):
+    assert removed([*FINE, pair("a", "b", "c"), TextRow(text="naïve café, 日本 – “quoted” £5, Ångström, NÃO")], rule) == []
+
+
+def test_empty():
+    rows = [sft("a", " \n"), sft("a", "..."), pair("a", "", "b"), TextRow(text="\u200b"), *FINE]
+    assert removed(rows, "empty") == [
+        (1, "completion is empty"),
+        (2, "completion is empty"),
+        (3, "chosen is empty"),
+        (4, "text is empty"),
+    ]
+
+
+def test_the_assistants_turns_of_a_conversation_are_its_reply():
+    row = SFTRow(messages=[Message(role="user", content="words"), Message(role="assistant", content="")])
+    assert removed([row], "empty") == [(1, "reply is empty")]
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    row = SFTRow(messages=[Message(role="user", content="words"), Message(role="assistant", content="", tool_calls=[call])])
+    assert removed([row], "empty") == []
+
+
+@pytest.mark.parametrize("text", ["“quoted”", "it’s", "café", "10 €", "日本", "naïve – yes", "Ünïcödé"])
+@pytest.mark.parametrize("wrong", ["cp1252", "latin-1"])
+def test_mojibake_is_what_reading_utf8_as_something_else_makes(text, wrong):
+    assert mojibake(text) is None
+    try:
+        garbled = text.encode().decode(wrong)
+    except UnicodeDecodeError:
+        pytest.skip("Windows-1252 has no character for one of the bytes")
+    assert mojibake(f"before {garbled} after")
+
+
+def test_lost_characters():
+    assert removed([sft("a", "na\ufffdve")], "mojibake_rows") == [(1, "completion has '\ufffd'")]
+
+
+def test_boilerplate():
+    sentence = "I have no idea what you would like me to say."
+    rows = [
+        sft("a", "As an AI language model, I cannot."),
+        sft("b", "I am {{name}}."),
+        sft("c", "Dear [Your Name], hello"),
+        *(sft(f"question {i}", sentence) for i in range(5)),
+        *(sft(f"is it {i}?", "Yes.") for i in range(9)),
+    ]
+    assert [number for number, _ in removed(rows, "boilerplate")] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert removed(rows, "boilerplate(repeats=6)")[-1][0] == 3
+
+
+def test_identical_and_contradictory_pairs():
+    rows = [pair("a", "One two.", "one two"), pair("b", "x", "y"), pair("B?", "y", "x!"), pair("c", "x", "y")]
+    assert [number for number, _ in removed(rows, "identical_pairs")] == [1]
+    assert [number for number, _ in removed(rows, "contradictory_pairs")] == [2, 3]
+    labelled = [LabelledRow(prompt="a", completion="b", label=label) for label in (True, False)]
+    assert len(removed([*labelled, LabelledRow(prompt="a", completion="c", label=True)], "contradictory_pairs")) == 2
+    assert removed(labelled, "exact_duplicates") == []
+
+
+def test_exact_duplicates_keep_the_first():
+    rows = [sft("Who?", "Mina."), sft("who", " mina"), sft("Who?", "Ada."), sft("1 + 1", "2"), sft("1 - 1", "0")]
+    assert removed(rows, "exact_duplicates") == [(2, "the same as 'Who?\\nMina.'")]
+
+
+def test_length_outliers():
+    rows = [sft("a", "word " * n) for n in range(20, 60)]
+    assert removed(rows, "length_outliers") == []
+    assert [number for number, _ in removed([*rows, sft("a", "word " * 20_000)], "length_outliers")] == [41]
+
+
+def test_wrong_language():
+    english = "The lighthouse keeper wrote a letter to his sister every Sunday evening."
+    german = "Der Leuchtturmwärter schrieb jeden Sonntagabend einen Brief an seine Schwester."
+    chinese = "灯塔看守人每个星期天晚上都给他的妹妹写一封信，告诉她大海的样子和远方的船。"
+    rows = [sft("a", english), sft("a", german), sft("a", chinese), sft("a", "Ja."), sft(german, english)]
+    assert removed(rows, "wrong_language(expected='en')") == [(2, "completion is de, not en"), (3, "completion is zh, not en")]
+    assert removed(rows, "wrong_language(expected=('en', 'de'))") == [(3, "completion is zh, not de or en")]
+
+
+def test_each_rule_sees_what_is_left_and_everything_adds_up():
+    rows = [sft("a", ""), sft("a", ""), *FINE]
+    cleaned = clean(rows, ["empty", "exact_duplicates"])
+    assert cleaned.account()["rules"]["exact_duplicates"]["count"] == 0
+    assert cleaned.kept == FINE
+    assert cleaned.summary() == "5 rows = 3 kept + 2 removed (2 empty)"
+
+
+def test_unknown_rules_and_arguments():
+    with pytest.raises(AlignError, match=r"unknown cleaning rule 'emtpy' \(did you mean 'empty'\?\)"):
+        clean(FINE, ["emtpy"])
+    with pytest.raises(AlignError, match=r"takes no 'treshold' \(did you mean 'threshold'\?\)"):
+        clean(FINE, ["near_duplicates(treshold=0.9)"])
+    with pytest.raises(AlignError, match="needs 'expected'"):
+        clean(FINE, ["wrong_language"])
+    with pytest.raises(AlignError, match="threshold: got 0, expected"):
+        clean(FINE, ["near_duplicates(threshold=0)"])
+    assert set(DEFAULT) <= set(rules)
+
+
+# -- personal data -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "masked"),
+    [
+        ("email", "write to mina.k+x@sea.example.org.", "write to [EMAIL]."),
+        ("email", "@mina is a handle, a@b has no domain", None),
+        ("phone", "call +49 170 123 4567 now, or (030) 901 820 00", "call [PHONE] now, or [PHONE]"),
+        ("phone", "on 2024-05-17 10 20 30 of 1000 2000 people; 3.14.159; 12 34", None),
+        ("ip", "from 8.8.8.8, not 127.0.0.1, 999.1.1.1 or 1.2.3.4.5", "from [IP], not 127.0.0.1, 999.1.1.1 or 1.2.3.4.5"),
+        ("credit_card", "4111 1111 1111 1111, not 4111 1111 1111 1112", "[CREDIT_CARD], not 4111 1111 1111 1112"),
+        ("iban", "DE89 3704 0044 0532 0130 00, not DE88 3704 0044 0532 0130 00", "[IBAN], not DE88 3704 0044 0532 0130 00"),
+        ("ssn", "123-45-6789, not 000-45-6789", "[SSN], not 000-45-6789"),
+        ("secret", "AKIAIOSFODNN7EXAMPLE and ghp_" + "a1" * 18, "[SECRET] and [SECRET]"),
+        ("secret", "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY----- end", "[SECRET] end"),
+    ],
+)
+def test_personal_data_is_told_by_its_form_and_check_sum(kind, text, masked):
+    found, counts = mask(text, [kind])
+    assert found == (masked or text)
+    assert counts[kind] == found.count("[")
+
+
+def test_masking_goes_into_messages_and_leaves_the_rest():
+    call = {"type": "function", "function": {"name": "mail", "arguments": {"to": "a@b.org"}}}
+    turns = [Message(role="user", content="I am a@b.org"), Message(role="assistant", content="", tool_calls=[call])]
+    cleaned = clean([SFTRow(messages=turns), FINE[0]], [], list(patterns))
+    assert cleaned.masked == {"email": 2}
+    assert cleaned.masked_rows == [1]
+    assert cleaned.kept[0].messages[1].tool_calls[0]["function"]["arguments"] == {"to": "[EMAIL]"}
+    assert cleaned.kept[1] == FINE[0]
+
+
+# -- near duplicates -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edits", [1, 2])
+def test_copies_with_small_edits(edits):
+    """200 of 600 texts have a copy with typos, a word more, less or changed, other case; a fifth share their first half with
+    another text, which makes them no copies.
+    """
+    texts = made_up(600)
+    precision, recall = precision_and_recall(texts, planted(texts, SMALL, edits), 0.7)
+    assert precision >= 0.95
+    assert recall >= 0.95
+
+
+def test_copies_among_real_rows(real):
+    from align.quality.texts import whole
+
+    rows = load_rows(real / "sft" / "alpaca_en_demo.jsonl", "sft").rows
+    texts = list({key(text): text for row in rows if len((text := whole(row)).split()) >= 12}.values())[:400]
+    precision, recall = precision_and_recall(texts, planted(texts, SMALL, 1), 0.7)
+    assert min(precision, recall) >= 0.95
+
+
+def test_groups_do_not_change_when_texts_are_added():
+    texts = made_up(90)
+    texts += planted(texts, SMALL, 1)
+    assert leaders(texts)[:60] == leaders(texts[:60])
+    assert leaders(["a", "A!", "b", "", ""]) == [0, 0, 2, 3, 3]
+    assert leaders(["What is 12 + 7, in words?", "What is 12 + 8, in words?", "What is 12 + 7 in word?"]) == [0, 1, 0]
+
+
+# -- decontamination -----------------------------------------------------------------------------------------------------------
+
+QUESTION = "A train leaves the old station at nine and arrives in the harbour town at noon, how long did it take?"
+
+
+def test_overlap():
+    seen = Overlap([QUESTION, "Who wrote the letter to the king in May?", "Yes?"])
+    assert seen.with_text(f"Solve this. {QUESTION.upper()} Show your work.")
+    assert seen.with_text("Tell me: who wrote the letter to the king, in may")
+    assert seen.with_text("yes")
+    assert seen.with_text("yes it is") is None  # a text of one word is no evidence inside another
+    assert seen.with_text("A train leaves the old station at nine and arrives somewhere else at noon") is None  # 11 words in common
+    assert seen.with_text("") is None
+    assert Overlap(["灯塔看守人每个星期天晚上都写一封信"]).with_text("请翻译：灯塔看守人每个星期天晚上都写一封信。")
+
+
+def test_decontamination_is_a_rule(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows("eval.jsonl", [{"prompt": QUESTION}])
+    rows = [sft("Hello", "there"), sft(f"Again: {QUESTION}", "3 hours"), sft("Tell me one", f"{QUESTION} Three.")]
+    assert [number for number, _ in removed(rows, "contaminated(against='eval.jsonl')")] == [2, 3]
+
+
+# -- splits --------------------------------------------------------------------------------------------------------------------
+
+
+def test_copies_stay_together_and_nothing_moves_when_rows_are_added():
+    texts = made_up(300)
+    copies = planted(texts, SMALL, 1)
+    rows = [PromptRow(prompt=text) for text in [*texts, *copies]]
+    split = split_rows(rows, 0.3)
+    assert len(split.train) + len(split.held_out) + len(split.between) == len(rows)
+    assert 0.2 < len(split.held_out) / len(rows) < 0.4
+    held = {row.prompt for row in split.held_out}
+    apart = sum((copy in held) != (texts[source] in held) for copy, source in copies.items())
+    assert apart <= 0.02 * len(copies)
+    by_chance = split_rows([PromptRow(prompt=text) for text in copies], 0.3)
+    assert {row.prompt for row in by_chance.held_out} != held & set(copies)  # alone, the copies would go elsewhere
+    before = split_rows(rows[:250], 0.3)
+    assert [row for row in split.held_out if row in rows[:250]] == before.held_out
+
+
+def test_a_prompt_near_both_sides_is_on_neither():
+    """The middle text is near to both ends, which are not near to each other; some seed puts the ends apart."""
+    shared, first, second = ([f"{letter}{i}" for i in range(count)] for letter, count in (("w", 30), ("x", 10), ("y", 10)))
+    one, other = " ".join([*shared, *first]), " ".join([*shared, *second])
+    middle = " ".join([*shared, *first[:5], *second[5:]])
+    assert leaders([one, other], 0.7) == [0, 1]
+    rows = [PromptRow(prompt=text) for text in (one, other, middle)]
+    splits = [split_rows(rows, 0.5, seed, threshold=0.7) for seed in range(20)]
+    assert any(split.between for split in splits)
+    for split in splits:
+        assert (len(split.between) == 1) == (len(split.train) == len(split.held_out) == 1)
+        assert split.between in ([], [rows[2]])
+
+
+# -- the commands --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dirty(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows("eval.jsonl", [{"prompt": QUESTION}])
+    rows = [pair(f"Question {i}?", f"good answer {i} by a@b.org", f"bad answer {i}") for i in range(4)]
+    write_rows("dirty.jsonl", [*rows, rows[0], pair("x", "garbled â€œ text", "y"), pair(QUESTION, "three hours", "two")])
+    return tmp_path
+
+
+def test_nothing_is_written_without_an_output(dirty, capsys):
+    before = sorted(dirty.iterdir())
+    assert main(["data", "clean", "dirty.jsonl"]) == 0
+    page = capsys.readouterr().out
+    assert "7 rows = 5 kept + 2 removed" in page
+    assert "row 6: chosen has 'â€œ'" in page
+    assert "nothing was written" in page
+    assert sorted(dirty.iterdir()) == before
+
+
+def test_clean_writes_what_is_kept_and_what_is_not(dirty, capsys):
+    arguments = ["--against", "eval.jsonl", "--mask", "all", "--output", "clean.jsonl", "--json"]
+    assert main(["data", "clean", "dirty.jsonl", *arguments]) == 0
+    account = json.loads(capsys.readouterr().out)
+    assert {rule: found["count"] for rule, found in account["rules"].items() if found["count"]} == {
+        "mojibake_rows": 1,
+        "exact_duplicates": 1,
+        "contaminated": 1,
+    }
+    assert account["masked"] == {"counts": {"email": 4}, "rows": 4}
+    assert len(load_rows("clean.jsonl", "preference").rows) == account["kept"] == 4
+    assert "[EMAIL]" in (dirty / "clean.jsonl").read_text()
+    aside = [json.loads(line) for line in (dirty / "clean.removed.jsonl").read_text().splitlines()]
+    assert [(row["number"], row["rule"]) for row in aside] == [(6, "mojibake_rows"), (5, "exact_duplicates"), (7, "contaminated")]
+
+
+def test_split_writes_two_files(dirty, capsys):
+    assert main(["data", "split", "dirty.jsonl", "--held_out", "0.5", "--seed", "1", "--output_dir", "parts", "--json"]) == 0
+    account = json.loads(capsys.readouterr().out)
+    assert account["train"] + account["test"] + account["between"] == account["rows"] == 7
+    loaded = {side: load_rows(f"parts/{side}.jsonl", "preference").rows for side in ("train", "test")}
+    assert not {row.prompt for row in loaded["train"]} & {row.prompt for row in loaded["test"]}
+
+
+def test_a_wrong_output_is_refused_before_the_work(dirty, capsys):
+    assert main(["data", "clean", "dirty.jsonl", "--output", "clean.csv"]) == 2
+    assert "rows are written as .jsonl" in capsys.readouterr().err

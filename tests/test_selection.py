@@ -1,0 +1,123 @@
+"""Evaluation every N steps, early stopping and the best checkpoint, on any metric of any stage."""
+
+import pytest
+import torch
+from helpers import llama
+from pydantic import ValidationError
+
+from align.data import write_rows
+from align.errors import AlignError
+from align.models import load_causal_lm, save_model
+from align.pipeline import Run
+from align.recipe import Recipe
+from align.stages import GRPO, KTO, SFT, Preference, Pretrain, RewardModel
+
+STAGES = {
+    "pretrain": (Pretrain, "text", {}, "perplexity", min),
+    "sft": (SFT, "sft", {}, "mean_token_accuracy", max),
+    "reward": (RewardModel, "pairs", {}, "margin", max),
+    "dpo": (Preference, "pairs", {"beta": 0.5}, "rewards/margins", max),
+    "orpo": (Preference, "pairs", {"loss": "orpo", "lam": 0.1}, "loss", min),
+    "kto": (KTO, "pairs", {"beta": 0.5}, "kl", min),
+}
+
+
+@pytest.fixture
+def ground(tmp_path, tokenizer):
+    save_model(llama(), tokenizer, tmp_path / "base")
+    said = ["one two", "three four five", "six", "seven eight"]
+    write_rows(tmp_path / "text.jsonl", [{"text": f"the cat said {words}. hello to me {words}"} for words in said])
+    write_rows(tmp_path / "sft.jsonl", [{"instruction": "How are you?", "input": "", "output": f"Fine, {words}"} for words in said])
+    pairs = [{"prompt": "How are you?", "chosen": f"Fine, {words}", "rejected": f"sat on a mat {words}"} for words in said]
+    write_rows(tmp_path / "pairs.jsonl", pairs)
+    # What is held out says the opposite of what is learned, so that learning makes it worse sooner or later.
+    write_rows(tmp_path / "text-held.jsonl", [{"text": "mat a on sat cat the"}])
+    write_rows(tmp_path / "sft-held.jsonl", [{"instruction": "How are you?", "input": "", "output": "sat on a mat, thanks!"}])
+    write_rows(tmp_path / "pairs-held.jsonl", [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in pairs[:2]])
+    return tmp_path
+
+
+def go(ground, cls, rows, **fields):
+    stage = cls(
+        model=str(ground / "base"),
+        data=str(ground / f"{rows}.jsonl"),
+        eval_data=str(ground / f"{rows}-held.jsonl"),
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        warmup_ratio=0.0,
+        lr_scheduler_type="constant",
+        chat_template="plain",
+        max_length=64,
+        **fields,
+    )
+    return Run(Recipe("try", {"try": stage}), ground / "out").execute()["try"]
+
+
+def history(artifact, name):
+    """Values of a held-out metric by step, the one before training left out."""
+    import json
+    from pathlib import Path
+
+    records = [json.loads(line) for line in (Path(artifact.path) / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record[name] for record in records if name in record and record["step"] > 0}
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_a_stage_stops_early_and_keeps_the_best_of_any_metric(kind, ground, capsys):
+    cls, rows, fields, metric, better = STAGES[kind]
+    stage = {**fields, "eval_steps": 1, "early_stopping_patience": 2, "metric_for_best_model": metric, "num_train_epochs": 12}
+    artifact = go(ground, cls, rows, **stage)
+    values = history(artifact, f"eval_{metric}")
+    best = better(values.values())
+    step = artifact.metrics["best_step"]
+    assert values[step] == pytest.approx(best)
+    assert artifact.metrics[f"eval_{metric}"] == values[step]
+    assert len(values) == step + 2 < 12  # two evaluations without a better one, and no more
+    assert f"kept the weights of step {step}, of {step + 2}" in capsys.readouterr().err
+    # Started from what was kept, it measures the same before a step is made.
+    again = cls(
+        **{
+            **{"model": artifact.path, "data": str(ground / f"{rows}.jsonl"), "eval_data": str(ground / f"{rows}-held.jsonl")},
+            **{"learning_rate": 1e-9, "max_steps": 1, "max_length": 64, "chat_template": "plain", **fields},
+        }
+    )
+    if not rows.startswith("pairs") or kind in ("reward", "orpo"):  # the others measure from the model they start from
+        metrics = Run(Recipe("again", {"again": again}), ground / "out").execute()["again"].metrics
+        assert metrics[f"eval_{metric}_before"] == pytest.approx(best, rel=1e-4)
+
+
+def test_the_best_without_stopping_early(ground):
+    """All steps are made; what is kept is the best all the same, adapters included."""
+    artifact = go(
+        ground,
+        SFT,
+        "sft",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        max_steps=6,
+        tuning="prompt",
+        tuning_args={"num_virtual_tokens": 2},
+    )
+    values = history(artifact, "eval_loss")
+    assert len(values) == 6
+    assert artifact.metrics["eval_loss"] == min(values.values())
+    assert isinstance(load_causal_lm(artifact.path), torch.nn.Module)
+
+
+def test_the_direction_follows_from_the_name():
+    falls = ("loss", "eval_loss", "perplexity", "nll_loss", "kl", "calibration_error", "objective/kl")
+    for name in falls:
+        assert not SFT(model="m", data="d", metric_for_best_model=name).best_is_greatest
+    for name in ("accuracy", "rewards/margins", "rewards/accuracies", "f1", "bleu", "reward", "score", "log_odds_chosen"):
+        assert SFT(model="m", data="d", metric_for_best_model=name).best_is_greatest
+    assert SFT(model="m", data="d", metric_for_best_model="loss", greater_is_better=True).best_is_greatest
+
+
+def test_mistakes_are_named_before_training(ground):
+    with pytest.raises(AlignError, match=r"metric_for_best_model 'perplexty' is not measured here \(did you mean 'perplexity'\?\)"):
+        go(ground, SFT, "sft", load_best_model_at_end=True, metric_for_best_model="perplexty")
+    stage = SFT(model=str(ground / "base"), data=str(ground / "sft.jsonl"), held_out=0, load_best_model_at_end=True)
+    with pytest.raises(AlignError, match="load_best_model_at_end needs held-out rows"):
+        Run(Recipe("x", {"x": stage}), ground / "out").execute()
+    with pytest.raises(ValidationError, match="set metric_for_best_model to reward"):
+        GRPO(model="m", data="d", early_stopping_patience=2, reward_funcs=["length"])

@@ -1,0 +1,71 @@
+"""One copy of the base: what LoRA takes while it trains with a reference beside it, measured as the process' peak memory."""
+
+import gc
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import llama
+from transformers import PreTrainedTokenizerFast
+
+from align.data import write_rows
+from align.models import save_model
+from align.pipeline import Run
+from align.recipe import Recipe
+from align.registry import home
+from align.stages import Preference
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def kilobytes(name):
+    return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name))
+
+
+def peak(work):
+    """By how many bytes `work` raises the process' memory at its peak."""
+    gc.collect()
+    CLEAR.write_text("5")  # forget the peak so far
+    before = kilobytes("VmRSS")
+    kept = work()
+    after = 1024 * (kilobytes("VmHWM") - before)
+    del kept
+    return after
+
+
+@pytest.fixture
+def base(tmp_path, tokenizer: PreTrainedTokenizerFast):
+    """A base of 80 MB, nearly all of it in layers; returns its folder and its bytes."""
+    try:
+        CLEAR.write_text("5")
+    except OSError:
+        pytest.skip("this system does not tell a process' peak memory")
+    model = llama(hidden_size=512, intermediate_size=4096, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=8)
+    save_model(model, tokenizer, tmp_path / "base")
+    write_rows(tmp_path / "pairs.jsonl", [{"prompt": "Hello?", "chosen": f"one {n}", "rejected": f"two {n}"} for n in range(4)])
+    return tmp_path, sum(4 * p.numel() for p in model.parameters())
+
+
+def dpo(folder, **fields):
+    shutil.rmtree(home() / "cache", ignore_errors=True)  # the reference is computed every time
+    stage = Preference(
+        model=str(folder / "base"),
+        data=str(folder / "pairs.jsonl"),
+        beta=0.1,
+        held_out=0,
+        max_steps=2,
+        max_length=32,
+        chat_template="plain",
+        **fields,
+    )
+    return Run(Recipe("m", {"m": stage}), folder / "out").execute()
+
+
+def test_dpo_with_lora_holds_one_copy_of_the_base(base):
+    folder, size = base
+    dpo(folder, tuning="lora", tuning_args={"r": 1})  # what the first run of all leaves behind
+    lora = peak(lambda: dpo(folder, tuning="lora", tuning_args={"r": 2}))
+    full = peak(lambda: dpo(folder))
+    print(f"\npeak of DPO in bases of {size / 1e6:.0f} MB: LoRA {lora / size:.2f}, all weights {full / size:.2f}")
+    assert lora < 1.3 * size
+    assert full > 2.5 * size

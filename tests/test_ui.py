@@ -1,0 +1,113 @@
+"""The page of `align ui`: a blind vote becomes a preference row, what models say stays text; in a browser where there is one."""
+
+import os
+import shutil
+
+import pytest
+from helpers import llama
+
+from align.artifact import Artifact
+from align.chat.speaker import Decoding
+from align.chat.ui import Speakers, build
+from align.cli import main
+from align.commands.ui import policies
+from align.data import load_rows
+from align.models import save_model
+from align.registry import Registry
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tokenizer):
+    root = tmp_path_factory.mktemp("ui")
+    for seed, name in enumerate(("one", "two", "three")):
+        save_model(llama(seed), tokenizer, root / name)
+    return root
+
+
+@pytest.fixture
+def page(folders, tmp_path):
+    """The running page's address, and where its votes go."""
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "report.html").write_text(
+        "<h1>The <em>report</em></h1><script>top.document.title = 'taken'</script>"
+    )
+    votes = tmp_path / "votes.jsonl"
+    names = [str(folders / name) for name in ("one", "two")]
+    built = build(names, votes=votes, runs=tmp_path / "runs", decoding=Decoding(8, temperature=0.0))
+    _, address, _ = built.launch(prevent_thread_lock=True, quiet=True, share=False, server_name="127.0.0.1")
+    yield address, votes, names
+    built.close()
+
+
+def test_a_blind_vote_becomes_a_preference_row(page):
+    from gradio_client import Client
+
+    address, votes, names = page
+    client = Client(address, verbose=False)
+    _, shown, left, right, *_ = client.predict(*names, "How <b>are</b> you?", "Be brief.", 0.0, 1.0, 0, 8, api_name="/ask")
+    assert left != right
+    assert shown[0]["content"][0]["text"] == "How &lt;b&gt;are&lt;/b&gt; you?"
+    *_, verdict, _ = client.predict("Be brief.", api_name="/right")
+    (row,) = load_rows(votes, "preference").rows
+    assert (row.chosen[0].content, row.rejected[0].content) == (right, left)
+    assert [message.content for message in row.prompt] == ["Be brief.", "How <b>are</b> you?"]
+    assert all(f"**{name}**" in verdict for name in names)
+
+
+def test_few_models_are_held(folders):
+    speakers = Speakers("auto")
+    first = speakers[str(folders / "one")]
+    speakers[str(folders / "two")]
+    assert speakers[str(folders / "one")] is first
+    speakers[str(folders / "three")]  # lets go of two, which was used least recently
+    assert list(speakers._loaded) == [str(folders / "one"), str(folders / "three")]
+
+
+def test_the_models_of_the_page_are_the_registered_policies(folders, tmp_path):
+    (tmp_path / "rows").mkdir()
+    for name, stage, path in (("p", "sft", folders / "one"), ("r", "reward", folders / "two"), ("w", "pairs", tmp_path / "rows")):
+        Registry().add(Artifact(name=name, stage=stage, identity=name, path=str(path), config={}))
+    assert policies(Registry()) == ["p"]
+
+
+def test_without_a_model_there_is_no_page(capsys):
+    assert main(["ui"]) == 2
+    assert "holds no language model" in capsys.readouterr().err
+
+
+def test_in_a_browser(page):
+    """`pip install playwright` and a Chromium on PATH make this run."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("there is no chromium")
+    address, votes, _ = page
+    flags = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+    with playwright.sync_playwright() as engine:
+        browser = engine.chromium.launch(executable_path=chromium, args=[*flags, "--disable-quic", "--disable-sync"])
+        tab = browser.new_page()
+        errors = []
+        tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.goto(address)
+        tab.fill("#talk-said textarea", "<img src=x onerror=\"document.title='taken'\">Hello")
+        tab.press("#talk-said textarea", "Enter")
+        tab.wait_for_selector(".bot")
+        tab.get_by_role("tab", name="Compare blind").click()
+        for vote in ("left", "right"):
+            tab.fill("#compare-said textarea", "How are you?")
+            tab.press("#compare-said textarea", "Enter")
+            tab.click(f"#vote-{vote}:not([disabled])")
+            tab.wait_for_selector('#verdict:has-text("Saved")')
+        tab.get_by_role("tab", name="Reports").click()
+        frame = tab.frame_locator("iframe")
+        frame.locator("h1").wait_for()
+        assert tab.title() == "align"
+        browser.close()
+    assert [error for error in errors if "from accessing a cross-origin frame" not in error] == []
+    assert len(errors) == 1, "the report's script ran in its frame, and could not reach out of it"
+    assert len(load_rows(votes, "preference").rows) == 2
+
+
+def test_nothing_is_sent_home():
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
