@@ -71,6 +71,9 @@ class RowStream:
         self.account = Account()
         self.set_aside: list[tuple[str, str]] = []
         """Place and reason of the first rows that were set aside."""
+        self.item: Item | None = None
+        """The raw row behind the row that was given last, and in `read_as` its format."""
+        self.read_as = format or ""
         self._named, self._recognised = format, dict[str, None]()
         self._strict, self._quarantine = on_bad_row == "raise", quarantine or Quarantine(None)
         self._waiting: dict[str, list[tuple[Item, LabelledRow]]] = {}
@@ -93,14 +96,14 @@ class RowStream:
                 self._put_aside(item, UNMATCHED)
 
     def _file(self, items: Iterator[Item]) -> Iterator[Row]:
-        """The rows of one file. Its format is that of most of its first rows, so that a broken one has no say."""
+        """The rows of one file. Its formats are those of its first rows, see `recognise`."""
         head = list(islice(items, PEEKED))
-        name, self.kind = recognise((item.raw for item in head if isinstance(item.raw, dict)), self.kind, self._named)
+        names, self.kind = recognise((item.raw for item in head if isinstance(item.raw, dict)), self.kind, self._named)
         for item in chain(head, items):
-            if name is None and isinstance(item.raw, dict):
-                name, self.kind = recognise([item.raw], self.kind, None)
+            if not names and isinstance(item.raw, dict):
+                names, self.kind = recognise([item.raw], self.kind, None)
             try:
-                found = self._read(item.raw, name)
+                found = self._read(item.raw, names)
             except AlignError as error:
                 reason = str(error) if len(str(error)) <= LONGEST_REASON else f"{str(error)[:LONGEST_REASON]}..."
                 if self._strict:
@@ -112,11 +115,12 @@ class RowStream:
                 yield from self._paired(item, rows[0])
             elif rows:
                 self.account.use(item.rows, [row.reason for row in found if isinstance(row, SetAside)])
+                self.item = item
                 yield from rows
             else:
                 self._put_aside(item, found[0].reason)
 
-    def _read(self, raw: Raw | Unreadable, name: str | None) -> list[Any]:
+    def _read(self, raw: Raw | Unreadable, names: Sequence[str]) -> list[Any]:
         """The rows that `raw` holds, or why it holds none.
 
         Raises:
@@ -124,8 +128,11 @@ class RowStream:
         """
         if isinstance(raw, Unreadable):
             raise AlignError(raw.reason)
-        name = name or detect(raw, self.kind)
+        name = names[0] if names else detect(raw, self.kind)
+        if len(names) > 1:
+            name = next((each for each in names if formats[each].matches(raw)), name)
         self._recognised[name] = None
+        self.read_as = name
         if self.kind is None:  # no row so far has told
             self.kind = recognise([raw], None, name)[1]
         if self.kind is None:

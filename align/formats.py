@@ -97,7 +97,8 @@ def openai(raw: Raw) -> Fields | SetAside:
     for column in ("chosen_messages", "rejected_messages"):
         if column not in raw:
             raise AlignError(f"field {column}: {missing(column, raw)}")
-    return _pair(turns(raw["chosen_messages"], "chosen_messages"), turns(raw["rejected_messages"], "rejected_messages"), raw)
+    pair = _pair(turns(raw["chosen_messages"], "chosen_messages"), turns(raw["rejected_messages"], "rejected_messages"), raw)
+    return pair if isinstance(pair, SetAside) else {**pair, **_margin(raw)}
 
 
 def _conversation(raw: Raw, column: str) -> Fields:
@@ -108,7 +109,8 @@ def _conversation(raw: Raw, column: str) -> Fields:
     if raw.get("system") and not (messages and messages[0]["role"] == "system"):
         messages.insert(0, {"role": "system", "content": string(raw, "system")})
     if "chosen" in raw and "rejected" in raw:
-        return {"prompt": messages, **{side: _reply(raw[side], side) for side in ("chosen", "rejected")}, **tools(raw)}
+        replies = {side: _reply(raw[side], side) for side in ("chosen", "rejected")}
+        return {"prompt": messages, **replies, **_margin(raw), **tools(raw)}
     label = raw.get("kto_tag", raw.get("label"))
     if label is not None:
         prompt, completion = cut(messages)
@@ -134,7 +136,7 @@ def alpaca(raw: Raw) -> Fields | SetAside:
     system = [{"role": "system", "content": string(raw, "system")}] if raw.get("system") else []
     prompt = [*system, *_history(raw.get("history") or []), _ask(raw, "instruction", "input")]
     if "chosen" in raw and "rejected" in raw:
-        return {"prompt": prompt, **{side: _reply(raw[side], side) for side in ("chosen", "rejected")}}
+        return {"prompt": prompt, **{side: _reply(raw[side], side) for side in ("chosen", "rejected")}, **_margin(raw)}
     if not isinstance(raw.get("output"), list):
         reply = [assistant(string(raw, "output"))]
         label = raw.get("kto_tag", raw.get("label"))

@@ -55,21 +55,29 @@ def kind_of(fields: Fields) -> str:
     return next(kind for kind, columns in TELLING.items() if columns <= fields.keys())
 
 
-def recognise(rows: Iterable[Raw], kind: str | None, named: str | None) -> tuple[str | None, str | None]:
-    """The format that most of `rows` match (or `named`), and the kind that most of these are by themselves (or `kind`); None for
-    what they do not tell.
+MIXED = 8
+"""A file may be of several formats: each that at least one of so many of its first rows match."""
+
+
+def recognise(rows: Iterable[Raw], kind: str | None, named: str | None) -> tuple[tuple[str, ...], str | None]:
+    """The formats of a file with these `rows` (or `named`), the most frequent first, and the kind that most of the rows of that one
+    are by themselves (or `kind`); none for what they do not tell.
+
+    A row that is broken in a way that makes it look like another format has no say, as it is one among many.
     """
     matched: dict[str, list[Raw]] = {}
     for raw in rows:
         if (name := named or match(raw, kind)) is not None:
             matched.setdefault(name, []).append(raw)
     if not matched:
-        return named, kind
-    name = max(matched, key=lambda each: len(matched[each]))
-    if kind is not None:
-        return name, kind
-    kinds = Counter(found for raw in matched[name] if (found := _kind_in(name, raw)) is not None)
-    return name, kinds.most_common(1)[0][0] if kinds else None
+        return (named,) if named else (), kind
+    names = sorted(matched, key=lambda name: -len(matched[name]))
+    total = sum(map(len, matched.values()))
+    names = [name for name in names if name == names[0] or MIXED * len(matched[name]) >= total]
+    if kind is None:
+        kinds = Counter(found for raw in matched[names[0]] if (found := _kind_in(names[0], raw)) is not None)
+        kind = kinds.most_common(1)[0][0] if kinds else None
+    return tuple(names), kind
 
 
 def _kind_in(name: str, raw: Raw) -> str | None:
