@@ -31,12 +31,16 @@ class SamplingFields(DecodingFields):
 
     rollout_batch_size: int = Field(128, gt=0)
     """Answers sampled side by side."""
+    stop_strings: list[str] = Field(default_factory=list)
+    """An answer also ends with the token that completes one of these in its text."""
 
-    def sampling(self, **changes: Any) -> Sampling:
+    def sampling(self, tokenizer: Any = None, **changes: Any) -> Sampling:
+        """How answers are drawn; `tokenizer` finds the `stop_strings`."""
         from align.rollout import Sampling
 
         settings = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, **changes}
-        return Sampling(self.max_completion_length, batch_size=self.rollout_batch_size, **settings)
+        stops = {"stop_strings": tuple(self.stop_strings), "tokenizer": tokenizer}
+        return Sampling(self.max_completion_length, batch_size=self.rollout_batch_size, **stops, **settings)
 
 
 class RewardFields(Fields):
