@@ -6,8 +6,10 @@ import math
 import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
+import yaml
 
 from align.cli import main
 from align.data import write_rows
@@ -286,6 +288,16 @@ def test_a_recipe_holds_specs_beside_names_and_the_runner_fingerprints_them(tmp_
     (tmp_path / "r.yaml").write_text(RECIPE)
     (tmp_path / "my.py").write_text(FILE + "# edited")
     assert identity() != before
+
+
+def test_the_example_of_the_documentation_is_a_set(tmp_path):
+    page = (Path(__file__).parents[1] / "docs/rewards.md").read_text()
+    (block,) = [block for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "normalize" in block]
+    stage = Pairs(model="m", data="d", **yaml.safe_load(block))
+    assert [entry if isinstance(entry, str) else entry["reward"] for entry in stage.reward_funcs][1] == "reward_model"
+    for name, source in (("my_rewards.py", "def cites_source(completions): ..."), ("judge.py", "def grade(completions): ...")):
+        (tmp_path / name).write_text(source)
+    assert list(RewardSet(stage.reward_funcs).components) == ["cites_source", "reward_model", "length", "grade"]
 
 
 def test_a_mistake_in_a_recipe_is_one_line(tmp_path, capsys):
