@@ -122,8 +122,8 @@ def measure(case: Case, repeats: int, folder: Path) -> Row:
     speed = [statistics.median(side) for side in runs]
     how = "sorted by length for generate, too" if case.by_length else "as they come for generate; ours sorts them itself"
     note = (
-        f"{len(asked)} prompts of hh-rlhf, {how}; batches of {case.batch}, completions of 1 to {MAX_NEW_TOKENS} tokens at temperature "
-        f"1; sampled tokens a second, prompts included in the time. Greedy completions are the same."
+        f"{len(asked)} prompts of hh-rlhf, {how}; batches of {case.batch}, completions of 1 to {MAX_NEW_TOKENS} tokens at "
+        f"temperature 1; sampled tokens a second, prompts included in the time. Greedy completions are the same."
     )
     return Row(
         case.name,
