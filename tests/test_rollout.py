@@ -62,6 +62,18 @@ def test_greedy_equals_generate(family):
 
 
 @pytest.mark.parametrize("family", NAMED)
+def test_models_in_16_bits_are_served(family):
+    """The probe allows for their rounding; log-probs are those of a forward pass up to it."""
+    model, prompts = build(FOREST[family][0], **FOREST[family][1]).to(torch.bfloat16), prompts_of()
+    assert isinstance(engine_for(model, 64), CacheEngine)
+    for prompt, found in zip(prompts, complete(model, prompts, GREEDY, [2]), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + found.tokens])).logits[0, len(prompt) - 1 : -1].float()
+        logps = logits.log_softmax(1).gather(1, torch.tensor(found.tokens)[:, None])[:, 0]
+        assert found.logps == pytest.approx(logps.tolist(), abs=0.3)
+
+
+@pytest.mark.parametrize("family", NAMED)
 def test_greedy_equals_generate_with_the_forest_attention_in_place(family):
     model, prompts = build(FOREST[family][0], **FOREST[family][1]), prompts_of()
     wanted = [by_generate(model, prompt, [2]) for prompt in prompts]
@@ -146,14 +158,24 @@ def test_the_others_are_served_by_generate_and_it_says_why(kind, fields, reason,
     assert f"are sampled by transformers' generate, as {reason}" in line
 
 
-def test_an_encoder_and_decoder_answers_from_its_start_token():
-    sizes_ = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("t5", {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}),
+        ("bart", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 64, "init_std": 0.3}),
+    ],
+)
+def test_an_encoder_and_decoder_answers_from_its_start_token(kind, fields):
+    """Prompts of two lengths in one batch: padding moves no position of the encoder's."""
     torch.manual_seed(0)
-    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", vocab_size=VOCABULARY, **sizes_)).eval()
-    ids = torch.tensor([[5, 6, 7, 8]])
-    wanted = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)[0, 1:].tolist()
-    (found,) = complete(model, ids.tolist(), Sampling(6, temperature=0), [])
-    assert found.tokens == wanted
+    config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, forced_eos_token_id=None, **fields)
+    model = AutoModelForSeq2SeqLM.from_config(config).eval()
+    model.generation_config.forced_eos_token_id = None
+    prompts = [[5, 6, 7, 8], [9, 10]]
+    wanted = [
+        model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, eos_token_id=None)[0, 1:].tolist() for ids in prompts
+    ]
+    assert [found.tokens for found in complete(model, prompts, Sampling(6, temperature=0), [])] == wanted
 
 
 def test_generate_draws_as_our_engine_does_and_from_a_plain_config():

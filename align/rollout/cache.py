@@ -69,11 +69,15 @@ class SlotCache(Cache):
 
     What a pass does with them is set in `now` beforehand. Columns double when they no longer suffice; nothing is copied otherwise.
     On a CPU they are fp32 at least, as attention over them is.
+
+    Args:
+        columns: to begin with.
+        most: that doubling need not exceed.
     """
 
-    def __init__(self, slots: int, columns: int) -> None:
+    def __init__(self, slots: int, columns: int, most: int) -> None:
         super().__init__(layers=[])
-        self.slots, self.columns = slots, columns
+        self.slots, self.columns, self.most = slots, columns, most
         self.now: Filling | Decoding
         self._layers: list[tuple[Tensor, Tensor]] = []
         self.generation = 0
@@ -102,7 +106,7 @@ class SlotCache(Cache):
         """Make room for `columns` columns."""
         if columns <= self.columns:
             return
-        before, self.columns = self.columns, max(columns, 2 * self.columns)
+        before, self.columns = self.columns, max(columns, min(2 * self.columns, self.most))
         self.generation += 1
         for number, layer in enumerate(self._layers):
             # One layer after the other, so that no more than one is there twice.

@@ -27,6 +27,9 @@ FILL_TOKENS = 4096
 ROUND = 16
 """Attention looks at a multiple of so many columns."""
 
+EXPECTED = 64
+"""Tokens of a completion that the cache has room for at once."""
+
 SPAN = 8
 """Rows that attention takes together at least: a call costs about as much as reading their padding."""
 
@@ -102,7 +105,8 @@ class Batch:
         """The number of decoding passes before each row's first."""
         self.steps = 0
         longest = max(map(len, prompts), default=1)
-        self.cache = SlotCache(self.slots, _rounded(longest + min(sampling.max_new_tokens, 64)))
+        most = _rounded(longest + sampling.max_new_tokens)
+        self.cache = SlotCache(self.slots, min(most, _rounded(longest + EXPECTED)), most)
         integers = {"dtype": torch.long, "device": self.device}
         self.token = torch.zeros(self.slots, 1, **integers)
         self.position = torch.zeros(self.slots, **integers)

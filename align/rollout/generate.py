@@ -52,11 +52,14 @@ class GenerateEngine:
 
     def _generate(self, prompts: list[list[int]], draws: _Draws) -> None:
         device, width = draws.chance.device, max(map(len, prompts))
-        # Padding on the left, so that every row's next token is in the last column.
-        input_ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        base = base_model(self.model)
+        # Padding on the left, so that every row's next token is in the last column; an encoder reads from the first.
+        left = [0 if getattr(base.config, "is_encoder_decoder", False) else width - len(p) for p in prompts]
+        right = [width - len(p) - n for p, n in zip(prompts, left, strict=True)]
+        input_ids = torch.tensor([[0] * a + p + [0] * b for p, a, b in zip(prompts, left, right, strict=True)], device=device)
+        mask = torch.tensor([[0] * a + [1] * len(p) + [0] * b for p, a, b in zip(prompts, left, right, strict=True)], device=device)
         config = {"max_new_tokens": draws.sampling.max_new_tokens, "do_sample": False, "pad_token_id": 0, "use_cache": True}
-        with _plain_config(base_model(self.model)):
+        with _plain_config(base):
             self.model.generate(  # type: ignore[operator]
                 inputs=input_ids,
                 attention_mask=mask,
