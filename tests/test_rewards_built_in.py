@@ -1,5 +1,6 @@
 """The built-in rewards that need more than a line: JSON, math answers, sentence similarity."""
 
+import json
 import sys
 
 import pytest
@@ -124,3 +125,12 @@ def test_the_reward_model_is_the_stages():
     with pytest.raises(AlignError, match="stands for a reward model, and there is none"):
         RewardSet(["reward_model"]).score(["a"], ["b"])
     assert RewardSet(["reward_model"]).score(["a"], ["b"], model_scores=[0.5]).total == [0.5]
+
+
+def test_math_answer_agrees_with_the_graders_of_gsm8k(real):
+    """Solutions of four models to the 929 problems that OpenAI published with what its own grader said of each."""
+    rows = [json.loads(line) for line in (real / "kto" / "gsm8k_example_model_solutions.jsonl").read_text().splitlines()]
+    said = [(row[by], row["ground_truth"]) for row in rows for by in row if by.endswith(("_finetuning", "_verification"))]
+    found = load_reward("math_answer")([one["solution"] for one, _ in said], [truth for _, truth in said])
+    assert len(found) == 3716
+    assert found == [float(one["is_correct"]) for one, _ in said]
