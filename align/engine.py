@@ -51,14 +51,14 @@ def enable_forest(model: nn.Module, longest: int | None = None) -> str | None:
     if getattr(base.config, "is_encoder_decoder", False):
         raise AlignError(f"{type(base).__name__} is an encoder and a decoder; take a decoder alone, as Llama, Qwen or GPT-2")
     model.forward = MethodType(_forward, model)
-    with _evaluating(model), _short_windows(base, longest):
+    with _evaluating(model), short_windows(base, longest):
         probe = _Probe(model)
         if not probe.is_causal():
             raise AlignError(
                 f"{type(base).__name__} is not causal: its tokens see those after them, so it would read the words that it is to "
                 "predict. Take a decoder (is_decoder=True in the config of an encoder that can be one)"
             )
-        reason = _refused_by_config(base, longest)
+        reason = refused_by_config(base, longest)
         if reason is None:
             try:
                 base.set_attn_implementation(FOREST)
@@ -129,7 +129,7 @@ def _hidden_states(base: Any, forest: Forest, *, padded: bool) -> tuple[Tensor, 
 # -- the check ---------------------------------------------------------------------------------------------------------------
 
 
-def _refused_by_config(base: Any, longest: int | None) -> str | None:
+def refused_by_config(base: Any, longest: int | None) -> str | None:
     """What class and config tell, and a short probe cannot show."""
     config = base.config
     if not type(base)._can_set_attn_implementation():
@@ -158,7 +158,7 @@ class _Probe:
         self.forest = forest.to(next(model.parameters()).device)
         self.batch = pad(self.forest)
         self.own = self._own_answers(self.batch.input_ids)
-        with _rounding_twice(self.base):
+        with rounding_twice(self.base):
             noise = self._distance(self._own_answers(self.batch.input_ids))
         lower, upper = PROBE_BOUNDS
         self.tolerance = min(max(lower, PROBE_TOLERANCE * noise), upper)
@@ -194,7 +194,7 @@ class _Probe:
 
 
 @contextmanager
-def _rounding_twice(model: nn.Module) -> Iterator[None]:
+def rounding_twice(model: nn.Module) -> Iterator[None]:
     """Within, every output of the innermost modules is off by up to one unit in its last place, at random: what their rounding does
     to the answers, seen by doing it again (Monte Carlo arithmetic; Parker 1997).
     """
@@ -216,7 +216,7 @@ def _rounding_twice(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _short_windows(model: nn.Module, longest: int | None) -> Iterator[None]:
+def short_windows(model: nn.Module, longest: int | None) -> Iterator[None]:
     """Within, sliding windows that `longest` tokens reach beyond are so short that the probe does too."""
     windows: dict[int, tuple[Any, int]] = {}
     for module in model.modules():

@@ -110,7 +110,7 @@ class Evaluation:
             judge = stage.judge(tokenizer, dtype=stage.dtype, max_tokens=stage.max_tokens_per_micro_batch)
         result: dict[str, Any] = {}
         for mode in ("sampled", "greedy") if stage.greedy else ("sampled",):
-            sampling = stage.sampling() if mode == "sampled" else stage.sampling(temperature=0.0)
+            sampling = stage.sampling(tokenizer) if mode == "sampled" else stage.sampling(tokenizer, temperature=0.0)
             generator = torch.Generator(next(model.parameters()).device).manual_seed(stage.seed)
             with bar(f"{name} {mode}", len(prompts), "answer") as progress:
                 answers = complete(model, prompts, sampling, sorted(stops), generator, progress.update)

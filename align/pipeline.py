@@ -90,11 +90,12 @@ class Run:
                 meaning[reference] = reference
                 inputs[reference] = reward_fingerprint(reference)
         resolved_stage = stage.model_copy(
-            update={field_name: _map(value, meaning) for field_name, _, value in reference_fields(stage)}
+            update={field_name: _map(value, meaning) for field_name, kind, value in reference_fields(stage) if kind != "reward"}
         )
         config = stage.model_dump(mode="json")
         for field_name, kind, value in reference_fields(stage):
-            config[field_name] = _map(value, inputs if kind != "reward" else {})
+            if kind != "reward":  # rewards keep their names, beside what they were at the time
+                config[field_name] = _map(value, inputs)
         identity = _hash({"stage": stage.stage, "config": config, "inputs": sorted(inputs.values()), "align": __version__})
         folder = (self.folder or self.out / f"{name}-{identity[:8]}").resolve()
         done = Artifact.read(folder)

@@ -72,7 +72,7 @@ def references(stage: Stage) -> Iterator[tuple[str, str]]:
     """Everything outside itself that a stage names: (kind, reference)."""
     for _, kind, value in reference_fields(stage):
         for reference in [value] if isinstance(value, str) else value.values() if isinstance(value, dict) else value:
-            yield kind, reference
+            yield kind, reference["reward"] if isinstance(reference, dict) else reference
 
 
 def reference_fields(stage: Stage) -> Iterator[tuple[str, str, Any]]:

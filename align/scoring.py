@@ -106,41 +106,32 @@ class Judge:
     """Scores sampled answers by reward functions and a reward model together.
 
     Args:
-        functions: reward functions with their weights, or None.
-        reward_model: or None; it gives the component ``reward_model``.
-        model_weight: its weight.
+        rewards: what the total is made of.
+        reward_model: what its component ``reward_model`` says, or None where it has none.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        functions: RewardSet | None,
-        reward_model: RewardScorer | None = None,
-        model_weight: float = 1.0,
-    ) -> None:
-        self.tokenizer, self.functions, self.reward_model, self.model_weight = tokenizer, functions, reward_model, model_weight
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rewards: RewardSet, reward_model: RewardScorer | None = None) -> None:
+        self.tokenizer, self.rewards, self.reward_model = tokenizer, rewards, reward_model
 
     def __call__(
         self, rows: Sequence[PromptRow], prompts: Sequence[list[int]], completions: Sequence[Completion]
     ) -> tuple[list[float], dict[str, list[float | None]]]:
         """Total of each completion and its components."""
-        totals, components = [0.0] * len(rows), {}
-        if self.functions is not None:
-            names = {name for row in rows for name in row.columns}
-            columns = {name: [row.columns.get(name) for row in rows] for name in sorted(names)}
-            answers = [answer(row, text) for row, text in zip(rows, self.texts(completions), strict=True)]
-            ids = [completion.tokens for completion in completions]
-            result = self.functions.score([plain(row.prompt) for row in rows], answers, columns, completion_ids=ids)
-            totals, components = list(result.total), dict(result.components)
-        if self.reward_model is not None:
-            scores = self.reward_model(prompts, [completion.tokens for completion in completions])
-            totals = [total + self.model_weight * score for total, score in zip(totals, scores, strict=True)]
-            components["reward_model"] = list(scores)
-        return totals, components
+        ids = [completion.tokens for completion in completions]
+        model_scores = None if self.reward_model is None else self.reward_model(prompts, ids)
+        answers = [answer(row, text) for row, text in zip(rows, self.texts(completions), strict=True)]
+        result = self.rewards.score([plain(row.prompt) for row in rows], answers, columns_of(rows), ids, model_scores)
+        return result.total, result.components
 
     def texts(self, completions: Sequence[Completion]) -> list[str]:
         """What a person reads: without special tokens."""
-        return [text.strip() for text in self.tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)]
+        return [self.tokenizer.decode(completion.tokens, skip_special_tokens=True).strip() for completion in completions]
+
+
+def columns_of(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
+    """The rows' other columns as reward functions get them."""
+    names = sorted({name for row in rows for name in row.columns})
+    return {name: [row.columns.get(name) for row in rows] for name in names}
 
 
 def plain(text: Text) -> Any:

@@ -19,7 +19,7 @@ import torch
 
 from align.errors import AlignError
 from align.progress import say
-from benchmarks import ours
+from benchmarks import ours, rollouts
 from benchmarks.compare import CHECKED_STEPS, OURS, TRL_BEST, Case, Row, Side, collect, loss_difference, row, table
 from benchmarks.gemm import Arithmetic, gemm_rate, typical_forest
 from benchmarks.probe import probe, train
@@ -59,7 +59,7 @@ CASES = (
 
 LARGE_VOCABULARY = 152_000
 VOCABULARY_NAME = "vocabulary"
-NAMES = (*(case.name for case in CASES), VOCABULARY_NAME)
+NAMES = (*(case.name for case in CASES), VOCABULARY_NAME, *(case.name for case in rollouts.CASES))
 
 
 def measure(case: Case, steps: int, repeats: int, folder: Path) -> Row:
@@ -147,6 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     rows.append(measure(case, options.steps or case.steps, options.repeats, Path(folder)))
             if VOCABULARY_NAME in options.only:
                 rows.append(vocabulary(Path(folder)))
+            for rollout in rollouts.CASES:
+                if rollout.name in options.only:
+                    rows.append(rollouts.measure(rollout, options.repeats, Path(folder)))
     except AlignError as error:
         print(error, file=sys.stderr)
         return 2

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from align.errors import AlignError  # noqa: E402
 from align.forest import Tree  # noqa: E402
-from benchmarks import gpu, probe, run, theirs, work  # noqa: E402
+from benchmarks import gpu, probe, rollouts, run, theirs, work  # noqa: E402
 from benchmarks.compare import Case, loss_difference, row, table  # noqa: E402
 from benchmarks.gemm import Arithmetic, gemm_rate, keys_seen  # noqa: E402
 from benchmarks.training import Outcome  # noqa: E402
@@ -174,7 +174,8 @@ def test_the_speed_of_sft_counts_unique_tokens():
 
 def test_every_named_benchmark_is_there():
     named = "dpo_hh dpo_hh_best dpo_long orpo_hh simpo_hh reward_hh sft_alpaca sft_alpaca_best bf16_dpo_hh vocabulary"
-    assert set(run.NAMES) == set(named.split())
+    rollouts_ = "rollout_16 rollout_64 rollout_16_best rollout_64_best"
+    assert set(run.NAMES) == {*named.split(), *rollouts_.split()}
 
 
 def test_a_side_alone_in_its_own_process(tmp_path):
@@ -210,6 +211,31 @@ def test_a_run_from_end_to_end(name, monkeypatch, tmp_path, capsys):
         assert (made["memory_ours_mb"], made["memory_theirs_mb"]) == pytest.approx((200 - kin, 600 - kin))
     else:
         assert (made["memory_ratio"], made["ratio"]) == (700 / 900, made["ours"] / made["theirs"])
+
+
+@pytest.mark.parametrize("case", rollouts.CASES[1:3], ids=lambda case: case.name)
+def test_rollouts_from_end_to_end(case, monkeypatch, tmp_path):
+    """On a tiny model: each side's tokens are counted up to and with the first stop token."""
+    monkeypatch.setattr(rollouts, "LLAMA_14M", TINY)
+    monkeypatch.setattr(rollouts, "prompts", lambda: [tree.prompt[:12] for batch in few() for tree in batch])
+    monkeypatch.setattr(rollouts, "MAX_NEW_TOKENS", 8)
+    monkeypatch.setattr(rollouts, "STOP_SHARE", 8)
+    memory = iter((700.0, 900.0))
+    monkeypatch.setattr(rollouts, "_alone", lambda *which: next(memory))
+    made = rollouts.measure(case, 2, tmp_path)
+    assert made.ours > 0
+    assert made.ratio == made.ours / made.theirs
+    assert (made.memory_ratio, len(made.runs_theirs)) == (700 / 900, 2)
+    assert rollouts._until([5, 3, 0, 0], [3, 4]) == [5, 3]
+
+
+def test_rollouts_that_differ_are_not_timed(monkeypatch, tmp_path):
+    monkeypatch.setattr(rollouts, "LLAMA_14M", TINY)
+    monkeypatch.setattr(rollouts, "prompts", lambda: [[5, 6, 7]])
+    monkeypatch.setattr(rollouts, "_alone", lambda *which: 1.0)
+    monkeypatch.setattr(rollouts, "theirs", lambda *which, **more: [[1]])
+    with pytest.raises(AlignError, match="greedy completions of the two sides differ"):
+        rollouts.measure(rollouts.CASES[0], 1, tmp_path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

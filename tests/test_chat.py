@@ -16,8 +16,10 @@ from align.chat.terminal import Talk
 from align.chat.votes import add_vote
 from align.cli import main
 from align.data import load_rows
-from align.models import Lora, add_lora, save_model
+from align.models import save_model
 from align.schema import Message
+from align.tuning.strategies import Tuning
+from align.tuning.tune import tune
 
 ROOT = Path(__file__).parent.parent
 GREEDY = Decoding(max_completion_length=8, temperature=0.0)
@@ -31,7 +33,7 @@ def folders(tmp_path_factory, tokenizer):
         save_model(llama(seed), tokenizer, root / name)
     base = llama(0)
     base.name_or_path, base.rows_on_disk = str(root / "one"), base.get_input_embeddings().weight.shape[0]
-    adapter = add_lora(base, Lora(r=4, alpha=8, dropout=0.0))
+    adapter = tune(base, Tuning("lora", {"r": 4}))
     torch.manual_seed(5)
     for name, parameter in adapter.named_parameters():
         if "lora_B" in name:

@@ -14,6 +14,7 @@ from align.cli import main
 from align.data import write_rows
 from align.encode import Encoder
 from align.registry import Registry
+from align.rewards import RewardSet
 from align.schema import Message, PromptRow
 from align.scoring import Judge
 from align.trainers.trl import GROUP_TRAINERS, group_trainer
@@ -117,7 +118,7 @@ def test_the_reference_is_the_model_in_memory(name, tokenizer, tmp_path):
     model.load_state_dict(llama().state_dict())
     arguments = {"output_dir": str(tmp_path), "per_device_train_batch_size": 4, "num_generations": 2, "beta": 0.1, "bf16": False}
     quiet = {"report_to": [], "use_cpu": True}
-    judge = Judge(tokenizer, None)
+    judge = Judge(tokenizer, RewardSet(["repetition"]))
     trainer = group_trainer(
         name, model, copy.deepcopy(tokenizer), encoded, Encoder(tokenizer).prompts([]), judge, arguments | quiet
     )

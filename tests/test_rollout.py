@@ -1,4 +1,4 @@
-"""Sampling: greedy as transformers' `generate`, frequencies as the softmax says."""
+"""Sampling: greedy as transformers' `generate`, frequencies as the softmax says, whatever the batch."""
 
 import random
 from dataclasses import replace
@@ -6,21 +6,22 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import VOCABULARY, build, llama, tokens
+from test_families import FOREST, PADDED
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from align.engine import enable_forest
+from align.errors import AlignError
 from align.models import load_causal_lm, load_tokenizer
-from align.rollout import Completion, Sampling, complete, draw
+from align.rollout import CacheEngine, Completion, GenerateEngine, Sampling, complete, engine_for
+from align.rollout.engine import Batch, serving, spans_of
+from align.rollout.graphs import Graphs, sizes
+from align.rollout.sampling import draw
 from align.tuning.strategies import Tuning
 from align.tuning.tune import tune
 
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-FAMILIES = {
-    "llama": SIZES,
-    "qwen2": SIZES,
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
-    "gemma": {**SIZES, "head_dim": 8},
-}
+NAMED = ["llama", "qwen2", "gpt2", "gemma"]
 GREEDY = Sampling(24, temperature=0)
+MAMBA = ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4})
 
 
 def prompts_of(seed=0):
@@ -28,41 +29,98 @@ def prompts_of(seed=0):
     return [tokens(rng, n) for n in (3, 11, 1, 7, 7, 2, 16, 5)]
 
 
-def by_generate(model, prompt, stop):
+def by_generate(model, prompt, stop, **config):
     """transformers' own greedy continuation of one prompt, alone."""
     ids = torch.tensor([prompt])
-    config = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": stop, "pad_token_id": 0}
+    config = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": stop, "pad_token_id": 0, **config}
     with torch.no_grad():
         return model.generate(ids, attention_mask=torch.ones_like(ids), **config)[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("enabled", [False, True])
-def test_greedy_equals_generate(family, enabled):
-    """Prompts of 1 to 16 tokens in one batch, rows that end at different times, and the same with the forest attention in place.
+def frequent(said):
+    """The 4 tokens that come up most, so that some rows end early and some never."""
+    said = [token for one in said for token in set(one[3:])]
+    return sorted(set(said), key=said.count)[-4:]
 
-    The stop tokens are the 4 that come up most, so that some rows end early and some never.
-    """
-    model, prompts = build(family, **FAMILIES[family]), prompts_of()
-    free = [by_generate(model, prompt, None) for prompt in prompts]
-    said = [token for one in free for token in set(one[3:])]
-    stop = sorted(set(said), key=said.count)[-4:]
+
+# -- greedy --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [*FOREST, "bloom", "falcon, alibi", "gptj"])
+def test_greedy_equals_generate(family):
+    """Prompts of 1 to 16 tokens in a batch of three, so that rows end at different times and others take their place."""
+    kind, fields = (FOREST | PADDED)[family][:2]
+    model, prompts = build(kind, **fields), prompts_of()
+    stop = frequent([by_generate(model, prompt, None) for prompt in prompts])
     wanted = [by_generate(model, prompt, stop) for prompt in prompts]
     assert len({len(one) for one in wanted}) > 1
-    if enabled:
-        assert enable_forest(model) is None
-    found = complete(model, prompts, GREEDY, stop)
+    assert isinstance(engine_for(model, 64), CacheEngine if family in FOREST else GenerateEngine)
+    found = complete(model, prompts, replace(GREEDY, batch_size=3), stop)
     assert [completion.tokens for completion in found] == wanted
     assert [completion.finished for completion in found] == [one[-1] in stop for one in wanted]
+    assert model.config._attn_implementation != "align_rollout"
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_the_batch_size_changes_nothing(batch_size):
-    model, prompts = llama(), prompts_of(1)
-    batches = []
-    found = complete(model, prompts, replace(GREEDY, batch_size=batch_size), [2], progress=batches.append)
-    assert found == complete(model, prompts, GREEDY, [2])
-    assert batches == ([1] * 8 if batch_size == 1 else [3, 3, 2])
+@pytest.mark.parametrize("family", NAMED)
+def test_models_in_16_bits_are_served(family):
+    """The probe allows for their rounding; log-probs are those of a forward pass up to it."""
+    model, prompts = build(FOREST[family][0], **FOREST[family][1]).to(torch.bfloat16), prompts_of()
+    assert isinstance(engine_for(model, 64), CacheEngine)
+    for prompt, found in zip(prompts, complete(model, prompts, GREEDY, [2]), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + found.tokens])).logits[0, len(prompt) - 1 : -1].float()
+        logps = logits.log_softmax(1).gather(1, torch.tensor(found.tokens)[:, None])[:, 0]
+        assert found.logps == pytest.approx(logps.tolist(), abs=0.3)
+
+
+@pytest.mark.parametrize("family", NAMED)
+def test_greedy_equals_generate_with_the_forest_attention_in_place(family):
+    model, prompts = build(FOREST[family][0], **FOREST[family][1]), prompts_of()
+    wanted = [by_generate(model, prompt, [2]) for prompt in prompts]
+    assert enable_forest(model) is None
+    assert [completion.tokens for completion in complete(model, prompts, GREEDY, [2])] == wanted
+    assert model.config._attn_implementation == "align_forest"
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_the_batch_changes_nothing(batch_size, temperature):
+    """Neither what is said, nor what is drawn: chance belongs to the prompt, not to the batch."""
+    model, prompts = llama(initializer_range=0.05), prompts_of(1)
+    ended = []
+
+    def sample(size, **more):
+        generator = torch.Generator().manual_seed(0)
+        return complete(model, prompts, replace(GREEDY, batch_size=size, temperature=temperature), [2, 3, 4], generator, **more)
+
+    found = sample(batch_size, progress=ended.append)
+    assert found == sample(128)
+    assert sum(ended) == 8
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_prompts_that_repeat_are_filled_once(temperature, monkeypatch):
+    """Three completions of each prompt in a batch of four: as from a batch that holds them all, and from `generate`'s cache."""
+    model, prompts = llama(initializer_range=0.05), [prompt for prompt in prompts_of(3) for _ in range(3)]
+    sampling, filled = replace(GREEDY, temperature=temperature, batch_size=4), []
+    pass_ = Batch._filling_pass
+    monkeypatch.setattr(Batch, "_filling_pass", lambda self, pack, rows: (filled.extend(pack), pass_(self, pack, rows)))
+
+    def sample(engine):
+        return engine.complete(prompts, sampling, [2, 3, 4], torch.Generator().manual_seed(0))
+
+    with torch.no_grad():
+        found = sample(CacheEngine(model))
+        assert found == sample(GenerateEngine(model))
+    assert len(filled) < 18  # of 24, of which 3 have a single token, which needs no filling
+    if temperature:
+        assert found[0] != found[1]
+
+
+def test_a_long_completion_outgrows_the_first_buffer():
+    model, prompt = llama(), [5, 6, 7]
+    (found,) = complete(model, [prompt], Sampling(150, temperature=0), [])
+    assert found.tokens == by_generate(model, prompt, None, max_new_tokens=150)
 
 
 def test_adapters_are_sampled_with_the_adapter_on():
@@ -78,16 +136,93 @@ def test_adapters_are_sampled_with_the_adapter_on():
     assert complete(model.merge_and_unload(), prompts, GREEDY, [2]) == with_adapter
 
 
-class OneStep(torch.nn.Module):
-    """Forgets what was said: the logits of every step are those given."""
+# -- models that our cache cannot serve ------------------------------------------------------------------------------------------
 
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = torch.nn.Parameter(logits)
-        self.config = llama().config
 
-    def forward(self, input_ids, **kwargs):
-        return type("Output", (), {"logits": self.logits.expand(len(input_ids), 1, -1)})
+@pytest.mark.parametrize(
+    ("kind", "fields", "reason"),
+    [
+        (*PADDED["bloom"][:2], "BloomForCausalLM does not use transformers' attention interface"),
+        (*MAMBA, "it keeps a state instead of keys and values"),
+        (*PADDED["phimoe, window"][:2], "its log-probs on the probe differ by"),
+        (*PADDED["llama4"][:2], "its attention scales queries by their place in the row"),
+    ],
+)
+def test_the_others_are_served_by_generate_and_it_says_why(kind, fields, reason, capsys):
+    model, prompts = build(kind, **fields), prompts_of()
+    wanted = [by_generate(model, prompt, [2]) for prompt in prompts[:2]]
+    capsys.readouterr()
+    found = complete(model, prompts[:2], replace(GREEDY, batch_size=1), [2])
+    assert [completion.tokens for completion in found] == wanted
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("answers of")]
+    assert f"are sampled by transformers' generate, as {reason}" in line
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("t5", {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}),
+        ("bart", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 64, "init_std": 0.3}),
+    ],
+)
+def test_an_encoder_and_decoder_answers_from_its_start_token(kind, fields):
+    """Prompts of two lengths in one batch: padding moves no position of the encoder's."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, forced_eos_token_id=None, **fields)
+    model = AutoModelForSeq2SeqLM.from_config(config).eval()
+    model.generation_config.forced_eos_token_id = None
+    prompts = [[5, 6, 7, 8], [9, 10]]
+    wanted = [
+        model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, eos_token_id=None)[0, 1:].tolist() for ids in prompts
+    ]
+    assert [found.tokens for found in complete(model, prompts, Sampling(6, temperature=0), [])] == wanted
+
+
+def test_generate_draws_as_our_engine_does_and_from_a_plain_config():
+    """The same chances, the same log-probs, and no repetition penalty out of the model's own generation config."""
+    model, prompts = llama(initializer_range=0.05), prompts_of()
+    model.generation_config.repetition_penalty = 5.0
+    sampling = Sampling(12, temperature=0.7, top_k=50, top_p=0.9)
+
+    def sample(engine):
+        with torch.no_grad():
+            return engine.complete(prompts, sampling, [2, 3, 4, 5], torch.Generator().manual_seed(0))
+
+    ours, theirs = sample(CacheEngine(model)), sample(GenerateEngine(model))
+    assert ours == theirs
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.logps == pytest.approx(other.logps, abs=1e-5)
+    assert model.generation_config.repetition_penalty == 5.0
+
+
+class Server:
+    """A serving engine: anything with this one method."""
+
+    def complete(self, prompts, sampling, stop_ids, generator=None, progress=None):
+        return [Completion([len(prompt)], True, [0.0]) for prompt in prompts]
+
+
+def test_a_serving_engine_stands_in_for_the_model():
+    assert [found.tokens for found in complete(Server(), prompts_of(), GREEDY, [2])] == [[len(prompt)] for prompt in prompts_of()]
+
+
+# -- sampling ------------------------------------------------------------------------------------------------------------------
+
+
+def one_step(logits):
+    """A Llama of one layer that forgets what was said: attention and MLP give nothing, every embedding is the same, and the first
+    column of the head holds `logits`.
+    """
+    sizes_ = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    config = AutoConfig.for_model("llama", vocab_size=len(logits), bos_token_id=None, eos_token_id=None, rms_norm_eps=0.0, **sizes_)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model.model.embed_tokens.weight.fill_(1.0)
+        model.model.norm.weight.fill_(1.0)
+        model.lm_head.weight[:, 0] = logits
+    return model
 
 
 LOGITS = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, 1.5])
@@ -95,7 +230,8 @@ DRAWS = 20_000
 
 
 def frequencies(sampling, seed=0):
-    found = complete(OneStep(LOGITS), [[1]] * DRAWS, replace(sampling, batch_size=DRAWS), [], torch.Generator().manual_seed(seed))
+    sampling = replace(sampling, batch_size=DRAWS)
+    found = complete(one_step(LOGITS), [[1]] * DRAWS, sampling, [], torch.Generator().manual_seed(seed))
     return torch.bincount(torch.tensor([completion.tokens[0] for completion in found]), minlength=6)
 
 
@@ -136,27 +272,73 @@ def test_the_chi_square_test_can_fail():
     assert chi_square(frequencies(Sampling(1, temperature=1.1)), LOGITS.softmax(0)) > 20.5
 
 
+def test_two_tokens_are_drawn_from_the_joint_distribution():
+    """Pearson's statistic over all 36 pairs of tokens, of a model whose second token depends on its first, at temperature 1.3 and
+    in a batch that is refilled; 66.6 is its 99.9 % quantile for 35 degrees of freedom.
+    """
+    torch.manual_seed(0)
+    sizes_ = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = AutoConfig.for_model("llama", vocab_size=6, bos_token_id=None, eos_token_id=None, initializer_range=0.6, **sizes_)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        first = (model(torch.tensor([[1, 3]])).logits[0, -1] / 1.3).softmax(0)
+        second = torch.stack([(model(torch.tensor([[1, 3, t]])).logits[0, -1] / 1.3).softmax(0) for t in range(6)])
+    assert (second[0] - second[1]).abs().max() > 0.02
+    sampling = Sampling(2, temperature=1.3, batch_size=4000)
+    found = complete(model, [[1, 3]] * 10_000, sampling, [], torch.Generator().manual_seed(0))
+    counts = torch.bincount(torch.tensor([6 * a + b for a, b in (one.tokens for one in found)]), minlength=36)
+    expected = 10_000 * (first[:, None] * second).flatten()
+    assert ((counts - expected) ** 2 / expected).sum() < 66.6
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 0.9), (1.5, 40, 1.0), (0, 0, 1.0)])
+def test_log_probs_are_those_of_the_sampled_tokens(temperature, top_k, top_p):
+    """By a forward pass over prompt and completion: at the sampling temperature, over the whole vocabulary."""
+    model, prompts = llama(initializer_range=0.05), prompts_of()
+    sampling = Sampling(12, temperature, top_p, top_k, batch_size=3)
+    for prompt, found in zip(prompts, complete(model, prompts, sampling, [2, 3], torch.Generator().manual_seed(0)), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + found.tokens])).logits[0, len(prompt) - 1 : -1]
+        logps = (logits / (temperature or 1)).log_softmax(1).gather(1, torch.tensor(found.tokens)[:, None])[:, 0]
+        assert found.logps == pytest.approx(logps.tolist(), abs=1e-5)
+
+
 def test_impossible_tokens_never_come_up():
     """Half of a vocabulary of 50,000 has probability 0, the first and the last token included."""
     logits = torch.randn(400, 50_000, generator=torch.Generator().manual_seed(0))
     logits[:, ::2] = -torch.inf
     logits[:, -1] = -torch.inf
-    drawn = draw(logits, Sampling(1), torch.Generator().manual_seed(1))
+    drawn, logps = draw(logits, Sampling(1), torch.rand(400, generator=torch.Generator().manual_seed(1)))
     assert (drawn % 2 == 1).all()
     assert (drawn < 49_999).all()
     assert len(set(drawn.tolist())) > 300
+    assert torch.allclose(logps, logits.log_softmax(1).gather(1, drawn[:, None])[:, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize(("chance", "token"), [(0.0, 1), (1 - 2**-24, 3)])
-def test_the_ends_of_chance_are_possible_tokens(chance, token, monkeypatch):
+def test_the_ends_of_chance_are_possible_tokens(chance, token):
     """The least and the largest number that `torch.rand` can give: the first and the last token with a probability."""
-    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, chance))
     logits = torch.tensor([[-torch.inf, 0.3, 0.1, 0.7, -torch.inf]])
-    assert draw(logits, Sampling(1), None).item() == token
+    assert draw(logits, Sampling(1), torch.tensor([chance]))[0].item() == token
 
 
 def test_top_p_keeps_the_likeliest_token_always():
-    assert draw(LOGITS[None], Sampling(1, top_p=1e-9), torch.Generator().manual_seed(0)).item() == 2
+    for chance in (0.0, 1 - 2**-24):
+        assert draw(LOGITS[None], Sampling(1, top_p=1e-9), torch.tensor([chance]))[0].item() == 2
+
+
+@pytest.mark.parametrize("spread", [0.01, 5.0])
+def test_top_p_of_a_large_vocabulary(spread):
+    """Flat logits, whose nucleus is most of the vocabulary, and peaked ones, whose nucleus is a few tokens; the set is the same as
+    by sorting everything.
+    """
+    logits = spread * torch.randn(1, 2000, generator=torch.Generator().manual_seed(0))
+    ordered, ids = logits.softmax(1).sort(descending=True)
+    nucleus = set(ids[0, (ordered.cumsum(1) - ordered)[0] < 0.9].tolist())
+    chance = torch.linspace(0, 1 - 1e-6, 4000)
+    found = set(draw(logits.expand(4000, -1), Sampling(1, top_p=0.9), chance)[0].tolist())
+    assert found <= nucleus
+    assert len(found) > 0.95 * len(nucleus)
 
 
 def test_a_seed_gives_the_same_tokens_again():
@@ -170,16 +352,47 @@ def test_a_seed_gives_the_same_tokens_again():
     assert all(0 <= token < VOCABULARY for completion in sample(0) for token in completion.tokens)
 
 
+# -- ends ----------------------------------------------------------------------------------------------------------------------
+
+
 def test_stop_tokens_are_included_and_the_limit_holds():
     """Token 2 always comes first: one token and finished. Without it as a stop: five tokens and not finished."""
-    model = OneStep(torch.tensor([0.0, 0.0, 9.0]))
+    model = one_step(torch.tensor([0.0, 0.0, 9.0]))
     assert complete(model, [[1], [1, 1]], Sampling(5, temperature=0), [0, 2]) == [Completion([2], True)] * 2
     assert complete(model, [[1]], Sampling(5, temperature=0), [0]) == [Completion([2] * 5, False)]
     assert complete(model, [[1]], Sampling(1, temperature=0), [2]) == [Completion([2], True)]
+    assert complete(model, [], Sampling(5), [2]) == []
+
+
+@pytest.mark.parametrize("engine", [CacheEngine, GenerateEngine])
+def test_stop_strings_end_a_completion_with_the_token_that_completes_them(engine, tokenizer):
+    """A string is found across tokens and within one; what comes before it is as without stop strings."""
+    model, prompts = llama(), prompts_of()
+    free = [found.tokens for found in complete(model, prompts, GREEDY, [])]
+    texts = [tokenizer.decode(one) for one in free]
+    # Three characters of the first completion, which come up in it only now, and its very last character.
+    string = next(texts[0][i : i + 3] for i in range(8, len(texts[0]) - 3) if texts[0].find(texts[0][i : i + 3]) == i)
+    sampling = replace(GREEDY, stop_strings=(string, "no such text"), tokenizer=tokenizer)
+    with torch.no_grad():
+        found = engine(model).complete(prompts, sampling, [])
+    for one, before, text in zip(found, free, texts, strict=True):
+        assert one.tokens == before[: len(one.tokens)]
+        assert one.finished == (string in text)
+        assert (string in tokenizer.decode(one.tokens)) == one.finished
+        assert string not in tokenizer.decode(one.tokens[:-1])
+    assert found[0].finished
+    assert len(found[0].tokens) < 24
+
+
+def test_stop_strings_need_a_tokenizer():
+    with pytest.raises(AlignError, match="needs the tokenizer"):
+        Sampling(5, stop_strings=("\n",))
+    with pytest.raises(AlignError, match="an empty string"):
+        Sampling(5, stop_strings=("",), tokenizer="any")
 
 
 def test_sampling_leaves_the_mode_as_it_was_and_runs_without_dropout():
-    model = build("gpt2", **FAMILIES["gpt2"])
+    model = build(FOREST["gpt2"][0], **FOREST["gpt2"][1])
     quiet = complete(model, prompts_of(), GREEDY, [2])
     assert not model.training
     assert complete(model.train(), prompts_of(), GREEDY, [2]) == quiet
@@ -194,3 +407,67 @@ def test_stories260k_tells_its_story(real):
     (found,) = complete(model, [prompt], Sampling(40, temperature=0), [tokenizer.eos_token_id])
     text = tokenizer.decode(prompt + found.tokens, skip_special_tokens=True)
     assert text.startswith("Once upon a time, there was a little girl named Lily. She loved to play outside in the park.")
+
+
+# -- the machinery -------------------------------------------------------------------------------------------------------------
+
+
+def test_spans():
+    """Eight rows each, rounded up to 16 columns; neighbours of one width are one span."""
+    assert spans_of([100, 90, 3]) == [(0, 3, 112)]
+    assert spans_of([100] * 8 + [97] * 8 + [16] * 3) == [(0, 16, 112), (16, 19, 16)]
+
+
+def test_sizes_of_graphs():
+    """A power of two of at least 8 rows, at most all slots; a power of two times 256 columns."""
+    assert sizes(3, 100, 64) == (8, 256)
+    assert sizes(33, 257, 64) == (64, 512)
+    assert sizes(33, 512, 40) == (40, 512)
+
+
+class Recorded:
+    """Stands in for a CUDA graph: what was captured is run again by `replay`."""
+
+    def __init__(self, step, rows, width):
+        self.step, self.spans = step, [(0, rows, width)]
+
+    def replay(self):
+        self.step(self.spans)
+
+
+def test_a_pass_over_more_rows_and_columns_than_asked_for_changes_nothing(monkeypatch):
+    """What a CUDA graph does to the batch, on any device: rows of nobody run along, and graphs die when the cache moves."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(Graphs, "_capture", lambda self, *size: made.append(size[1:]) or Recorded(*size))
+    model, prompts = llama(initializer_range=0.05), prompts_of() * 2
+    sampling = Sampling(24, batch_size=11)
+    wanted = complete(model, prompts, sampling, [2, 3, 4], torch.Generator().manual_seed(0))
+    with torch.no_grad(), serving(model) as base:
+        batch = Batch(base, prompts, sampling, [2, 3, 4], torch.Generator().manual_seed(0))
+        batch.graphs = Graphs(batch.cache, (batch.token, batch.position, batch.count))
+        while batch.waiting or batch.live:
+            batch.admit()
+            batch.step()
+            batch.retire()
+    assert [batch.completions[i] for i in range(16)] == wanted
+    assert set(made) == {(11, 256), (8, 256)}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_cuda_graphs_draw_the_same_tokens():
+    model, prompts = llama(initializer_range=0.05).cuda(), prompts_of() * 8
+    sampling = Sampling(24, batch_size=16)
+
+    def sample(graphs):
+        with torch.no_grad(), serving(model) as base:
+            batch = Batch(base, prompts, sampling, [2, 3, 4], torch.Generator("cuda").manual_seed(0))
+            batch.graphs = batch.graphs if graphs else None
+            while batch.waiting or batch.live:
+                batch.admit()
+                batch.step()
+                batch.retire()
+            assert not graphs or (batch.graphs.made and not batch.graphs.refused)
+        return [batch.completions[i] for i in range(len(prompts))]
+
+    assert sample(True) == sample(False)

@@ -49,7 +49,10 @@ def _place(model: Path, target: Path) -> None:
     from align.models import is_adapter, load_causal_lm, load_tokenizer, save_model
 
     if is_adapter(str(model)):
-        save_model(load_causal_lm(str(model)), load_tokenizer(str(model)), target)
+        merged = load_causal_lm(str(model))
+        if hasattr(merged, "peft_config"):
+            raise AlignError(f"{model} are virtual tokens, which cannot be merged into weights for a server; use `align chat`")
+        save_model(merged, load_tokenizer(str(model)), target)
     else:
         target.symlink_to(model)
 

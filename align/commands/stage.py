@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from align.artifact import Artifact
+from align.commands import reward_test
 from align.commands.run import show_plan
 from align.errors import AlignError, near_miss
 from align.pipeline import Run
@@ -38,6 +39,8 @@ def _class_of(verb: str) -> type[Stage]:
 
 def run_stage(options: argparse.Namespace, rest: list[str]) -> int:
     verb = options.stage
+    if (verb, rest[:1]) == ("reward", ["test"]):
+        return reward_test.run(rest[1:])
     cls = _class_of(verb)
     if "--help" in rest or "-h" in rest:
         print(_stage_help(options.verb, cls))
@@ -118,6 +121,8 @@ def _merged(config: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
 
 def _stage_help(verb: str, cls: type[Stage]) -> str:
     lines = [f"align {verb} [--config FILE.yaml] [--KEY VALUE ...]", "", (cls.__doc__ or "").strip(), ""]
+    if verb == "reward":
+        lines += ["align reward test FUNCTION --data FILE tries a reward function before any training: see its --help", ""]
     lines += ["  --config FILE         fields from a YAML file; flags win", "  --output_dir DIR      write into this folder"]
     lines += [
         "  --name NAME           name in the registry",

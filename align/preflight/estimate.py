@@ -10,11 +10,11 @@ from typing import Any
 from transformers import AutoConfig
 
 from align.budget import START
-from align.models import Lora
 from align.preflight.cards import GB, Machine
 from align.preflight.checks import Finding
 from align.preflight.memory import Skeleton
 from align.preflight.subject import Subject
+from align.tuning.strategies import ADAPTERS, Tuning
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,7 @@ def _config(subject: Subject) -> Any:
 
 def _skeleton(subject: Subject, config: Any, machine: Machine, **changes: Any) -> Skeleton:
     stage = subject.stage
-    lora = None
-    if stage.use_peft:
-        alpha = stage.lora_alpha or 2 * stage.lora_r
-        lora = Lora(stage.lora_r, alpha, stage.lora_dropout, stage.lora_target_modules, stage.use_rslora, stage.use_dora)
-    settings = {"dtype": stage.dtype, "lora": lora, "bf16": stage.bf16, "checkpointing": stage.gradient_checkpointing}
+    settings = {"dtype": stage.dtype, "tuning": stage.strategy, "bf16": stage.bf16, "checkpointing": stage.gradient_checkpointing}
     return Skeleton(config, **{**settings, "gpu": machine.gpu, **changes})
 
 
@@ -129,7 +125,7 @@ def _supervised(subject: Subject, config: Any, machine: Machine) -> Estimate:
     }
     each = statistics.fmean(sizes)
     steps = math.ceil(len(subject.rows) / rows) * stage.num_train_epochs if stage.max_steps < 0 else stage.max_steps
-    flops = steps * rows * each * model.parameters * (4 if stage.use_peft else 6)
+    flops = steps * rows * each * model.parameters * (4 if stage.strategy.name in ADAPTERS else 6)
     seconds = None if subject.capped and stage.max_steps < 0 else flops / (machine.flops_bf16 if stage.bf16 else machine.flops)
     return Estimate(parts, training, model.weights + 3.0 * model.gradients, tokens, seconds, machine.name)
 
@@ -139,7 +135,7 @@ def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
     stage, trees = subject.stage, subject.encoded.trees
     critic_kind = getattr(stage, "critic", "separate") if getattr(stage, "advantage_estimator", "gae") == "gae" else None
     policy = _skeleton(subject, config, machine)
-    frozen = _skeleton(subject, config, machine, lora=None, trained=False)
+    frozen = _skeleton(subject, config, machine, tuning=Tuning(), trained=False)
     critic = _skeleton(subject, config, machine, score_head=True)
     prompts = [tree.tokens for tree in trees]
     sizes = [prompt + stage.max_completion_length for prompt in prompts]
@@ -152,7 +148,7 @@ def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
         own = _training(critic, tokens, 0, several)
         training = {name: training.get(name, 0.0) + own.get(name, 0.0) for name in {**training, **own}}
         standing += critic.weights
-    copy, judge = 0 if stage.use_peft else frozen.weights, frozen.weights if stage.reward_model else 0
+    copy, judge = 0 if stage.strategy.name in ADAPTERS else policy.gradients, frozen.weights if stage.reward_model else 0
     others = {"reference": float(copy), "reward model": float(judge)}
     training.update(others)
     standing += policy.weights + sum(others.values())

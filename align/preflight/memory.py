@@ -20,7 +20,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from align.heads import CHUNK_ELEMENTS
-from align.models import DTYPES, Lora, add_lora
+from align.models import DTYPES
+from align.tuning.strategies import SOFT, Tuning
+from align.tuning.tune import tune
 
 METER = "align_meter"
 """Name of the attention that stands for ours on the meta device."""
@@ -62,13 +64,13 @@ class Skeleton:
     Args:
         config: transformers' config.
         dtype: type of its weights.
-        lora: adapters on it, or None where all of it is trained; `trained` says whether any of it is.
+        tuning: what of it is trained; `trained` says whether anything is.
         gpu: FlashAttention shares keys and values between the heads of a group, a CPU's attention copies them for each.
     """
 
     config: Any
     dtype: str = "float32"
-    lora: Lora | None = None
+    tuning: Tuning = Tuning()  # noqa: RUF009 (frozen)
     score_head: bool = False
     trained: bool = True
     bf16: bool = False
@@ -81,7 +83,9 @@ class Skeleton:
         self.config.num_labels = 1
         with torch.device("meta"):
             model = auto.from_config(self.config, dtype=DTYPES[self.dtype], attn_implementation=METER)
-            return model if self.lora is None else add_lora(model, self.lora)
+            if self.tuning.name in SOFT:  # a few virtual tokens: next to nothing
+                return model.requires_grad_(False)
+            return tune(model, Tuning("lora", self.tuning.arguments) if self.tuning.name == "qlora" else self.tuning)
 
     @cached_property
     def weights(self) -> int:
@@ -131,7 +135,7 @@ class Skeleton:
         return round(total + self._holes(tokens)), max(sizes, default=0)
 
     def _holes(self, tokens: int) -> float:
-        if self.lora is None or self.gpu:
+        if self.gpu:
             return 0.0
         outputs = [tokens * 4 * module.out_features for module in self.model.modules() if hasattr(module, "lora_A")]
         return HOLES * sum(size for size in outputs if size <= MAPPED)
@@ -161,5 +165,5 @@ class Skeleton:
             return 0
         vocabulary = self.config.get_text_config().vocab_size
         chunk = min(targets, max(1, CHUNK_ELEMENTS // vocabulary)) * vocabulary * 4
-        own = vocabulary * self.hidden * 4 if self.lora is None else 0
+        own = vocabulary * self.hidden * 4 if self.base().get_output_embeddings().weight.requires_grad else 0
         return CHUNKS * chunk + own

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
@@ -14,6 +14,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 from align.catalog import Catalog
 from align.errors import AlignError
 from align.progress import History
+from align.rewards.spec import RewardSpec
 from align.tuning.strategies import Tuning
 
 
@@ -24,7 +25,7 @@ class Reference:
     to: Literal["model", "data", "reward"]
 
 
-def _reward_spec(value: Any) -> Any:
+def _reward_name(value: Any) -> Any:
     """A function given in a Python recipe becomes ``file.py:name``, so that it can be fingerprinted and found again."""
     if callable(value):
         if not isinstance(value, FunctionType) or "<" in value.__qualname__:
@@ -33,14 +34,24 @@ def _reward_spec(value: Any) -> Any:
     return value
 
 
+def _reward_entry(value: Any) -> Any:
+    """A name, or a mapping with the keys of `RewardSpec`, checked and in its shortest form."""
+    value = _reward_name(value)
+    if isinstance(value, Mapping) and "reward" in value:
+        value = {**value, "reward": _reward_name(value["reward"])}
+    return RewardSpec.of(value).plain()
+
+
 def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) or callable(value) else value
+    return [value] if isinstance(value, str | Mapping | RewardSpec) or callable(value) else value
 
 
 ModelRef = Annotated[str, Reference("model")]
 DataRefs = Annotated[list[str], BeforeValidator(_as_list), Reference("data")]
 MaxTokens = Annotated[int, Field(gt=0)] | Literal["auto"]
-RewardRefs = Annotated[list[Annotated[str, BeforeValidator(_reward_spec)]], BeforeValidator(_as_list), Reference("reward")]
+RewardRefs = Annotated[
+    list[Annotated[str | dict[str, Any], BeforeValidator(_reward_entry)]], BeforeValidator(_as_list), Reference("reward")
+]
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
             prompts = [tree.prompt for tree in encoded.trees for _ in range(self.num_generations)]
             repeated = [row for row in encoded.rows for _ in range(self.num_generations)]
             with bar(f"{context.name}", len(prompts), "answer") as progress:
-                answers = complete(model, prompts, self.sampling(), stops, generator, progress.update)
+                answers = complete(model, prompts, self.sampling(tokenizer), stops, generator, progress.update)
             scores, _ = judge(repeated, prompts, answers)
             scores = [score + noise.gauss(0.0, deviation) if deviation else score for score in scores]
             texts = judge.texts(answers)

@@ -86,7 +86,7 @@ class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, Sampli
             answers = complete(
                 policy,
                 [tree.prompt for tree in test.trees],
-                self.sampling(),
+                self.sampling(tokenizer),
                 stop_ids,
                 torch.Generator(trainer.device).manual_seed(self.seed),
             )
@@ -101,7 +101,7 @@ class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, Sampli
             prompts,
             score,
             self,
-            sampling=self.sampling(),
+            sampling=self.sampling(tokenizer),
             stop_ids=stop_ids,
             optimizer=optimizer,
             scheduler=scheduler,

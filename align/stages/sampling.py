@@ -31,21 +31,28 @@ class SamplingFields(DecodingFields):
 
     rollout_batch_size: int = Field(128, gt=0)
     """Answers sampled side by side."""
+    stop_strings: list[str] = Field(default_factory=list)
+    """An answer also ends with the token that completes one of these in its text."""
 
-    def sampling(self, **changes: Any) -> Sampling:
+    def sampling(self, tokenizer: Any = None, **changes: Any) -> Sampling:
+        """How answers are drawn; `tokenizer` finds the `stop_strings`."""
         from align.rollout import Sampling
 
         settings = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, **changes}
-        return Sampling(self.max_completion_length, batch_size=self.rollout_batch_size, **settings)
+        stops = {"stop_strings": tuple(self.stop_strings), "tokenizer": tokenizer}
+        return Sampling(self.max_completion_length, batch_size=self.rollout_batch_size, **stops, **settings)
 
 
 class RewardFields(Fields):
     """What judges an answer: functions, a reward model, or both."""
 
     reward_funcs: RewardRefs = Field(default_factory=list)
-    """Reward functions: built-in names, `package.module:function` or `file.py:function`."""
+    """Reward functions: built-in names, `package.module:function` or `file.py:function`. Or mappings with the key `reward` and any
+    of name, weight, clip, normalize, gate, on_error, timeout, protocol (docs/rewards.md). `reward_model` among them is the reward
+    model.
+    """
     reward_weights: list[float] | None = None
-    """One weight for each function, then one for the reward model; 1 by default."""
+    """One weight for each of `reward_funcs`, then one for the reward model if it is not among them; 1 by default."""
     reward_model: ModelRef | None = None
     """A reward model made by the stage `reward`."""
     normalize_scores: bool = True
@@ -58,21 +65,26 @@ class RewardFields(Fields):
             AlignError: there is nothing to judge by, or a weight too many or too few.
         """
         from align.errors import AlignError
-        from align.rewards import RewardSet
+        from align.rewards import RewardSet, RewardSpec
+        from align.rewards.spec import REWARD_MODEL
         from align.scoring import Judge, RewardScorer
 
-        count = len(self.reward_funcs) + (self.reward_model is not None)
-        if not count:
+        entries = list(self.reward_funcs)
+        named = REWARD_MODEL in (RewardSpec.of(entry).reward for entry in entries)
+        if named and self.reward_model is None:
+            raise AlignError(f"reward_funcs names {REWARD_MODEL!r}: set the field reward_model, too")
+        if self.reward_model is not None and not named:
+            entries.append(REWARD_MODEL)
+        if not entries:
             raise AlignError("nothing judges the answers: set reward_funcs, reward_model or both")
-        weights = self.reward_weights or [1.0] * count
-        if len(weights) != count:
+        if self.reward_weights is not None and len(self.reward_weights) != len(entries):
             raise AlignError(
-                f"reward_weights has {len(weights)} numbers; there are {count} rewards (functions first, then the reward model)"
+                f"reward_weights has {len(self.reward_weights)} numbers; there are {len(entries)} rewards (functions first, then "
+                "the reward model)"
             )
-        functions = RewardSet(self.reward_funcs, weights[: len(self.reward_funcs)]) if self.reward_funcs else None
         scorer = None
         if self.reward_model is not None:
             scorer = RewardScorer(
                 self.reward_model, tokenizer.get_vocab(), dtype=dtype, max_tokens=max_tokens, normalize=self.normalize_scores
             )
-        return Judge(tokenizer, functions, scorer, weights[-1] if scorer else 1.0)
+        return Judge(tokenizer, RewardSet(entries, self.reward_weights), scorer)

@@ -1,0 +1,205 @@
+"""``align reward test FUNCTION --data FILE``: a reward function tried on completions before any training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from align.errors import AlignError
+from align.progress import bar
+from align.recipe import parse_value
+from align.registry import Registry
+from align.rewards import RewardSet, RewardSpec
+
+if TYPE_CHECKING:
+    from align.rewards.trial import Component, Trial
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise AlignError(f"{message}; see `{self.prog} --help`")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = _Parser(
+        prog="align reward test", description="Score completions with reward functions before anything is trained on them."
+    )
+    made.add_argument(
+        "rewards",
+        nargs="+",
+        metavar="FUNCTION",
+        help="a built-in, package.module:function, file.py:function, or {reward: NAME, ...}",
+    )
+    made.add_argument(
+        "--data",
+        required=True,
+        metavar="SOURCE",
+        help="rows with completions: demonstrations, pairs; with --model, prompts will do",
+    )
+    made.add_argument("--data_format", metavar="NAME", help="recognized by the columns by default")
+    made.add_argument("--model", metavar="NAME", help="sample the completions from this model instead")
+    made.add_argument("--reward_model", metavar="NAME", help="what the reward `reward_model` stands for")
+    made.add_argument("--max_rows", type=int, default=64, metavar="N", help="rows to score (default: 64)")
+    made.add_argument(
+        "--max_completion_length", type=int, default=128, metavar="N", help="tokens, of sampled completions (default: 128)"
+    )
+    made.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of sampled completions (default: 1)")
+    made.add_argument("--seed", type=int, default=0, metavar="N", help="of sampled completions (default: 0)")
+    made.add_argument("--on_error", type=parse_value, default=None, metavar="WHAT", help="raise (default), abstain, or a number")
+    made.add_argument("--timeout", type=float, metavar="S", help="seconds that a call may take")
+    made.add_argument("--plan", action="store_true", help="load the functions, say what would be scored, and stop")
+    made.add_argument("--json", action="store_true", help="print JSON")
+    return made
+
+
+def run(arguments: list[str]) -> int:
+    """Returns the exit code; a broken function is an `AlignError`."""
+    options = parser().parse_args(arguments)
+    rewards = RewardSet([_spec(text, options) for text in options.rewards])
+    if options.plan:
+        source = "their own completions" if options.model is None else f"completions sampled from {options.model}"
+        print(f"would score up to {options.max_rows} rows of {options.data}, {source}, by {', '.join(rewards.components)}")
+        return 0
+    from align.rewards.trial import run_trial
+
+    rows, completions, ids, pairs = _sampled(options) if options.model else _given(options)
+    from align.scoring import columns_of, plain
+
+    prompts = [plain(row.prompt) for row in rows]
+    more = {"completion_ids": ids, "model_scores": _model_scores(options, rows, completions, ids)}
+    trial = run_trial(rewards, prompts, completions, columns_of(rows), pairs=pairs, **more)
+    print(json.dumps(asdict(trial), indent=1) if options.json else shown(trial))
+    return 0
+
+
+def _spec(text: str, options: argparse.Namespace) -> RewardSpec:
+    """What was written, with the policies of the flags where it has none of its own."""
+    value = parse_value(text) if text.lstrip().startswith("{") else text
+    flags = {"on_error": options.on_error, "timeout": options.timeout}
+    given = {key: value for key, value in flags.items() if value is not None}
+    try:
+        return RewardSpec.of({**given, **(value if isinstance(value, dict) else {"reward": value})})
+    except ValueError as error:
+        raise AlignError(f"reward {text!r}: {error}") from error
+
+
+def _given(options: argparse.Namespace) -> tuple[list[Any], list[Any], None, int]:
+    """Prompts (with their columns) and the completions in the data: the chosen ones and then the rejected, or demonstrations."""
+    from align.data import load_rows
+    from align.scoring import plain
+
+    def load(kind: str) -> list[Any]:
+        return load_rows(options.data, kind, format=options.data_format, limit=options.max_rows).rows
+
+    asked = {json.dumps(plain(row.prompt)): row for row in load("prompts")}
+    sides: tuple[str, ...] = ("chosen", "rejected")
+    try:
+        rows = load("preference")
+    except AlignError:
+        try:
+            rows, sides = load("sft"), ("completion",)
+        except AlignError as error:
+            raise AlignError(
+                f"{options.data} holds no completions to score; name a --model that answers its prompts ({error})"
+            ) from error
+    split = [_split(row) if sides == ("completion",) else row for row in rows]
+    prompts = [asked[key] for row in split if (key := json.dumps(plain(row.prompt))) in asked]
+    answered = [row for row in split if json.dumps(plain(row.prompt)) in asked]
+    completions = [plain(getattr(row, side)) for side in sides for row in answered]
+    return prompts * len(sides), completions, None, len(prompts) if len(sides) == 2 else 0
+
+
+def _split(row: Any) -> Any:
+    """A demonstration as prompt and completion: a conversation is cut before its last turn of the assistant."""
+    from align.schema import SFTRow
+
+    if row.messages is None:
+        return row
+    last = max(i for i, message in enumerate(row.messages) if message.role == "assistant")
+    return SFTRow.model_construct(prompt=row.messages[:last], completion=[row.messages[last]])
+
+
+def _sampled(options: argparse.Namespace) -> tuple[list[Any], list[Any], list[list[int]], int]:
+    """Prompts and what the model answers."""
+    import torch
+
+    from align.data import load_rows
+    from align.encode import Encoder, set_chat_template
+    from align.models import load_causal_lm, load_tokenizer, stop_token_ids
+    from align.rollout import Sampling, complete
+    from align.scoring import answer
+
+    path = Registry().resolve(options.model).path
+    tokenizer, model = load_tokenizer(path), load_causal_lm(path)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    set_chat_template(tokenizer, "auto")
+    rows = load_rows(options.data, "prompts", format=options.data_format, limit=options.max_rows).rows
+    encoder = Encoder(tokenizer, None)
+    encoded = encoder.prompts(rows)
+    conversational = not isinstance(rows[0].prompt, str)
+    stops = {*stop_token_ids(model, tokenizer), encoder.end_of_turn if conversational else encoder.end_of_text}
+    sampling = Sampling(options.max_completion_length, temperature=options.temperature)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(options.seed)
+    with bar("sampling", len(encoded.trees), "answer") as progress:
+        found = complete(model, [tree.prompt for tree in encoded.trees], sampling, sorted(stops), generator, progress.update)
+    texts = [text.strip() for text in tokenizer.batch_decode([one.tokens for one in found], skip_special_tokens=True)]
+    completions = [answer(row, text) for row, text in zip(encoded.rows, texts, strict=True)]
+    return encoded.rows, completions, [one.tokens for one in found], 0
+
+
+def _model_scores(
+    options: argparse.Namespace, rows: Sequence[Any], completions: Sequence[Any], ids: Sequence[list[int]] | None
+) -> list[float] | None:
+    if options.reward_model is None:
+        return None
+    from align.encode import Encoder, set_chat_template
+    from align.models import load_tokenizer
+    from align.rewards import text_of
+    from align.scoring import SCORE_SCALE, RewardScorer
+
+    path = Registry().resolve(options.reward_model).path
+    tokenizer = load_tokenizer(path)
+    set_chat_template(tokenizer, "auto")
+    normalize = (Path(path) / SCORE_SCALE).is_file()
+    scorer = RewardScorer(path, tokenizer.get_vocab(), dtype="float32", max_tokens=8192, normalize=normalize)
+    prompts = [tree.prompt for tree in Encoder(tokenizer, None).prompts(rows).trees]
+    if ids is None:
+        ids = [tokenizer(text_of(completion), add_special_tokens=False)["input_ids"] for completion in completions]
+    return scorer(prompts, ids)
+
+
+# -- for people ------------------------------------------------------------------------------------------------------------------
+
+
+def shown(trial: Trial) -> str:
+    """The report as text."""
+    what = f"{trial.pairs} pairs" if trial.pairs else f"{trial.completions} completions"
+    lines = [f"{what}, {trial.per_second:.0f} completions a second ({trial.seconds:.3f} s)"]
+    lines.append("deterministic: yes" if trial.deterministic else f"deterministic: NO: {trial.difference}")
+    if trial.failure:
+        lines.append(f"first failure: {trial.failure}")
+    for component in trial.components:
+        lines += ["", *_lines(component)]
+    return "\n".join(lines)
+
+
+def _lines(component: Component) -> list[str]:
+    lines = [f"{component.name}: {component.abstained:.0%} abstained, {component.failed:.0%} failed"]
+    if not component.scored:
+        return [*lines, "  no value at all"]
+    lines[0] += f", mean {component.mean:.4g}, deviation {component.deviation:.4g}"
+    correlation = component.length_correlation
+    lines.append(
+        f"  correlation with length: {'none: one of them does not vary' if correlation is None else f'{correlation:+.2f}'}"
+    )
+    if component.separates is not None:
+        lines.append(f"  chosen above rejected: {component.separates:.0%} of the pairs")
+    most = max(count for _, _, count in component.histogram)
+    for low, high, count in component.histogram:
+        label = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+        lines.append(f"  {label:>24}  {'█' * round(40 * count / most)} {count}")
+    return lines

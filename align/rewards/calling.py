@@ -1,0 +1,171 @@
+"""Calls of reward functions: what they get, how long they may take, and what their results must be."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import math
+import signal
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from numbers import Real
+from typing import Any
+
+from align.errors import AlignError, near_miss
+from align.rewards.protocol import RewardFunction, parameters_of, short, takes_any
+
+
+class Failure(AlignError):
+    """A reward function did not give its rewards: what `on_error` is about. (A mistake in its settings or columns is not.)"""
+
+
+class _TimeIsUp(BaseException):
+    """Not an Exception, which the function itself might catch."""
+
+
+def arguments_for(name: str, function: RewardFunction, own: Mapping[str, Any], columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of the lists that the function's signature takes.
+
+    Raises:
+        AlignError: it needs a column that is not there.
+    """
+    parameters = parameters_of(function)
+    bound = function.keywords if isinstance(function, functools.partial) else {}
+    passed = {**own, **{key: value for key, value in columns.items() if key not in bound}}
+    for p in parameters.values():
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in passed:
+            known = ", ".join(columns) or "none"
+            raise AlignError(f"reward {name!r} needs a column {p.name!r}{near_miss(p.name, columns)}; the rows have: {known}")
+    if not takes_any(parameters):
+        passed = {key: value for key, value in passed.items() if key in parameters}
+    return {key: value if value is None else list(value) for key, value in passed.items()}
+
+
+def call(name: str, function: RewardFunction, arguments: Mapping[str, Any], timeout: float | None) -> Any:
+    """The function's result, or the awaitable it returned.
+
+    Raises:
+        AlignError: a mistake in its settings.
+        Failure: it raised (the cause is kept) or took more than `timeout` seconds.
+    """
+    try:
+        return function(**arguments) if timeout is None else _within(timeout, functools.partial(function, **arguments))
+    except AlignError:
+        raise
+    except _TimeIsUp:
+        raise Failure(_too_long(name, timeout)) from None
+    except Exception as error:
+        raise raised(name, error) from error
+
+
+def raised(name: str, error: BaseException) -> AlignError:
+    """What is said of an exception in the function `name`."""
+    return error if isinstance(error, AlignError) else Failure(f"reward {name!r} raised {type(error).__name__}: {error}")
+
+
+def _too_long(name: str, timeout: float | None) -> str:
+    return f"reward {name!r} took more than its timeout of {timeout:g} s"
+
+
+def _within(seconds: float, work: Callable[[], Any]) -> Any:
+    """`work`'s result, unless it takes more than `seconds`.
+
+    On the main thread an alarm ends it, wherever it is in Python (a loop, a sleep, a regular expression). Elsewhere, and on
+    Windows, it runs on a thread that is left behind when time is up.
+    """
+    if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
+        with _alarm(seconds):
+            return work()
+    results: list[Any] = []
+
+    def run() -> None:
+        try:
+            results.append((work(), None))
+        except Exception as error:
+            results.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True, name="align-reward")
+    thread.start()
+    thread.join(seconds)
+    if not results:
+        raise _TimeIsUp
+    value, error = results[0]
+    if error is not None:
+        raise error
+    return value
+
+
+@contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    def ring(number: int, frame: Any) -> None:
+        raise _TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@functools.cache
+def _event_loop() -> tuple[ThreadPoolExecutor, asyncio.Runner]:
+    """One loop on one thread for the whole process: works inside a notebook's running loop, and lets clients outlive a call."""
+    return ThreadPoolExecutor(1, thread_name_prefix="align-rewards"), asyncio.Runner()
+
+
+def await_all(pending: Mapping[str, tuple[Awaitable[Any], float | None]]) -> dict[str, Any]:
+    """Their results, awaited together, each for as long as its timeout says; an `AlignError` in place of a result that is none."""
+    if not pending:
+        return {}
+
+    async def limited(name: str, awaitable: Awaitable[Any], timeout: float | None) -> Any:
+        try:
+            async with asyncio.timeout(timeout) as limit:
+                return await awaitable
+        except AlignError as error:
+            return error
+        except Exception as error:
+            failure = Failure(_too_long(name, timeout)) if timeout is not None and limit.expired() else raised(name, error)
+            failure.__cause__ = error
+            return failure
+
+    async def gather() -> list[Any]:
+        return await asyncio.gather(*(limited(name, *entry) for name, entry in pending.items()))
+
+    thread, runner = _event_loop()
+    results = thread.submit(lambda: runner.run(gather())).result()
+    return dict(zip(pending, results, strict=True))
+
+
+def close(results: Mapping[str, Any]) -> None:
+    """Close coroutines that nobody will await, or Python warns of them."""
+    for result in filter(inspect.iscoroutine, results.values()):
+        result.close()
+
+
+def checked(name: str, result: Any, prompts: Sequence[Any]) -> list[float | Failure | None]:
+    """The result as plain numbers, with a `Failure` where one is no finite number nor None.
+
+    Raises:
+        Failure: it is no list, or has not one entry per completion.
+    """
+    values = result.tolist() if hasattr(result, "tolist") else result
+    if not isinstance(values, list | tuple):
+        raise Failure(f"reward {name!r} returned {short(result)}; expected a list of {len(prompts)} numbers, one per completion")
+    if len(values) != len(prompts):
+        first = f" (the first prompt is {short(prompts[0])})" if prompts else ""
+        raise Failure(f"reward {name!r} returned {len(values)} values; expected {len(prompts)}, one per completion{first}")
+    found: list[float | Failure | None] = []
+    for row, (value, prompt) in enumerate(zip(values, prompts, strict=True)):
+        number = value.tolist() if hasattr(value, "tolist") else value  # numpy and torch scalars
+        if number is None or (isinstance(number, Real) and math.isfinite(number)):
+            found.append(None if number is None else float(number))
+        else:
+            where = f"reward {name!r}, row {row} (prompt {short(prompt)})"
+            found.append(Failure(f"{where}: got {short(value)}; expected a finite number, or None to abstain"))
+    return found

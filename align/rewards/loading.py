@@ -1,0 +1,142 @@
+"""Reward functions by name: built-in, in a module, in a file."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib
+import inspect
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from align.errors import AlignError, near_miss
+from align.rewards.adapters import adapted, recognized
+from align.rewards.protocol import RewardFunction, parameters_of, rewards, takes_any, unbound
+
+FORMS = "a built-in, package.module:function or file.py:function"
+
+
+def load_reward(spec: str, protocol: str | None = None) -> RewardFunction:
+    """The reward function that `spec` names: a built-in, ``package.module:function``, ``package.module.function`` or
+    ``file.py:function`` (relative to the working directory), each optionally with arguments: ``length_band(low=20, high=80)``.
+    One that was written for verl or OpenRLHF is adapted; `protocol` says so where its parameters do not.
+
+    Raises:
+        AlignError: no such file, module, function or argument.
+    """
+    target, arguments = _parse(spec)
+    if target in rewards:
+        rewards.check_arguments(target, arguments)
+        settings = {p.name: p.default for p in parameters_of(rewards[target]).values() if p.kind is p.KEYWORD_ONLY}
+        return functools.partial(rewards[target], **(settings | arguments))
+    function = _function(target)
+    protocol = protocol or recognized(function)
+    label_column = arguments.pop("label_column", None) if protocol == "openrlhf" else None
+    parameters = parameters_of(function)
+    for key in arguments:
+        if key not in parameters and not takes_any(parameters):
+            raise AlignError(f"reward {target!r} takes no {key!r}{near_miss(key, parameters)}; it takes: {', '.join(parameters)}")
+    return adapted(functools.partial(function, **arguments) if arguments else function, protocol, label_column)
+
+
+def _function(target: str) -> RewardFunction:
+    """What the module holds under the name, as it is."""
+    module, name = _locate(target)
+    function = getattr(module, name, None)
+    if function is None:
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise AlignError(
+            f"reward {target!r}: {getattr(module, '__file__', module.__name__)} has no {name!r}{near_miss(name, functions)}"
+        )
+    if not callable(function):
+        raise AlignError(f"reward {target!r} is no function but a {type(function).__name__}")
+    return function
+
+
+def reward_fingerprint(spec: str) -> str:
+    """SHA-256, in hex, of the source file of the function that `spec` names; of both files if its module only imports it.
+
+    Arguments in the spec are no part of it: keep the spec beside it.
+
+    Raises:
+        AlignError: no such function, or one without Python source.
+    """
+    target, _ = _parse(spec)
+    function = inspect.unwrap(unbound(rewards[target] if target in rewards else _function(target)))
+    owners: list[Any] = [function if inspect.isroutine(function) else type(function)]
+    if target not in rewards:
+        owners.append(_locate(target)[0])
+    sources = {source for owner in owners if (source := _source_file(owner))}
+    if not sources:
+        raise AlignError(f"reward {target!r} has no Python source file to fingerprint")
+    return hashlib.sha256(b"".join(sorted(Path(source).read_bytes() for source in sources))).hexdigest()
+
+
+def _source_file(thing: Any) -> str | None:
+    try:
+        return inspect.getsourcefile(thing)
+    except TypeError:  # written in C
+        return None
+
+
+def _parse(spec: str) -> tuple[str, dict[str, Any]]:
+    """``"name(key=literal)"`` as its name and its arguments."""
+    match = re.fullmatch(r"([^()]+)(\(.*\))", spec.strip(), re.DOTALL)
+    if not match:
+        return spec.strip(), {}
+    try:
+        call = ast.parse(f"f{match[2]}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+            raise ValueError("only key=value arguments")
+        return match[1].strip(), {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise AlignError(f"reward {spec!r}: its arguments must read (key=value, ...) with plain values: {error}") from error
+
+
+def _locate(target: str) -> tuple[ModuleType, str]:
+    """The module and the function's name in ``module:name``, ``module.name`` or ``file.py:name``."""
+    path, colon, name = target.rpartition(":")
+    if not colon:
+        if target.endswith(".py"):
+            raise AlignError(f"reward {target!r} names a file: add the function, {target}:function")
+        path, dot, name = target.rpartition(".")
+        if not dot:
+            raise AlignError(f"unknown reward {target!r}{near_miss(target, rewards)}; known: {', '.join(rewards)}; or name {FORMS}")
+    if not path or not name:
+        raise AlignError(f"reward {target!r} is incomplete: name {FORMS}")
+    return (_load_file(Path(path).expanduser()) if path.endswith(".py") else _import(path)), name
+
+
+def _import(path: str) -> ModuleType:
+    try:
+        return importlib.import_module(path)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{path}.".startswith(f"{error.name}."):
+            raise AlignError(
+                f"reward module {path!r}: no module {error.name!r}; for a file, name path/to/file.py:function"
+            ) from error
+        raise AlignError(f"importing the reward module {path!r} failed: {type(error).__name__}: {error}") from error
+
+
+def _load_file(path: Path) -> ModuleType:
+    """The module in the file `path`, run once per content, under a name in `sys.modules` that nothing else can have."""
+    if not path.is_file():
+        siblings = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise AlignError(f"reward file {path} does not exist (looked in {Path.cwd()}){near_miss(path.name, siblings)}")
+    path, source = path.resolve(), path.read_bytes()
+    name = f"_align_reward_{path.stem}_{hashlib.sha256(bytes(path) + source).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    module = sys.modules[name] = ModuleType(name)  # registered before it runs: dataclasses look it up
+    module.__file__ = str(path)
+    try:
+        # not through importlib: its bytecode cache can miss a quick edit
+        exec(compile(source, path, "exec", dont_inherit=True), vars(module))
+    except Exception as error:
+        del sys.modules[name]
+        raise AlignError(f"running the reward file {path} failed: {type(error).__name__}: {error}") from error
+    return module

@@ -1,0 +1,264 @@
+"""Our engine: continuous batching around a model's own forward, with a key-value cache of slots.
+
+Each row of the batch is a completion in progress. A prompt enters all but its last token by a *filling* pass (a forest, so without
+padding, and once for all rows that share it); its last token is the input of the row's first *decoding* pass, which is one new
+token for every row. A row that has ended gives its slot to the next prompt, so the batch stays full while prompts wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align.attention import AttentionPlan
+from align.engine import base_model, trunk_of
+from align.forest import Tree, cut, plant
+from align.rollout.cache import ROLLOUT, Decoding, Filling, SlotCache, Spans
+from align.rollout.graphs import Graphs
+from align.rollout.sampling import Completion, Sampling, StopTable, StopText, chances, draw
+
+FILL_TOKENS = 4096
+"""Tokens in one filling pass."""
+
+ROUND = 16
+"""Attention looks at a multiple of so many columns."""
+
+EXPECTED = 64
+"""Tokens of a completion that the cache has room for at once."""
+
+SPAN = 8
+"""Rows that attention takes together at least: a call costs about as much as reading their padding."""
+
+
+class CacheEngine:
+    """Completes prompts with `model`, whose attention goes through transformers' interface (see `align.rollout.check`)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def complete(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        stop_ids: Sequence[int],
+        generator: torch.Generator | None = None,
+        progress: Callable[[int], Any] | None = None,
+    ) -> list[Completion]:
+        """See `align.rollout.complete`."""
+        with serving(self.model) as base:
+            batch = Batch(base, prompts, sampling, stop_ids, generator)
+            while batch.waiting or batch.live:
+                batch.admit()
+                batch.step()
+                ended = batch.retire()
+                if ended and progress is not None:
+                    progress(ended)
+            return [batch.completions[i] for i in range(len(prompts))]
+
+
+@contextmanager
+def serving(model: nn.Module) -> Iterator[Any]:
+    """The transformers model inside `model`, in evaluation mode and with the engine's attention."""
+    base, was_training = base_model(model), model.training
+    before = base.config._attn_implementation
+    model.eval()
+    base.set_attn_implementation(ROLLOUT)
+    try:
+        yield base
+    finally:
+        base.set_attn_implementation(before)
+        model.train(was_training)
+
+
+class Batch:
+    """The rows in progress, and the prompts that wait. Live rows are the first ones: the last takes the place of one that ended.
+
+    What a decoding pass reads and writes are tensors of one entry a slot that stay where they are, for CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        stop_ids: Sequence[int],
+        generator: torch.Generator | None,
+    ) -> None:
+        self.base, self.prompts, self.sampling = base, prompts, sampling
+        self.device = next(base.parameters()).device
+        first: dict[tuple[int, ...], int] = {}
+        self.same = [first.setdefault(tuple(prompt), i) for i, prompt in enumerate(prompts)]
+        # The longest are taken first, from the end; those that are the same follow each other.
+        self.waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), -self.same[i], -i))
+        self.chances = chances(len(prompts), sampling, self.device, generator)
+        self.stops, self.stop_text = StopTable(stop_ids, self.device), StopText(sampling)
+        self.completions: dict[int, Completion] = {}
+
+        self.slots = min(sampling.batch_size, len(prompts))
+        self.live: list[int] = []
+        """Which prompt each row answers."""
+        self.entered: list[int] = []
+        """The number of decoding passes before each row's first."""
+        self.steps = 0
+        longest = max(map(len, prompts), default=1)
+        most = _rounded(longest + sampling.max_new_tokens)
+        self.cache = SlotCache(self.slots, min(most, _rounded(longest + EXPECTED)), most)
+        integers = {"dtype": torch.long, "device": self.device}
+        self.token = torch.zeros(self.slots, 1, **integers)
+        self.position = torch.zeros(self.slots, **integers)
+        self.count = torch.zeros(self.slots, **integers)
+        self.alive = torch.zeros(self.slots, **integers)
+        self.ended = torch.zeros(self.slots, dtype=torch.bool, device=self.device)
+        self.chance = torch.zeros(self.slots, sampling.max_new_tokens, device=self.device)
+        self.said = torch.zeros(self.slots, sampling.max_new_tokens, **integers)
+        self.logps = torch.zeros(self.slots, sampling.max_new_tokens, device=self.device)
+        self.rows = torch.arange(self.slots, device=self.device)
+        self.graphs = Graphs(self.cache, (self.token, self.position, self.count)) if self.device.type == "cuda" else None
+
+    # -- prompts in --------------------------------------------------------------------------------------------------------------
+
+    def admit(self) -> None:
+        """Fill free slots, once an eighth of them is free: a filling pass costs about as much as a decoding pass."""
+        free = self.slots - len(self.live)
+        if not self.waiting or (self.live and free < max(1, self.slots // 8)):
+            return
+        start = len(self.live)
+        entering = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
+        self._fill(entering, start)
+        prompts = [self.prompts[i] for i in entering]
+        rows = slice(start, start + len(entering))
+        self.token[rows, 0] = torch.tensor([prompt[-1] for prompt in prompts], device=self.device)
+        self.position[rows] = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
+        self.chance[rows] = self.chances[torch.tensor(entering, device=self.device)]
+        self.count[rows] = 0
+        self.alive[rows] = 1
+        self.live += entering
+        self.entered += [self.steps] * len(entering)
+
+    def _fill(self, entering: Sequence[int], start: int) -> None:
+        """Bring the prompts, all but the last token, into the rows from `start`."""
+        self.cache.reach(max(len(self.prompts[i]) for i in entering))
+        known = {self.same[i]: row for row, i in enumerate(self.live)}
+        rows_of: dict[int, list[int]] = {}
+        for row, i in enumerate(entering, start):
+            if len(self.prompts[i]) > 1:
+                rows_of.setdefault(self.same[i], []).append(row)
+        for same in rows_of.keys() & known.keys():
+            self.cache.copy(known[same], rows_of.pop(same), len(self.prompts[same]) - 1)
+        groups = iter(rows_of.values())
+        for pack in cut([Tree(self.prompts[same][:-1]) for same in rows_of], FILL_TOKENS):
+            self._filling_pass(pack, [next(groups) for _ in pack])
+
+    def _filling_pass(self, pack: list[Tree], rows_of: list[list[int]]) -> None:
+        forest = plant(pack).to(self.device)
+        # One entry for each token and each row that it goes to.
+        places = [(row, start, length) for rows, (start, length, _, _) in zip(rows_of, forest.paths, strict=True) for row in rows]
+        lengths = torch.tensor([length for _, _, length in places])
+        rows = torch.tensor([row for row, _, _ in places]).repeat_interleave(lengths)
+        starts = torch.tensor([start for _, start, _ in places]).repeat_interleave(lengths)
+        columns = torch.cat([torch.arange(length) for _, _, length in places])
+        self.cache.now = Filling(*(x.to(self.device) for x in (rows, columns, starts + columns)))
+        trunk_of(self.base)(
+            input_ids=forest.input_ids[None],
+            position_ids=forest.position_ids[None],
+            attention_mask=self._no_mask(),
+            past_key_values=self.cache,
+            use_cache=True,
+            forest=AttentionPlan(forest),
+        )
+
+    # -- one token for every row -------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Draw a token for every live row."""
+        lengths = [len(self.prompts[i]) + self.steps - before for i, before in zip(self.live, self.entered, strict=True)]
+        self.cache.reach(_rounded(max(lengths)))
+        if self.graphs is not None:
+            self.graphs.run(self._pass, len(lengths), max(lengths))
+        else:
+            self._pass(spans_of(lengths))
+        self.steps += 1
+
+    def _pass(self, spans: Spans) -> None:
+        rows, logits = spans[-1][1], self.logits(spans)
+        count = self.count[:rows, None]
+        tokens, logps = draw(logits, self.sampling, self.chance[:rows].gather(1, count).squeeze(1))
+        self.said[:rows].scatter_(1, count, tokens[:, None])
+        self.logps[:rows].scatter_(1, count, logps[:, None])
+        self.ended[:rows] = self.stops.of(tokens, logits.shape[1])
+        self.token[:rows, 0] = tokens
+        self.position[:rows] += self.alive[:rows]
+        self.count[:rows] += self.alive[:rows]
+
+    def logits(self, spans: Spans) -> Tensor:
+        """What the model says of the next token of the rows in `spans` (rows, vocabulary), in fp32."""
+        rows = spans[-1][1]
+        self.cache.now = decoding = Decoding(self.rows[:rows], self.position[:rows], spans)
+        output = self.base(
+            input_ids=self.token[:rows],
+            position_ids=decoding.positions[:, None],
+            attention_mask=self._no_mask(),
+            past_key_values=self.cache,
+            use_cache=True,
+            decoding=decoding,
+        )
+        return output.logits[:, -1].float()
+
+    def _no_mask(self) -> Tensor:
+        # A four-dimensional mask is taken as ready-made by transformers, which would otherwise build one.
+        return torch.empty(1, 1, 0, 0, device=self.device)
+
+    # -- completions out ---------------------------------------------------------------------------------------------------------
+
+    def retire(self) -> int:
+        """Take out the rows that have ended; returns how many."""
+        stopped = self.ended[: len(self.live)].tolist()
+        if self.stop_text.strings:
+            said = self.said[: len(self.live)].tolist()
+            for row, before in enumerate(self.entered):
+                stopped[row] = stopped[row] or self.stop_text.ends(said[row][: self.steps - before])
+        limit = self.steps - self.sampling.max_new_tokens
+        done = [row for row, before in enumerate(self.entered) if stopped[row] or before <= limit]
+        if not done:
+            return 0
+        said, logps = self.said[done].tolist(), self.logps[done].tolist()
+        for row, tokens, values in zip(done, said, logps, strict=True):
+            count = self.steps - self.entered[row]
+            self.completions[self.live[row]] = Completion(tokens[:count], stopped[row], values[:count])
+        for row in reversed(done):
+            self._leave(row)
+        return len(done)
+
+    def _leave(self, row: int) -> None:
+        last = len(self.live) - 1
+        if row != last:
+            columns = len(self.prompts[self.live[last]]) - 1 + self.steps - self.entered[last]
+            self.cache.copy(last, [row], columns)
+            for state in (self.token, self.position, self.count, self.chance, self.said, self.logps):
+                state[row] = state[last]
+            self.live[row], self.entered[row] = self.live[last], self.entered[last]
+        # Nobody's row: a CUDA graph that runs over it stays where it is.
+        for state in (self.alive, self.position, self.count):
+            state[last] = 0
+        self.live.pop()
+        self.entered.pop()
+
+
+def spans_of(lengths: Sequence[int]) -> Spans:
+    """Rows of these lengths in spans: `SPAN` rows each, and neighbours that need the same columns together."""
+    spans: list[tuple[int, int, int]] = []
+    for start in range(0, len(lengths), SPAN):
+        end = min(start + SPAN, len(lengths))
+        width = _rounded(max(lengths[start:end]))
+        if spans and spans[-1][2] == width:
+            start = spans.pop()[0]
+        spans.append((start, end, width))
+    return spans
+
+
+def _rounded(columns: int) -> int:
+    return -(-columns // ROUND) * ROUND

@@ -1,0 +1,118 @@
+"""transformers' `generate` as the engine for models that ours cannot serve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from align.engine import base_model
+from align.rollout.sampling import Completion, Sampling, StopTable, StopText, chances, draw
+
+
+class GenerateEngine:
+    """Runs batches of similar length to the end of their longest completion, with the model's own cache.
+
+    Tokens are drawn by our `draw` in place of transformers' sampling, so the distribution and the draws of chance are the same.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def complete(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        stop_ids: Sequence[int],
+        generator: torch.Generator | None = None,
+        progress: Callable[[int], Any] | None = None,
+    ) -> list[Completion]:
+        """See `align.rollout.complete`."""
+        device = next(self.model.parameters()).device
+        chance = chances(len(prompts), sampling, device, generator)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+        completions: dict[int, Completion] = {}
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for start in range(0, len(order), sampling.batch_size):
+                batch = order[start : start + sampling.batch_size]
+                draws = _Draws(sampling, StopTable(stop_ids, device), chance[batch])
+                self._generate([prompts[i] for i in batch], draws)
+                completions.update(zip(batch, draws.completions(), strict=True))
+                if progress is not None:
+                    progress(len(batch))
+        finally:
+            self.model.train(was_training)
+        return [completions[i] for i in range(len(prompts))]
+
+    def _generate(self, prompts: list[list[int]], draws: _Draws) -> None:
+        device, width = draws.chance.device, max(map(len, prompts))
+        base = base_model(self.model)
+        # Padding on the left, so that every row's next token is in the last column; an encoder reads from the first.
+        left = [0 if getattr(base.config, "is_encoder_decoder", False) else width - len(p) for p in prompts]
+        right = [width - len(p) - n for p, n in zip(prompts, left, strict=True)]
+        input_ids = torch.tensor([[0] * a + p + [0] * b for p, a, b in zip(prompts, left, right, strict=True)], device=device)
+        mask = torch.tensor([[0] * a + [1] * len(p) + [0] * b for p, a, b in zip(prompts, left, right, strict=True)], device=device)
+        config = {"max_new_tokens": draws.sampling.max_new_tokens, "do_sample": False, "pad_token_id": 0, "use_cache": True}
+        with _plain_config(base):
+            self.model.generate(  # type: ignore[operator]
+                inputs=input_ids,
+                attention_mask=mask,
+                logits_processor=LogitsProcessorList([draws]),
+                stopping_criteria=StoppingCriteriaList([draws.stopping]),
+                **config,
+            )
+
+
+class _Draws(LogitsProcessor):
+    """Draws each token and leaves `generate` no other choice."""
+
+    def __init__(self, sampling: Sampling, stops: StopTable, chance: Tensor) -> None:
+        self.sampling, self.stops, self.chance = sampling, stops, chance
+        self.text = StopText(sampling)
+        self.tokens: list[list[int]] = [[] for _ in chance]
+        self.logps: list[list[float]] = [[] for _ in chance]
+        self.ended = [False] * len(chance)
+        self.count = 0
+        self.stopping = _Stopping(self)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        tokens, logps = draw(scores.float(), self.sampling, self.chance[:, self.count])
+        stop = self.stops.of(tokens, scores.shape[1]).tolist()
+        for row, (token, logp) in enumerate(zip(tokens.tolist(), logps.tolist(), strict=True)):
+            if not self.ended[row]:
+                self.tokens[row].append(token)
+                self.logps[row].append(logp)
+                self.ended[row] = stop[row] or self.text.ends(self.tokens[row])
+        self.count += 1
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+    def completions(self) -> list[Completion]:
+        return [Completion(*parts) for parts in zip(self.tokens, self.ended, self.logps, strict=True)]
+
+
+class _Stopping(StoppingCriteria):
+    """Says which rows have ended."""
+
+    def __init__(self, draws: _Draws) -> None:
+        self.draws = draws
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.tensor(self.draws.ended, device=input_ids.device)
+
+
+@contextmanager
+def _plain_config(base: Any) -> Iterator[None]:
+    """Within, the model's generation config (a repetition penalty, say) has no part in what is drawn."""
+    before = base.generation_config
+    kept = {name: getattr(before, name, None) for name in ("bos_token_id", "decoder_start_token_id")}
+    base.generation_config = GenerationConfig(**kept)
+    try:
+        yield
+    finally:
+        base.generation_config = before

@@ -1,0 +1,470 @@
+"""Several rewards with policies: weights, clips, gates, errors that are forgiven, time limits; and how a recipe writes them."""
+
+import asyncio
+import json
+import math
+import re
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from align.cli import main
+from align.data import write_rows
+from align.errors import AlignError
+from align.pipeline import Run
+from align.recipe import Recipe, load_recipe
+from align.rewards import Gate, RewardSet, RewardSpec
+from align.stages import PPO, Pairs
+
+PROMPTS = ["first", "second", "third", "fourth"]
+FILE = """
+import time
+calls = []
+
+def values(completions, **columns): return [float(c) for c in completions]
+def other(completions, **columns): return [10 * float(c) for c in completions]
+def raises(completions, **columns): raise RuntimeError("the judge is asleep")
+def hangs(completions, **columns):
+    while True:
+        try:
+            time.sleep(0.01)
+        except Exception:
+            pass
+async def hangs_async(completions, **columns):
+    import asyncio
+    await asyncio.sleep(60)
+def backtracks(completions, **columns):
+    import re
+    return [float(bool(re.match(r"(a+)+$", "a" * 40 + "b"))) for _ in completions]
+def nothing(completions, **columns): return None
+def not_a_number(completions, **columns): return [1.0, float("nan"), 3.0, 4.0][: len(completions)]
+def too_few(completions, **columns): return [0.0] * (len(completions) - 1)
+def strings(completions, **columns): return ["1.0"] * len(completions)
+def abstains(completions, **columns): return [None] * len(completions)
+def wants_answer(completions, answer): return [0.0] * len(completions)
+def chance(completions, **columns):
+    calls.append(1)
+    return [float(len(calls))] * len(completions)
+def raises_on_third(completions, **columns): return [1 / (float(c) - 3) for c in completions]
+def compute_score(data_source, solution_str, ground_truth, extra_info=None): return float(solution_str == ground_truth)
+def reward_func(queries, prompts, labels): return {"rewards": [float(q.endswith(str(l))) for q, l in zip(queries, labels)]}
+def anything(**row): return 1.0
+"""
+COMPLETIONS = ["1", "2", "3", "4"]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.py").write_text(FILE)
+
+
+def score(*entries, weights=None, columns=None):
+    return RewardSet(list(entries), weights).score(PROMPTS, COMPLETIONS, columns or {})
+
+
+def of(function, **more):
+    return {"reward": f"my.py:{function}", **more}
+
+
+# -- what becomes of the numbers -------------------------------------------------------------------------------------------------
+
+
+def test_the_steps_are_normalize_clip_weight():
+    """1, 2, 3, 4 have mean 2.5 and deviation sqrt(1.25) = 1.118: -1.342, -.447, .447, 1.342; clipped to [-1, .25], times 2. The
+    component that is logged is what the function said.
+    """
+    found = score(of("values", normalize="batch", clip=[-1, 0.25], weight=2))
+    assert found.total == pytest.approx([-2, -2 * 0.5 / math.sqrt(1.25), 0.5, 0.5])
+    assert found.components == {"values": [1, 2, 3, 4]}
+    assert score(of("values", normalize=[1, 2])).total == [0, 0.5, 1, 1.5]
+
+
+def test_a_component_that_does_not_vary_is_normalized_to_nothing():
+    assert RewardSet([of("values", normalize="batch")]).score(PROMPTS[:2], ["7", "7"]).total == [0, 0]
+
+
+def test_a_gate_lets_a_component_count_only_where_another_is_enough():
+    """Where `first` is below 3, 10 x the completion does not count."""
+    found = score(of("values", name="first"), of("other", gate={"reward": "first", "at_least": 3}))
+    assert found.total == [1, 2, 33, 44]
+    assert found.components["other"] == [10, 20, 30, 40]
+
+
+def test_a_gate_is_closed_where_the_other_abstained_and_closed_is_not_abstained():
+    assert score(of("abstains"), of("values", gate={"reward": "abstains", "at_least": -9})).total == [0, 0, 0, 0]
+
+
+def test_weights_stand_in_one_place():
+    assert score(of("values", weight=2), "my.py:other").total == [12, 24, 36, 48]
+    assert score(of("values"), "my.py:other", weights=[0, 1]).total == [10, 20, 30, 40]
+    with pytest.raises(AlignError, match="the weight of 'values' is set twice"):
+        score(of("values", weight=2), "my.py:other", weights=[1, 1])
+
+
+@pytest.mark.parametrize(
+    ("entry", "complaint"),
+    [
+        ({"reward": "repetition", "wieght": 2}, r"unknown key 'wieght' \(did you mean 'weight'\?\); a reward has: reward, name"),
+        ({"weight": 2}, "a reward needs the key 'reward'"),
+        ({"reward": "repetition", "gate": {"reward": "x", "atleast": 1}}, r"unknown key 'atleast' \(did you mean 'at_least'\?\)"),
+        ({"reward": "repetition", "gate": {"reward": "x"}}, "a gate needs the key 'at_least'"),
+        ({"reward": "repetition", "gate": 3}, "gate must name a reward and a number"),
+        ({"reward": "repetition", "gate": {"reward": "values", "at_least": 0}}, r"names 'values'; the others are: none"),
+        ({"reward": "repetition", "gate": {"reward": "repetition", "at_least": 0}}, "names 'repetition'; the others are: none"),
+        ({"reward": "repetition", "clip": [1, 1]}, r"clip must be \[lowest, highest\]"),
+        ({"reward": "repetition", "clip": 1}, r"clip must be \[lowest, highest\]"),
+        ({"reward": "repetition", "normalize": "bach"}, r"normalize must be batch or \[mean, deviation\]"),
+        ({"reward": "repetition", "normalize": [0, 0]}, r"normalize must be batch or \[mean, deviation\]"),
+        ({"reward": "repetition", "on_error": "ignore"}, "on_error must be raise, abstain or a number, not 'ignore'"),
+        ({"reward": "repetition", "timeout": 0}, "timeout must be a number of seconds above 0"),
+        ({"reward": "repetition", "weight": "2"}, "weight must be a finite number"),
+        ({"reward": "repetition", "protocol": "verll"}, r"protocol must be trl, verl or openrlhf.*did you mean 'verl'"),
+    ],
+)
+def test_mistakes_in_a_spec(entry, complaint):
+    with pytest.raises(AlignError, match=complaint):
+        RewardSet([entry])
+
+
+def test_a_gate_names_the_near_miss():
+    with pytest.raises(AlignError, match=r"names 'valuse' \(did you mean 'values'\?\)"):
+        RewardSet([of("values"), of("other", gate={"reward": "valuse", "at_least": 0})])
+
+
+def test_a_spec_and_its_shortest_form():
+    spec = RewardSpec("repetition", clip=(-1.0, 0.0), gate=Gate("other", 1.0), weight=2.0)
+    assert spec.plain() == {
+        "reward": "repetition",
+        "clip": [-1.0, 0.0],
+        "gate": {"reward": "other", "at_least": 1.0},
+        "weight": 2.0,
+    }
+    assert RewardSpec.of(spec.plain()) == spec
+    assert RewardSpec.of("repetition").plain() == "repetition"
+
+
+# -- what goes wrong --------------------------------------------------------------------------------------------------------------
+
+BROKEN = {
+    "raises": "reward 'raises' raised RuntimeError: the judge is asleep",
+    "hangs": "reward 'hangs' took more than its timeout of 0.1 s",
+    "hangs_async": "reward 'hangs_async' took more than its timeout of 0.1 s",
+    "backtracks": "reward 'backtracks' took more than its timeout of 0.1 s",
+    "nothing": "reward 'nothing' returned None; expected a list of 4 numbers",
+    "not_a_number": r"reward 'not_a_number', row 1 \(prompt 'second'\): got nan",
+    "too_few": r"reward 'too_few' returned 3 values; expected 4.*the first prompt is 'first'",
+    "strings": r"reward 'strings', row 0 \(prompt 'first'\): got '1.0'",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_function_stops_the_run(name):
+    start = time.monotonic()
+    with pytest.raises(AlignError, match=BROKEN[name]):
+        score("my.py:values", of(name, timeout=0.1))
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_function_abstains(name, capsys):
+    """Only where it is broken: a NaN takes nothing from the rows that have a number."""
+    found = score("my.py:values", of(name, timeout=0.1, on_error="abstain"))
+    broken = [1] if name == "not_a_number" else range(4)
+    assert [row for row in range(4) if found.components[name][row] is None] == list(broken)
+    assert found.total == ([2, 2, 6, 8] if name == "not_a_number" else [1, 2, 3, 4])
+    assert len(found.failures[name]) == len(broken)
+    said = capsys.readouterr().err
+    assert re.search(BROKEN[name], said)
+    assert f"failed on {len(broken)} of 4 completions, which count as abstentions" in said
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_function_costs_a_penalty(name):
+    found = score(of(name, timeout=0.1, on_error=-2))
+    assert found.total == ([1, -2, 3, 4] if name == "not_a_number" else [-2, -2, -2, -2])
+
+
+def test_nothing_left_to_score_by_says_why():
+    with pytest.raises(
+        AlignError, match=r"abstained on row 0 \(prompt 'first'\): one must score it; reward 'raises' raised RuntimeE"
+    ):
+        score(of("raises", on_error="abstain"))
+
+
+def test_a_missing_column_is_never_forgiven():
+    with pytest.raises(AlignError, match="needs a column 'answer'"):
+        score("my.py:values", of("wants_answer", on_error="abstain"))
+
+
+def test_failures_are_said_the_first_time_and_whenever_they_have_doubled(capsys):
+    rewards = RewardSet(["my.py:values", of("raises", on_error="abstain")])
+    for _ in range(9):
+        rewards.score(PROMPTS, COMPLETIONS)
+    assert capsys.readouterr().err.count("failed on 4 of 4") == 4  # at 4, 8, 16 and 32 failures
+
+
+def test_a_time_limit_off_the_main_thread():
+    """There it cannot be an alarm; the function is left behind."""
+    found = []
+    thread = threading.Thread(
+        target=lambda: found.append(score(of("hangs", timeout=0.05, on_error=0), of("values", timeout=5)).total)
+    )
+    thread.start()
+    thread.join(10)
+    assert found == [[1, 2, 3, 4]]
+
+
+def test_a_time_limit_leaves_quick_functions_and_other_alarms_alone():
+    import signal
+
+    before = signal.getsignal(signal.SIGALRM)
+    assert score(of("values", timeout=10)).total == [1, 2, 3, 4]
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_async_functions_have_their_own_limits():
+    async def quick(completions, **columns):
+        await asyncio.sleep(0)
+        return [1.0] * len(completions)
+
+    found = score(of("hangs_async", timeout=0.05, on_error=5), quick)
+    assert found.total == [6, 6, 6, 6]
+
+
+# -- functions of other tools ------------------------------------------------------------------------------------------------------
+
+
+def test_functions_of_other_tools_are_recognized_by_their_parameters():
+    found = score(
+        "my.py:compute_score", "my.py:reward_func(label_column='end')", columns={"ground_truth": list("1111"), "end": [1, 2, 9, 9]}
+    )
+    assert found.components == {"compute_score": [1, 0, 0, 0], "reward_func": [1, 1, 0, 0]}
+    assert score("my.py:reward_func", columns={"label": [9, 2, 9, 9]}).total == [0, 1, 0, 0]
+
+
+def test_or_named():
+    assert score(of("anything", protocol="verl"), columns={"ground_truth": list("1111")}).total == [1, 1, 1, 1]
+    with pytest.raises(AlignError, match=r"takes no 'label_column'"):
+        RewardSet(["my.py:compute_score(label_column='end')"])
+
+
+# -- in a recipe ------------------------------------------------------------------------------------------------------------------
+
+RECIPE = """
+name: r
+stages:
+  pairs:
+    stage: pairs
+    model: owner/name
+    data: prompts.jsonl
+    reward_funcs:
+      - my.py:values
+      - {reward: my.py:other, weight: 0.5, clip: [-1, 1], on_error: abstain, timeout: 5, gate: {reward: values, at_least: 0}}
+"""
+
+
+def test_a_recipe_holds_specs_beside_names_and_the_runner_fingerprints_them(tmp_path):
+    write_rows("prompts.jsonl", [{"prompt": "a"}])
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    recipe = load_recipe("r.yaml")
+    names, spec = recipe.stages["pairs"].reward_funcs
+    assert names == "my.py:values"
+    assert spec["gate"] == {"reward": "values", "at_least": 0}
+    assert load_recipe("r.yaml", {"pairs.top_k": "5"}).stages["pairs"].reward_funcs == [names, spec]
+
+    def identity():
+        (step,) = Run(load_recipe("r.yaml"), tmp_path / "out").plan()
+        return step.identity
+
+    before = identity()
+    assert identity() == before
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("weight: 0.5", "weight: 0.6"))
+    assert identity() != before
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    (tmp_path / "my.py").write_text(FILE + "# edited")
+    assert identity() != before
+
+
+def test_the_example_of_the_documentation_is_a_set(tmp_path):
+    page = (Path(__file__).parents[1] / "docs/rewards.md").read_text()
+    (block,) = [block for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "normalize" in block]
+    stage = Pairs(model="m", data="d", **yaml.safe_load(block))
+    assert [entry if isinstance(entry, str) else entry["reward"] for entry in stage.reward_funcs][1] == "reward_model"
+    for name, source in (("my_rewards.py", "def cites_source(completions): ..."), ("judge.py", "def grade(completions): ...")):
+        (tmp_path / name).write_text(source)
+    assert list(RewardSet(stage.reward_funcs).components) == ["cites_source", "reward_model", "length", "grade"]
+
+
+def test_a_mistake_in_a_recipe_is_one_line(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("weight", "wieght"))
+    assert main(["run", "r.yaml", "--plan"]) == 2
+    assert "unknown key 'wieght' (did you mean 'weight'?)" in capsys.readouterr().err
+
+
+def test_a_spec_on_the_command_line_and_a_function_in_python(tmp_path, capsys):
+    write_rows("prompts.jsonl", [{"prompt": "a"}])
+    spec = "{reward: my.py:values, weight: 2}"
+    assert main(["ppo", "--model", "owner/name", "--data", "prompts.jsonl", "--reward_funcs", spec, "repetition", "--plan"]) == 0
+    stage = Pairs(model="m", data="d", reward_funcs={"reward": test_or_named, "weight": 2})
+    assert stage.reward_funcs == [{"reward": f"{__file__}:test_or_named", "weight": 2}]
+    assert Pairs(model="m", data="d", reward_funcs=RewardSpec("repetition")).reward_funcs == ["repetition"]
+
+
+class FakeTokenizer:
+    def get_vocab(self):
+        return {}
+
+
+def test_the_stage_adds_its_reward_model_unless_it_is_named(monkeypatch):
+    from align import scoring
+
+    monkeypatch.setattr(scoring, "RewardScorer", lambda *args, **more: "scorer")
+
+    def judge(**fields):
+        return PPO(model="m", data="d", **fields).judge(FakeTokenizer(), dtype="float32", max_tokens=8)
+
+    assert list(judge(reward_funcs="repetition", reward_model="rm").rewards.components) == ["repetition", "reward_model"]
+    made = judge(reward_funcs=[{"reward": "reward_model", "weight": 0.5}, "repetition"], reward_model="rm")
+    assert dict(zip(made.rewards.components, made.rewards.weights, strict=True)) == {"reward_model": 0.5, "repetition": 1.0}
+    assert judge(reward_funcs="repetition", reward_model="rm", reward_weights=[1, 3]).rewards.weights == [1, 3]
+    for fields, complaint in (
+        ({}, "nothing judges"),
+        ({"reward_funcs": "reward_model"}, "set the field reward_model, too"),
+        ({"reward_funcs": "repetition", "reward_weights": [1, 2]}, "has 2 numbers; there are 1 rewards"),
+    ):
+        with pytest.raises(AlignError, match=complaint):
+            judge(**fields)
+
+
+# -- align reward test -------------------------------------------------------------------------------------------------------------
+
+PAIRS = [{"prompt": f"q{i}", "chosen": str(i + 5), "rejected": "1 word", "answer": i} for i in range(4)]
+TWO = "def words(completions, **columns): return [float(len(c.split())) for c in completions]\n"
+
+
+def report_of(capsys, *arguments):
+    """What `align reward test` printed as JSON."""
+    assert main(["reward", "test", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_pairs_are_told_apart(tmp_path, capsys):
+    """`words` is 1 on the chosen and 2 on the rejected side; its correlation with length is 1 by construction."""
+    write_rows("pairs.jsonl", PAIRS)
+    (tmp_path / "my.py").write_text(TWO)
+    report = report_of(capsys, "my.py:words", "--data", "pairs.jsonl")
+    (words,) = report["components"]
+    assert (report["completions"], report["pairs"], report["deterministic"]) == (8, 4, True)
+    assert (words["separates"], words["mean"], words["abstained"], words["failed"]) == (0, 1.5, 0, 0)
+    assert words["length_correlation"] == pytest.approx(1)
+    assert words["histogram"] == [[1.0, 1.0, 4], [2.0, 2.0, 4]]
+
+
+def test_demonstrations_with_columns_several_rewards_and_failures(tmp_path, capsys):
+    """3 of 4 completions are their answers; `not_a_number` fails on one."""
+    rows = [{"prompt": f"q{i}", "completion": str(i), "answer": str(min(i, 2))} for i in range(4)]
+    write_rows("rows.jsonl", rows)
+    report = report_of(capsys, "exact_match", "{reward: my.py:not_a_number, on_error: -1}", "--data", "rows.jsonl")
+    match, numbers, total = report["components"]
+    assert (match["mean"], match["separates"]) == (0.75, None)
+    assert (numbers["failed"], numbers["abstained"], numbers["lowest"]) == (0.25, 0, -1)
+    assert (total["name"], total["mean"]) == ("total", pytest.approx(0.75 + 7 / 4))
+    assert "row 1 (prompt 'q1'): got nan" in report["failure"]
+    assert report_of(capsys, "my.py:abstains", "--data", "rows.jsonl")["components"][0]["abstained"] == 1
+
+
+def test_the_last_turn_of_a_conversation_is_its_completion(capsys):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello you"}]
+    write_rows("chat.jsonl", [{"messages": turns}, {"messages": [*turns, *turns]}])
+    report = report_of(capsys, "length_band(low=2, high=2)", "--data", "chat.jsonl")
+    assert (report["completions"], report["components"][0]["mean"]) == (2, 1)
+
+
+def test_chance_is_seen(capsys):
+    write_rows("pairs.jsonl", PAIRS)
+    report = report_of(capsys, "my.py:chance", "--data", "pairs.jsonl")
+    assert not report["deterministic"]
+    assert report["difference"] == "chance, row 0 (prompt 'q0'): 1.0 and then 2.0"
+
+
+def test_the_report_for_people(capsys):
+    write_rows("pairs.jsonl", PAIRS)
+    assert main(["reward", "test", "length_band(low=1, high=1)", "--data", "pairs.jsonl"]) == 0
+    text = capsys.readouterr().out
+    for part in ("4 pairs", "deterministic: yes", "chosen above rejected: 100%", "correlation with length: -1.00", "█ 4"):
+        assert part in text
+
+
+def test_completions_are_sampled_from_a_model(tmp_path, capsys, tokenizer):
+    from helpers import llama
+
+    llama().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_rows("prompts.jsonl", [{"prompt": [{"role": "user", "content": f"say {i}"}]} for i in range(3)])
+    options = ["--data", "prompts.jsonl", "--model", "model", "--max_completion_length", "5"]
+    report = report_of(capsys, "repetition", *options)
+    assert (report["completions"], report["pairs"]) == (3, 0)
+    capsys.readouterr()
+    assert main(["reward", "test", "repetition", *options, "--plan"]) == 0
+    assert "completions sampled from model, by repetition" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_function_is_one_line_and_exit_code_2(name, capsys):
+    write_rows("rows.jsonl", [{"prompt": prompt, "completion": text} for prompt, text in zip(PROMPTS, COMPLETIONS, strict=True)])
+    assert main(["reward", "test", f"my.py:{name}", "--data", "rows.jsonl", "--timeout", "0.1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(BROKEN[name], line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["my.py:raises_on_third", "--data", "rows.jsonl"], r"raised ZeroDivisionError: .* \(row 2, prompt 'third'\)"),
+        (["my.py:valuse", "--data", "rows.jsonl"], "did you mean 'values'"),
+        (["my.py:values", "--data", "prompts.jsonl"], "holds no completions to score; name a --model"),
+        (["my.py:values", "--data", "rows.jsonl", "--on_error", "ignore"], "on_error must be raise, abstain or a number"),
+        (["my.py:values"], "the following arguments are required: --data"),
+        (["{reward: my.py:values, wieght: 2}", "--data", "rows.jsonl"], "did you mean 'weight'"),
+    ],
+)
+def test_mistakes_at_the_command_line(arguments, complaint, capsys):
+    write_rows("rows.jsonl", [{"prompt": prompt, "completion": text} for prompt, text in zip(PROMPTS, COMPLETIONS, strict=True)])
+    write_rows("prompts.jsonl", [{"prompt": "only a prompt"}])
+    assert main(["reward", "test", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(complaint, line), line
+
+
+def test_the_stage_is_still_there(capsys):
+    write_rows("pairs.jsonl", PAIRS)
+    assert main(["reward", "--model", "owner/name", "--data", "pairs.jsonl", "--plan"]) == 0
+    assert main(["reward", "--help"]) == 0
+    assert "align reward test" in capsys.readouterr().out
+
+
+def test_a_recipe_of_one_stage_runs_with_specs(tmp_path, tokenizer):
+    """On-policy pairs from a random model: every component is there, and the pairs are the total's."""
+    from helpers import llama
+
+    llama().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_rows("prompts.jsonl", [{"prompt": [{"role": "user", "content": f"say {i}"}]} for i in range(4)])
+    words = {"reward": "length_band(low=3, high=9)", "name": "words", "clip": [0, 0.5]}
+    rewards = [words, {"reward": "repetition", "gate": {"reward": "words", "at_least": 0}, "weight": 0.1}]
+    stage = Pairs(
+        model="model",
+        data="prompts.jsonl",
+        reward_funcs=rewards,
+        max_completion_length=6,
+        num_generations=2,
+        held_out=0.0,
+        stop_strings=["e"],
+    )
+    artifacts = Run(Recipe("p", {"p": stage}), tmp_path / "out").execute()
+    assert 0 <= artifacts["p"].metrics["preferences_mean_score"] <= 0.5
