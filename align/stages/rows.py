@@ -12,6 +12,7 @@ from align.data import Quarantine, RowStream, is_held_out, refuse_empty
 from align.encode import Encoded
 from align.errors import AlignError
 from align.forest import Tree
+from align.intake.info import entry_of
 from align.intake.mixture import chosen, shares
 from align.intake.store import RowFile, TreeFile
 from align.progress import bar, say
@@ -106,7 +107,7 @@ def streams(stage: DataFields) -> bool:
 
 def _size(sources: Sequence[str]) -> int:
     """Bytes of the files of `sources`; what is no local file or folder counts nothing."""
-    paths = [Path(source).expanduser() for source in sources]
+    paths = [Path(entry.source if (entry := entry_of(source)) else source).expanduser() for source in sources]
     files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
     return sum(file.stat().st_size for file in files if file.is_file())
 
