@@ -26,6 +26,7 @@ class TokenScores:
     logps: Tensor  # nats
     correct: Tensor  # bool: no token is likelier than the target
     entropy: Tensor | None = None  # nats, of the whole distribution at that position; where asked for
+    values: Tensor | None = None  # of a score head on the same trunk; where asked for
 
 
 @dataclass(frozen=True)

@@ -273,7 +273,20 @@ class SelectionFields(Fields):
         return LOWER_IS_BETTER.search(self.metric_for_best_model) is None
 
 
-class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, SelectionFields):
+class RunFields(Fields):
+    """What a run leaves on its way."""
+
+    save_steps: int | None = Field(None, gt=0)
+    """Steps between two checkpoints; none by default."""
+    save_total_limit: int = Field(2, gt=0)
+    """Checkpoints kept."""
+    resume_from_checkpoint: bool = True
+    """Go on from the last checkpoint in the output folder."""
+    report_to: list[str] = Field(default_factory=list)
+    """Trackers besides metrics.jsonl: tensorboard, wandb …"""
+
+
+class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, SelectionFields, RunFields):
     """The fields of every stage that trains on a data set."""
 
     engine: Literal["forest", "trl"] = "forest"
@@ -288,14 +301,6 @@ class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFiel
     """
     gradient_accumulation_steps: int = Field(1, gt=0)
     """Micro-steps in an optimizer step."""
-    save_steps: int | None = Field(None, gt=0)
-    """Optimizer steps between two checkpoints; none by default."""
-    save_total_limit: int = Field(2, gt=0)
-    """Checkpoints kept."""
-    resume_from_checkpoint: bool = True
-    """Go on from the last checkpoint in the output folder."""
-    report_to: list[str] = Field(default_factory=list)
-    """Trackers besides metrics.jsonl: tensorboard, wandb …"""
 
     @model_validator(mode="after")
     def _trl_knows_the_strategy(self) -> Self:
