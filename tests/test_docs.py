@@ -210,7 +210,7 @@ def test_every_knob_of_ppo_is_explained_with_its_default():
 
 def test_every_name_that_ppo_logs_is_explained():
     page = (ROOT / "docs" / "ppo.md").read_text(encoding="utf-8")
-    source = (ROOT / "align" / "trainers" / "ppo.py").read_text(encoding="utf-8")
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "align" / "trainers" / "ppo").glob("*.py"))
     logged = set(re.findall(r'"((?:objective|policy|loss|val|completions)/\w+)"', source))
     assert len(logged) > 10
     assert {name for name in logged if f"`{name}`" not in page} == set()

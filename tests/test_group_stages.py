@@ -25,7 +25,8 @@ def raises(completions, **columns): raise RuntimeError("the judge\\nis asleep")
 def wants(completions, score): return score
 def told(completions, answer, **columns): return [float(a in c[0]["content"]) for c, a in zip(completions, answer)]
 """
-COMMAND = "--engine trl --model model --data prompts.jsonl --max_completion_length 6 --num_generations 4 --held_out 0.3 --warmup_ratio 0 --json"
+FOREST = "--model model --data prompts.jsonl --max_completion_length 6 --num_generations 4 --held_out 0.3 --warmup_ratio 0 --json"
+COMMAND = f"--engine trl {FOREST}"
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +150,6 @@ def test_a_reward_that_fails_is_one_line_below_the_bar(stage, reward, message, c
 
 
 # -- engine forest -------------------------------------------------------------------------------------------------------------
-
-FOREST = COMMAND.replace("--engine trl ", "")
 
 
 @pytest.mark.parametrize("stage", GROUP_TRAINERS)

@@ -188,7 +188,11 @@ def spy_on(trainer):
 
     def record(*_):
         seen.append(
-            {f"{i}.{n}": p.grad.clone() for i, m in enumerate((trainer.models.policy, trainer.models.critic.model)) for n, p in m.named_parameters()}
+            {
+                f"{i}.{n}": p.grad.clone()
+                for i, m in enumerate((trainer.models.policy, trainer.models.critic.model))
+                for n, p in m.named_parameters()
+            }
         )
 
     trainer.learner.optimizer.register_step_pre_hook(record)
