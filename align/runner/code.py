@@ -25,6 +25,7 @@ NOT_COMPUTATION = (
     "recipe",
     "pipeline",
     "report",
+    "preflight",
     "runner",
     "commands",
     "cli",
@@ -107,7 +108,7 @@ def _imports(tree: ast.AST) -> Iterator[str]:
         else:
             continue
         for name in dict.fromkeys(names):
-            if name.startswith(f"{NAME}.") and _path(name).name != "__init__.py":
+            if name.startswith(f"{NAME}.") and name != f"{NAME}.stages":
                 yield name
 
 
