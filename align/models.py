@@ -223,10 +223,16 @@ def disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
-def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write `model` and `tokenizer` (chat template included) as a folder that ``from_pretrained`` loads."""
+def save_model(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write `model` and `tokenizer` (chat template included) as a folder that ``from_pretrained`` loads.
+
+    Args:
+        weights: what to write instead of the model's own, where those are in shards.
+    """
     if isinstance(model, PeftModel):
         save_adapter(model, folder)
     else:
-        model.save_pretrained(folder)  # type: ignore[operator]
+        model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from align import __version__
-from align.artifact import Artifact, write_atomically
+from align.artifact import Artifact
+from align.runner.files import write_atomically
 
 MODES, NO_ANSWER = ("sampled", "greedy"), {"text": None, "reward": None}
 RESULTS, PAGES = "results.json", ("report.md", "report.html")

@@ -365,7 +365,8 @@ def test_the_same_command_again_does_nothing(capsys, tmp_path):
     assert run_json(command, capsys) == run_json(command, capsys)
     assert len(Registry().all()) == 1
     (plan,) = run_json(command + " --plan", capsys)
-    assert plan == {"stage": "sft", "runs": False, "reason": "up to date", "folder": f"{tmp_path}/out"}
+    expected = {"stage": "sft", "runs": False, "reason": "up to date", "folder": f"{tmp_path}/out", "seconds_last_time": None}
+    assert plan == expected
     assert main(f"{SFT}sft.jsonl --seed 1 --output_dir {tmp_path}/out".split()) == 2
     assert "holds another result (sft@1)" in capsys.readouterr().err
 

@@ -26,7 +26,7 @@ OWN_FLAGS = ("config", "output_dir", "name", "plan", "json")
 
 def add(verbs: Any) -> None:
     for verb in (*stages, *PREFERENCE_VERBS):
-        summary = (_class_of(verb).__doc__ or "").strip().splitlines()[0]
+        summary = (_class_of(verb).__doc__ or verb).strip().splitlines()[0]
         # The flags are the stage's fields: they are read by `run_stage` itself.
         verbs.add_parser(verb, help=summary, add_help=False).set_defaults(handler=run_stage, stage=verb, reads_flags=True)
     evaluate = verbs.add_parser("eval", help="the same as `evaluate`", add_help=False)

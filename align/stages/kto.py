@@ -93,5 +93,6 @@ class KTO(TrainingStage):
                 max_tokens=self.max_tokens_per_micro_batch,
                 tokenizer=tokenizer,
                 callbacks=callbacks,
+                skip_non_finite=self.on_non_finite == "skip",
             )
         return t.run_trainer(trainer, self, context, has_eval=bool(held))

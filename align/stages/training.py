@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from align.data import Quarantine, load_rows, split_by_prompt
 from align.encode import Encoded, Encoder, set_chat_template
@@ -22,9 +21,12 @@ from align.errors import AlignError, near_miss
 from align.forest import Tree
 from align.models import ensure_pad_token, load_causal_lm, load_reward_model, load_tokenizer, save_model
 from align.progress import say
+from align.runner.checkpoints import last_good, step_of
+from align.runner.stop import saving_first
 from align.scoring import SCORE_SCALE, branch_scores
 from align.stages.base import Context, DataFields, OptimizerFields, TrainingStage
-from align.trainers.callbacks import Watch
+from align.trainers.callbacks import Checkpoints, Watch
+from align.trainers.checkpointing import whole_weights
 from align.trainers.forest import ForestTrainer
 from align.trainers.objectives import Objective
 from align.tuning.tune import trainable, tune
@@ -186,7 +188,7 @@ def training_arguments(stage: TrainingStage, context: Context, *, has_eval: bool
         "eval_steps": steps,
         "save_strategy": "steps" if saves else "epoch" if best else "no",
         "save_steps": saves or 500,
-        "save_total_limit": stage.save_total_limit,
+        "restore_callback_states_from_checkpoint": True,
         "load_best_model_at_end": best,
         "metric_for_best_model": f"eval_{stage.metric_for_best_model.removeprefix('eval_')}",
         "greater_is_better": stage.best_is_greatest,
@@ -204,7 +206,10 @@ def training_arguments(stage: TrainingStage, context: Context, *, has_eval: bool
 
 def callbacks_of(stage: TrainingStage, context: Context) -> list[TrainerCallback]:
     """Progress and history, and early stopping where asked."""
-    callbacks: list[TrainerCallback] = [Watch(context.name, context.history)]
+    callbacks: list[TrainerCallback] = [
+        Watch(context.name, context.history),
+        Checkpoints(context.history, stage.save_total_limit, stage.save_minutes),
+    ]
     if stage.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(stage.early_stopping_patience))
     return callbacks
@@ -214,14 +219,20 @@ def run_trainer(trainer: Any, stage: TrainingStage, context: Context, *, has_eva
     """Train, resuming from the last checkpoint if there is one, and save; returns the metrics before and after."""
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
-    checkpoints = context.folder / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if stage.resume_from_checkpoint and checkpoints.is_dir() else None
-    context.history.rewind(-1 if last is None else int(last.rpartition("-")[2]))
+    last = last_good(context.folder / "checkpoints") if stage.resume_from_checkpoint else None
+    context.history.rewind(-1 if last is None else step_of(last))
     if last is None and has_eval:
         with precision(stage):  # the Trainer prepares the model for it no earlier than in `train`
             check_metric(stage, trainer.evaluate())
+    if last is not None:
+        say(f"{context.name}: going on from step {step_of(last)}")
     try:
-        trainer.train(resume_from_checkpoint=last)
+        with saving_first():
+            if last is not None and (done := final_weights(last)):  # cut between the last step and the end of the stage
+                trainer._load_from_checkpoint(str(done))
+                trainer.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+            else:
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
     finally:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, Watch):
@@ -231,8 +242,26 @@ def run_trainer(trainer: Any, stage: TrainingStage, context: Context, *, has_eva
         say(f"{context.name}: kept the weights of step {best}, of {trainer.state.global_step}")
     elif has_eval and context.history.records[-1].get("eval_loss") is None:
         trainer.evaluate()
-    save_model(trainer.model, trainer.processing_class, context.folder)
+    save_trained(trainer, context.folder)
     return {**summary(context, best), **trainable(trainer.model)}
+
+
+def final_weights(checkpoint: Path) -> Path | None:
+    """Where a training that had ended with `checkpoint` has its result, or None if steps are left."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
+    if state["global_step"] < state["max_steps"] and not control.get("should_training_stop"):
+        return None
+    return Path(state["best_model_checkpoint"]) if state.get("best_model_checkpoint") else checkpoint
+
+
+def save_trained(trainer: Any, folder: Path) -> None:
+    """Write the model that was trained; of several processes the first writes, and the others hand over their shards."""
+    accelerator = trainer.accelerator
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    weights = whole_weights(trainer) if sharded else None
+    if trainer.is_world_process_zero():
+        save_model(accelerator.unwrap_model(trainer.model), trainer.processing_class, folder, weights)
 
 
 def check_metric(stage: TrainingStage, measured: dict[str, float]) -> None:
@@ -275,6 +304,7 @@ def train_on_forest(
         max_tokens=stage.max_tokens_per_micro_batch,
         tokenizer=tokenizer,
         callbacks=callbacks_of(stage, context),
+        skip_non_finite=stage.on_non_finite == "skip",
     )
     return run_trainer(trainer, stage, context, has_eval=bool(held))
 
