@@ -26,6 +26,8 @@ from align.schema import TextRow
 from align.scoring import Judge, RewardScorer, branch_logps, branch_scores, component_means, mean_nll, plain
 from align.sources import read_source
 from align.stages.base import Context
+from align.tasks.base import is_task_model
+from align.tasks.measure import measure_task_model
 
 
 def bootstrap_interval(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> list[float]:
@@ -45,7 +47,7 @@ REFERENCE_COLUMNS = ("references", "reference", "answers", "answer", "completion
 """Where reference answers are looked for, in this order."""
 
 
-def _reads_as(source: str, stage: Any) -> str:
+def reads_as(source: str, stage: Any) -> str:
     """``text`` for a source of documents, else ``sft``."""
     _, _, raw = next(iter(read_source(source, stage.data_split)), (None, 0, {}))
     if isinstance(raw, AlignError) or not raw:
@@ -69,8 +71,9 @@ class Evaluation:
         self.stage, self.context = stage, context
         answered = [spec for spec in stage.metrics if check(spec)[0] != "perplexity"]
         alone = bool(stage.metrics) and not (answered or stage.reward_funcs or stage.reward_model or stage.baseline)
+        talks = not all(is_task_model(path) for path in stage.models.values())
         self.answer_metrics = answered
-        self.prompts = [] if alone else self._rows(stage.data, "prompts")[: stage.max_prompts]
+        self.prompts = self._rows(stage.data, "prompts")[: stage.max_prompts] if talks and not alone else []
         self.demonstrations = self._readable(stage.perplexity_data or (stage.data if alone else None))
         self.pairs = self._rows(stage.preference_data, "preference")
         if self.prompts and not (stage.reward_funcs or stage.reward_model or stage.metrics):
@@ -102,7 +105,7 @@ class Evaluation:
 
     def _readable(self, sources: list[str] | None) -> list[Any]:
         """Demonstrations, or documents where a source holds nothing but text; of one kind."""
-        kinds = {_reads_as(source, self.stage) for source in sources or []}
+        kinds = {reads_as(source, self.stage) for source in sources or []}
         if len(kinds) > 1:
             raise AlignError(f"{', '.join(sources or [])}: both documents and demonstrations; measure them one after the other")
         return self._rows(sources, kinds.pop()) if kinds else []
@@ -136,8 +139,15 @@ class Evaluation:
         return [_reference_text(row.completion if row.messages is None else [row.messages[-1]]) for row in rows]
 
     def policy(self, name: str, path: str) -> dict[str, Any]:
-        """Everything that is measured of a language model."""
+        """Everything that is measured of a language model, or of a model that was trained for a task."""
         stage = self.stage
+        if is_task_model(path):
+            if not stage.data:
+                raise AlignError(f"{name} was trained for a task; set data to rows of that task")
+            options = {"dtype": stage.dtype, "trust_remote_code": stage.trust_remote_code}
+            return measure_task_model(
+                path, lambda kind: self._rows(stage.data, kind), stage.metrics, self.context.folder, **options
+            )
         tokenizer = load_tokenizer(path, trust_remote_code=self.stage.trust_remote_code)
         set_chat_template(tokenizer, stage.chat_template)
         encoder = Encoder(tokenizer, stage.max_length)

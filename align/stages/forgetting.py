@@ -1,0 +1,86 @@
+"""What a stage does against forgetting, and how much it forgets: replay of old rows, and probes measured before and after."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from align.stages.base import Context, DataRefs, Fields, Reference
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from align.encode import Encoded, Encoder
+    from align.forest import Tree
+
+DataRef = Annotated[str, Reference("data")]
+
+
+class ProbeFields(Fields):
+    """What is measured before and after a stage."""
+
+    probes: dict[str, DataRef] = Field(default_factory=dict)
+    """Documents or demonstrations by name, such as general text or an earlier task: perplexity, accuracy and KL before and after
+    (docs/forgetting.md).
+    """
+    probe_rows: int = Field(200, gt=0)
+    """Rows read of each."""
+
+
+class ReplayFields(Fields):
+    """Old rows mixed into new ones."""
+
+    replay_data: DataRefs | None = None
+    """Rows of an earlier stage, mixed into the new ones so that less is forgotten."""
+    replay: float = Field(0.1, ge=0, lt=1)
+    """Share of the training tokens that come from `replay_data`."""
+
+
+def forgetting(
+    stage: Any, context: Context, encoder: Encoder, model: nn.Module, train: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """What `train` returns, and what the stage's probes found before and after it.
+
+    Raises:
+        AlignError: a probe has no usable row.
+    """
+    if not stage.probes:
+        return train()
+    from align.evaluation import reads_as
+    from align.metrics.probes import Probe, Probes
+    from align.stages.training import precision, read_rows
+
+    found = {}
+    limited = stage.model_copy(update={"max_rows": stage.probe_rows, "data_format": None})
+    for name, source in stage.probes.items():
+        kind = reads_as(source, limited)
+        rows = read_rows(limited, [source], kind, f"{context.name}, probe {name}")
+        found[name] = Probe(name, rows, kind, encoder, stage.max_tokens_per_micro_batch)
+    probes = Probes(found)
+    with precision(stage):
+        probes.begin(model)
+    metrics = train()
+    with precision(stage):
+        return {**metrics, **probes.end(model)}
+
+
+def with_replay(stage: Any, label: str, kind: str, encode: Callable[[Any], Encoded], trees: list[Tree]) -> list[Tree]:
+    """`trees` and so many of the stage's `replay_data`, drawn at random, that these hold `replay` of all tokens."""
+    if stage.replay_data is None or not stage.replay:
+        return trees
+    from align.progress import say
+    from align.stages.training import encoded, read_rows
+
+    old = encoded(encode, read_rows(stage, stage.replay_data, kind, f"{label} (replay)"), f"{label} (replay)")
+    random.Random(stage.seed).shuffle(old)
+    new = sum(tree.tokens for tree in trees)
+    wanted, taken, count = new * stage.replay / (1 - stage.replay), 0, 0
+    for tree in old:
+        if taken + tree.tokens / 2 > wanted:
+            break
+        taken, count = taken + tree.tokens, count + 1
+    say(f"{label}: replay: {count:,} of {len(old):,} old rows, {taken / (new + taken):.1%} of the tokens")
+    return [*trees, *old[:count]]
