@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from align.data import detect, load_rows, split_by_prompt
+from align.data import RowStream, load_rows, split_by_prompt
 from align.encode import Encoded, Encoder, set_chat_template
 from align.engine import enable_forest
 from align.errors import AlignError
@@ -24,7 +24,6 @@ from align.rewards import text_of
 from align.rollout import Completion, complete
 from align.schema import TextRow
 from align.scoring import Judge, RewardScorer, branch_logps, branch_scores, component_means, mean_nll, plain
-from align.sources import read_source
 from align.stages.base import Context
 from align.tasks.base import is_task_model
 from align.tasks.measure import measure_task_model
@@ -49,10 +48,9 @@ REFERENCE_COLUMNS = ("references", "reference", "answers", "answer", "completion
 
 def reads_as(source: str, stage: Any) -> str:
     """``text`` for a source of documents, else ``sft``."""
-    _, _, raw = next(iter(read_source(source, stage.data_split)), (None, 0, {}))
-    if isinstance(raw, AlignError) or not raw:
-        return "sft"  # loading says what is wrong with it
-    return "text" if (stage.data_format or detect(raw, "sft")) == "text" else "sft"
+    stream = RowStream(source, format=stage.data_format, split=stage.data_split, limit=1, on_bad_row="quarantine")
+    next(iter(stream), None)
+    return "text" if stream.kind in ("text", "classification") else "sft"
 
 
 def _reference_text(value: Any) -> Any:

@@ -140,8 +140,10 @@ def load_model(
     four_bits: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
-    """A model by the transformers class `auto`, a head that is not on disk new; `kwargs` are fields of its config. Other arguments as
-    for `load_causal_lm`.
+    """A model by the transformers class `auto`; a head that is not on disk is new.
+
+    Args:
+        kwargs: fields of its config. The other arguments are those of `load_causal_lm`.
 
     Raises:
         AlignError: there is no such model, or its family has no such class.

@@ -99,16 +99,16 @@ ROAD = {
     "bert, ner": ("ner", "bert", "tagged", "entity_f1"),
     "gpt2, ner": ("ner", "gpt2", "tagged", "entity_f1"),
     "bert, qa": ("qa", "bert", "asked", "exact_match"),
-    "t5, seq2seq": ("seq2seq", "t5", "said", "rouge1"),
+    "t5, seq2seq": ("seq2seq --max_steps 150", "t5", "said", "rouge1"),
 }
 
 
 @pytest.mark.parametrize(("task", "model", "data", "metric"), ROAD.values(), ids=ROAD)
 def test_a_task_is_learnt_and_measured_the_same_again(capsys, task, model, data, metric):
-    command = f"task --task {task} --model {model} --data {data}.jsonl --eval_data {data}.jsonl{LEARN} --name trained"
+    command = f"task{LEARN} --task {task} --model {model} --data {data}.jsonl --eval_data {data}.jsonl --name trained"
     artifact = run(capsys, command)
     metrics = artifact["metrics"]
-    assert metrics[f"eval_{metric}"] > max(0.9, metrics[f"eval_{metric}_before"]) or metrics[f"eval_{metric}_before"] == 1
+    assert metrics[f"eval_{metric}_before"] < 0.9 < metrics[f"eval_{metric}"]
     again = run(capsys, f"eval trained --data {data}.jsonl")["metrics"]["models"]["trained"]
     assert again[metric] == pytest.approx(metrics[f"eval_{metric}"], abs=1e-6)
     assert again["n"] == metrics["held_out_rows"]
@@ -120,10 +120,10 @@ def test_a_cloze_is_learnt_from_a_few_rows_without_a_new_weight(capsys, folder, 
     arguments = 'pattern: "{text}. {mask}"\n  verbalizer: {cat: one, mat: two}'
     config.write_text(f"task: cloze\ntask_args:\n  {arguments}\n")
     command = (
-        f"task --config cloze.yaml --model {model} --data animals.jsonl --eval_data animals.jsonl --shots 3{LEARN} --name filled"
+        f"task --config cloze.yaml --model {model} --data animals.jsonl --eval_data animals.jsonl --shots 8{LEARN} --name filled"
     )
     artifact = run(capsys, command)
-    assert artifact["metrics"]["rows"] == 6
+    assert artifact["metrics"]["rows"] == 16
     assert artifact["metrics"]["eval_accuracy"] > 0.9
     again = run(capsys, "eval filled --data animals.jsonl --metrics accuracy")["metrics"]["models"]["filled"]
     assert again["accuracy"] == pytest.approx(artifact["metrics"]["eval_accuracy"])
@@ -295,7 +295,7 @@ MISTAKES = {
     "shots of what has no label": ("task --task qa --shots 4 --model bert --data asked.jsonl", "shots draws rows by their label"),
     "more shots than rows": (f"task --task classification --shots 40 {BASE}", r"shots 40: the label '\w+' has \d+ rows"),
     "a metric that needs more": (f"task --task classification --metrics ifeval {BASE}", "a task gives predictions and references"),
-    "a family without that head": ("task --task seq2seq --model bert --data said.jsonl", "cannot load a model for this task"),
+    "a family without that head": ("task --task seq2seq --model bert --data said.jsonl", "cannot load a model from .*bert.*AutoModelForSeq2SeqLM"),
     "windows that do not move": (
         "task --task qa --task_args.stride 200 --model bert --data asked.jsonl",
         "stride 200 must be below",

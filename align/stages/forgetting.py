@@ -50,6 +50,7 @@ def forgetting(
     if not stage.probes:
         return train()
     from align.evaluation import reads_as
+    from align.intake.account import Quarantine
     from align.metrics.probes import Probe, Probes
     from align.stages.training import precision, read_rows
 
@@ -57,7 +58,7 @@ def forgetting(
     limited = stage.model_copy(update={"max_rows": stage.probe_rows, "data_format": None})
     for name, source in stage.probes.items():
         kind = reads_as(source, limited)
-        rows = read_rows(limited, [source], kind, f"{context.name}, probe {name}")
+        rows = read_rows(limited, [source], kind, f"{context.name}, probe {name}", Quarantine(None))
         found[name] = Probe(name, rows, kind, encoder, stage.max_tokens_per_micro_batch)
     probes = Probes(found)
     with precision(stage):
@@ -67,14 +68,17 @@ def forgetting(
         return {**metrics, **probes.end(model)}
 
 
-def with_replay(stage: Any, label: str, kind: str, encode: Callable[[Any], Encoded], trees: list[Tree]) -> list[Tree]:
+def with_replay(stage: Any, context: Context, kind: str, encode: Callable[[Any], Encoded], trees: list[Tree]) -> list[Tree]:
     """`trees` and so many of the stage's `replay_data`, drawn at random, that these hold `replay` of all tokens."""
     if stage.replay_data is None or not stage.replay:
         return trees
+    from align.intake.account import Quarantine
     from align.progress import say
     from align.stages.training import encoded, read_rows
 
-    old = encoded(encode, read_rows(stage, stage.replay_data, kind, f"{label} (replay)"), f"{label} (replay)")
+    label = f"{context.name} (replay)"
+    rows = read_rows(stage, stage.replay_data, kind, label, Quarantine(context.folder / "quarantine.replay.jsonl"))
+    old = encoded(encode, rows, label)
     random.Random(stage.seed).shuffle(old)
     new = sum(tree.tokens for tree in trees)
     wanted, taken, count = new * stage.replay / (1 - stage.replay), 0, 0
@@ -82,5 +86,5 @@ def with_replay(stage: Any, label: str, kind: str, encode: Callable[[Any], Encod
         if taken + tree.tokens / 2 > wanted:
             break
         taken, count = taken + tree.tokens, count + 1
-    say(f"{label}: replay: {count:,} of {len(old):,} old rows, {taken / (new + taken):.1%} of the tokens")
+    say(f"{label}: {count:,} of {len(old):,} old rows, {taken / (new + taken):.1%} of the tokens")
     return [*trees, *old[:count]]

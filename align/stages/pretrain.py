@@ -80,7 +80,7 @@ class Pretrain(TrainingStage, ReplayFields, ProbeFields):
 
         encoder = Encoder(tokenizer, self.max_length)
         trees, held_trees = t.encoded(encoder.text, rows, context.name), t.encoded(encoder.text, held, f"{context.name} (held out)")
-        trees = with_replay(self, context.name, "text", encoder.text, trees)
+        trees = with_replay(self, context, "text", encoder.text, trees)
         longest = t.longest(trees, held_trees)
         model = t.make_ready(self, context.name, self._model(tokenizer), tokenizer, longest, context.folder)
         return forgetting(

@@ -28,7 +28,7 @@ class SFT(TrainingStage, ReplayFields, ProbeFields):
         tokenizer, encoder = t.tokenizer_of(self)
         trees, held_trees = t.encoded(encoder.sft, rows, context.name), t.encoded(encoder.sft, held, f"{context.name} (held out)")
         t.check_end_token(encoder, rows, trees)
-        trees = with_replay(self, context.name, "sft", encoder.sft, trees)
+        trees = with_replay(self, context, "sft", encoder.sft, trees)
         model = t.causal_lm(self)
         t.teach_end_token(model, t.end_token(encoder, rows))
         model = t.make_ready(self, context.name, model, tokenizer, t.longest(trees, held_trees), context.folder)

@@ -25,7 +25,7 @@ class TaskTraining(TrainingStage):
     """Train on so many rows a label, drawn at random (few-shot); for classification and cloze."""
     learning_rate: float = Field(5e-5, gt=0)
     """Peak learning rate: 2e-5 to 1e-4 for all weights of an encoder, 1e-3 for a head or an adapter."""
-    max_length: int = Field(256, gt=8)  # type: ignore[assignment]
+    max_length: int = Field(256, gt=8)
     """Longest row in tokens."""
 
     @model_validator(mode="after")
@@ -43,7 +43,7 @@ class TaskTraining(TrainingStage):
         cls = tasks[self.task]
         tasks.check_arguments(self.task, self.task_args)
         t.seed_everything(self)
-        rows, held = t.rows_of(self, cls.kind, context.name)
+        rows, held = t.rows_of(self, cls.kind, context)
         if self.shots is not None:
             rows = few(rows, self.shots, self.seed)
         tokenizer = load_tokenizer(self.model, trust_remote_code=self.trust_remote_code)
