@@ -89,7 +89,7 @@ def run(capsys, command):
     return json.loads(capsys.readouterr().out)
 
 
-LEARN = " --max_steps 40 --learning_rate 5e-3 --lr_scheduler_type constant --warmup_ratio 0 --per_device_train_batch_size 12"
+LEARN = " --max_steps 40 --eval_steps 40 --learning_rate 5e-3 --lr_scheduler_type constant --warmup_ratio 0 --per_device_train_batch_size 12"
 
 ROAD = {
     "bert, classification": ("classification", "bert", "animals", "accuracy"),
@@ -99,7 +99,7 @@ ROAD = {
     "bert, ner": ("ner", "bert", "tagged", "entity_f1"),
     "gpt2, ner": ("ner", "gpt2", "tagged", "entity_f1"),
     "bert, qa": ("qa", "bert", "asked", "exact_match"),
-    "t5, seq2seq": ("seq2seq --max_steps 150", "t5", "said", "rouge1"),
+    "t5, seq2seq": ("seq2seq --max_steps 120 --eval_steps 120", "t5", "said", "rouge1"),
 }
 
 

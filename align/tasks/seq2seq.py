@@ -51,15 +51,13 @@ class Seq2Seq(Task):
         self.prefix, self.longest_answer = prefix, longest_answer
 
     def features(self, rows: Sequence[SFTRow], *, training: bool) -> Features:
-        made = Features()
+        made, end = Features(), self.tokenizer.eos_token_id
         for row in rows:
             source, target = _sides(row)
-            item = dict(self.tokenizer(self.prefix + source))
-            labels = self.tokenizer(text_target=target)["input_ids"]
-            made.cut += len(item["input_ids"]) > self.max_length or len(labels) > self.longest_answer
-            limits = {"truncation": True, "max_length": self.max_length}
-            item = dict(self.tokenizer(self.prefix + source, **limits))
-            item["labels"] = self.tokenizer(text_target=target, truncation=True, max_length=self.longest_answer)["input_ids"]
+            ids, labels = self.tokenizer(self.prefix + source)["input_ids"], self.tokenizer(text_target=target)["input_ids"]
+            made.cut += len(ids) > self.max_length or len(labels) > self.longest_answer
+            item = dict(self.tokenizer(self.prefix + source, truncation=True, max_length=self.max_length))
+            item["labels"] = [*(i for i in labels[: self.longest_answer - 1] if i != end), end]
             made.items.append(item)
             made.rows.append(row)
         return made
