@@ -89,7 +89,8 @@ def run(capsys, command):
     return json.loads(capsys.readouterr().out)
 
 
-LEARN = " --max_steps 40 --eval_steps 40 --learning_rate 5e-3 --lr_scheduler_type constant --warmup_ratio 0 --per_device_train_batch_size 12"
+LEARN = " --max_steps 40 --eval_steps 40 --learning_rate 5e-3 --lr_scheduler_type constant --warmup_ratio 0"
+LEARN += " --per_device_train_batch_size 12"
 
 ROAD = {
     "bert, classification": ("classification", "bert", "animals", "accuracy"),
@@ -295,7 +296,10 @@ MISTAKES = {
     "shots of what has no label": ("task --task qa --shots 4 --model bert --data asked.jsonl", "shots draws rows by their label"),
     "more shots than rows": (f"task --task classification --shots 40 {BASE}", r"shots 40: the label '\w+' has \d+ rows"),
     "a metric that needs more": (f"task --task classification --metrics ifeval {BASE}", "a task gives predictions and references"),
-    "a family without that head": ("task --task seq2seq --model bert --data said.jsonl", "cannot load a model from .*bert.*AutoModelForSeq2SeqLM"),
+    "a family without that head": (
+        "task --task seq2seq --model bert --data said.jsonl",
+        "cannot load a model from .*bert.*AutoModelForSeq2SeqLM",
+    ),
     "windows that do not move": (
         "task --task qa --task_args.stride 200 --model bert --data asked.jsonl",
         "stride 200 must be below",

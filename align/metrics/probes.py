@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,19 +71,3 @@ def _places(trees: Sequence[Tree]) -> dict[int, list[int]]:
     every = [(n, i - 1) for n, tree in enumerate(trees) for i in range(1, len(tree.prompt)) if (tree.prompt_mask or [])[i]]
     chosen = sorted(random.Random(0).sample(every, min(POSITIONS, len(every))))
     return {n: [i for number, i in chosen if number == n] for n in dict.fromkeys(number for number, _ in chosen)}
-
-
-class Probes:
-    """Several probes by name."""
-
-    def __init__(self, probes: Mapping[str, Probe]) -> None:
-        self.probes = probes
-
-    def begin(self, model: nn.Module) -> None:
-        """Measure before training."""
-        for probe in self.probes.values():
-            probe.begin(model)
-
-    def end(self, model: nn.Module) -> dict[str, float]:
-        """What was measured before and after, as ``probe/NAME/perplexity`` and the like."""
-        return {f"probe/{name}/{key}": value for name, probe in self.probes.items() for key, value in probe.end(model).items()}

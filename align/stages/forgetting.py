@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from align.stages.base import Context, DataRefs, Fields, Reference
 
@@ -29,6 +29,12 @@ class ProbeFields(Fields):
     probe_rows: int = Field(200, gt=0)
     """Rows read of each."""
 
+    @model_validator(mode="after")
+    def _probes_run_on_the_forest(self) -> Self:
+        if self.probes and getattr(self, "engine", "forest") != "forest":
+            raise ValueError("probes are measured by engine 'forest' only")
+        return self
+
 
 class ReplayFields(Fields):
     """Old rows mixed into new ones."""
@@ -39,33 +45,34 @@ class ReplayFields(Fields):
     """Share of the training tokens that come from `replay_data`."""
 
 
-def forgetting(
-    stage: Any, context: Context, encoder: Encoder, model: nn.Module, train: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """What `train` returns, and what the stage's probes found before and after it.
+def probe(stage: Any, context: Context, encoder: Encoder, model: nn.Module) -> Callable[[], dict[str, float]]:
+    """Measure the stage's probes before training; what is returned measures them after it, and gives both.
 
     Raises:
         AlignError: a probe has no usable row.
     """
     if not stage.probes:
-        return train()
+        return dict
     from align.evaluation import reads_as
     from align.intake.account import Quarantine
-    from align.metrics.probes import Probe, Probes
+    from align.metrics.probes import Probe
     from align.stages.training import precision, read_rows
 
-    found = {}
     limited = stage.model_copy(update={"max_rows": stage.probe_rows, "data_format": None})
+    probes = {}
     for name, source in stage.probes.items():
         kind = reads_as(source, limited)
         rows = read_rows(limited, [source], kind, f"{context.name}, probe {name}", Quarantine(None))
-        found[name] = Probe(name, rows, kind, encoder, stage.max_tokens_per_micro_batch)
-    probes = Probes(found)
+        probes[name] = Probe(name, rows, kind, encoder, stage.max_tokens_per_micro_batch)
     with precision(stage):
-        probes.begin(model)
-    metrics = train()
-    with precision(stage):
-        return {**metrics, **probes.end(model)}
+        for each in probes.values():
+            each.begin(model)
+
+    def after() -> dict[str, float]:
+        with precision(stage):
+            return {f"probe/{name}/{key}": value for name, each in probes.items() for key, value in each.end(model).items()}
+
+    return after
 
 
 def with_replay(stage: Any, context: Context, kind: str, encode: Callable[[Any], Encoded], trees: list[Tree]) -> list[Tree]:
@@ -86,5 +93,6 @@ def with_replay(stage: Any, context: Context, kind: str, encode: Callable[[Any],
         if taken + tree.tokens / 2 > wanted:
             break
         taken, count = taken + tree.tokens, count + 1
-    say(f"{label}: {count:,} of {len(old):,} old rows, {taken / (new + taken):.1%} of the tokens")
+    short = f"; asked for {stage.replay:.0%}, and there are no more" if count == len(old) else ""
+    say(f"{label}: {count:,} of {len(old):,} old rows, {taken / (new + taken):.1%} of the tokens{short}")
     return [*trees, *old[:count]]

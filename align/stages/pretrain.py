@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import AliasChoices, Field, model_validator
 
 from align.stages.base import Context, ModelRef, TrainingStage, stage
-from align.stages.forgetting import ProbeFields, ReplayFields, forgetting, with_replay
+from align.stages.forgetting import ProbeFields, ReplayFields, probe, with_replay
 
 
 @stage("pretrain")
@@ -83,13 +83,9 @@ class Pretrain(TrainingStage, ReplayFields, ProbeFields):
         trees = with_replay(self, context, "text", encoder.text, trees)
         longest = t.longest(trees, held_trees)
         model = t.make_ready(self, context.name, self._model(tokenizer), tokenizer, longest, context.folder)
-        return forgetting(
-            self,
-            context,
-            encoder,
-            model,
-            lambda: t.train_on_forest(self, context, model, tokenizer, LanguageModel(), trees, held_trees),
-        )
+        after = probe(self, context, encoder, model)
+        metrics = t.train_on_forest(self, context, model, tokenizer, LanguageModel(), trees, held_trees)
+        return {**metrics, **after()}
 
     def _denoise(self, context: Context, family: str, tokenizer: Any, rows: list[Any], held: list[Any]) -> dict[str, Any]:
         """An encoder or an encoder-decoder, on padded rows."""

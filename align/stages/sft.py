@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from align.stages.base import Context, TrainingStage, stage
-from align.stages.forgetting import ProbeFields, ReplayFields, forgetting, with_replay
+from align.stages.forgetting import ProbeFields, ReplayFields, probe, with_replay
 
 
 @stage("sft")
@@ -38,10 +38,6 @@ class SFT(TrainingStage, ReplayFields, ProbeFields):
             arguments = t.training_arguments(self, context, has_eval=bool(held_trees))
             trainer = sft_trainer(model, tokenizer, trees, held_trees, arguments, callbacks=t.callbacks_of(self, context))
             return t.run_trainer(trainer, self, context, has_eval=bool(held_trees))
-        return forgetting(
-            self,
-            context,
-            encoder,
-            model,
-            lambda: t.train_on_forest(self, context, model, tokenizer, LanguageModel(), trees, held_trees),
-        )
+        after = probe(self, context, encoder, model)
+        metrics = t.train_on_forest(self, context, model, tokenizer, LanguageModel(), trees, held_trees)
+        return {**metrics, **after()}
