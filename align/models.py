@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from align.errors import AlignError
-from align.tuning.adapters import save_adapter
+from align.tuning.adapters import HEADS, save_adapter
 from align.tuning.soft import SOFT_TYPES, load_soft_prompt
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -169,7 +170,8 @@ def load_model(
         )
         if any(key.startswith("score.") for key in info["missing_keys"]):
             nn.init.zeros_(model.score.weight)
-        model.rows_on_disk = model.get_input_embeddings().weight.shape[0]
+        new = [key for key in info["missing_keys"] if not re.fullmatch(HEADS, key)]  # such as the pooler of a masked language model
+        model.rows_on_disk = None if new else model.get_input_embeddings().weight.shape[0]
         if adapter is not None:
             model = _with_adapter(model, path, adapter["peft_type"], on_adapter)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -134,6 +134,50 @@ def test_a_cloze_is_learnt_from_a_few_rows_without_a_new_weight(capsys, folder, 
     assert before.keys() == after.keys()
 
 
+STRATEGIES = {
+    "full": "full",
+    "freeze": "freeze --tuning_args.freeze_first 1",
+    "bias_norm": "bias_norm",
+    "head": "head --tuning_args.layers 0",
+    "lora": "lora --tuning_args.r 4",
+    "ia3": "ia3",
+    "adapter": "adapter --tuning_args.size 8",
+    "prefix": "prefix --tuning_args.num_virtual_tokens 4",
+    "prompt": "prompt --tuning_args.num_virtual_tokens 4",
+}
+"""As arguments of the command line."""
+
+
+@pytest.mark.parametrize("task", ["classification", "ner"])
+@pytest.mark.parametrize("tuning", STRATEGIES.values(), ids=STRATEGIES)
+def test_every_strategy_on_an_encoder(capsys, folder, tuning, task):
+    """It trains, is measured the same again from its folder, and what it froze is as it was, bit by bit."""
+    data = {"classification": "animals", "ner": "tagged"}[task]
+    command = f"task{LEARN} --max_steps 20 --eval_steps 20 --task {task} --model bert --data {data}.jsonl --eval_data {data}.jsonl"
+    command += f" --tuning {tuning} --name tuned"
+    if tuning.startswith("prompt") and task == "ner":
+        assert main(command.split()) == 2
+        assert "which moves them: use prefix" in capsys.readouterr().err
+        return
+    artifact = run(capsys, command)
+    metrics = artifact["metrics"]
+    assert metrics["eval_loss"] != metrics["eval_loss_before"]
+    if task == "ner":  # the first token of a random encoder tells little of the others, whatever learns on top of it
+        assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.05
+    again = run(capsys, f"eval tuned --data {data}.jsonl --name again")["metrics"]["models"]["tuned"]
+    for name, value in again.items():
+        if name != "n":
+            assert value == pytest.approx(metrics[f"eval_{name}"], abs=1e-6)
+    if tuning.startswith("freeze"):
+        from safetensors.torch import load_file
+
+        before, after = (load_file(path / "model.safetensors") for path in (folder / "bert", Path(artifact["path"])))
+        frozen = [name for name in before if "embeddings" in name or "layer.0" in name]
+        assert frozen
+        assert all(torch.equal(before[name], after[name]) for name in frozen)
+        assert any(not torch.equal(before[name], after[name]) for name in before if "layer.1" in name)
+
+
 def test_a_trained_task_goes_on_from_its_own_head(capsys):
     command = f"task --task classification --model bert --data animals.jsonl --eval_data animals.jsonl{LEARN} --name first"
     first = run(capsys, command)

@@ -35,10 +35,12 @@ class TaskTraining(TrainingStage):
         return self
 
     def run(self, context: Context) -> dict[str, Any]:
+        from align.errors import AlignError
         from align.models import load_tokenizer
         from align.stages import training as t
         from align.tasks import tasks
         from align.tasks.base import save_task, used
+        from align.tuning.soft import is_decoder
 
         cls = tasks[self.task]
         tasks.check_arguments(self.task, self.task_args)
@@ -51,6 +53,11 @@ class TaskTraining(TrainingStage):
         specs = self.metrics or list(task.metrics)
         task.check_metrics(specs)
         model = task.model(self.model, **t.loading(self))
+        if task.per_token and self.strategy.name in ("prompt", "ptuning") and not is_decoder(model):
+            raise AlignError(
+                f"tuning {self.strategy.name!r} puts virtual tokens in front, and task {self.task!r} reads answers at the places of "
+                "tokens, which moves them: use prefix"
+            )
         model = t.make_ready(self, context.name, model, tokenizer, None, context.folder)
         train = used(task.features(rows, training=True), context.name)
         test = used(task.features(held, training=False), f"{context.name} (held out)") if held else None

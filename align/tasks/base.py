@@ -64,6 +64,8 @@ class Task:
     """What it is measured by unless the user says otherwise."""
     auto: ClassVar[Any]
     """The transformers class that loads a model with the task's head."""
+    per_token: ClassVar[bool] = False
+    """Whether answers are read at the places of tokens, which virtual tokens in front of an encoder's would move."""
     trainer: ClassVar[type[Trainer]] = TaskTrainer
     training_arguments: ClassVar[type[TrainingArguments]] = TrainingArguments
 

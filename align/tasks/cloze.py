@@ -50,6 +50,7 @@ class ClozeClassification(Classification):
     """
 
     trainer = ClozeTrainer
+    per_token = True
 
     def __init__(
         self,

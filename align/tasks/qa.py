@@ -27,6 +27,7 @@ class QuestionAnswering(Task):
     kind = "qa"
     metrics = ("exact_match", "token_f1")
     auto = AutoModelForQuestionAnswering
+    per_token = True
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ class Tagging(Task):
     kind = "tagging"
     metrics = ("seqeval",)
     auto = AutoModelForTokenClassification
+    per_token = True
 
     @classmethod
     def labels_of(cls, rows: Sequence[TaggedTokens]) -> list[str]:
