@@ -55,7 +55,7 @@ class TaskTraining(TrainingStage):
         model = task.model(self.model, **t.loading(self))
         if task.per_token and self.strategy.name in ("prompt", "ptuning") and not is_decoder(model):
             raise AlignError(
-                f"tuning {self.strategy.name!r} puts virtual tokens in front, and task {self.task!r} reads answers at the places of "
+                f"tuning {self.strategy.name!r} puts virtual tokens in front; task {self.task!r} reads answers at the places of "
                 "tokens, which moves them: use prefix"
             )
         model = t.make_ready(self, context.name, model, tokenizer, None, context.folder)
