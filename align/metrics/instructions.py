@@ -1,7 +1,7 @@
 """Verifiable instructions in the style of IFEval (Zhou et al. 2023, arXiv:2311.07911): a checker for each of its 25 kinds.
 
 Each checker is one function from the answer and the instruction's own arguments to whether it was followed. Sentences and words are
-found by patterns, so nothing but the language checks (package `langdetect`) needs more than Python.
+found by patterns, so nothing but the language checks (package `py3langid`) needs more than Python.
 """
 
 from __future__ import annotations
@@ -56,12 +56,8 @@ def _letter(answer: str, *, letter: str, let_relation: str, let_frequency: int) 
 
 
 def _language(answer: str) -> str | None:
-    """The code of the language that `answer` is written in, None where nothing can be told from it."""
-    package("langdetect").DetectorFactory.seed = 0  # it draws at random, and would answer differently from call to call
-    try:
-        return package("langdetect").detect(answer)
-    except package("langdetect.lang_detect_exception").LangDetectException:
-        return None
+    """The code of the language that `answer` is written in, None where it holds no letter."""
+    return package("py3langid").classify(answer)[0] if any(letter.isalpha() for letter in answer) else None
 
 
 @_instruction("language:response_language")
