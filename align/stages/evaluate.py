@@ -31,7 +31,7 @@ class Evaluate(Stage, SamplingFields, RewardFields):
     the metric `perplexity` alone, demonstrations or documents.
     """
     metrics: MetricSpecs = Field(default_factory=list)
-    """Metrics by name, such as `bleu`, `rouge` or `bleu(lowercase=true)`, of the greedy answers (of the sampled ones with
+    """Metrics by name, such as `bleu`, `rouge` or `bleu(lowercase=True)`, of the greedy answers (of the sampled ones with
     `greedy=false`): docs/metrics.md lists them. `hub:NAME` is a metric of the hub.
     """
     reference_column: str | None = None
