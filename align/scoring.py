@@ -44,6 +44,12 @@ def mean_nll(model: nn.Module, trees: Sequence[Tree], max_tokens: MaxTokens) -> 
     return -sum(total for _, (total,) in sums) / sum(tree.targets for tree in trees)
 
 
+def token_accuracy(model: nn.Module, trees: Sequence[Tree], max_tokens: MaxTokens) -> float:
+    """Share of the target tokens (0 to 1) that are the model's likeliest."""
+    sums = _over_forests(model, trees, Budget(max_tokens), lambda forest: [model(forest=forest).correct.sum().item()])
+    return sum(total for _, (total,) in sums) / sum(tree.targets for tree in trees)
+
+
 def _per_branch(model: nn.Module, trees: Sequence[Tree], budget: Budget, answer: Callable[[Forest], Tensor]) -> list[list[float]]:
     """`answer`'s numbers, one for each sequence, in the order of `trees`."""
     found: list[list[float]] = [[] for _ in trees]

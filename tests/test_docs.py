@@ -39,14 +39,18 @@ def commands():
 def folder(tmp_path_factory, tokenizer):
     """What the commands in the pages speak of. A block that begins with ``# NAME`` is a file of that name."""
     folder = tmp_path_factory.mktemp("docs")
-    for name in ("stories260k", "runs/sft", "runs/reward"):
+    for name in ("stories260k", "runs/sft", "runs/reward", "runs/ner"):
         llama().save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     write_rows(folder / "alpaca.jsonl", [{"instruction": "Say one.", "input": "", "output": "One."}] * 3)
     for name in ("pairs.jsonl", "votes.jsonl"):
         write_rows(folder / name, [{"prompt": "Say one.", "chosen": "One.", "rejected": "Two."}])
     write_rows(folder / "prompts.jsonl", [{"prompt": "Say one."}])
-    (folder / "corpus.txt").write_text("One text.\n\nAnother text.\n")
+    for name in ("corpus.txt", "stories.txt"):
+        (folder / name).write_text("One text.\n\nAnother text.\n")
+    write_rows(folder / "labelled.jsonl", [{"text": "One text.", "label": "positive"}])
+    write_rows(folder / "tagged.jsonl", [{"tokens": ["One", "text"], "tags": ["O", "O"]}])
+    write_rows(folder / "asked.jsonl", [{"question": "Which?", "context": "One text.", "answers": ["One"]}])
     for page in PAGES:
         for block in (*blocks(page, "python"), *blocks(page, "yaml")):
             if named := re.match(r"# (\w+\.(?:py|yaml))\n", block):
@@ -171,6 +175,23 @@ def test_adding_a_format(tmp_path):
         loaded = load_rows(tmp_path / "log.jsonl", "preference")
     assert loaded.format == "search_log"
     assert loaded.rows[0].chosen[0].content == "Ada."
+
+
+def test_the_examples_of_the_metrics_page():
+    from align.metrics import metrics
+
+    with temporarily(metrics):
+        for block in blocks(ROOT / "docs" / "metrics.md", "python"):
+            exec(compile(block, "metrics.md", "exec"), {"__name__": "an_example"})
+
+
+def test_every_metric_and_task_is_in_its_table():
+    from align.metrics import metrics
+    from align.tasks import tasks
+
+    for catalog, page in ((metrics, "metrics.md"), (tasks, "tasks.md")):
+        rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.MULTILINE)
+        assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(catalog)
 
 
 def test_adding_a_stage(tmp_path):

@@ -9,10 +9,11 @@ from pathlib import Path
 from types import FunctionType
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from align.catalog import Catalog
 from align.errors import AlignError
+from align.metrics import check
 from align.progress import History
 from align.rewards.spec import RewardSpec
 from align.tuning.strategies import Tuning
@@ -56,9 +57,18 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str | Mapping | RewardSpec) or callable(value) else value
 
 
+def _known_metric(spec: str) -> str:
+    try:
+        check(spec)
+    except AlignError as error:
+        raise ValueError(str(error)) from None
+    return spec
+
+
 ModelRef = Annotated[str, Reference("model")]
 DataRefs = Annotated[list[str], BeforeValidator(_as_list), Reference("data")]
 MaxTokens = Annotated[int, Field(gt=0)] | Literal["auto"]
+MetricSpecs = Annotated[list[Annotated[str, AfterValidator(_known_metric)]], BeforeValidator(_as_list)]
 RewardRefs = Annotated[
     list[Annotated[str | dict[str, Any], BeforeValidator(_reward_entry)]], BeforeValidator(_as_list), Reference("reward")
 ]

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from align.stages.base import Context, TrainingStage, stage
+from align.stages.forgetting import ProbeFields, probe
 
 TRL_LOSSES = {
     "dpo": "sigmoid",
@@ -22,7 +23,7 @@ TRL_LOSSES = {
 
 
 @stage("preference")
-class Preference(TrainingStage):
+class Preference(TrainingStage, ProbeFields):
     """Train a policy directly on preference pairs. Parameters of the losses are named as in their papers and have no default."""
 
     reads = "preference"
@@ -113,4 +114,6 @@ class Preference(TrainingStage):
             with t.precision(self):
                 both = add_reference_logps(model, both, self.max_tokens_per_micro_batch, context.name, common=loss.needs_common)
             trees, held_trees = both[: len(trees)], both[len(trees) :]
-        return t.train_on_forest(self, context, model, tokenizer, Objective(loss, self.loss_parameters), trees, held_trees)
+        after = probe(self, context, encoder, model)
+        metrics = t.train_on_forest(self, context, model, tokenizer, Objective(loss, self.loss_parameters), trees, held_trees)
+        return {**metrics, **after()}

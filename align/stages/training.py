@@ -19,7 +19,7 @@ from align.encode import Encoded, Encoder, set_chat_template
 from align.engine import enable_forest
 from align.errors import AlignError, near_miss
 from align.forest import Tree
-from align.models import ensure_pad_token, load_causal_lm, load_reward_model, load_tokenizer, save_model
+from align.models import ensure_pad_token, load_causal_lm, load_language_model, load_reward_model, load_tokenizer, save_model
 from align.progress import say
 from align.runner.checkpoints import last_good, step_of
 from align.runner.stop import saving_first
@@ -99,16 +99,22 @@ def tokenizer_of(stage: Any) -> tuple[PreTrainedTokenizerBase, Encoder]:
 
 def causal_lm(stage: Any) -> nn.Module:
     """The language model that the stage starts from."""
-    return load_causal_lm(stage.model, **_loading(stage))
+    return load_causal_lm(stage.model, **loading(stage))
+
+
+def language_model(stage: Any) -> nn.Module:
+    """The language model that the stage starts from, of whatever family."""
+    return load_language_model(stage.model, **loading(stage))
 
 
 def reward_model(stage: Any, path: str | None = None) -> nn.Module:
     """The model that the stage starts from, with a score head; or the one at `path`, merged."""
-    loading = _loading(stage) if path is None else {**_loading(stage), "on_adapter": "merge"}
-    return load_reward_model(path or stage.model, **loading)
+    options = loading(stage) if path is None else {**loading(stage), "on_adapter": "merge"}
+    return load_reward_model(path or stage.model, **options)
 
 
-def _loading(stage: Any) -> dict[str, Any]:
+def loading(stage: Any) -> dict[str, Any]:
+    """How the stage's model is loaded: arguments of `align.models.load_model`."""
     return {
         "dtype": stage.dtype,
         "trust_remote_code": stage.trust_remote_code,
@@ -118,10 +124,13 @@ def _loading(stage: Any) -> dict[str, Any]:
 
 
 def make_ready(
-    stage: Any, label: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, longest: int, folder: Path | None
+    stage: Any, label: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, longest: int | None, folder: Path | None
 ) -> nn.Module:
     """Embeddings that fit the tokenizer, a padding token, the stage's tuning strategy, the device, and the forest path (or a line
     that says why not).
+
+    Args:
+        longest: tokens in the longest path on the forest; None for a model that is not trained on it.
     """
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # type: ignore[operator]
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # type: ignore[operator]
@@ -133,7 +142,7 @@ def make_ready(
     say(f"{label}: {what}: {count:,} of {round(count / share):,} parameters train ({share:.2%})")
     if stage.strategy.name != "qlora":  # 4-bit weights are on the GPU already
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-    if getattr(stage, "engine", "forest") == "forest" and (reason := enable_forest(model, longest)):
+    if longest is not None and getattr(stage, "engine", "forest") == "forest" and (reason := enable_forest(model, longest)):
         say(f"{label}: trains on padded rows, as {reason}")
     return model
 
