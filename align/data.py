@@ -31,6 +31,8 @@ AnyRow = TypeVar("AnyRow", bound=Row)
 PEEKED = 64
 """Rows of a file that are looked at to recognise its format."""
 OR_QUARANTINE = "; mend the row, or set on_bad_row to quarantine"
+LONGEST_REASON = 1000
+"""Characters; a broken row may have anything for a key."""
 EXAMPLES = 1000
 """Rows set aside that are remembered with their reasons; all of them are counted."""
 
@@ -69,6 +71,9 @@ class RowStream:
         self.account = Account()
         self.set_aside: list[tuple[str, str]] = []
         """Place and reason of the first rows that were set aside."""
+        self.item: Item | None = None
+        """The raw row behind the row that was given last, and in `read_as` its format."""
+        self.read_as = format or ""
         self._named, self._recognised = format, dict[str, None]()
         self._strict, self._quarantine = on_bad_row == "raise", quarantine or Quarantine(None)
         self._waiting: dict[str, list[tuple[Item, LabelledRow]]] = {}
@@ -91,29 +96,31 @@ class RowStream:
                 self._put_aside(item, UNMATCHED)
 
     def _file(self, items: Iterator[Item]) -> Iterator[Row]:
-        """The rows of one file. Its format is that of most of its first rows, so that a broken one has no say."""
+        """The rows of one file. Its formats are those of its first rows, see `recognise`."""
         head = list(islice(items, PEEKED))
-        name, self.kind = recognise((item.raw for item in head if isinstance(item.raw, dict)), self.kind, self._named)
+        names, self.kind = recognise((item.raw for item in head if isinstance(item.raw, dict)), self.kind, self._named)
         for item in chain(head, items):
-            if name is None and isinstance(item.raw, dict):
-                name, self.kind = recognise([item.raw], self.kind, None)
+            if not names and isinstance(item.raw, dict):
+                names, self.kind = recognise([item.raw], self.kind, None)
             try:
-                found = self._read(item.raw, name)
+                found = self._read(item.raw, names)
             except AlignError as error:
+                reason = str(error) if len(str(error)) <= LONGEST_REASON else f"{str(error)[:LONGEST_REASON]}..."
                 if self._strict:
-                    raise AlignError(f"{item.file} row {item.number}, {error}{OR_QUARANTINE}") from error
-                self._put_aside(item, str(error))
+                    raise AlignError(f"{item.file} row {item.number}, {reason}{OR_QUARANTINE}") from error
+                self._put_aside(item, reason)
                 continue
             rows = [row for row in found if not isinstance(row, SetAside)]
             if self.kind == "preference" and rows and isinstance(rows[0], LabelledRow):
                 yield from self._paired(item, rows[0])
             elif rows:
                 self.account.use(item.rows, [row.reason for row in found if isinstance(row, SetAside)])
+                self.item = item
                 yield from rows
             else:
                 self._put_aside(item, found[0].reason)
 
-    def _read(self, raw: Raw | Unreadable, name: str | None) -> list[Any]:
+    def _read(self, raw: Raw | Unreadable, names: Sequence[str]) -> list[Any]:
         """The rows that `raw` holds, or why it holds none.
 
         Raises:
@@ -121,8 +128,11 @@ class RowStream:
         """
         if isinstance(raw, Unreadable):
             raise AlignError(raw.reason)
-        name = name or detect(raw, self.kind)
+        name = names[0] if names else detect(raw, self.kind)
+        if len(names) > 1:
+            name = next((each for each in names if formats[each].matches(raw)), name)
         self._recognised[name] = None
+        self.read_as = name
         if self.kind is None:  # no row so far has told
             self.kind = recognise([raw], None, name)[1]
         if self.kind is None:
@@ -225,15 +235,23 @@ def split_by_prompt(rows: Sequence[AnyRow], held_out: float, seed: int = 0) -> t
         raise AlignError(f"held_out: got {held_out}, expected a share from 0 up to, but not including, 1")
     sides: tuple[list[AnyRow], list[AnyRow]] = ([], [])
     for row in rows:
-        digest = hashlib.sha256(f"{seed}:{prompt_key(row)}".encode()).digest()
-        sides[int.from_bytes(digest[:8], "big") < held_out * 2**64].append(row)
+        sides[is_held_out(row, held_out, seed)].append(row)
     return sides
+
+
+def is_held_out(row: Row, share: float, seed: int = 0) -> bool:
+    """Whether `row` is on the second side of `split_by_prompt`."""
+    digest = hashlib.sha256(f"{seed}:{prompt_key(row)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def prompt_key(row: Row) -> str:
     """What makes two prompts the same: the letters and digits of the first user turn, in lower case."""
     text = first_prompt(row)
-    plain = "".join(letter for letter in unicodedata.normalize("NFKC", text).lower() if letter.isalnum())
+    if text.isascii():
+        plain = re.sub(r"[^0-9a-z]+", "", text.lower())  # the same, ten times faster
+    else:
+        plain = "".join(letter for letter in unicodedata.normalize("NFKC", text).lower() if letter.isalnum())
     return plain or text.strip()
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,33 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) ->
 class Encoded:
     """Token trees and what became of the rows: rows in = rows used + set aside."""
 
-    trees: list[Tree]
+    trees: Sequence[Tree]
     rows: list[Any]
-    """The row behind each tree (a document may give several trees)."""
+    """The row behind each tree (a document may give several trees); none where they are not kept."""
     set_aside: Counter[str] = field(default_factory=Counter)
     cut_rows: int = 0
     cut_tokens: int = 0
+    used_before: int = 0
+    """Rows used that are not kept in `rows`."""
+
+    @property
+    def used(self) -> int:
+        """Rows that gave a tree."""
+        return len({id(row) for row in self.rows}) + self.used_before
+
+    def counted(self, part: Encoded) -> Encoded:
+        """These counts and those of `part`, without its trees and rows."""
+        return replace(
+            self,
+            set_aside=self.set_aside + part.set_aside,
+            cut_rows=self.cut_rows + part.cut_rows,
+            cut_tokens=self.cut_tokens + part.cut_tokens,
+            used_before=self.used_before + part.used,
+        )
 
     def summary(self) -> str:
         """One line that adds up."""
-        used, aside = len({id(row) for row in self.rows}), sum(self.set_aside.values())
+        used, aside = self.used, sum(self.set_aside.values())
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.set_aside.items())
         line = f"{used + aside} rows = {used} used + {aside} set aside{f' ({reasons})' if reasons else ''}"
         return line + (f"; {self.cut_tokens} tokens cut from {self.cut_rows} rows by max_length" if self.cut_rows else "")
@@ -74,6 +92,13 @@ class Encoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self._end_of_turn: int | None = None
+        self._look_up()
+        self._known: dict[tuple[bool, str], list[int]] = {}
+        self._rendered: dict[tuple[Any, ...], str] = {}
+
+    def _look_up(self) -> None:
+        """Begin and end token, for which the tokenizer takes longer than for a short text."""
+        self._begin, self._end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
 
     # -- what ends an answer ------------------------------------------------------------------------------------------------
 
@@ -102,11 +127,11 @@ class Encoder:
     @property
     def end_of_text(self) -> int:
         """The tokenizer's end token, put behind raw text."""
-        if self.tokenizer.eos_token_id is None:
+        if self._end is None:
             raise AlignError(
                 "the tokenizer has no end token (eos_token), so the model would never learn to stop; set one in its folder"
             )
-        return self.tokenizer.eos_token_id
+        return self._end
 
     # -- rendering -----------------------------------------------------------------------------------------------------------
 
@@ -117,6 +142,9 @@ class Encoder:
             AlignError: the tokenizer has no chat template.
             Refused: the template refuses these messages.
         """
+        messages = list(messages)
+        if (known := self._rendered.get(_identity(messages, generate, tools))) is not None:
+            return known
         if not self.tokenizer.chat_template:
             raise AlignError(
                 "the data are conversations, but the tokenizer has no chat template; set chat_template to 'plain', 'chatml' "
@@ -130,13 +158,14 @@ class Encoder:
 
     def _ids(self, text: str, *, special: bool = False) -> list[int]:
         """Tokens of `text`, with a begin token at most once: a template writes it, some tokenizers add it, some texts hold it."""
-        ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        known = self._known.get((special, text))
+        ids = self.tokenizer(text, add_special_tokens=special)["input_ids"] if known is None else known
         return ids[self._doubled(ids) :]
 
     def _doubled(self, ids: list[int]) -> int:
         """How many begin tokens stand in front of another one at the start of `ids`."""
-        begin, count = self.tokenizer.bos_token_id, 0
-        while begin is not None and ids[count : count + 2] == [begin, begin]:
+        count = 0
+        while ids[count : count + 1] == ids[count + 1 : count + 2] == [self._begin]:
             count += 1
         return count
 
@@ -180,10 +209,10 @@ class Encoder:
         kept: list[TextRow] = []
         set_aside: Counter[str] = Counter()
         cut_rows = 0
-        for row in rows:
+        for row in self._ahead(rows):
             ids = self._ids(row.text, special=True)
-            if self.tokenizer.eos_token_id is not None and ids[-1:] != [self.tokenizer.eos_token_id]:
-                ids.append(self.tokenizer.eos_token_id)
+            if self._end is not None and ids[-1:] != [self._end]:
+                ids.append(self._end)
             step = self.max_length or max(len(ids), 1)
             blocks = [ids[i : i + step] for i in range(0, len(ids), step)]
             new = [Tree(block, prompt_mask=[True] * len(block)) for block in blocks if len(block) > 1]
@@ -321,6 +350,56 @@ class Encoder:
         """Prompts alone; one that leaves no room within `max_length` is set aside."""
         return self._collect(rows, lambda row: Tree(self.prompt_ids(row.prompt, row.tools)))
 
+    # -- many texts at once ----------------------------------------------------------------------------------------------------
+
+    def _ahead(self, rows: Iterable[Any]) -> Iterator[Any]:
+        """`rows`, with the texts of the next thousand tokenized in one call: several times faster than one by one."""
+        rows = iter(rows)
+        while group := list(islice(rows, 1024)):
+            self._known, self._rendered = {}, {}
+            self._look_up()
+            wanted = dict.fromkeys(text for row in group for text in self._texts(row)) if self._tokenizes_plainly else {}
+            for special in (False, True):
+                texts = [text for kind, text in wanted if kind is special]
+                found = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=special)
+                self._known.update(zip(((special, text) for text in texts), (encoding.ids for encoding in found), strict=True))
+            yield from group
+        self._known, self._rendered = {}, {}
+
+    @property
+    def _tokenizes_plainly(self) -> bool:
+        """Whether the tokenizer's engine alone does what the tokenizer does."""
+        engine = getattr(self.tokenizer, "backend_tokenizer", None)
+        return self.tokenizer.is_fast and engine is not None and engine.truncation is None and engine.padding is None
+
+    def _texts(self, row: Any) -> Iterator[tuple[bool, str]]:
+        """What `_ids` will be asked for on behalf of `row`, as far as that is plain to see."""
+        if isinstance(row, TextRow):
+            yield True, row.text
+            return
+        turns = getattr(row, "messages", None)
+        if turns is None:
+            prompt = row.prompt
+            answers = [getattr(row, name) for name in ("completion", "chosen", "rejected") if getattr(row, name, None) is not None]
+        elif [message.role for message in turns].index("assistant") != len(turns) - 1 or len(turns) == 1:
+            return  # several answers: `_conversation` needs to know where each token stands
+        else:
+            prompt, answers = turns[:-1], [turns[-1:]]
+        if isinstance(prompt, str):
+            yield from ((True, prompt + answer) for answer in ("", *answers) if prompt + answer)
+            return
+        try:
+            yield False, self._render_ahead(prompt, True, row.tools)
+            for answer in answers:
+                yield False, self._render_ahead([*prompt, *answer], False, row.tools)
+        except AlignError:  # it comes again when it is the row's turn
+            return
+
+    def _render_ahead(self, messages: list[Message], generate: bool, tools: Tools) -> str:
+        text = self.render(messages, generate=generate, tools=tools)
+        self._rendered[_identity(messages, generate, tools)] = text
+        return text
+
     # -- lengths -------------------------------------------------------------------------------------------------------------
 
     def _collect(self, rows: Iterable[Any], encode: Callable[[Any], Tree]) -> Encoded:
@@ -328,7 +407,7 @@ class Encoder:
         kept: list[Any] = []
         set_aside: Counter[str] = Counter()
         cut_rows = cut_tokens = 0
-        for row in rows:
+        for row in self._ahead(rows):
             try:
                 tree = encode(row)
             except Refused as refusal:
@@ -344,6 +423,11 @@ class Encoder:
             trees.append(tree)
             kept.append(row)
         return Encoded(trees, kept, set_aside, cut_rows, cut_tokens)
+
+
+def _identity(messages: Sequence[Message], generate: bool, tools: Tools) -> tuple[Any, ...]:
+    """What makes a rendered text the same as long as the messages live."""
+    return (generate, id(tools), *map(id, messages))
 
 
 def _shorten(tree: Tree, max_length: int) -> Tree | None:

@@ -254,7 +254,7 @@ class Evaluation:
                 results[name][f"{key}_vs_{stage.baseline}"] = {"mean": found[key], "ci95": interval, "n": len(scores)}
 
     @staticmethod
-    def _trees(name: str, encoded: Encoded) -> list[Tree]:
+    def _trees(name: str, encoded: Encoded) -> Sequence[Tree]:
         """The trees of held-out rows.
 
         Raises:

@@ -16,7 +16,7 @@ from align.intake import tasks as _tasks  # noqa: F401  registers its formats, i
 from align.intake.catalog import Format as Format
 from align.intake.catalog import SetAside, data_format
 from align.intake.catalog import formats as formats
-from align.schema import problem
+from align.schema import missing, problem
 from align.turns import Fields, Raw, assistant, cut, number, shared_prompt, string, tools, truth, turn, turns, user, weighted
 
 
@@ -59,15 +59,23 @@ def oasst(raw: Raw) -> list[Fields] | SetAside:
     """Open Assistant message trees: the best against the worst reply wherever two or more are ranked."""
     pairs: list[Fields] = []
 
-    def walk(node: Raw, before: list[Fields], path: str) -> None:
+    def walk(node: Any, before: list[Fields], path: str) -> None:
+        if not isinstance(node, dict) or not isinstance(node.get("replies") or [], list):
+            raise AlignError(problem(path, node, "a message: a dictionary with role, text and a list of replies"))
         messages = [*before, turn({"role": node.get("role"), "content": node.get("text")}, path)]
-        replies = [reply for reply in node.get("replies", []) if not reply.get("deleted")]
-        ranked = sorted((r for r in replies if r.get("rank") is not None and r["role"] == "assistant"), key=lambda r: r["rank"])
+        replies = [(f"{path}.replies[{i}]", reply) for i, reply in enumerate(node.get("replies") or [])]
+        for place, reply in replies:
+            if not isinstance(reply, dict):
+                raise AlignError(problem(place, reply, "a message: a dictionary with role and text"))
+        replies = [(place, reply) for place, reply in replies if not reply.get("deleted")]
+        answers = [(place, reply) for place, reply in replies if reply.get("role") == "assistant"]
+        ranks = {place: number(r["rank"], f"{place}.rank") for place, r in answers if r.get("rank") is not None}
+        ranked = sorted((answer for answer in answers if answer[0] in ranks), key=lambda answer: ranks[answer[0]])
         if len(ranked) > 1:
-            best, worst = string(ranked[0], "text"), string(ranked[-1], "text")
+            best, worst = string(ranked[0][1], "text"), string(ranked[-1][1], "text")
             pairs.append({"prompt": messages, "chosen": [assistant(best)], "rejected": [assistant(worst)]})
-        for i, reply in enumerate(replies):
-            walk(reply, messages, f"{path}.replies[{i}]")
+        for place, reply in replies:
+            walk(reply, messages, place)
 
     walk(raw["prompt"], [], "prompt")
     return pairs or SetAside("no two ranked replies")
@@ -84,18 +92,25 @@ def sharegpt(raw: Raw) -> Fields:
 )
 def openai(raw: Raw) -> Fields | SetAside:
     """OpenAI messages, content as string, null or parts; LLaMA-Factory v1's chosen_messages and rejected_messages."""
-    if "messages" in raw:
+    if "messages" in raw or not {"chosen_messages", "rejected_messages"} & raw.keys():
         return _conversation(raw, "messages")
-    return _pair(turns(raw["chosen_messages"], "chosen_messages"), turns(raw["rejected_messages"], "rejected_messages"), raw)
+    for column in ("chosen_messages", "rejected_messages"):
+        if column not in raw:
+            raise AlignError(f"field {column}: {missing(column, raw)}")
+    pair = _pair(turns(raw["chosen_messages"], "chosen_messages"), turns(raw["rejected_messages"], "rejected_messages"), raw)
+    return pair if isinstance(pair, SetAside) else {**pair, **_margin(raw)}
 
 
 def _conversation(raw: Raw, column: str) -> Fields:
     """A conversation by itself, with a label for its last reply, or with a chosen and a rejected reply."""
+    if column not in raw:
+        raise AlignError(f"field {column}: {missing(column, raw)}")
     messages = turns(raw[column], column)
     if raw.get("system") and not (messages and messages[0]["role"] == "system"):
         messages.insert(0, {"role": "system", "content": string(raw, "system")})
     if "chosen" in raw and "rejected" in raw:
-        return {"prompt": messages, **{side: _reply(raw[side], side) for side in ("chosen", "rejected")}, **tools(raw)}
+        replies = {side: _reply(raw[side], side) for side in ("chosen", "rejected")}
+        return {"prompt": messages, **replies, **_margin(raw), **tools(raw)}
     label = raw.get("kto_tag", raw.get("label"))
     if label is not None:
         prompt, completion = cut(messages)
@@ -119,19 +134,28 @@ def _reply(value: Any, path: str) -> list[Fields]:
 def alpaca(raw: Raw) -> Fields | SetAside:
     """Alpaca: instruction and input are one user turn. With chosen and rejected, or with output ranked best to worst, a pair."""
     system = [{"role": "system", "content": string(raw, "system")}] if raw.get("system") else []
-    history = [
-        speaker(text) for asked, answered in raw.get("history") or [] for speaker, text in ((user, asked), (assistant, answered))
-    ]
-    prompt = [*system, *history, _ask(raw, "instruction", "input")]
+    prompt = [*system, *_history(raw.get("history") or []), _ask(raw, "instruction", "input")]
     if "chosen" in raw and "rejected" in raw:
-        return {"prompt": prompt, **{side: _reply(raw[side], side) for side in ("chosen", "rejected")}}
-    if not isinstance(raw["output"], list):
+        return {"prompt": prompt, **{side: _reply(raw[side], side) for side in ("chosen", "rejected")}, **_margin(raw)}
+    if not isinstance(raw.get("output"), list):
         reply = [assistant(string(raw, "output"))]
         label = raw.get("kto_tag", raw.get("label"))
         return {"messages": prompt + reply} if label is None else {"prompt": prompt, "completion": reply, "label": truth(label)}
     if len(raw["output"]) < 2:
         return SetAside("fewer than two ranked replies")
     return {"prompt": prompt, "chosen": _reply(raw["output"][0], "output[0]"), "rejected": _reply(raw["output"][-1], "output[-1]")}
+
+
+def _history(given: Any) -> list[Fields]:
+    """Earlier turns: pairs of what was asked and what was answered."""
+    if not isinstance(given, list):
+        raise AlignError(problem("history", given, "a list of pairs: what was asked, what was answered"))
+    messages = []
+    for i, both in enumerate(given):
+        if not isinstance(both, list) or len(both) != 2 or not all(isinstance(text, str) for text in both):
+            raise AlignError(problem(f"history[{i}]", both, "a pair of strings: what was asked, what was answered"))
+        messages += [user(both[0]), assistant(both[1])]
+    return messages
 
 
 def _ask(raw: Raw, question: str, material: str) -> Fields:
@@ -180,6 +204,11 @@ def dolly(raw: Raw) -> Fields:
 @data_format("instruction", "instances", prompt=("instruction", "instances"))
 def self_instruct(raw: Raw) -> list[Fields] | SetAside:
     """Self-Instruct seed tasks: one instruction, several instances of input and output, a row each."""
+    if not isinstance(raw["instances"], list):
+        raise AlignError(problem("instances", raw["instances"], "a list of dictionaries with input and output"))
+    for i, instance in enumerate(raw["instances"]):
+        if not isinstance(instance, dict) or "output" not in instance:
+            raise AlignError(problem(f"instances[{i}]", instance, "a dictionary with input and output"))
     rows = [{"instruction": raw["instruction"], **instance} for instance in raw["instances"]]
     found = [{"messages": [_ask(row, "instruction", "input"), assistant(string(row, "output"))]} for row in rows]
     return found or SetAside("no instances")
@@ -209,6 +238,8 @@ def qa(raw: Raw) -> Fields:
 @data_format("turns", prompt=("turns",))
 def questions(raw: Raw) -> Fields | SetAside:
     """MT-Bench and Arena-Hard: the user's turns; the first is the prompt."""
+    if not isinstance(raw["turns"], list):
+        raise AlignError(problem("turns", raw["turns"], "a list of what the user says"))
     if not raw["turns"]:
         return SetAside("no turns")
     first = raw["turns"][0]

@@ -63,8 +63,8 @@ class _ReportingBar(tqdm):
         _watched.update(bar={**progress, "shown": now["postfix"] or ""})
 
 
-def bar(label: str, total: int, unit: str = "step") -> tqdm:
-    """A progress bar with the time left."""
+def bar(label: str, total: int | None, unit: str = "step") -> tqdm:
+    """A progress bar with the time left; without a `total`, with the rate alone."""
     options: dict[str, Any] = {"total": total, "desc": f"{label:>12}", "unit": unit, "mininterval": 0.5}
     if _watched is not None:
         return _ReportingBar(file=_Nowhere(), **options)

@@ -30,7 +30,7 @@ String = Annotated[str, AfterValidator(_encodable)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, cache_strings="keys")
 
 
 class Message(_Strict):
@@ -62,13 +62,18 @@ Text = Annotated[Annotated[String, Tag("<text>")] | Annotated[list[Message], Tag
 """Raw text, or messages that go through the chat template."""
 
 
+SPOKEN = ("prompt", "completion", "chosen", "rejected")
+"""Fields that are all strings, or all lists of messages, within a row."""
+
+
 class Row(_Strict):
     """What all kinds have in common: the checks between fields."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Row:
-        names = ("prompt", "completion", "chosen", "rejected")
-        texts = {name: value for name in names if (value := getattr(self, name, None)) is not None}
+        texts = {name: value for name in SPOKEN if (value := self.__dict__.get(name)) is not None}
+        if all(type(value) is str for value in texts.values()):
+            return self
         shapes = {name: "a string" if isinstance(value, str) else "a list of messages" for name, value in texts.items()}
         if len(set(shapes.values())) > 1:
             found = ", ".join(f"{name} is {shape}" for name, shape in shapes.items())

@@ -69,7 +69,7 @@ def turn(raw: Any, path: str) -> Fields:
     if role_key not in raw:
         raise AlignError(f"field {path}.{role_key}: {missing(role_key, raw)}")
     said, content = raw[role_key], raw.get(content_key)
-    if said not in ROLES:
+    if not isinstance(said, str) or said not in ROLES:
         raise AlignError(problem(f"{path}.{role_key}", said, EXPECTED[role_key] + near_miss(str(said), ROLES)))
     dropped = (*IGNORED, *WEIGHTS, role_key, content_key)
     rest = {key: value for key, value in raw.items() if key not in dropped and value is not None}

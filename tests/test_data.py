@@ -141,6 +141,16 @@ def test_a_clean_run_leaves_no_quarantine_of_an_earlier_one(tmp_path: Path) -> N
     assert not aside.exists()
 
 
+def test_a_file_of_two_formats(tmp_path: Path) -> None:
+    """As when two files were put together: each that one of eight rows has counts; a single broken row does not make a format."""
+    alpaca = {"instruction": "Say one.", "output": "One."}
+    chat = {"messages": [{"role": "user", "content": "Say one."}, {"role": "assistant", "content": "One."}]}
+    path = write(tmp_path / "data.jsonl", lines([alpaca] * 20 + [chat] * 12 + [{"question": "Say one.", "answer": "One."}]))
+    loaded = load_rows(path, "sft", on_bad_row="quarantine")
+    assert loaded.summary().startswith("33 rows = 32 used + 1 set aside (1 column 'instruction' of format 'alpaca': missing)")
+    assert loaded.format == "alpaca, openai"
+
+
 def test_a_bad_first_row_does_not_decide_the_format(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", lines([{"prompt": "only"}, *PAIRS]))
     assert len(load_rows(path, "preference", on_bad_row="quarantine").rows) == 6

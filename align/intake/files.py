@@ -121,8 +121,10 @@ def _parsed(line: bytes) -> Raw | Unreadable:
         reason = f"byte {error.start + 1}: not UTF-8{_field_before(line[: error.start].decode())}"
     except json.JSONDecodeError as error:
         reason = f"column {error.colno}: invalid JSON: {error.msg}{_field_before(error.doc[: error.pos])}"
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of open brackets
-        reason = f"invalid JSON: {type(error).__name__}: {str(error).split(';')[0]}"
+    except ValueError:
+        reason = "invalid JSON: a number of thousands of digits"
+    except RecursionError:
+        reason = "invalid JSON: nested too deeply"
     else:
         if isinstance(value, dict):
             return value

@@ -35,15 +35,15 @@ NATIVE = {
 }
 """The native columns of each kind."""
 
-TELLING = {
-    "tagging": ("tokens",),
-    "qa": ("question",),
-    "classification": ("text", "label"),
-    "unpaired": ("label",),
-    "preference": ("chosen",),
-    "sft": ("completion",),
-    "prompts": ("prompt",),
-    "text": ("text",),
+TELLING: dict[str, set[str]] = {
+    "tagging": {"tokens"},
+    "qa": {"question"},
+    "classification": {"text", "label"},
+    "unpaired": {"label"},
+    "preference": {"chosen"},
+    "sft": {"completion"},
+    "prompts": {"prompt"},
+    "text": {"text"},
 }
 """The fields by which a kind is known; the first that fits."""
 
@@ -52,24 +52,32 @@ def kind_of(fields: Fields) -> str:
     """The kind of row that `fields` are, before any derivation."""
     if "messages" in fields:
         return "sft" if any(message["role"] == "assistant" for message in fields["messages"]) else "prompts"
-    return next(kind for kind, columns in TELLING.items() if all(column in fields for column in columns))
+    return next(kind for kind, columns in TELLING.items() if columns <= fields.keys())
 
 
-def recognise(rows: Iterable[Raw], kind: str | None, named: str | None) -> tuple[str | None, str | None]:
-    """The format that most of `rows` match (or `named`), and the kind that most of these are by themselves (or `kind`); None for
-    what they do not tell.
+MIXED = 8
+"""A file may be of several formats: each that at least one of so many of its first rows match."""
+
+
+def recognise(rows: Iterable[Raw], kind: str | None, named: str | None) -> tuple[tuple[str, ...], str | None]:
+    """The formats of a file with these `rows` (or `named`), the most frequent first, and the kind that most of the rows of that one
+    are by themselves (or `kind`); none for what they do not tell.
+
+    A row that is broken in a way that makes it look like another format has no say, as it is one among many.
     """
     matched: dict[str, list[Raw]] = {}
     for raw in rows:
         if (name := named or match(raw, kind)) is not None:
             matched.setdefault(name, []).append(raw)
     if not matched:
-        return named, kind
-    name = max(matched, key=lambda each: len(matched[each]))
-    if kind is not None:
-        return name, kind
-    kinds = Counter(found for raw in matched[name] if (found := _kind_in(name, raw)) is not None)
-    return name, kinds.most_common(1)[0][0] if kinds else None
+        return (named,) if named else (), kind
+    names = sorted(matched, key=lambda name: -len(matched[name]))
+    total = sum(map(len, matched.values()))
+    names = [name for name in names if name == names[0] or MIXED * len(matched[name]) >= total]
+    if kind is None:
+        kinds = Counter(found for raw in matched[names[0]] if (found := _kind_in(names[0], raw)) is not None)
+        kind = kinds.most_common(1)[0][0] if kinds else None
+    return tuple(names), kind
 
 
 def _kind_in(name: str, raw: Raw) -> str | None:
@@ -127,8 +135,9 @@ def convert(name: str, raw: Raw, kind: str) -> list[Fields | SetAside]:
     """
     found = read(name, raw)
     rows = [row for each in found for row in ([each] if isinstance(each, SetAside) else _as_kind(each, kind, raw, name))]
-    if kind == "preference" and len(found) > 1 and "label" in rows[0]:  # type: ignore[operator]
-        return [*pairs_of(rows)]  # type: ignore[arg-type]
+    labelled = [row for row in rows if isinstance(row, dict) and "label" in row]
+    if kind == "preference" and len(labelled) > 1:
+        return pairs_of(labelled)
     if kind != "prompts":
         return rows
     entry = formats[name]

@@ -9,7 +9,7 @@ from typing import Any
 
 from align.errors import AlignError
 from align.intake.catalog import SetAside, data_format
-from align.schema import problem
+from align.schema import missing, problem, short
 from align.turns import Fields, Raw, assistant, number, string, strings, user
 
 
@@ -57,7 +57,7 @@ def choices(raw: Raw) -> Fields:
     asked = "\n".join([stem, *(f"{label}. {text}" for label, text in zip(labels, texts, strict=True))])
     key = raw.get("answerKey")
     if key is not None and key not in labels:
-        raise AlignError(problem("answerKey", key, f"one of {', '.join(labels)}"))
+        raise AlignError(problem("answerKey", key, f"one of {short(labels)}"))
     return {"prompt": [user(asked)], "columns": {} if key is None else {"answer": key}}
 
 
@@ -97,6 +97,8 @@ def labelled(raw: Raw) -> Fields:
 def tagged(raw: Raw) -> Fields:
     """Words and a tag for each; also the sentences of a .conll file."""
     column = "tags" if "tags" in raw else "ner_tags"
+    if column not in raw:
+        raise AlignError(f"field tags: {missing('tags', raw)}")
     tags = raw[column]
     if isinstance(tags, list):
         tags = [_named(tag, f"{column}[{i}]") for i, tag in enumerate(tags)]
@@ -125,8 +127,14 @@ def _scored(raw: Raw) -> tuple[str, str] | None:
 )
 def scored(raw: Raw) -> Fields | SetAside:
     """Several answers to one prompt, each with a score (UltraFeedback): the best against the worst; the margin is how far apart."""
-    column, key = _scored(raw) or ("", "")
-    asked = next(name for name in ("prompt", "instruction", "question") if name in raw)
+    asked = next((name for name in ("prompt", "instruction", "question") if name in raw), None)
+    if asked is None:
+        raise AlignError(f"field prompt: {missing('prompt', raw)}")
+    found = _scored(raw)
+    if found is None:
+        names = f"a list of {', '.join(ANSWERS[:-1])} or {ANSWERS[-1]}, with scores"
+        raise AlignError(f"fields completions, scores: found {short(list(raw))}, expected {names}")
+    column, key = found
     given = raw[column]
     if key == "scores":
         texts, scores = strings(given, column), raw["scores"]

@@ -141,14 +141,30 @@ class DataFields(Fields):
     """Held-out rows. Without it `held_out` of the rows of `data` are kept apart, by a hash of their prompts."""
     held_out: float = Field(0.05, ge=0, lt=1)
     """Share of prompts kept apart for evaluation where there is no `eval_data`."""
+    data_weights: list[Annotated[float, Field(gt=0)]] | None = None
+    """How the sources of `data` stand to each other in the mixture, a number for each. No row is taken twice: the source that runs
+    out first decides how many there are.
+    """
     max_rows: int | None = Field(None, gt=0)
-    """Use only the first rows."""
+    """Use only the first rows of each source."""
+    max_rows_per_source: list[Annotated[int, Field(gt=0)] | None] | None = None
+    """The same, a number for each source of `data`; null is all."""
+    streaming: bool | Literal["auto"] = "auto"
+    """Keep rows and their tokens on disk instead of in memory. `auto` does so for files of 256 MB and more, in stages that can."""
     on_bad_row: Literal["raise", "quarantine"] = "raise"
     """Stop at a malformed row, or set it aside and say so."""
     max_length: int | None = Field(1024, gt=1)
     """Longest row in tokens: answers are cut, rows without room for an answer are set aside; both are counted."""
     chat_template: str | None = None
     """None: the tokenizer's own. `auto`: its own, else `plain`. Or the name of a shipped template, or a .jinja file."""
+
+    @model_validator(mode="after")
+    def _a_number_for_each_source(self) -> DataFields:
+        for name in ("data_weights", "max_rows_per_source"):
+            given = getattr(self, name)
+            if given is not None and len(given) != len(self.data):
+                raise ValueError(f"{name} has {len(given)} numbers, and data {len(self.data)} sources; give one for each")
+        return self
 
 
 class ModelFields(Fields):

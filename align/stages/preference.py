@@ -84,7 +84,6 @@ class Preference(TrainingStage, ProbeFields):
         from align.models import disable_dropout
         from align.stages import training as t
         from align.trainers.objectives import Preference as Objective
-        from align.trainers.objectives import add_reference_logps
 
         preference_losses.check_arguments(self.loss, self.loss_parameters)
         loss = preference_losses[self.loss]
@@ -110,10 +109,7 @@ class Preference(TrainingStage, ProbeFields):
             )
             return t.run_trainer(trainer, self, context, has_eval=bool(held_trees))
         if loss.needs_reference:
-            both = [*trees, *held_trees]
-            with t.precision(self):
-                both = add_reference_logps(model, both, self.max_tokens_per_micro_batch, context.name, common=loss.needs_common)
-            trees, held_trees = both[: len(trees)], both[len(trees) :]
+            trees, held_trees = t.with_reference(self, context.name, model, trees, held_trees, common=loss.needs_common)
         after = probe(self, context, encoder, model)
         metrics = t.train_on_forest(self, context, model, tokenizer, Objective(loss, self.loss_parameters), trees, held_trees)
         return {**metrics, **after()}

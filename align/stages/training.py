@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,80 +14,31 @@ from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from align.data import Quarantine, load_rows, split_by_prompt
-from align.encode import Encoded, Encoder, set_chat_template
+from align.encode import Encoder, set_chat_template
 from align.engine import enable_forest
 from align.errors import AlignError, near_miss
 from align.forest import Tree
+from align.intake.store import TreeFile
 from align.models import ensure_pad_token, load_causal_lm, load_language_model, load_reward_model, load_tokenizer, save_model
 from align.progress import say
 from align.runner.checkpoints import last_good, step_of
 from align.runner.stop import saving_first
 from align.scoring import SCORE_SCALE, branch_scores
-from align.stages.base import Context, DataFields, OptimizerFields, TrainingStage
+from align.stages.base import Context, OptimizerFields, TrainingStage
+from align.stages.rows import encoded as encoded
+from align.stages.rows import longest as longest
+from align.stages.rows import read_rows as read_rows
+from align.stages.rows import rewritten
+from align.stages.rows import rows_of as rows_of
+from align.stages.rows import usable as usable
 from align.trainers.callbacks import Checkpoints, Watch
 from align.trainers.checkpointing import whole_weights
 from align.trainers.forest import ForestTrainer
-from align.trainers.objectives import Objective
+from align.trainers.objectives import Objective, add_reference_logps
 from align.tuning.tune import trainable, tune
 
 TIMING = ("runtime", "per_second", "preparation_time")
 """Ends of names that the Trainer adds to an evaluation, and that are no measures."""
-
-
-def rows_of(stage: DataFields, kind: str, context: Context) -> tuple[list[Any], list[Any]]:
-    """Training and held-out rows of `kind`, with a line for each source that says what became of its rows. Rows that were set
-    aside are in ``quarantine.jsonl`` in the stage's folder.
-
-    Raises:
-        AlignError: from loading; or nothing is left to train on.
-    """
-    quarantine = Quarantine(context.folder / "quarantine.jsonl")
-    rows = read_rows(stage, stage.data, kind, context.name, quarantine)
-    if stage.eval_data is not None:
-        return rows, read_rows(stage, stage.eval_data, kind, f"{context.name} (held out)", quarantine)
-    train, held_out = split_by_prompt(rows, stage.held_out) if stage.held_out else (rows, [])
-    if not train:
-        raise AlignError(
-            f"{', '.join(stage.data)}: no row is left to train on after holding out {stage.held_out:.0%} of the prompts"
-        )
-    return train, held_out
-
-
-def read_rows(stage: DataFields, sources: Sequence[str], kind: str, label: str, quarantine: Quarantine) -> list[Any]:
-    """Rows of `kind` from each of `sources` in turn."""
-    rows = []
-    for source in sources:
-        loaded = load_rows(
-            source,
-            kind,
-            format=stage.data_format,
-            split=stage.data_split,
-            limit=stage.max_rows,
-            on_bad_row=stage.on_bad_row,
-            quarantine=quarantine,
-        )
-        say(f"{label}: {source}: {loaded.summary()}{quarantine.note(loaded.account)}")
-        rows += loaded.rows
-    return rows
-
-
-def encoded(encode: Callable[[Sequence[Any]], Encoded], rows: Sequence[Any], label: str) -> list[Tree]:
-    """Trees of `rows`; see `usable`."""
-    return usable(encode(rows), label) if rows else []
-
-
-def usable(result: Encoded, label: str) -> list[Tree]:
-    """The trees of `result`, with a line where a row was cut or set aside.
-
-    Raises:
-        AlignError: no row survived.
-    """
-    if result.set_aside or result.cut_rows:
-        say(f"{label}: {result.summary()}")
-    if not result.trees:
-        raise AlignError(f"{label}: none of the rows can be used: {result.summary()}")
-    return result.trees
 
 
 def tokenizer_of(stage: Any) -> tuple[PreTrainedTokenizerBase, Encoder]:
@@ -152,11 +103,6 @@ def precision(stage: OptimizerFields) -> AbstractContextManager[None]:
     return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=stage.bf16)
 
 
-def longest(*groups: Sequence[Tree]) -> int:
-    """Tokens in the longest path of all `groups`."""
-    return max(tree.longest for group in groups for tree in group)
-
-
 def teach_end_token(model: nn.Module, end: int) -> None:
     """Let `generate` stop at the end token that the data teach."""
     config: Any = getattr(model, "generation_config", None)
@@ -164,6 +110,21 @@ def teach_end_token(model: nn.Module, end: int) -> None:
         known = config.eos_token_id
         known = [] if known is None else [known] if isinstance(known, int) else list(known)
         config.eos_token_id = [end, *(i for i in known if i != end)] if known != [end] else end
+
+
+def with_reference(
+    stage: TrainingStage, label: str, model: nn.Module, trees: Sequence[Tree], held: Sequence[Tree], *, common: bool
+) -> tuple[Sequence[Tree], Sequence[Tree]]:
+    """The same trees with the log-probs of their branches under `model` as it is now; see `add_reference_logps`."""
+
+    def add(part: Sequence[Tree]) -> list[Tree]:
+        return add_reference_logps(model, part, stage.max_tokens_per_micro_batch, label, common=common)
+
+    with precision(stage):
+        if isinstance(trees, TreeFile):
+            return rewritten(trees, add), rewritten(held, add) if isinstance(held, TreeFile) else held
+        both = add([*trees, *held])
+    return both[: len(trees)], both[len(trees) :]
 
 
 def training_arguments(stage: TrainingStage, context: Context, *, has_eval: bool) -> dict[str, Any]:
@@ -300,8 +261,8 @@ def train_on_forest(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     objective: Objective,
-    trees: list[Tree],
-    held: list[Tree],
+    trees: Sequence[Tree],
+    held: Sequence[Tree],
 ) -> dict[str, Any]:
     """Run the forest trainer."""
     trainer = ForestTrainer(

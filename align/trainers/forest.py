@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import repeat
@@ -40,8 +40,8 @@ class ForestTrainer(SafeTrainer):
         model: nn.Module,
         objective: Objective,
         args: TrainingArguments,
-        trees: list[Tree],
-        eval_trees: list[Tree] | None = None,
+        trees: Sequence[Tree],
+        eval_trees: Sequence[Tree] | None = None,
         *,
         max_tokens: MaxTokens,
         tokenizer: PreTrainedTokenizerBase | None = None,

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from align.commands.data import augment, check, clean, split
+from align.commands.data import augment, check, clean, convert, show, split, stats
 
-ACTIONS = (check, clean, augment, split)
+ACTIONS = (check, stats, show, convert, clean, augment, split)
 
 
 def add(verbs: Any) -> None:

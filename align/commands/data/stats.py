@@ -1,0 +1,61 @@
+"""``align data stats``: lengths, turns, languages, labels."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from align.schema import KINDS
+
+
+def add(actions: Any) -> None:
+    parser = actions.add_parser("stats", help="lengths, turns, languages, labels; with a plot if you like")
+    parser.add_argument("files", nargs="+", metavar="FILE")
+    parser.add_argument("--kind", choices=list(KINDS), help="what the rows shall be used as (default: what they are)")
+    parser.add_argument("--format", help="the format of the files (default: recognised)")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--model", help="count tokens of this model's tokenizer instead of characters")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the lengths of the first file")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each file")
+    parser.set_defaults(handler=stats)
+
+
+def stats(options: argparse.Namespace) -> int:
+    from align.data import RowStream, refuse_empty
+    from align.intake.statistics import Statistics
+    from align.progress import say
+
+    length: Any = len
+    if options.model:
+        from align.models import load_tokenizer
+
+        tokenizer = load_tokenizer(options.model)
+        length = lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
+    unit = "tokens" if options.model else "characters"
+    for number, file in enumerate(options.files):
+        stream = RowStream(file, options.kind, format=options.format, split=options.split, on_bad_row="quarantine")
+        found = Statistics(stream, length)
+        refuse_empty(stream)
+        print(json.dumps(found.as_dict(), ensure_ascii=False) if options.json else _page(found, unit))
+        if options.plot and number == 0:
+            found.plot(options.plot, unit)
+            say(f"drawn: {options.plot}")
+    return 0
+
+
+def _page(found: Any, unit: str) -> str:
+    values = found.as_dict()
+    lines = [f"{values['file']}: {values['format']}, {values['kind']}: {found.stream.account.summary()}"]
+    heads = ("mean", "10%", "50%", "90%", "max")
+    lines.append(f"  {unit:<14}" + "".join(f"{head:>10}" for head in heads))
+    for name, numbers in values["lengths"].items():
+        lines.append(f"  {name:<14}" + "".join(f"{numbers[head]:>10,}" for head in heads))
+    for title, counts in (("user turns", "user_turns"), ("labels", "labels"), ("languages", "languages")):
+        if values[counts]:
+            total = sum(values[counts].values())
+            parts = [f"{name} {count / total:.1%}" for name, count in list(values[counts].items())[:8]]
+            lines.append(f"  {title:<14}{', '.join(parts)}")
+    lines += [f"  {name:<18}{share:.1%}" for name, share in values["shares"].items()]
+    return "\n".join(lines)
