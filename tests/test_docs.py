@@ -74,7 +74,7 @@ def test_a_command_parses_and_plans(command, capsys, folder):
         return
     if arguments[0] in ("models", "report", "data", "check", "status"):
         code = main(arguments)
-        assert code == 0 or re.search("no model 'demo-|no run folder", capsys.readouterr().err)
+        assert code == 0 or re.search("no model 'demo-|has no 'demo-|no run folder", capsys.readouterr().err)
         return
     needs = {"my-dpo": "runs/sft"}
     for name in needs.keys() & set(arguments):
