@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from align.errors import AlignError, StageFailed
 from align.progress import say
 from align.recipe import Recipe
 from align.registry import Registry
-from align.runner.launch import launched
+from align.runner.devices import devices, take
 from align.runner.locks import clear
 from align.runner.plan import Step, read_artifact
 from align.runner.stop import Stopped
@@ -142,7 +140,7 @@ class Graph:
 
     def _side_by_side(self, order: list[str], only: str | None) -> None:
         waiting = list(order)
-        free = _devices(self.options.jobs)
+        free = devices(self.options.jobs)
         slots = len(free)
         threads = None if slots == 1 or free[0] else max(1, (os.cpu_count() or 1) // slots)
         running: dict[int, _Running] = {}
@@ -160,12 +158,12 @@ class Graph:
                             break
                         waiting.remove(name)
                         if (step := self._settled(name, only)) is not None:
-                            devices = _take(free, step, slots)
-                            if devices is None:
+                            taken = take(free, step, slots)
+                            if taken is None:
                                 waiting.insert(0, name)
                                 break
                             number += 1
-                            running[number] = _Running(step, devices)
+                            running[number] = _Running(step, taken)
                             self._submit(number, running[number], threads)
                     for due, job in list(later):
                         if time.monotonic() >= due:
@@ -281,41 +279,6 @@ def _with(step: Step, done: Any) -> Step:
 
 def _names(running: dict[int, _Running], later: list[tuple[float, _Running]]) -> set[str]:
     return {job.step.name for job in running.values()} | {job.step.name for _, job in later}
-
-
-# -- devices ----------------------------------------------------------------------------------------------------------------------
-
-
-def _devices(jobs: int | None) -> list[str]:
-    """One entry for each stage that may run at a time: a GPU's id, or an empty string for a share of the CPU."""
-    gpus = _gpus()
-    if gpus:
-        return gpus if jobs is None else [gpus[i % len(gpus)] for i in range(jobs)]
-    return [""] * (jobs or 1)
-
-
-def _gpus() -> list[str]:
-    """Ids of the GPUs that may be used, without initializing CUDA."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [gpu for gpu in visible.split(",") if gpu and gpu != "-1"]
-    if not Path("/proc/driver/nvidia/gpus").is_dir():
-        return []
-    found = subprocess.run(
-        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.split()
-
-
-def _take(free: list[str], step: Step, slots: int) -> list[str] | None:
-    """The devices that the stage needs, taken from `free`, or None while too few are free."""
-    launch = getattr(step.stage, "launch", None)
-    wanted = 1
-    if launched(step.stage) and launch is not None:
-        wanted = min(launch.num_processes // launch.num_machines, slots)
-    if len(free) < wanted:
-        return None
-    return [free.pop(0) for _ in range(wanted)]
 
 
 # -- the process that forks -------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class Task:
     name: str
     reason: str
     config: dict[str, Any]
-    """Fields, every reference resolved."""
+    """The fields that are set, every reference resolved."""
     draft: dict[str, Any]
     """The artifact without its metrics."""
     registry: str
@@ -64,7 +64,7 @@ class Task:
         return cls(
             step.name,
             step.reason,
-            step.stage.model_dump(mode="json"),
+            step.stage.model_dump(mode="json", exclude_unset=True),
             asdict(step.draft),
             str(registry.root.parent.resolve()),
             str(step.log),
