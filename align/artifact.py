@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from align import __version__
+from align.runner.files import write_atomically
 
 MANIFEST = "artifact.json"
 
@@ -23,7 +22,7 @@ class Artifact:
     stage: str
     """Name of the stage in the catalog."""
     identity: str
-    """SHA-256 over the resolved config, the parents' identities and the data's fingerprints: same identity, same result."""
+    """SHA-256 over resolved config, code, parents' identities and fingerprints of the data: same identity, same result."""
     path: str
     """Absolute path of the folder: a model folder that ``from_pretrained`` loads, or data files."""
     config: dict[str, Any]
@@ -31,6 +30,10 @@ class Artifact:
     """What each reference in the config meant: ``name@version`` of a registered artifact, a path or a hub id."""
     data: dict[str, str] = field(default_factory=dict)
     """Fingerprint of each data source."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """What each reference was, wherever it lay: a parent's identity or a fingerprint of the content."""
+    code: dict[str, str] = field(default_factory=dict)
+    """Hash of each module that the stage's computation can reach."""
     metrics: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
@@ -60,19 +63,3 @@ def library_versions() -> dict[str, str]:
         "align": __version__,
         **{name: version(name) for name in ("torch", "transformers", "peft", "trl", "datasets", "accelerate")},
     }
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

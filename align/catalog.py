@@ -105,3 +105,21 @@ def _same_place(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
     """Whether both are the definition of one name in one file."""
     files = {inspect.getsourcefile(entry) for entry in (one, other)}
     return len(files) == 1 and one.__qualname__ == other.__qualname__
+
+
+def parse_call(spec: str, kind: str) -> tuple[str, dict[str, Any]]:
+    """``"name(key=literal)"`` as its name and its arguments; `kind` says in an error what was to be named.
+
+    Raises:
+        AlignError: what stands in brackets is not key=value with plain values.
+    """
+    match = re.fullmatch(r"([^()]+)(\(.*\))", spec.strip(), re.DOTALL)
+    if not match:
+        return spec.strip(), {}
+    try:
+        call = ast.parse(f"f{match[2]}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+            raise ValueError("only key=value arguments")
+        return match[1].strip(), {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise AlignError(f"{kind} {spec!r}: its arguments must read (key=value, ...) with plain values: {error}") from error

@@ -15,20 +15,24 @@ from align.commands import (
     check,
     data,
     export,
+    launch,
     models,
     report,
     run,
     serve,
     stage,
+    status,
     ui,
 )
-from align.errors import AlignError
+from align.errors import AlignError, StageFailed
 
 COMMANDS = (
     run,
     stage,
+    status,
     models,
     report,
+    launch,
     chat,
     check,
     data,
@@ -51,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _dispatch(sys.argv[1:] if arguments is None else arguments)
     except AlignError as error:
         print(f"align: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, StageFailed) else 2
     except KeyboardInterrupt:
         print("align: interrupted; the same command continues with the stage that was cut", file=sys.stderr)
         return 130

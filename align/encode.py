@@ -224,6 +224,35 @@ class Encoder:
                 cut_rows += 1
         return Encoded(trees, kept, set_aside, cut_rows, cut_tokens=cut_rows)
 
+    def windows(self, rows: Iterable[TextRow], stride: int | None = None) -> Encoded:
+        """Documents for measuring: every token but a document's first is a target exactly once, in windows of `max_length` tokens
+        that move by `stride` (half a window by default), so each target has at least the rest of the window before it.
+
+        Raises:
+            AlignError: windows that move by `stride` leave no token before a target.
+        """
+        length = self.max_length
+        step = stride or max((length or 2) // 2, 1)
+        if length is not None and step >= length:
+            raise AlignError(f"stride {step} must be below max_length {length}, so that windows overlap")
+        trees: list[Tree] = []
+        kept: list[TextRow] = []
+        set_aside: Counter[str] = Counter()
+        for row in rows:
+            ids = self.tokenizer(row.text)["input_ids"]
+            if self.tokenizer.eos_token_id is not None and ids[-1:] != [self.tokenizer.eos_token_id]:
+                ids.append(self.tokenizer.eos_token_id)
+            if len(ids) < 2:
+                set_aside["have no token to predict"] += 1
+                continue
+            window, done = length or len(ids), 0
+            for end in (*range(window, len(ids), step), len(ids)):
+                start = max(0, end - window)
+                trees.append(Tree(ids[start:end], prompt_mask=[i >= done for i in range(start, end)]))
+                kept.append(row)
+                done = end
+        return Encoded(trees, kept, set_aside)
+
     def sft(self, rows: Iterable[SFTRow]) -> Encoded:
         """Conversations with the loss on assistant turns, or prompt + completion with the loss on the completion."""
         return self._collect(rows, self._sft_tree)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import MethodType
 from typing import Any, Literal
 
@@ -89,18 +90,28 @@ def _forward(
     read: Literal["sources", "ends"] = "ends",
     temperature: float = 1.0,
     with_entropy: bool = False,
+    score_head: nn.Module | None = None,
+    with_logps: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """The forward of an enabled model. Bound to the outermost module so that DDP's and FSDP's hooks see every call."""
+    """The forward of an enabled model. Bound to the outermost module so that DDP's and FSDP's hooks see every call.
+
+    A causal language model reads a `score_head` of somebody else's (hidden to 1) besides its own head, from one pass through its
+    trunk; with ``with_logps=False`` in place of it, and then answers as a model with a score head does.
+    """
     if forest is None:
         return type(self).forward(self, *args, **kwargs)
     base = base_model(self)
     hidden, sources, ends = _hidden_states(base, forest, padded=bool(self.forest_padded))
-    if hasattr(base, "score"):
-        return base.score(hidden[sources if read == "sources" else ends]).squeeze(-1).float()
+    if score_head is None and hasattr(base, "score"):
+        score_head, with_logps = base.score, False
+    if not with_logps:
+        assert score_head is not None
+        return score_head(hidden[sources if read == "sources" else ends]).squeeze(-1).float()
     # The head reads back whether there is a gradient of the entropy, which a compiled graph cannot.
     score = torch.compiler.disable(token_scores) if torch.compiler.is_compiling() else token_scores
-    return score(hidden[sources], forest.targets, head_of(base), temperature, with_entropy=with_entropy)
+    scores = score(hidden[sources], forest.targets, head_of(base), temperature, with_entropy=with_entropy)
+    return scores if score_head is None else replace(scores, values=score_head(hidden[sources]).squeeze(-1).float())
 
 
 def trunk_of(base: Any) -> Any:

@@ -12,6 +12,14 @@ class AlignError(Exception):
     """
 
 
+class NonFiniteLoss(AlignError):
+    """A loss that is no number. No update was made with it."""
+
+
+class StageFailed(AlignError):
+    """A stage ended for another reason than a mistake in its input; its log tells more. Exit code 1."""
+
+
 def near_miss(word: str, options: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"`` for the option closest to `word`, or an empty string when none is close."""
     close = difflib.get_close_matches(word, list(options), n=1)

@@ -10,16 +10,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from align.data import load_rows, split_by_prompt
+from align.data import RowStream, load_rows, split_by_prompt
 from align.encode import Encoded, Encoder, set_chat_template
 from align.engine import enable_forest
 from align.errors import AlignError
 from align.forest import Tree
+from align.metrics import columns_of, measure
+from align.metrics.base import check
+from align.metrics.judge import JudgeModel
 from align.models import load_causal_lm, load_tokenizer, stop_token_ids
 from align.progress import bar, say
+from align.rewards import text_of
 from align.rollout import Completion, complete
-from align.scoring import RewardScorer, branch_logps, branch_scores, component_means, mean_nll, plain
+from align.schema import TextRow
+from align.scoring import Judge, RewardScorer, branch_logps, branch_scores, component_means, mean_nll, plain
 from align.stages.base import Context
+from align.tasks.base import is_task_model
+from align.tasks.measure import measure_task_model
 
 
 def bootstrap_interval(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> list[float]:
@@ -35,16 +42,41 @@ def summarize(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(values), "ci95": bootstrap_interval(values), "n": len(values)}
 
 
+REFERENCE_COLUMNS = ("references", "reference", "answers", "answer", "completion", "output", "response", "target", "chosen")
+"""Where reference answers are looked for, in this order."""
+
+
+def reads_as(source: str, stage: Any) -> str:
+    """``text`` for a source of documents, else ``sft``."""
+    stream = RowStream(source, format=stage.data_format, split=stage.data_split, limit=1, on_bad_row="quarantine")
+    next(iter(stream), None)
+    return "text" if stream.kind in ("text", "classification") else "sft"
+
+
+def _reference_text(value: Any) -> Any:
+    """A reference answer as metrics take it: a string, or a list of strings."""
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        return value
+    if isinstance(value, list) and value:
+        return text_of([item if isinstance(item, dict) else item.model_dump() for item in value])
+    return value if isinstance(value, str) else str(value)
+
+
 class Evaluation:
     """The measurements of an `Evaluate` stage. Rows are read when the first model is measured."""
 
     def __init__(self, stage: Any, context: Context) -> None:
         self.stage, self.context = stage, context
-        self.prompts = self._rows(stage.data, "prompts")[: stage.max_prompts]
-        self.demonstrations = self._rows(stage.perplexity_data, "sft")
+        answered = [spec for spec in stage.metrics if check(spec)[0] != "perplexity"]
+        alone = bool(stage.metrics) and not (answered or stage.reward_funcs or stage.reward_model or stage.baseline)
+        talks = not all(is_task_model(path) for path in stage.models.values())
+        self.answer_metrics = answered
+        self.prompts = self._rows(stage.data, "prompts")[: stage.max_prompts] if talks and not alone else []
+        self.demonstrations = self._readable(stage.perplexity_data or (stage.data if alone else None))
         self.pairs = self._rows(stage.preference_data, "preference")
-        if self.prompts and not (stage.reward_funcs or stage.reward_model):
-            say(f"{context.name}: no reward is named, so answers are sampled but not scored")
+        if self.prompts and not (stage.reward_funcs or stage.reward_model or stage.metrics):
+            say(f"{context.name}: no reward and no metric is named, so answers are sampled but not scored")
+        self.references = self._references() if self.prompts and self._needs_references() else None
         self._answers: list[dict[str, Any]] = [{} for _ in self.prompts]
         self._reference: tuple[nn.Module, list[list[float]]] | None = None
 
@@ -69,9 +101,51 @@ class Evaluation:
                 )
         return rows
 
+    def _readable(self, sources: list[str] | None) -> list[Any]:
+        """Demonstrations, or documents where a source holds nothing but text; of one kind."""
+        kinds = {reads_as(source, self.stage) for source in sources or []}
+        if len(kinds) > 1:
+            raise AlignError(f"{', '.join(sources or [])}: both documents and demonstrations; measure them one after the other")
+        return self._rows(sources, kinds.pop()) if kinds else []
+
+    def _needs_references(self) -> bool:
+        names = [check(spec)[0] for spec in self.answer_metrics]
+        return self.stage.baseline == "references" or any("references" in columns_of(name) for name in names)
+
+    def _references(self) -> list[Any]:
+        """The reference answer of each prompt: a column of its row, or the demonstration's answer.
+
+        Raises:
+            AlignError: there are none, or a row has none.
+        """
+        columns = self.prompts[0].columns
+        column = self.stage.reference_column or next((name for name in REFERENCE_COLUMNS if columns.get(name) is not None), None)
+        if column is not None:
+            found = [row.columns.get(column) for row in self.prompts]
+            if None in found:
+                raise AlignError(f"row {found.index(None) + 1} has no reference answer in column {column!r}; set reference_column")
+            return [_reference_text(value) for value in found]
+        try:
+            rows = self._rows(self.stage.data, "sft")[: len(self.prompts)]
+        except AlignError as error:
+            raise AlignError(
+                f"no reference answers: none of the columns {', '.join(columns) or '(none)'} is called "
+                f"{', '.join(REFERENCE_COLUMNS)}; set reference_column, or give demonstrations ({error})"
+            ) from error
+        if len(rows) != len(self.prompts):
+            raise AlignError(f"{len(rows)} demonstrations to {len(self.prompts)} prompts; set reference_column")
+        return [_reference_text(row.completion if row.messages is None else [row.messages[-1]]) for row in rows]
+
     def policy(self, name: str, path: str) -> dict[str, Any]:
-        """Everything that is measured of a language model."""
+        """Everything that is measured of a language model, or of a model that was trained for a task."""
         stage = self.stage
+        if is_task_model(path):
+            if not stage.data:
+                raise AlignError(f"{name} was trained for a task; set data to rows of that task")
+            options = {"dtype": stage.dtype, "trust_remote_code": stage.trust_remote_code}
+            return measure_task_model(
+                path, lambda kind: self._rows(stage.data, kind), stage.metrics, self.context.folder, **options
+            )
         tokenizer = load_tokenizer(path, trust_remote_code=self.stage.trust_remote_code)
         set_chat_template(tokenizer, stage.chat_template)
         encoder = Encoder(tokenizer, stage.max_length)
@@ -80,7 +154,9 @@ class Evaluation:
         enable_forest(model)
         result: dict[str, Any] = {}
         if self.demonstrations:
-            trees = self._trees(name, encoder.sft(self.demonstrations))
+            documents = isinstance(self.demonstrations[0], TextRow)
+            encoded = encoder.windows(self.demonstrations, stage.stride) if documents else encoder.sft(self.demonstrations)
+            trees = self._trees(name, encoded)
             result["perplexity"] = math.exp(min(mean_nll(model, trees, stage.max_tokens_per_micro_batch), 700))
         if self.prompts:
             result.update(self._answer(name, model, Encoder(tokenizer, stage.max_length - stage.max_completion_length)))
@@ -119,11 +195,63 @@ class Evaluation:
                 result.update(self._sampled(model, prompts, answers, totals, components))
             elif totals:
                 result["greedy_reward"] = summarize(self._headline(totals, components))
-            texts = tokenizer.batch_decode([answer.tokens for answer in answers], skip_special_tokens=True)
+            decoded = tokenizer.batch_decode([answer.tokens for answer in answers], skip_special_tokens=True)
+            texts = [text.strip() for text in decoded]
+            if mode == self._told:
+                result.update(self._measured(texts))
             rewards = self._headline(totals, components) if totals else [None] * len(texts)
             for entry, text, reward in zip(self._answers, texts, rewards, strict=True):
-                entry.setdefault(name, {})[mode] = {"text": text.strip(), "reward": reward}
+                entry.setdefault(name, {})[mode] = {"text": text, "reward": reward}
+        if stage.baseline == "references" and judge and "references" not in self._answers[0]:
+            self._judge_references(judge, encoder, encoded.rows, prompts)
         return result
+
+    @property
+    def _told(self) -> str:
+        """The answers that metrics and comparisons are about."""
+        return "greedy" if self.stage.greedy else "sampled"
+
+    def _measured(self, texts: list[str]) -> dict[str, float]:
+        """Every metric that was asked for, of one model's answers."""
+        columns: dict[str, Any] = {name: [row.columns.get(name) for row in self.prompts] for name in self.prompts[0].columns}
+        columns |= {"predictions": texts, "references": self.references}
+        return {key: value for spec in self.answer_metrics for key, value in measure(spec, **columns).items()}
+
+    def _judge_references(self, judge: Judge, encoder: Encoder, rows: list[Any], prompts: list[list[int]]) -> None:
+        """Score the reference answers as if a model had given them."""
+        assert self.references is not None
+        firsts = [text if isinstance(text, str) else text[0] for text in self.references]
+        said = [Completion(encoder.tokenizer(text, add_special_tokens=False)["input_ids"], True) for text in firsts]
+        totals, components = judge(rows, prompts, said)
+        for entry, text, reward in zip(self._answers, firsts, self._headline(totals, components), strict=True):
+            entry["references"] = {self._told: {"text": text, "reward": reward}}
+
+    def compare(self, results: dict[str, Any]) -> None:
+        """Add each model's win rate against the baseline, as it is and at equal length, to its results."""
+        stage, mode = self.stage, self._told
+        if stage.baseline is None:
+            return
+        if stage.judge_model is not None and stage.baseline == "references":
+            for entry, text in zip(self._answers, self.references or [], strict=True):
+                entry.setdefault("references", {mode: {"text": text if isinstance(text, str) else text[0], "reward": None}})
+        theirs = [entry[stage.baseline][mode] for entry in self._answers]
+        judge = None
+        if stage.judge_model is not None:
+            fields = {"dtype": stage.dtype, "max_length": stage.max_length, "max_tokens": stage.max_tokens_per_micro_batch}
+            judge = JudgeModel(stage.judge_model, **fields, trust_remote_code=stage.trust_remote_code)
+        for name in results.keys() & stage.models.keys() - {stage.baseline}:
+            ours = [entry[name][mode] for entry in self._answers]
+            if judge is None:
+                scores, others = [answer["reward"] for answer in ours], [answer["reward"] for answer in theirs]
+            else:
+                prompts = [text_of(plain(row.prompt)) for row in self.prompts]
+                scores = judge(prompts, [answer["text"] for answer in ours], [answer["text"] for answer in theirs])
+                others = [0.5] * len(scores)
+            lengths = {"lengths": [len(a["text"]) for a in ours], "baseline_lengths": [len(a["text"]) for a in theirs]}
+            found = measure("win_rate", scores=scores, baseline_scores=others, **lengths)
+            for key in ("win_rate", "win_rate_length_controlled"):
+                interval = [found[f"{key}_low"], found[f"{key}_high"]]
+                results[name][f"{key}_vs_{stage.baseline}"] = {"mean": found[key], "ci95": interval, "n": len(scores)}
 
     @staticmethod
     def _trees(name: str, encoded: Encoded) -> Sequence[Tree]:
@@ -174,7 +302,16 @@ class Evaluation:
         trees = self._trees(name, Encoder(tokenizer, self.stage.max_length).preference(self.pairs))
         pairs = branch_scores(scorer.model, trees, budget)
         right = summarize([float(chosen > rejected) for chosen, rejected in pairs])
-        return {"accuracy": right["mean"], "accuracy_ci95": right["ci95"], "n": right["n"]}
+        columns = {"chosen_scores": [c for c, _ in pairs], "rejected_scores": [r for _, r in pairs]}
+        lengths = {f"{side}_lengths": [len(tree.branches[i]) for tree in trees] for i, side in enumerate(("chosen", "rejected"))}
+        bias = measure("length_bias", **columns, **lengths)
+        return {
+            "accuracy": right["mean"],
+            "accuracy_ci95": right["ci95"],
+            "n": right["n"],
+            **measure("calibration_error", **columns),
+            **bias,
+        }
 
     def samples(self) -> list[dict[str, Any]]:
         """The first prompts with every model's answers."""

@@ -26,6 +26,7 @@ class TokenScores:
     logps: Tensor  # nats
     correct: Tensor  # bool: no token is likelier than the target
     entropy: Tensor | None = None  # nats, of the whole distribution at that position; where asked for
+    values: Tensor | None = None  # of a score head on the same trunk; where asked for
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,10 @@ def head_of(model: nn.Module) -> Head:
         AlignError: the output layer is not a plain linear layer (an adapter on ``lm_head``, say).
     """
     layer, config = model.get_output_embeddings(), model.config  # type: ignore[operator]
-    if type(layer) is not nn.Linear:
+    kind = type(layer)
+    if kind.__name__ == "FSDPLinear":  # a shard's class; its weight is whole since the norm before it ran, one group with it
+        kind = kind.__bases__[-1]
+    if kind is not nn.Linear:
         raise AlignError(
             f"the output layer of {type(model).__name__} is a {type(layer).__name__}, not a plain linear layer; "
             "if an adapter sits on it, take 'lm_head' out of its target modules"

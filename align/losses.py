@@ -303,8 +303,13 @@ def bradley_terry(
 # --- PPO, per token; every token passed in is real, so divide by the count over the whole batch ---
 
 
-def ppo_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, *, cliprange: float) -> LossOutput:
+def ppo_policy_loss(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, *, cliprange: float, dual_clip: float | None = None
+) -> LossOutput:
     """PPO's clipped surrogate, as a loss. All tensors are (tokens,); only `logps` gets a gradient.
+
+    Args:
+        dual_clip: c > 1. A negative advantage's loss is at most c times its size, however large the ratio.
 
     Metrics per token: ``ratio`` (new probability over old), ``approxkl`` (half the squared log ratio), ``clipfrac`` (1 where the
     clip decides the loss).
@@ -314,6 +319,8 @@ def ppo_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, *, cli
     advantages = advantages.detach()
     free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     loss = torch.maximum(free, clipped)  # arXiv:1707.06347, Eq. 7
+    if dual_clip is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)  # arXiv:1912.09729, Eq. 5
     metrics = {"ratio": ratio, "approxkl": ops.kl_k2(logps, old_logps), "clipfrac": (clipped > free).to(loss.dtype)}
     return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 

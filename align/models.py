@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +15,17 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from align.errors import AlignError
-from align.tuning.adapters import save_adapter
+from align.tuning.adapters import HEADS, save_adapter
 from align.tuning.soft import SOFT_TYPES, load_soft_prompt
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,6 +34,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def is_adapter(path: str) -> bool:
     """Whether `path` is a folder with a PEFT adapter instead of whole weights."""
     return (Path(path) / "adapter_config.json").is_file()
+
+
+def family_of(config: Any) -> Literal["causal", "masked", "encoder-decoder"]:
+    """What kind of language model a transformers config describes: what it was trained for where the config says so, else the first
+    that its type can be.
+    """
+    if config.is_encoder_decoder:
+        return "encoder-decoder"
+    named = " ".join(config.architectures or ())
+    causal = "CausalLM" in named or "LMHeadModel" in named or getattr(config, "is_decoder", False)
+    return "masked" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not causal else "causal"
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -60,7 +75,38 @@ def load_causal_lm(
     Raises:
         AlignError: there is no such model, or nothing to continue; 4 bits are not to be had here.
     """
-    return _load(AutoModelForCausalLM, path, dtype, trust_remote_code, on_adapter, four_bits)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "on_adapter": on_adapter,
+        "four_bits": four_bits,
+    }
+    return load_model(AutoModelForCausalLM, path, **options)
+
+
+def load_language_model(path: str, *, trust_remote_code: bool = False, **options: Any) -> nn.Module:
+    """The language model of whatever family the folder or hub id `path` holds; arguments as for `load_causal_lm`.
+
+    Raises:
+        AlignError: there is no such model.
+    """
+    auto = LANGUAGE_MODELS[family_of(load_config(path, trust_remote_code=trust_remote_code))]
+    return load_model(auto, path, trust_remote_code=trust_remote_code, **options)
+
+
+def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
+    """The config of a folder or hub id; of an adapter, that of its base.
+
+    Raises:
+        AlignError: there is none.
+    """
+    source = path
+    if is_adapter(path):
+        source = json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise AlignError(_not_loadable("config", path, error)) from error
 
 
 def load_reward_model(
@@ -73,15 +119,36 @@ def load_reward_model(
         AlignError: there is no such model, it has several outputs, or it cannot be continued as a reward model.
     """
     auto = AutoModelForSequenceClassification
-    model: Any = _load(auto, path, dtype, trust_remote_code, on_adapter, four_bits, num_labels=1)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "on_adapter": on_adapter,
+        "four_bits": four_bits,
+    }
+    model: Any = load_model(auto, path, **options, num_labels=1)
     if not hasattr(model, "score"):
         raise AlignError(f"{path}: {type(model).__name__} has no linear score head on its last hidden state")
     return model
 
 
-def _load(
-    auto: Any, path: str, dtype: str, trust_remote_code: bool, on_adapter: OnAdapter, four_bits: bool, **kwargs: Any
+def load_model(
+    auto: Any,
+    path: str,
+    *,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    on_adapter: OnAdapter = "merge",
+    four_bits: bool = False,
+    **kwargs: Any,
 ) -> nn.Module:
+    """A model by the transformers class `auto`; a head that is not on disk is new.
+
+    Args:
+        kwargs: fields of its config. The other arguments are those of `load_causal_lm`.
+
+    Raises:
+        AlignError: there is no such model, or its family has no such class.
+    """
     if dtype not in DTYPES:
         raise AlignError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     adapter = json.loads((Path(path) / "adapter_config.json").read_text()) if is_adapter(path) else None
@@ -103,7 +170,8 @@ def _load(
         )
         if any(key.startswith("score.") for key in info["missing_keys"]):
             nn.init.zeros_(model.score.weight)
-        model.rows_on_disk = model.get_input_embeddings().weight.shape[0]
+        new = [key for key in info["missing_keys"] if not re.fullmatch(HEADS, key)]  # such as the pooler of a masked language model
+        model.rows_on_disk = None if new else model.get_input_embeddings().weight.shape[0]
         if adapter is not None:
             model = _with_adapter(model, path, adapter["peft_type"], on_adapter)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -163,8 +231,12 @@ def _not_loadable(what: str, path: str, error: Exception) -> str:
     return f"cannot load a {what} from {path!r}: {where}: {first}"
 
 
-def build_causal_lm(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> nn.Module:
-    """A model with random weights: `architecture` holds ``model_type`` and the fields of its config.
+LANGUAGE_MODELS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "encoder-decoder": AutoModelForSeq2SeqLM}
+"""The transformers class of each family of language models."""
+
+
+def architecture_config(architecture: dict[str, Any]) -> Any:
+    """The transformers config that `architecture` describes: ``model_type`` and the fields of its config.
 
     Raises:
         AlignError: the model type or one of the fields is unknown.
@@ -177,13 +249,27 @@ def build_causal_lm(architecture: dict[str, Any], tokenizer: PreTrainedTokenizer
         raise AlignError(f"architecture: model_type {model_type!r} is unknown to transformers") from error
     if unknown := fields.keys() - known.keys():
         raise AlignError(f"architecture: a {model_type} config has no {sorted(unknown)[0]!r}")
+    return AutoConfig.for_model(model_type, **fields)
+
+
+def build_model(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    """A language model of the family of `architecture` with random weights, and embeddings for `tokenizer`.
+
+    Raises:
+        AlignError: as from `architecture_config`.
+    """
+    config = architecture_config(architecture)
     special = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **special, **fields})
-    return AutoModelForCausalLM.from_config(config)
+    for name, value in {"vocab_size": len(tokenizer), **special}.items():
+        if name not in architecture:
+            setattr(config, name, value)
+    if config.is_encoder_decoder and "decoder_start_token_id" not in architecture:
+        config.decoder_start_token_id = tokenizer.pad_token_id
+    return LANGUAGE_MODELS[family_of(config)].from_config(config)
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
@@ -223,10 +309,16 @@ def disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
-def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write `model` and `tokenizer` (chat template included) as a folder that ``from_pretrained`` loads."""
+def save_model(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write `model` and `tokenizer` (chat template included) as a folder that ``from_pretrained`` loads.
+
+    Args:
+        weights: what to write instead of the model's own, where those are in shards.
+    """
     if isinstance(model, PeftModel):
         save_adapter(model, folder)
     else:
-        model.save_pretrained(folder)  # type: ignore[operator]
+        model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)

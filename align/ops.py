@@ -6,8 +6,13 @@ and such a cell of a returned tensor is 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Total = Callable[[Tensor], Tensor]
+"""Sums a tensor over processes."""
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -22,15 +27,26 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return kept.sum() / mask.sum() if dim is None else kept.sum(dim) / mask.sum(dim)
 
 
-def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+def masked_moments(values: Tensor, mask: Tensor, total: Total = lambda part: part) -> tuple[Tensor, Tensor]:
+    """Mean and (population) variance of `values` where `mask` is true, over all processes that `total` sums over."""
+    mask = mask.bool().expand_as(values)
+    kept, count = values.masked_fill(~mask, 0), total(mask.sum())
+    mean = total(kept.sum()) / count
+    return mean, total(((kept - mean).masked_fill(~mask, 0) ** 2).sum()) / count
+
+
+def masked_whiten(
+    values: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8, total: Total = lambda part: part
+) -> Tensor:
     """`values` scaled to mean 0 and (population) variance 1 over the mask; with ``shift_mean=False`` the mean stays what it was.
 
-    `eps` is added to the variance, so equal values come out as 0 and not as NaN.
+    Args:
+        eps: added to the variance, so equal values come out as 0 and not as NaN.
+        total: sums over the processes whose values are one batch.
     """
     mask = mask.bool()
-    mean = masked_mean(values, mask)
-    centred = values.masked_fill(~mask, 0) - mean
-    whitened = centred * torch.rsqrt(masked_mean(centred**2, mask) + eps)
+    mean, variance = masked_moments(values, mask, total)
+    whitened = (values.masked_fill(~mask, 0) - mean) * torch.rsqrt(variance + eps)
     return (whitened if shift_mean else whitened + mean).masked_fill(~mask, 0)
 
 

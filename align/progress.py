@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
+
+from align.runner.files import write_atomically
 
 Item = TypeVar("Item")
 
@@ -22,9 +26,57 @@ def say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
+class Status:
+    """What a stage is doing, for whoever watches it: a small JSON file, always replaced as a whole."""
+
+    def __init__(self, path: Path, **fields: Any) -> None:
+        self.path = path
+        self.fields: dict[str, Any] = {"pid": os.getpid(), "started": time.time(), **fields}
+        self.update()
+
+    def update(self, **fields: Any) -> None:
+        """Change `fields`, and with them the time and the memory that was used (GB, the most so far)."""
+        memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+        self.fields.update(fields, updated=time.time(), memory_gb=memory)
+        write_atomically(self.path, json.dumps(self.fields), durable=False)
+
+
+_watched: Status | None = None
+"""Where bars report to instead of drawing themselves: set in a stage's own process, whose output is a file."""
+
+
+def report_progress(status: Status) -> None:
+    """From now on bars in this process write to `status`."""
+    global _watched
+    _watched = status
+
+
+class _ReportingBar(tqdm):
+    """A bar that is drawn by somebody else."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        assert _watched is not None
+        now = self.format_dict
+        rate = now["rate"] or (now["n"] - now["initial"]) / max(now["elapsed"], 1e-9)
+        left = (now["total"] - now["n"]) / rate if rate and now["total"] else None
+        progress = {"label": self.desc.strip(), "n": now["n"], "total": now["total"], "unit": now["unit"], "seconds_left": left}
+        _watched.update(bar={**progress, "shown": now["postfix"] or ""})
+
+
 def bar(label: str, total: int | None, unit: str = "step") -> tqdm:
     """A progress bar with the time left; without a `total`, with the rate alone."""
-    return tqdm(total=total, desc=f"{label:>12}", unit=unit, file=sys.stderr, dynamic_ncols=True, mininterval=0.5)
+    options: dict[str, Any] = {"total": total, "desc": f"{label:>12}", "unit": unit, "mininterval": 0.5}
+    if _watched is not None:
+        return _ReportingBar(file=_Nowhere(), **options)
+    return tqdm(file=sys.stderr, dynamic_ncols=True, **options)
+
+
+class _Nowhere:
+    """Takes what tqdm would draw."""
+
+    def write(self, text: str) -> None: ...
+
+    def flush(self) -> None: ...
 
 
 def track(items: Sequence[Item], label: str, unit: str = "pack") -> Iterable[Item]:
@@ -36,10 +88,15 @@ def track(items: Sequence[Item], label: str, unit: str = "pack") -> Iterable[Ite
 
 
 class History:
-    """The metrics of one stage, appended to a file as they come. What the file holds already belongs to a run that was cut."""
+    """The metrics of one stage, appended to a file as they come. What the file holds already belongs to a run that was cut.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        writes: off in all processes of a stage but the first, which have the same metrics.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path = path
+        self.writes = writes
         path.touch()
         whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a kill may have cut the last one
         self.records: list[dict[str, Any]] = [json.loads(line) for line in whole_lines]
@@ -48,14 +105,16 @@ class History:
     def rewind(self, step: int) -> None:
         """Forget what came after `step`, because the run goes on from there."""
         self.records = [record for record in self.records if record["step"] <= step]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
+        if self.writes:
+            write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
         """Append one record: the step, seconds since the start, and `metrics`."""
         record = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **metrics}
         self.records.append(record)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        if self.writes:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
     def last(self, name: str) -> Any:
         """The latest value of `name`, or None."""

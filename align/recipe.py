@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from align.errors import AlignError, near_miss
 from align.registry import check_name
@@ -141,7 +141,8 @@ def _module_name(path: Path) -> str:
 
 
 def from_yaml(path: Path) -> Recipe:
-    """A recipe written as YAML: ``name`` and ``stages``, each with its ``stage`` and fields.
+    """A recipe written as YAML: ``name`` and ``stages``, each with its ``stage`` and fields. A ``launch`` beside them is that of
+    every stage that takes one and has none.
 
     Raises:
         AlignError: a key is missing or unknown.
@@ -149,14 +150,17 @@ def from_yaml(path: Path) -> Recipe:
     raw = read_yaml(path)
     if not isinstance(raw, dict) or not isinstance(raw.get("stages"), dict):
         raise AlignError(f"{path}: expected a mapping with `name` and `stages`")
-    for key in raw.keys() - {"name", "stages"}:
-        raise AlignError(f"{path}: unknown key {key!r}{near_miss(key, ['name', 'stages'])}; a recipe has `name` and `stages`")
+    known = ("name", "stages", "launch")
+    for key in raw.keys() - set(known):
+        raise AlignError(f"{path}: unknown key {key!r}{near_miss(key, known)}; a recipe has `name`, `stages` and perhaps `launch`")
     built = {}
     for name, fields in raw["stages"].items():
         if not isinstance(fields, dict) or not isinstance(fields.get("stage"), str):
             raise AlignError(f"{path}: stage {name!r} needs a key `stage`, one of: {', '.join(stages)}")
+        cls = stages[fields["stage"]]
+        common = {"launch": raw["launch"]} if "launch" in raw and "launch" in cls.model_fields else {}
         rest = {key: value for key, value in fields.items() if key != "stage"}
-        built[name] = make_stage(stages[fields["stage"]], rest, f"{path}, stage {name!r}")
+        built[name] = make_stage(cls, {**common, **rest}, f"{path}, stage {name!r}")
     return Recipe(raw.get("name", path.stem), built)
 
 
@@ -232,6 +236,8 @@ def _nested(stage: Stage, key: str, value: Any) -> dict[str, Any]:
     if not entry:
         return {name: value}
     inner = getattr(stage, name, None)
+    if isinstance(inner, BaseModel):
+        inner = inner.model_dump(exclude_unset=True)
     if not isinstance(inner, dict):
         raise AlignError(f"--set {key}: {name!r} is not a mapping")
     return {name: {**inner, entry: value}}

@@ -58,7 +58,7 @@ def _key(model: nn.Module, trees: Sequence[Tree]) -> str:
     device = next(model.parameters()).device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     digest = hashlib.sha256(json.dumps([__version__, device, autocast, config], sort_keys=True, default=str).encode())
-    for name, tensor in sorted(_weights(model).items()):
+    for name, tensor in sorted(base_weights(model).items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
         digest.update(_bytes(tensor))
     for tree in trees:
@@ -66,7 +66,7 @@ def _key(model: nn.Module, trees: Sequence[Tree]) -> str:
     return digest.hexdigest()
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
+def base_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights that answer before training: those of the base, where a new adapter is off, by the names that they have without
     one.
     """

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from align.artifact import Artifact, write_atomically
+from align.artifact import Artifact
 from align.errors import AlignError, near_miss
+from align.runner.files import write_atomically
+from align.runner.locks import lock
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -64,30 +65,31 @@ class Registry:
 
     def add(self, artifact: Artifact) -> Artifact:
         """Register `artifact` under the next free version and return it with that version. The same identity and path is not
-        added twice.
+        added twice: where it ran again, its entry is replaced.
         """
         folder = self.root / check_name(artifact.name)
-        folder.mkdir(parents=True, exist_ok=True)
-        for known in self.versions(artifact.name):
-            if known.identity == artifact.identity and known.path == artifact.path:
-                return known
-        version = 1 + max((a.version for a in self.versions(artifact.name)), default=0)
-        while True:
+        with lock(folder):
+            versions = self.versions(artifact.name)
+            same = [known for known in versions if (known.identity, known.path) == (artifact.identity, artifact.path)]
+            version = same[0].version if same else 1 + max(self._taken(artifact.name), default=0)
             numbered = replace(artifact, version=version)
-            temporary = folder / f".{uuid.uuid4().hex}.tmp"
-            write_atomically(temporary, json.dumps(asdict(numbered), indent=1))
-            try:
-                # A hard link fails where the name exists: no two writers ever take the same version.
-                os.link(temporary, folder / f"{version}.json")
-                return numbered
-            except FileExistsError:
-                version += 1
-            finally:
-                temporary.unlink()
+            write_atomically(folder / f"{version}.json", json.dumps(asdict(numbered), indent=1))
+        return numbered
+
+    def remove(self, artifact: Artifact) -> None:
+        """Take `artifact` out; see `align.runner.share.delete` for what is checked before. Its version is not given again."""
+        entry = self.root / artifact.name / f"{artifact.version}.json"
+        entry.rename(entry.with_suffix(".deleted"))
+
+    def _taken(self, name: str) -> list[int]:
+        """Version numbers that are, or were, somebody's."""
+        return [int(path.stem) for path in (self.root / name).glob("[0-9]*.*") if path.stem.isdigit()]
 
     def names(self) -> list[str]:
         """Registered names."""
-        return sorted(path.name for path in self.root.iterdir() if path.is_dir()) if self.root.is_dir() else []
+        if not self.root.is_dir():
+            return []
+        return sorted(path.name for path in self.root.iterdir() if path.is_dir() and any(path.glob("[0-9]*.json")))
 
     def versions(self, name: str) -> list[Artifact]:
         """All versions of `name`, oldest first."""

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from align import __version__
-from align.artifact import Artifact, write_atomically
+from align.artifact import Artifact
+from align.runner.files import write_atomically
 
 MODES, NO_ANSWER = ("sampled", "greedy"), {"text": None, "reward": None}
 RESULTS, PAGES = "results.json", ("report.md", "report.html")
@@ -144,8 +145,12 @@ def results_table(models: Mapping[str, Mapping[str, Any]]) -> Table:
     columns = {key: key.removesuffix("_reward") + " reward" for key in _rewards(keys)}
     columns |= {"greedy_reward": "greedy reward", "perplexity": "perplexity", "mean_completion_tokens": "tokens per answer"}
     columns |= {key: "KL to " + key.removeprefix("kl_to_") for key in keys if key.startswith("kl_to_")}
-    columns |= {"preference_accuracy": "preference accuracy", "accuracy": "reward-model accuracy"}
+    columns |= {"preference_accuracy": "preference accuracy"}
+    if "accuracy_ci95" in keys:
+        columns["accuracy"] = "reward-model accuracy"
     columns = {key: title for key, title in columns.items() if key in keys}
+    hidden = {"n", "parts", "finished_share", *(key for key in keys if key.endswith("_ci95"))}
+    columns |= {key: key.replace("_", " ") for key in keys if key not in hidden | columns.keys()}  # metrics by name
     rewards = {key for key in columns if key.endswith("_reward")}
     bounds = [bound for metrics in models.values() for key in rewards for bound in _measure(metrics, key)[1] or ()]
     scales = dict.fromkeys(rewards, (min(bounds), max(bounds))) if bounds else {}

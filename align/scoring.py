@@ -44,6 +44,12 @@ def mean_nll(model: nn.Module, trees: Sequence[Tree], max_tokens: MaxTokens) -> 
     return -sum(total for _, (total,) in sums) / sum(tree.targets for tree in trees)
 
 
+def token_accuracy(model: nn.Module, trees: Sequence[Tree], max_tokens: MaxTokens) -> float:
+    """Share of the target tokens (0 to 1) that are the model's likeliest."""
+    sums = _over_forests(model, trees, Budget(max_tokens), lambda forest: [model(forest=forest).correct.sum().item()])
+    return sum(total for _, (total,) in sums) / sum(tree.targets for tree in trees)
+
+
 def _per_branch(model: nn.Module, trees: Sequence[Tree], budget: Budget, answer: Callable[[Forest], Tensor]) -> list[list[float]]:
     """`answer`'s numbers, one for each sequence, in the order of `trees`."""
     found: list[list[float]] = [[] for _ in trees]
@@ -75,18 +81,30 @@ class RewardScorer:
 
     Args:
         normalize: subtract the mean and divide by the deviation of the scores that the reward stage stored with the model.
+        model: answers as an enabled model of `path` would; None loads that.
 
     Raises:
         AlignError: its tokenizer differs from the policy's, or there is no stored scale to normalize by.
     """
 
-    def __init__(self, path: str, vocabulary: dict[str, int], *, dtype: str, max_tokens: MaxTokens, normalize: bool) -> None:
+    def __init__(
+        self,
+        path: str,
+        vocabulary: dict[str, int],
+        *,
+        dtype: str,
+        max_tokens: MaxTokens,
+        normalize: bool,
+        model: nn.Module | None = None,
+    ) -> None:
         if load_tokenizer(path).get_vocab() != vocabulary:
             raise AlignError(f"the reward model {path} has another tokenizer than the policy; train both from one base")
-        self.model = load_reward_model(path, dtype=dtype)
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.model.requires_grad_(False)
-        enable_forest(self.model)
+        if model is None:
+            model = load_reward_model(path, dtype=dtype)
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
+            model.requires_grad_(False)
+            enable_forest(model)
+        self.model = model
         self.budget = Budget(max_tokens)
         self.mean, self.std = 0.0, 1.0
         scale = Path(path) / SCORE_SCALE

@@ -19,7 +19,7 @@ import torch
 
 from align.errors import AlignError
 from align.progress import say
-from benchmarks import ours, rollouts
+from benchmarks import ours, ppo, rollouts
 from benchmarks.compare import CHECKED_STEPS, OURS, TRL_BEST, Case, Row, Side, collect, loss_difference, row, table
 from benchmarks.gemm import Arithmetic, gemm_rate, typical_forest
 from benchmarks.probe import probe, train
@@ -59,7 +59,7 @@ CASES = (
 
 LARGE_VOCABULARY = 152_000
 VOCABULARY_NAME = "vocabulary"
-NAMES = (*(case.name for case in CASES), VOCABULARY_NAME, *(case.name for case in rollouts.CASES))
+NAMES = (*(case.name for case in CASES), *ppo.NAMES, VOCABULARY_NAME, *(case.name for case in rollouts.CASES))
 
 
 def measure(case: Case, steps: int, repeats: int, folder: Path) -> Row:
@@ -145,6 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for case in CASES:
                 if case.name in options.only:
                     rows.append(measure(case, options.steps or case.steps, options.repeats, Path(folder)))
+            if names := [name for name in ppo.NAMES if name in options.only]:
+                rows += ppo.measure(names, options.repeats, options.steps)
             if VOCABULARY_NAME in options.only:
                 rows.append(vocabulary(Path(folder)))
             for rollout in rollouts.CASES:

@@ -171,11 +171,18 @@ MISTAKES = {
         "'per_device_train_batch_size' is 1: input should be greater than 1",
     ),
     "kto on demonstrations": ("kto --beta 0.1 --model model --data sft.jsonl", r"sft\.jsonl row 1, .* gives sft rows here"),
-    "grpo on the forest": (GRPO + "mine.py:short --engine forest", "'engine' is 'forest': input should be 'trl'"),
+    "no such estimator": (
+        PPO + "mine.py:short --advantage_estimator gea",
+        r"unknown advantage estimator 'gea' \(did you mean 'gae'",
+    ),
+    "a group of one": (PPO + "mine.py:short --advantage_estimator rloo", "set num_generations to 2 or more"),
+    "a critic for nothing": (PPO + "mine.py:short --critic adapter", "set use_peft, or take 'separate' or 'shared'"),
+    "nothing to mix in": (PPO + "mine.py:short --ptx_coef 0.1", "there are no rows for it: set ptx_data"),
+    "k1 in the loss": (PPO + "mine.py:short --kl_in loss", "kl_estimator 'k1' has a gradient of mean zero"),
     "groups that do not fit": (GRPO + "mine.py:short --num_generations 3", r"\(8\) must be a multiple of num_generations \(3\)"),
     "greedy groups": (GRPO + "mine.py:short --temperature 0", "'temperature' is 0: input should be greater than 0"),
     "prompts that fill no batch": (
-        GRPO + "mine.py:short --num_generations 2 --gradient_accumulation_steps 4",
+        GRPO + "mine.py:short --engine trl --num_generations 2 --gradient_accumulation_steps 4",
         "8 prompts do not fill a batch, which takes 16",
     ),
     "grpo without a reward": (GRPO.removesuffix("--reward_funcs "), "nothing judges the answers"),
@@ -358,7 +365,8 @@ def test_the_same_command_again_does_nothing(capsys, tmp_path):
     assert run_json(command, capsys) == run_json(command, capsys)
     assert len(Registry().all()) == 1
     (plan,) = run_json(command + " --plan", capsys)
-    assert plan == {"stage": "sft", "runs": False, "reason": "up to date", "folder": f"{tmp_path}/out"}
+    expected = {"stage": "sft", "runs": False, "reason": "up to date", "folder": f"{tmp_path}/out", "seconds_last_time": None}
+    assert plan == expected
     assert main(f"{SFT}sft.jsonl --seed 1 --output_dir {tmp_path}/out".split()) == 2
     assert "holds another result (sft@1)" in capsys.readouterr().err
 

@@ -39,14 +39,18 @@ def commands():
 def folder(tmp_path_factory, tokenizer):
     """What the commands in the pages speak of. A block that begins with ``# NAME`` is a file of that name."""
     folder = tmp_path_factory.mktemp("docs")
-    for name in ("stories260k", "runs/sft", "runs/reward"):
+    for name in ("stories260k", "runs/sft", "runs/reward", "runs/ner"):
         llama().save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     write_rows(folder / "alpaca.jsonl", [{"instruction": "Say one.", "input": "", "output": "One."}] * 3)
     for name in ("pairs.jsonl", "votes.jsonl"):
         write_rows(folder / name, [{"prompt": "Say one.", "chosen": "One.", "rejected": "Two."}])
     write_rows(folder / "prompts.jsonl", [{"prompt": "Say one."}])
-    (folder / "corpus.txt").write_text("One text.\n\nAnother text.\n")
+    for name in ("corpus.txt", "stories.txt"):
+        (folder / name).write_text("One text.\n\nAnother text.\n")
+    write_rows(folder / "labelled.jsonl", [{"text": "One text.", "label": "positive"}])
+    write_rows(folder / "tagged.jsonl", [{"tokens": ["One", "text"], "tags": ["O", "O"]}])
+    write_rows(folder / "asked.jsonl", [{"question": "Which?", "context": "One text.", "answers": ["One"]}])
     for page in PAGES:
         for block in (*blocks(page, "python"), *blocks(page, "yaml")):
             if named := re.match(r"# (\w+\.(?:py|yaml))\n", block):
@@ -68,9 +72,9 @@ def test_a_command_parses_and_plans(command, capsys, folder):
     if arguments[0] in ("chat", "serve", "ui"):  # these go on until they are told to stop
         assert parser().parse_known_args(arguments)[1] == []
         return
-    if arguments[0] in ("models", "report", "data", "check"):
+    if arguments[0] in ("models", "report", "data", "check", "status"):
         code = main(arguments)
-        assert code == 0 or re.search("no model 'demo-|no run folder", capsys.readouterr().err)
+        assert code == 0 or re.search("no model 'demo-|has no 'demo-|no run folder", capsys.readouterr().err)
         return
     needs = {"my-dpo": "runs/sft"}
     for name in needs.keys() & set(arguments):
@@ -173,6 +177,23 @@ def test_adding_a_format(tmp_path):
     assert loaded.rows[0].chosen[0].content == "Ada."
 
 
+def test_the_examples_of_the_metrics_page():
+    from align.metrics import metrics
+
+    with temporarily(metrics):
+        for block in blocks(ROOT / "docs" / "metrics.md", "python"):
+            exec(compile(block, "metrics.md", "exec"), {"__name__": "an_example"})
+
+
+def test_every_metric_and_task_is_in_its_table():
+    from align.metrics import metrics
+    from align.tasks import tasks
+
+    for catalog, page in ((metrics, "metrics.md"), (tasks, "tasks.md")):
+        rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.MULTILINE)
+        assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(catalog)
+
+
 def test_adding_a_stage(tmp_path):
     from align.recipe import Recipe
 
@@ -210,7 +231,7 @@ def test_every_knob_of_ppo_is_explained_with_its_default():
 
 def test_every_name_that_ppo_logs_is_explained():
     page = (ROOT / "docs" / "ppo.md").read_text(encoding="utf-8")
-    source = (ROOT / "align" / "trainers" / "ppo.py").read_text(encoding="utf-8")
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "align" / "trainers" / "ppo").glob("*.py"))
     logged = set(re.findall(r'"((?:objective|policy|loss|val|completions)/\w+)"', source))
     assert len(logged) > 10
     assert {name for name in logged if f"`{name}`" not in page} == set()

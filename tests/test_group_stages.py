@@ -1,4 +1,4 @@
-"""GRPO and RLOO by TRL: our rows and rewards go in, a trained model with its history comes out."""
+"""GRPO and RLOO, by TRL and on the forest: our rows and rewards go in, a trained model with its history comes out."""
 
 import copy
 import json
@@ -25,7 +25,8 @@ def raises(completions, **columns): raise RuntimeError("the judge\\nis asleep")
 def wants(completions, score): return score
 def told(completions, answer, **columns): return [float(a in c[0]["content"]) for c, a in zip(completions, answer)]
 """
-COMMAND = "--model model --data prompts.jsonl --max_completion_length 6 --num_generations 4 --held_out 0.3 --warmup_ratio 0 --json"
+FOREST = "--model model --data prompts.jsonl --max_completion_length 6 --num_generations 4 --held_out 0.3 --warmup_ratio 0 --json"
+COMMAND = f"--engine trl {FOREST}"
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +147,57 @@ def test_a_reward_that_fails_is_one_line_below_the_bar(stage, reward, message, c
     assert main(f"{stage} {COMMAND} --held_out 0 --reward_funcs mine.py:{reward}".split()) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"align: error: {stage}: {message}"
     assert Registry().all() == []
+
+
+# -- engine forest -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", GROUP_TRAINERS)
+@pytest.mark.parametrize("adapter", ["", " --use_peft --lora_r 2"])
+def test_two_steps_on_the_forest(stage, adapter, capsys):
+    """Registered like any stage, with both rewards, weighted, in metrics and history; the weights moved."""
+    rewards = " --reward_funcs mine.py:low mine.py:told --reward_weights 2 0.5"
+    artifact = run(f"{stage} {FOREST} --max_steps 2 --learning_rate 1e-2 --num_iterations 2{rewards}{adapter}", capsys)
+    metrics, path = artifact["metrics"], Path(artifact["path"])
+    for when in ("", "_before"):
+        total = 2 * metrics[f"eval_low{when}"] + 0.5 * metrics[f"eval_told{when}"]
+        assert metrics[f"eval_score{when}"] == pytest.approx(total, rel=1e-5)
+    steps = [record for record in map(json.loads, (path / "metrics.jsonl").read_text().splitlines()) if "loss/policy_avg" in record]
+    assert [(record["step"], record["episode"], record["policy/updates"]) for record in steps] == [(1, 8, 2), (2, 16, 2)]
+    assert steps[0]["objective/kl"] == pytest.approx(0, abs=1e-4), "the reference is what the run started from"
+    assert steps[1]["objective/kl"] != pytest.approx(0, abs=1e-4)
+    assert "loss/value_avg" not in steps[0]
+    assert (path / ("adapter_model.safetensors" if adapter else "model.safetensors")).exists()
+
+
+def test_passes_over_the_data_are_counted_as_by_trl(capsys):
+    """All prompts twice, 4 answers to each, 8 answers in a batch: as many steps as TRL takes."""
+    command = "--num_train_epochs 2 --held_out 0 --reward_funcs mine.py:low"
+    counts = {}
+    for engine, common in (("forest", FOREST), ("trl", COMMAND)):
+        path = Path(run(f"grpo {common} {command} --output_dir {engine}-epochs", capsys)["path"])
+        counts[engine] = max(json.loads(line)["step"] for line in (path / "metrics.jsonl").read_text().splitlines())
+    assert counts == {"forest": 8, "trl": 8}
+
+
+def test_it_learns_on_the_forest(capsys):
+    """From a third of the tokens below 100 to most of them, in 25 steps."""
+    artifact = run(
+        f"grpo {FOREST} --max_steps 25 --learning_rate 1e-2 --beta 0 --per_device_train_batch_size 16 --reward_funcs mine.py:low",
+        capsys,
+    )
+    assert artifact["metrics"]["eval_score_before"] < 0.5
+    assert artifact["metrics"]["eval_score"] > 0.7
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--top_p 0.9", "top_p must be 1 and top_k 0"),
+        ("--engine trl --target_kl 0.1", "target_kl runs on engine 'forest' only"),
+        ("--num_generations 3", "must be a multiple of num_generations (3)"),
+    ],
+)
+def test_what_cannot_work_is_refused(flags, message, capsys):
+    assert main(f"grpo {FOREST} --reward_funcs mine.py:low {flags}".split()) == 2
+    assert message in capsys.readouterr().err

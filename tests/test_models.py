@@ -19,7 +19,7 @@ from align.engine import enable_forest
 from align.errors import AlignError
 from align.forest import plant
 from align.models import (
-    build_causal_lm,
+    build_model,
     disable_dropout,
     ensure_pad_token,
     is_adapter,
@@ -193,7 +193,7 @@ def test_an_adapter_on_a_model_with_a_token_more_than_its_base(tmp_path, bare, k
 
 def test_an_adapter_on_random_weights(tmp_path, tokenizer):
     """A model that was never on disk is written beside its adapter."""
-    model = shaken(tune(build_causal_lm({"model_type": "llama", **SIZES}, tokenizer), LORA, tmp_path / "a"))
+    model = shaken(tune(build_model({"model_type": "llama", **SIZES}, tokenizer), LORA, tmp_path / "a"))
     save_model(model, tokenizer, tmp_path / "a")
     assert_close(logits(load_causal_lm(str(tmp_path / "a"))), logits(model))
 
@@ -241,13 +241,13 @@ def test_stop_tokens(tokenizer):
 
 
 def test_random_weights(tokenizer):
-    model = build_causal_lm({"model_type": "qwen3", **SIZES, "head_dim": 8}, tokenizer)
+    model = build_model({"model_type": "qwen3", **SIZES, "head_dim": 8}, tokenizer)
     assert model.config.vocab_size == len(tokenizer)
     assert model.config.eos_token_id == tokenizer.eos_token_id
     with pytest.raises(AlignError, match="model_type 'lama' is unknown"):
-        build_causal_lm({"model_type": "lama"}, tokenizer)
+        build_model({"model_type": "lama"}, tokenizer)
     with pytest.raises(AlignError, match="a llama config has no 'hiden_size'"):
-        build_causal_lm({"model_type": "llama", "hiden_size": 3}, tokenizer)
+        build_model({"model_type": "llama", "hiden_size": 3}, tokenizer)
 
 
 def test_disable_dropout_makes_training_mode_deterministic():

@@ -16,7 +16,9 @@ from align.engine import enable_forest
 from align.errors import AlignError
 from align.progress import History
 from align.rollout import Completion, Sampling
-from align.trainers.ppo import PPOTrainer
+from align.trainers.ppo.critics import SeparateCritic
+from align.trainers.ppo.models import Models
+from align.trainers.ppo.trainer import PPOTrainer
 from align.trainers.settings import PPOSettings
 from align.tuning.strategies import Tuning
 from align.tuning.tune import tune
@@ -34,27 +36,34 @@ def make(tmp_path):
     """Builds a PPO trainer on two enabled models."""
 
     def build_trainer(
-        policy=None, critic=None, scorer=None, prompts=((5, 6, 7),), sampling=None, rate=1e-3, max_tokens=64, **settings
+        policy=None, critic=None, scorer=None, prompts=((5, 6, 7),), sampling=None, rate=1e-3, max_tokens=64, rest=None, **settings
     ):
-        policy, critic = policy or llama(), critic or critic_model()
-        for model in (policy, critic):
-            assert enable_forest(model) is None
-        optimizer = torch.optim.AdamW([p for m in (policy, critic) for p in m.parameters() if p.requires_grad], lr=rate)
-        settings = {"total_episodes": 8, "episodes_per_step": 8, "num_mini_batches": 2, **settings}
+        rest = rest or {}
+        policy, settings = policy or llama(), {"total_episodes": 8, "episodes_per_step": 8, "num_mini_batches": 2, **settings}
+        assert enable_forest(policy) is None
+        if critic is None and settings.get("advantage_estimator", "gae") == "gae":
+            critic = critic_model()
+        if isinstance(critic, torch.nn.Module):
+            assert enable_forest(critic) is None
+            critic = SeparateCritic(critic)
+        sampling = sampling or Sampling(6, temperature=0.8)
+        models = Models(policy, critic, temperature=sampling.temperature)
+        groups = [{"params": list(named.values())} for named in models.parameters().values() if named]
+        optimizer = torch.optim.AdamW(groups, lr=rate)
         return PPOTrainer(
-            policy,
-            critic,
+            models,
             [list(prompt) for prompt in prompts],
             scorer or (lambda indices, completions: ([0.0] * len(indices), {})),
             PPOSettings(**settings),
-            sampling=sampling or Sampling(6, temperature=0.8),
+            sampling=sampling,
             stop_ids=[STOP],
             optimizer=optimizer,
-            scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+            scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
             history=History(tmp_path / "metrics.jsonl"),
             max_tokens=max_tokens,
             max_grad_norm=1e9,
             seed=0,
+            **rest,
         )
 
     return build_trainer
@@ -138,7 +147,7 @@ def test_estimates_equal_a_slow_computation(make, settings, max_tokens):
     trainer = make(copy.deepcopy(policy), copy.deepcopy(critic), max_tokens=max_tokens, **settings)
     other = copy.deepcopy(reference)
     enable_forest(other)
-    trainer._reference = lambda: nullcontext(other)
+    trainer.models.reference = lambda: nullcontext(other)
     found = trainer.estimate(prompts, completions, scores)
     wanted = slowly(policy, reference, critic, prompts, completions, scores, trainer.settings, temperature=0.8)
 
@@ -179,10 +188,14 @@ def spy_on(trainer):
 
     def record(*_):
         seen.append(
-            {f"{i}.{n}": p.grad.clone() for i, m in enumerate((trainer.policy, trainer.critic)) for n, p in m.named_parameters()}
+            {
+                f"{i}.{n}": p.grad.clone()
+                for i, m in enumerate((trainer.models.policy, trainer.models.critic.model))
+                for n, p in m.named_parameters()
+            }
         )
 
-    trainer.optimizer.register_step_pre_hook(record)
+    trainer.learner.optimizer.register_step_pre_hook(record)
     return seen
 
 
@@ -191,7 +204,7 @@ def test_the_first_mini_batch_is_on_policy(make):
     trainer = make(num_mini_batches=1, num_ppo_epochs=1)
     prompts, completions, scores = episodes()
     found = trainer.estimate(prompts, completions, scores)
-    said = trainer.update(found)
+    said = trainer.learner.update(found, 0.05)
     assert said["val/ratio"] == pytest.approx(1, abs=1e-6)
     assert said["policy/approxkl_avg"] == pytest.approx(0, abs=1e-9)
     assert said["policy/clipfrac_avg"] == said["val/clipfrac_avg"] == 0
@@ -199,7 +212,7 @@ def test_the_first_mini_batch_is_on_policy(make):
     assert said["loss/value_avg"] == pytest.approx(
         0.5 * ((found.old_values - found.returns)[found.mask] ** 2).mean().item(), rel=1e-5
     )
-    assert trainer.update(found)["policy/approxkl_avg"] > 1e-7  # the update did move the policy
+    assert trainer.learner.update(found, 0.05)["policy/approxkl_avg"] > 1e-7  # the update did move the policy
 
 
 def test_gradients_do_not_depend_on_max_tokens(make):
@@ -208,7 +221,7 @@ def test_gradients_do_not_depend_on_max_tokens(make):
     for max_tokens in (1, 25, 10_000):
         trainer = make(max_tokens=max_tokens, num_ppo_epochs=2)
         seen = spy_on(trainer)
-        said = trainer.update(trainer.estimate(prompts, completions, scores))
+        said = trainer.learner.update(trainer.estimate(prompts, completions, scores), 0.05)
         results[max_tokens] = seen, said
     seen, said = results.pop(10_000)
     assert len(seen) == 4  # 2 epochs of 2 mini-batches
@@ -225,7 +238,7 @@ def test_the_gradient_is_that_of_the_mean_over_the_mini_batch_s_tokens(make):
     policy, critic, (prompts, completions, scores) = llama(), critic_model(), episodes()
     trainer = make(copy.deepcopy(policy), copy.deepcopy(critic), num_mini_batches=1, vf_coef=0.3)
     seen, found = spy_on(trainer), trainer.estimate(prompts, completions, scores)
-    trainer.update(found)
+    trainer.learner.update(found, 0.05)
     logps = Alone(policy, found.trees)(temperature=0.8).logps
     values = Alone(critic, found.trees)(read="sources")
     (-found.advantages[found.mask] * logps).mean().backward()
@@ -237,11 +250,11 @@ def test_the_gradient_is_that_of_the_mean_over_the_mini_batch_s_tokens(make):
 
 def test_a_frozen_copy_is_the_reference_of_full_weights(make):
     trainer = make(rate=1e-2)
-    start = copy.deepcopy(trainer.policy.state_dict())
+    start = copy.deepcopy(trainer.models.policy.state_dict())
     trainer.train()
-    with trainer._reference() as reference:
+    with trainer.models.reference() as reference:
         assert all(torch.equal(start[name], value) for name, value in reference.state_dict().items())
-    assert any(not torch.equal(start[name], value) for name, value in trainer.policy.state_dict().items())
+    assert any(not torch.equal(start[name], value) for name, value in trainer.models.policy.state_dict().items())
     found = trainer.estimate(*episodes())
     assert found.kl.abs().max() > 1e-3
     with torch.no_grad():
@@ -252,7 +265,7 @@ def test_a_frozen_copy_is_the_reference_of_full_weights(make):
 def test_an_adapter_switched_off_is_the_reference_of_lora(make):
     policy = tune(llama(), Tuning("lora", {"r": 4}))
     trainer = make(policy, rate=1e-2)
-    assert trainer._reference.start == []
+    assert trainer.models.reference.start == []
     assert trainer.estimate(*episodes()).kl.abs().max() == 0
     trainer.train()
     found = trainer.estimate(*episodes())
@@ -266,10 +279,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(make):
     trainer = make()
     prompts, completions, scores = episodes()
     found = trainer.estimate(prompts, completions, [*scores[:-1], math.nan])
-    before = copy.deepcopy(trainer.policy.state_dict())
+    before = copy.deepcopy(trainer.models.policy.state_dict())
     with pytest.raises(AlignError, match="PPO's loss is nan; no update was made"):
-        trainer.update(found)
-    assert all(torch.equal(before[name], value) for name, value in trainer.policy.state_dict().items())
+        trainer.learner.update(found, 0.05)
+    assert all(torch.equal(before[name], value) for name, value in trainer.models.policy.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -293,8 +306,8 @@ def test_settings_that_cannot_work_are_refused():
 
 
 def test_every_prompt_comes_once_before_any_comes_again(make):
-    batches = make(prompts=[[i] for i in range(3, 15)], episodes_per_step=8)._prompt_batches()
-    drawn = [i for _ in range(6) for i in next(batches)]  # 48 = 4 rounds of 12
+    order = make(prompts=[[i] for i in range(3, 15)], episodes_per_step=8).order
+    drawn = [i for _ in range(6) for i in order.take(8)]  # 48 = 4 rounds of 12
     rounds = [drawn[i : i + 12] for i in range(0, 48, 12)]
     assert all(sorted(one) == list(range(12)) for one in rounds)
     assert len({tuple(one) for one in rounds}) > 1

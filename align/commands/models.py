@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,45 +14,108 @@ import yaml
 from align.commands.output import print_rows
 from align.errors import AlignError
 from align.progress import say
-from align.registry import Registry
+from align.registry import Registry, home
+from align.runner.share import delete, pull, push, size, unreferenced
 
 
 def add(verbs: Any) -> None:
-    parser = verbs.add_parser("models", help="the registry: list | show NAME | lineage NAME | alias NAME TARGET")
-    parser.add_argument("action", choices=["list", "show", "lineage", "alias"])
+    parser = verbs.add_parser(
+        "models",
+        help="the registry: list | show NAME | lineage NAME | alias NAME TARGET | delete NAME@VERSION | gc [FOLDER] | "
+        "push NAME FOLDER | pull NAME FOLDER",
+    )
+    parser.add_argument("action", choices=tuple(ACTIONS))
     parser.add_argument("name", nargs="?")
     parser.add_argument("target", nargs="?")
+    parser.add_argument("--yes", action="store_true", help="gc: remove what is listed")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(handler=models)
 
 
 def models(options: argparse.Namespace) -> int:
     registry = Registry()
-    if options.action == "list":
-        rows = [asdict(artifact) for artifact in registry.all()]
-        print_rows(
-            rows, options.json, lambda a: f"{a['name'] + '@' + str(a['version']):<28} {a['stage']:<11} {a['created']}  {a['path']}"
-        )
-        if not rows and not options.json:
-            say(f"the registry {registry.root} is empty: every stage that finishes adds to it")
-        return 0
-    if options.name is None:
+    if options.action not in ("list", "gc") and options.name is None:
         raise AlignError(f"`align models {options.action}` needs a NAME")
-    if options.action == "alias":
-        if options.target is None:
-            raise AlignError("`align models alias NAME TARGET` needs a TARGET: a registered name, a path or a hub id")
-        registry.add_alias(options.name, options.target)
-    elif options.action == "show":
-        artifact = asdict(registry.get(options.name))
-        print(
-            json.dumps(artifact, indent=1)
-            if options.json
-            else yaml.safe_dump(artifact, sort_keys=False, allow_unicode=True).rstrip()
-        )
-    else:
-        rows = [
-            {"depth": d, "reference": r, "stage": a.stage if a else None, "path": a.path if a else None}
-            for d, r, a in registry.lineage(options.name)
-        ]
-        print_rows(rows, options.json, lambda row: f"{'  ' * row['depth']}{row['reference']}  ({row['stage'] or 'base'})")
+    if options.action in ("alias", "push", "pull") and options.target is None:
+        needed = {"alias": "a TARGET: a registered name, a path or a hub id"}
+        raise AlignError(f"`align models {options.action} NAME TARGET` needs {needed.get(options.action, 'a FOLDER')}")
+    return ACTIONS[options.action](registry, options)
+
+
+def _list(registry: Registry, options: argparse.Namespace) -> int:
+    rows = [asdict(artifact) for artifact in registry.all()]
+    print_rows(
+        rows, options.json, lambda a: f"{a['name'] + '@' + str(a['version']):<28} {a['stage']:<11} {a['created']}  {a['path']}"
+    )
+    if not rows and not options.json:
+        say(f"the registry {registry.root} is empty: every stage that finishes adds to it")
     return 0
+
+
+def _show(registry: Registry, options: argparse.Namespace) -> int:
+    artifact = asdict(registry.get(options.name))
+    print(
+        json.dumps(artifact, indent=1) if options.json else yaml.safe_dump(artifact, sort_keys=False, allow_unicode=True).rstrip()
+    )
+    return 0
+
+
+def _lineage(registry: Registry, options: argparse.Namespace) -> int:
+    rows = [
+        {"depth": d, "reference": r, "stage": a.stage if a else None, "path": a.path if a else None}
+        for d, r, a in registry.lineage(options.name)
+    ]
+    print_rows(rows, options.json, lambda row: f"{'  ' * row['depth']}{row['reference']}  ({row['stage'] or 'base'})")
+    return 0
+
+
+def _alias(registry: Registry, options: argparse.Namespace) -> int:
+    registry.add_alias(options.name, options.target)
+    return 0
+
+
+def _delete(registry: Registry, options: argparse.Namespace) -> int:
+    artifact = delete(registry, options.name)
+    print(f"deleted {artifact.reference}  {artifact.path}")
+    return 0
+
+
+def _gc(registry: Registry, options: argparse.Namespace) -> int:
+    root = Path(options.name) if options.name else home()
+    if not root.is_dir():
+        raise AlignError(f"no folder {root}")
+    rows = [{"path": str(path), "bytes": size(path), "removed": options.yes} for path in unreferenced(root)]
+    for row in rows if options.yes else ():
+        shutil.rmtree(row["path"])
+    print_rows(
+        rows,
+        options.json,
+        lambda row: f"{'removed' if row['removed'] else 'unused'}  {row['bytes'] / 2**20:8.1f} MB  {row['path']}",
+    )
+    if not options.json:
+        total = sum(row["bytes"] for row in rows) / 2**20
+        say(f"{total:.1f} MB" + ("" if options.yes or not rows else "; --yes removes what is listed"))
+    return 0
+
+
+def _push(registry: Registry, options: argparse.Namespace) -> int:
+    print(push(registry, options.name, Path(options.target)))
+    return 0
+
+
+def _pull(registry: Registry, options: argparse.Namespace) -> int:
+    artifact = pull(registry, Path(options.target), options.name, home() / "pulled")
+    print(f"{artifact.reference}  {artifact.path}")
+    return 0
+
+
+ACTIONS = {
+    "list": _list,
+    "show": _show,
+    "lineage": _lineage,
+    "alias": _alias,
+    "delete": _delete,
+    "gc": _gc,
+    "push": _push,
+    "pull": _pull,
+}

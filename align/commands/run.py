@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from align.commands.output import print_rows
 from align.errors import AlignError
-from align.pipeline import Run, default_out
+from align.pipeline import Options, Run, default_out
 from align.recipe import load_recipe
+from align.runner.notify import notify
+from align.runner.sweep import expand
+from align.runner.view import duration
 
 
 def add(verbs: Any) -> None:
@@ -19,27 +25,54 @@ def add(verbs: Any) -> None:
     parser.add_argument("--plan", action="store_true", help="show what would run and why, and stop")
     parser.add_argument("--only", metavar="STAGE", help="run just this stage")
     parser.add_argument(
+        "--force", metavar="STAGE", action="append", default=[], help="run this stage again, and what follows from it"
+    )
+    parser.add_argument(
         "--set", dest="assignments", action="append", default=[], metavar="KEY=VALUE", help="a setting, or stage.field"
     )
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="STAGE.FIELD=A,B",
+        help="a branch for each value; all are compared in the report",
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="seeds of each branch of the sweep")
+    parser.add_argument("--jobs", type=int, help="stages side by side (default: one a GPU, and one without any)")
+    parser.add_argument(
+        "--no-wait", action="store_true", help="refuse where another run works on the same stage, instead of waiting"
+    )
+    parser.add_argument("--retries", type=int, default=Options.retries, help="new attempts after a passing fault")
+    parser.add_argument(
+        "--grace", type=float, default=Options.grace, help="seconds that stages may save in when the run is stopped"
+    )
+    parser.add_argument("--notify", metavar="URL|COMMAND", help="told by JSON when the run has ended")
     parser.add_argument("--json", action="store_true", help="print results as JSON")
     parser.set_defaults(handler=run)
 
 
 def run(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, assigned(options.assignments))
+    if options.sweep or options.seeds > 1:
+        sweeps = {key: values.split(",") for key, values in assigned(options.sweep, "--sweep").items()}
+        recipe = expand(recipe, sweeps, options.seeds)
+    if options.jobs is not None and options.jobs < 1:
+        raise AlignError("--jobs must be at least 1")
     out = options.out or default_out(recipe)
-    work = Run(recipe, out)
+    how = Options(jobs=options.jobs, wait=not options.no_wait, retries=options.retries, grace=options.grace)
+    work = Run(recipe, out, force=options.force, options=how)
     if options.plan:
         return show_plan(work, as_json=options.json)
-    artifacts = work.execute(options.only)
-    if options.only is None:
-        from align.report import write_report
+    with _notified(options.notify, recipe.name, out):
+        artifacts = work.execute(options.only)
+        if options.only is None:
+            from align.report import write_report
 
-        write_report(out, recipe.name, artifacts, as_json=options.json)
+            write_report(out, recipe.name, artifacts, as_json=options.json)
     return 0
 
 
-def assigned(assignments: list[str]) -> dict[str, str]:
+def assigned(assignments: Sequence[str], flag: str = "--set") -> dict[str, str]:
     """The values of ``--set KEY=VALUE`` by key.
 
     Raises:
@@ -49,12 +82,42 @@ def assigned(assignments: list[str]) -> dict[str, str]:
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not equals:
-            raise AlignError(f"--set {assignment}: write it as KEY=VALUE")
+            raise AlignError(f"{flag} {assignment}: write it as KEY=VALUE")
         found[key] = value
     return found
 
 
+@contextmanager
+def _notified(target: str | None, name: str, out: Path) -> Iterator[None]:
+    """Tell `target` how what happens within ended."""
+    start = time.monotonic()
+    event = {"run": name, "folder": str(out.resolve()), "state": "done", "error": None}
+    try:
+        yield
+    except BaseException as error:
+        event |= {"state": "stopped" if isinstance(error, KeyboardInterrupt) else "failed", "error": str(error)}
+        raise
+    finally:
+        if target is not None:
+            notify(target, {**event, "seconds": round(time.monotonic() - start, 1)})
+
+
 def show_plan(run: Run, *, as_json: bool) -> int:
-    rows = [{"stage": s.name, "runs": s.done is None, "reason": s.reason, "folder": str(s.folder)} for s in run.plan()]
-    print_rows(rows, as_json, lambda row: f"{'run ' if row['runs'] else 'skip'}  {row['stage']:<14} {row['reason']}")
+    rows = [
+        {
+            "stage": step.name,
+            "runs": step.runs,
+            "reason": step.reason,
+            "folder": str(step.folder),
+            "seconds_last_time": step.last_seconds,
+        }
+        for step in run.plan()
+    ]
+
+    def line(row: dict[str, Any]) -> str:
+        before = row["seconds_last_time"] if row["runs"] else None
+        took = "" if before is None else f"  (took {duration(before)} the last time)"
+        return f"{'run ' if row['runs'] else 'skip'}  {row['stage']:<14} {row['reason']}{took}"
+
+    print_rows(rows, as_json, line)
     return 0

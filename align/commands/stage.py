@@ -15,7 +15,7 @@ from align.errors import AlignError, near_miss
 from align.pipeline import Run
 from align.recipe import Recipe, field_name, make_stage, other_names, parse_value, read_yaml
 from align.registry import check_name, home
-from align.stages import Preference, Stage, stages
+from align.stages import Evaluate, Preference, Stage, stages
 
 PREFERENCE_VERBS = ("dpo", "orpo", "simpo", "ipo")
 """Preference losses that are verbs of their own; the others run as ``align preference --loss NAME``."""
@@ -26,10 +26,10 @@ OWN_FLAGS = ("config", "output_dir", "name", "plan", "json")
 
 def add(verbs: Any) -> None:
     for verb in (*stages, *PREFERENCE_VERBS):
-        summary = (_class_of(verb).__doc__ or "").strip().splitlines()[0]
+        summary = (_class_of(verb).__doc__ or verb).strip().splitlines()[0]
         # The flags are the stage's fields: they are read by `run_stage` itself.
         verbs.add_parser(verb, help=summary, add_help=False).set_defaults(handler=run_stage, stage=verb, reads_flags=True)
-    evaluate = verbs.add_parser("eval", help="the same as `evaluate`", add_help=False)
+    evaluate = verbs.add_parser("eval", help="the same as `evaluate`: align eval MODEL ... [--KEY VALUE ...]", add_help=False)
     evaluate.set_defaults(handler=run_stage, stage="evaluate", reads_flags=True)
 
 
@@ -45,7 +45,7 @@ def run_stage(options: argparse.Namespace, rest: list[str]) -> int:
     if "--help" in rest or "-h" in rest:
         print(_stage_help(options.verb, cls))
         return 0
-    fields = _flags(rest, cls, options.verb)
+    fields = _flags(_models_as_flags(rest) if cls is Evaluate else rest, cls, options.verb)
     if "config" in fields:
         fields = _merged(_config_file(Path(fields.pop("config")), cls), fields)
     own = {key: fields.pop(key, None) for key in OWN_FLAGS}
@@ -70,6 +70,15 @@ def _show_result(artifact: Artifact, *, as_json: bool) -> None:
     print(f"{artifact.reference}  {artifact.path}")
     for name, value in artifact.metrics.items():
         print(f"  {name:<28} {value:.4g}" if isinstance(value, float) else f"  {name:<28} {value}")
+
+
+def _models_as_flags(rest: list[str]) -> list[str]:
+    """``eval NAME …`` is ``eval --models.NAME NAME …``."""
+    count = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
+    flags = [word for model in rest[:count] for word in (f"--models.{Path(model).name}", model)]
+    if len(set(flags[::2])) < count:
+        raise AlignError(f"two of the models {', '.join(rest[:count])} have the same name; call them apart: --models.NAME MODEL")
+    return flags + rest[count:]
 
 
 def _flags(rest: list[str], cls: type[Stage], verb: str) -> dict[str, Any]:
@@ -120,7 +129,8 @@ def _merged(config: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stage_help(verb: str, cls: type[Stage]) -> str:
-    lines = [f"align {verb} [--config FILE.yaml] [--KEY VALUE ...]", "", (cls.__doc__ or "").strip(), ""]
+    models = " [MODEL ...]" if cls is Evaluate else ""
+    lines = [f"align {verb}{models} [--config FILE.yaml] [--KEY VALUE ...]", "", (cls.__doc__ or "").strip(), ""]
     if verb == "reward":
         lines += ["align reward test FUNCTION --data FILE tries a reward function before any training: see its --help", ""]
     lines += ["  --config FILE         fields from a YAML file; flags win", "  --output_dir DIR      write into this folder"]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from align.budget import START
+from align.models import is_adapter
 from align.preflight.cards import GB, Machine
 from align.preflight.checks import Finding
 from align.preflight.memory import Skeleton
 from align.preflight.subject import Subject
-from align.tuning.strategies import ADAPTERS, Tuning
+from align.tuning.strategies import SOFT
 
 
 @dataclass(frozen=True)
@@ -65,17 +68,23 @@ def _duration(seconds: float) -> str:
 
 
 def estimate(subject: Subject, machine: Machine) -> Estimate | None:
-    """What the stage will take on `machine`; None where its model or its tokens are not known yet."""
+    """What the stage will take on `machine`; None where its model or its tokens are not known yet, on TRL's engine, and for virtual
+    tokens in front of the rows.
+    """
     trees = subject.encoded.trees
     config = _config(subject)
-    if config is None or not trees or getattr(subject.stage, "engine", "forest") != "forest":
+    forest = getattr(subject.stage, "engine", "forest") == "forest"
+    if config is None or not trees or not forest or subject.stage.strategy.name in SOFT:
         return None
     return _sampled(subject, config, machine) if subject.kind == "prompts" else _supervised(subject, config, machine)
 
 
 def _config(subject: Subject) -> Any:
     if subject.model is not None:
-        return AutoConfig.from_pretrained(subject.model, trust_remote_code=subject.stage.trust_remote_code)
+        path = subject.model
+        if is_adapter(path):
+            path = json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
+        return AutoConfig.from_pretrained(path, trust_remote_code=subject.stage.trust_remote_code)
     if subject.architecture is not None and subject.encoder is not None:
         fields = dict(subject.architecture)
         return AutoConfig.for_model(fields.pop("model_type", "llama"), **{"vocab_size": len(subject.encoder.tokenizer), **fields})
@@ -125,45 +134,52 @@ def _supervised(subject: Subject, config: Any, machine: Machine) -> Estimate:
     }
     each = statistics.fmean(sizes)
     steps = math.ceil(len(subject.rows) / rows) * stage.num_train_epochs if stage.max_steps < 0 else stage.max_steps
-    flops = steps * rows * each * model.parameters * (4 if stage.strategy.name in ADAPTERS else 6)
+    flops = steps * rows * each * model.parameters * (4 if model.adapted else 6)
     seconds = None if subject.capped and stage.max_steps < 0 else flops / (machine.flops_bf16 if stage.bf16 else machine.flops)
     return Estimate(parts, training, model.weights + 3.0 * model.gradients, tokens, seconds, machine.name)
 
 
 def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
-    """PPO, GRPO and RLOO: a policy, its reference, a critic where there is one, a reward model where there is one."""
+    """PPO, GRPO and RLOO: a policy, its reference, a critic where there is one of its own, a reward model where there is one.
+
+    Policy and critic go through their passes one after the other; the policy's gradients are held while the critic's are made.
+    """
     stage, trees = subject.stage, subject.encoded.trees
-    critic_kind = getattr(stage, "critic", "separate") if getattr(stage, "advantage_estimator", "gae") == "gae" else None
     policy = _skeleton(subject, config, machine)
-    frozen = _skeleton(subject, config, machine, tuning=Tuning(), trained=False)
-    critic = _skeleton(subject, config, machine, score_head=True)
-    prompts = [tree.tokens for tree in trees]
+    frozen = _skeleton(subject, config, machine, tuning=None)
+    own = getattr(stage, "critic", "separate" if hasattr(stage, "vf_coef") else "none")
+    has_critic = own == "separate" and getattr(stage, "advantage_estimator", "gae") == "gae"
+    critic = _skeleton(subject, config, machine, score_head=True) if has_critic else None
+    learners = [policy, critic] if critic else [policy]
+    prompts, episodes = [tree.tokens for tree in trees], getattr(stage, "episodes_per_step", 1)
     sizes = [prompt + stage.max_completion_length for prompt in prompts]
-    episodes = getattr(stage, "episodes_per_step", 1)
     tokens, several = _largest(sizes, max(1, episodes // getattr(stage, "num_mini_batches", 1)), _budget(stage))
     targets = round(tokens * stage.max_completion_length / statistics.fmean(sizes))
-    training = _training(policy, tokens, targets, several)
-    standing = 0.0
-    if critic_kind == "separate":
-        own = _training(critic, tokens, 0, several)
-        training = {name: training.get(name, 0.0) + own.get(name, 0.0) for name in {**training, **own}}
-        standing += critic.weights
-    copy, judge = 0 if stage.strategy.name in ADAPTERS else policy.gradients, frozen.weights if stage.reward_model else 0
-    others = {"reference": float(copy), "reward model": float(judge)}
-    training.update(others)
-    standing += policy.weights + sum(others.values())
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    batch = min(stage.rollout_batch_size, episodes) if hasattr(stage, "rollout_batch_size") else episodes
-    cache = batch * max(sizes) * 2 * heads * size * text.num_hidden_layers * 4
+
+    weights = {
+        "weights": float(policy.weights),
+        "critic": float(critic.weights if critic else 0),
+        "reference": float(0 if policy.adapted else policy.gradients),  # what trains, as it was
+        "reward model": float(frozen.weights if stage.reward_model else 0),
+    }
+    standing, gradients = sum(weights.values()), float(sum(model.gradients for model in learners))
+    passes = [policy.activations(tokens) + policy.head(targets)]
+    passes += [policy.gradients + critic.activations(tokens)] if critic else []
+    activations = float(max(passes)) if several or max(passes) > gradients else 0.0
+    training = {
+        **weights,
+        "optimizer": 2 * gradients,
+        "gradients": gradients if several or not activations else 0.0,
+        "activations": activations,
+    }
+    batch = min(getattr(stage, "rollout_batch_size", episodes), episodes)
+    sampling = policy.cache(batch * max(sizes)) + policy.passing(batch * max(prompts))
     parts = {
         "loading": standing + policy.weights,
-        "sampling": standing + training["optimizer"] + cache * 1.5 + policy.passing(batch * max(prompts)),
+        "sampling": standing + 2 * gradients + sampling,
         "training": sum(training.values()),
     }
-    parameters = policy.parameters * (2 if critic_kind == "separate" else 1)
-    total = getattr(stage, "total_episodes", 0)
-    flops = total * statistics.fmean(sizes) * parameters * (6 * getattr(stage, "num_ppo_epochs", 1) + 6)
-    states = standing + sum(3.0 * model.gradients for model in ([policy, critic] if critic_kind == "separate" else [policy]))
-    return Estimate(parts, training, states, tokens, flops / machine.flops if total else None, machine.name)
+    total = getattr(stage, "total_episodes", 0) * statistics.fmean(sizes)
+    epochs = getattr(stage, "num_ppo_epochs", 1)
+    flops = total * sum(model.parameters for model in learners) * (6 * epochs + 4)
+    return Estimate(parts, training, standing + 3 * gradients, tokens, flops / machine.flops if flops else None, machine.name)

@@ -10,7 +10,7 @@ have, and what autograd keeps for the backward pass is added up. The rest is ari
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForS
 
 from align.heads import CHUNK_ELEMENTS
 from align.models import DTYPES
-from align.tuning.strategies import SOFT, Tuning
+from align.tuning.strategies import ADAPTERS, Tuning
 from align.tuning.tune import tune
 
 METER = "align_meter"
@@ -34,7 +34,7 @@ HEAP = 1.3
 """On a CPU: what the C library's heap takes for tensors of up to 32 MB, for what they take themselves (measured)."""
 MAPPED = 2**25
 """Larger ones it maps, and gives back whole."""
-HOLES = 0.9
+HOLES = 1.4
 """On a CPU: of each adapted layer's output, what its adapter makes unusable by a small tensor in a freed place (measured)."""
 
 
@@ -64,15 +64,14 @@ class Skeleton:
     Args:
         config: transformers' config.
         dtype: type of its weights.
-        tuning: what of it is trained; `trained` says whether anything is.
+        tuning: what of it is trained; None for nothing.
         gpu: FlashAttention shares keys and values between the heads of a group, a CPU's attention copies them for each.
     """
 
     config: Any
     dtype: str = "float32"
-    tuning: Tuning = Tuning()  # noqa: RUF009 (frozen)
+    tuning: Tuning | None = field(default_factory=Tuning)
     score_head: bool = False
-    trained: bool = True
     bf16: bool = False
     checkpointing: bool = False
     gpu: bool = False
@@ -83,14 +82,25 @@ class Skeleton:
         self.config.num_labels = 1
         with torch.device("meta"):
             model = auto.from_config(self.config, dtype=DTYPES[self.dtype], attn_implementation=METER)
-            if self.tuning.name in SOFT:  # a few virtual tokens: next to nothing
+            if self.tuning is None:
                 return model.requires_grad_(False)
-            return tune(model, Tuning("lora", self.tuning.arguments) if self.tuning.name == "qlora" else self.tuning)
+            # What these do to the weights needs weights; what they add is what lora does.
+            name = {"pissa": "lora", "qlora": "lora"}.get(self.tuning.name, self.tuning.name)
+            return tune(model, Tuning(name, self.tuning.arguments))
+
+    @property
+    def adapted(self) -> bool:
+        """Whether what trains is an adapter, and the rest stays as it is."""
+        return self.tuning is not None and self.tuning.name in ADAPTERS
 
     @cached_property
-    def weights(self) -> int:
-        """Bytes."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+    def weights(self) -> float:
+        """Bytes; the frozen matrices of qlora take 4 bits a number, and a little for their scales."""
+        four_bits = self.tuning is not None and self.tuning.name == "qlora"
+        return sum(p.numel() * (0.55 if four_bits and _is_base(name, p) else p.element_size()) for name, p in self.named())
+
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self.model.named_parameters())
 
     @cached_property
     def parameters(self) -> int:
@@ -99,8 +109,6 @@ class Skeleton:
     @cached_property
     def gradients(self) -> int:
         """Bytes of the gradients of everything that is trained; AdamW's two moments are twice that."""
-        if not self.trained:
-            return 0
         return sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
 
     def base(self) -> Any:
@@ -135,7 +143,7 @@ class Skeleton:
         return round(total + self._holes(tokens)), max(sizes, default=0)
 
     def _holes(self, tokens: int) -> float:
-        if self.gpu:
+        if not self.adapted or self.gpu:
             return 0.0
         outputs = [tokens * 4 * module.out_features for module in self.model.modules() if hasattr(module, "lora_A")]
         return HOLES * sum(size for size in outputs if size <= MAPPED)
@@ -155,6 +163,13 @@ class Skeleton:
         widest = max(getattr(self.config.get_text_config(), "intermediate_size", None) or 4 * self.hidden, self.hidden)
         return tokens * (PASSING * widest + 4 * self.hidden) * (2 if self.bf16 else 4)
 
+    def cache(self, tokens: int) -> float:
+        """Bytes of keys and values of so many tokens, and of the longer copy that they are moved to."""
+        text = self.config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return 1.5 * tokens * 2 * heads * size * text.num_hidden_layers * (2 if self.dtype != "float32" else 4)
+
     @property
     def hidden(self) -> int:
         return self.config.get_text_config().hidden_size
@@ -165,5 +180,10 @@ class Skeleton:
             return 0
         vocabulary = self.config.get_text_config().vocab_size
         chunk = min(targets, max(1, CHUNK_ELEMENTS // vocabulary)) * vocabulary * 4
-        own = vocabulary * self.hidden * 4 if self.base().get_output_embeddings().weight.requires_grad else 0
+        own = vocabulary * self.hidden * 4 if self.model.get_output_embeddings().weight.requires_grad else 0
         return CHUNKS * chunk + own
+
+
+def _is_base(name: str, parameter: nn.Parameter) -> bool:
+    """A frozen matrix of a linear layer."""
+    return parameter.ndim == 2 and not parameter.requires_grad and "embed" not in name and "lm_head" not in name

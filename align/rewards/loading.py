@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import hashlib
 import importlib
 import inspect
-import re
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from align.catalog import parse_call
 from align.errors import AlignError, near_miss
 from align.rewards.adapters import adapted, recognized
 from align.rewards.protocol import RewardFunction, parameters_of, rewards, takes_any, unbound
@@ -28,7 +27,7 @@ def load_reward(spec: str, protocol: str | None = None) -> RewardFunction:
     Raises:
         AlignError: no such file, module, function or argument.
     """
-    target, arguments = _parse(spec)
+    target, arguments = parse_call(spec, "reward")
     if target in rewards:
         rewards.check_arguments(target, arguments)
         settings = {p.name: p.default for p in parameters_of(rewards[target]).values() if p.kind is p.KEYWORD_ONLY}
@@ -65,7 +64,7 @@ def reward_fingerprint(spec: str) -> str:
     Raises:
         AlignError: no such function, or one without Python source.
     """
-    target, _ = _parse(spec)
+    target, _ = parse_call(spec, "reward")
     function = inspect.unwrap(unbound(rewards[target] if target in rewards else _function(target)))
     owners: list[Any] = [function if inspect.isroutine(function) else type(function)]
     if target not in rewards:
@@ -81,20 +80,6 @@ def _source_file(thing: Any) -> str | None:
         return inspect.getsourcefile(thing)
     except TypeError:  # written in C
         return None
-
-
-def _parse(spec: str) -> tuple[str, dict[str, Any]]:
-    """``"name(key=literal)"`` as its name and its arguments."""
-    match = re.fullmatch(r"([^()]+)(\(.*\))", spec.strip(), re.DOTALL)
-    if not match:
-        return spec.strip(), {}
-    try:
-        call = ast.parse(f"f{match[2]}", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
-            raise ValueError("only key=value arguments")
-        return match[1].strip(), {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise AlignError(f"reward {spec!r}: its arguments must read (key=value, ...) with plain values: {error}") from error
 
 
 def _locate(target: str) -> tuple[ModuleType, str]:

@@ -10,5 +10,20 @@ from align.stages.preference import Preference
 from align.stages.pretrain import Pretrain
 from align.stages.reward import RewardModel
 from align.stages.sft import SFT
+from align.stages.task import TaskTraining
 
-__all__ = ["GRPO", "KTO", "PPO", "RLOO", "SFT", "Evaluate", "Pairs", "Preference", "Pretrain", "RewardModel", "Stage", "stages"]
+__all__ = [
+    "GRPO",
+    "KTO",
+    "PPO",
+    "RLOO",
+    "SFT",
+    "Evaluate",
+    "Pairs",
+    "Preference",
+    "Pretrain",
+    "RewardModel",
+    "Stage",
+    "TaskTraining",
+    "stages",
+]

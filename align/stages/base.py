@@ -9,10 +9,11 @@ from pathlib import Path
 from types import FunctionType
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from align.catalog import Catalog
 from align.errors import AlignError
+from align.metrics import check
 from align.progress import History
 from align.rewards.spec import RewardSpec
 from align.tuning.strategies import Tuning
@@ -23,6 +24,16 @@ class Reference:
     """Marks a field that names something outside the config: a ``model``, ``data`` or a ``reward``."""
 
     to: Literal["model", "data", "reward"]
+
+
+@dataclass(frozen=True)
+class Bookkeeping:
+    """Marks a field that says how the work is done, kept and watched, not what comes out. It is no part of a stage's identity."""
+
+
+def bookkeeping_fields(cls: type[BaseModel]) -> set[str]:
+    """Names of the fields of `cls` that are marked so."""
+    return {name for name, info in cls.model_fields.items() if any(isinstance(mark, Bookkeeping) for mark in info.metadata)}
 
 
 def _reward_name(value: Any) -> Any:
@@ -46,9 +57,18 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str | Mapping | RewardSpec) or callable(value) else value
 
 
+def _known_metric(spec: str) -> str:
+    try:
+        check(spec)
+    except AlignError as error:
+        raise ValueError(str(error)) from None
+    return spec
+
+
 ModelRef = Annotated[str, Reference("model")]
 DataRefs = Annotated[list[str], BeforeValidator(_as_list), Reference("data")]
 MaxTokens = Annotated[int, Field(gt=0)] | Literal["auto"]
+MetricSpecs = Annotated[list[Annotated[str, AfterValidator(_known_metric)]], BeforeValidator(_as_list)]
 RewardRefs = Annotated[
     list[Annotated[str | dict[str, Any], BeforeValidator(_reward_entry)]], BeforeValidator(_as_list), Reference("reward")
 ]
@@ -72,6 +92,11 @@ class Stage(BaseModel):
     """Its name in the catalog."""
     reads: ClassVar[str | None] = None
     """For a stage that trains: the kind of rows that it reads from `data`. The preflight looks at them."""
+
+    def essence(self) -> dict[str, Any]:
+        """The fields that decide what comes out, as plain values: the config's part of the stage's identity."""
+        bookkeeping = bookkeeping_fields(type(self))
+        return {name: value for name, value in self.model_dump(mode="json").items() if name not in bookkeeping}
 
     def run(self, context: Context) -> dict[str, Any]:
         """Do the work, fill ``context.folder``, return the metrics to register.
@@ -289,7 +314,46 @@ class SelectionFields(Fields):
         return LOWER_IS_BETTER.search(self.metric_for_best_model) is None
 
 
-class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, SelectionFields):
+class RunFields(Fields):
+    """What a run leaves on its way."""
+
+    save_steps: Annotated[int | None, Bookkeeping()] = Field(None, gt=0)
+    """Steps between two checkpoints."""
+    save_total_limit: Annotated[int, Bookkeeping()] = Field(2, gt=0)
+    """Checkpoints kept."""
+    resume_from_checkpoint: Annotated[bool, Bookkeeping()] = True
+    """Go on from the last checkpoint in the output folder."""
+    report_to: Annotated[list[str], Bookkeeping()] = Field(default_factory=list)
+    """Trackers besides metrics.jsonl: tensorboard, wandb, trackio …"""
+
+
+class Launch(Fields):
+    """Several processes for one stage, started by ``accelerate launch``."""
+
+    num_processes: int = Field(1, gt=0)
+    """Processes on all machines together, one a device."""
+    strategy: Literal["ddp", "fsdp2", "deepspeed-zero2", "deepspeed-zero3"] = "ddp"
+    """Whole replicas (ddp), or weights, gradients and optimizer states in shards (fsdp2, or DeepSpeed where that is installed)."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """What the forward pass runs in; `bf16` of the stage is the same."""
+    num_machines: int = Field(1, gt=0)
+    """Machines. Each of them runs the same command, with ALIGN_MACHINE_RANK set to 0, 1, 2 …"""
+    main_process_ip: str | None = None
+    """Address of machine 0, where there are several."""
+    main_process_port: int | None = Field(None, gt=0)
+    """A free port there."""
+    cpu: bool = False
+    """Run on the CPU though there are GPUs."""
+
+
+class LaunchFields(Fields):
+    """For stages that several processes can share."""
+
+    launch: Launch | None = None
+    """Processes, machines and strategy: `launch: {num_processes: 8, strategy: fsdp2}`; see docs/scaling.md."""
+
+
+class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, SelectionFields, RunFields, LaunchFields):
     """The fields of every stage that trains on a data set."""
 
     engine: Literal["forest", "trl"] = "forest"
@@ -304,14 +368,28 @@ class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFiel
     """
     gradient_accumulation_steps: int = Field(1, gt=0)
     """Micro-steps in an optimizer step."""
-    save_steps: int | None = Field(None, gt=0)
-    """Optimizer steps between two checkpoints; none by default."""
-    save_total_limit: int = Field(2, gt=0)
-    """Checkpoints kept."""
-    resume_from_checkpoint: bool = True
-    """Go on from the last checkpoint in the output folder."""
-    report_to: list[str] = Field(default_factory=list)
-    """Trackers besides metrics.jsonl: tensorboard, wandb …"""
+    save_minutes: Annotated[float | None, Bookkeeping()] = Field(15.0, gt=0)
+    """Minutes between two checkpoints, besides those of `save_steps`."""
+    on_non_finite: Literal["stop", "skip", "lower_learning_rate"] = "stop"
+    """When a loss is not finite, no update is made with it, and the run stops; or goes on without that batch (at most ten in a
+    row); or goes on from the last checkpoint with half the learning rate (at most six times).
+    """
+
+    def essence(self) -> dict[str, Any]:
+        """On the forest the gradient is the same for any number of processes and accumulation steps: their product counts."""
+        config = super().essence()
+        launch = self.launch or Launch()
+        config["launch"] = {"mixed_precision": launch.mixed_precision}
+        if self.engine == "forest":
+            rows = config.pop("per_device_train_batch_size") * config.pop("gradient_accumulation_steps") * launch.num_processes
+            config["rows_per_step"] = rows
+        return config
+
+    @model_validator(mode="after")
+    def _trl_stops_at_non_finite(self) -> TrainingStage:
+        if self.engine == "trl" and self.on_non_finite != "stop":
+            raise ValueError("on_non_finite is carried out by engine 'forest'; with 'trl' leave it at 'stop'")
+        return self
 
     @model_validator(mode="after")
     def _trl_knows_the_strategy(self) -> Self:

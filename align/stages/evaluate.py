@@ -1,4 +1,6 @@
-"""Evaluation on held-out prompts: rewards with confidence intervals, perplexity, length, divergence, and answers to read."""
+"""Evaluation on held-out rows: rewards with confidence intervals, metrics by name, perplexity, win rates, divergence, and answers
+to read.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from align.stages.base import Context, DataRefs, MaxTokens, ModelRef, Stage, stage
+from align.stages.base import Context, DataRefs, MaxTokens, MetricSpecs, ModelRef, Stage, stage
 from align.stages.sampling import RewardFields, SamplingFields
 
 
@@ -25,7 +27,19 @@ class Evaluate(Stage, SamplingFields, RewardFields):
     reference: str | None = None
     """The name among `models` from which divergence is measured (nats an answer)."""
     data: DataRefs | None = None
-    """Prompts to answer, with the columns that the rewards need."""
+    """Prompts to answer, with the columns that rewards and metrics need. For a model of the stage `task`, that task's rows; for
+    the metric `perplexity` alone, demonstrations or documents.
+    """
+    metrics: MetricSpecs = Field(default_factory=list)
+    """Metrics by name, such as `bleu`, `rouge` or `bleu(lowercase=True)`, of the greedy answers (of the sampled ones with
+    `greedy=false`): docs/metrics.md lists them. `hub:NAME` is a metric of the hub.
+    """
+    reference_column: str | None = None
+    """Column with the reference answers; by default the usual names, or the demonstration's own answer."""
+    baseline: str | None = None
+    """The name among `models`, or `references`, whose answers the others are compared with, pair by pair."""
+    judge_model: ModelRef | None = None
+    """A local chat model that says which of two answers is better; without it the reward decides."""
     data_format: str | None = None
     """Name of the data's format; recognized by its columns by default."""
     data_split: str = "train"
@@ -35,7 +49,9 @@ class Evaluate(Stage, SamplingFields, RewardFields):
     held_out: float = Field(0.0, ge=0, lt=1)
     """Measure only on the prompts that training stages with this `held_out` kept apart; 0 for all rows."""
     perplexity_data: DataRefs | None = None
-    """Demonstrations whose answers' perplexity is measured."""
+    """Demonstrations whose answers' perplexity is measured, or documents."""
+    stride: int | None = Field(None, gt=0)
+    """Documents longer than `max_length` are measured in windows that move by so many tokens; half of `max_length` by default."""
     preference_data: DataRefs | None = None
     """Pairs that reward models rank, and whose implicit rewards the policies rank against the reference."""
     max_prompts: int = Field(500, gt=0)
@@ -60,7 +76,11 @@ class Evaluate(Stage, SamplingFields, RewardFields):
     """`raise` or `quarantine`."""
 
     @model_validator(mode="after")
-    def _reference_is_a_model(self) -> Evaluate:
+    def _names_are_known(self) -> Evaluate:
+        if self.baseline is not None and self.baseline not in (*self.models, "references"):
+            raise ValueError(f"baseline {self.baseline!r} is neither `references` nor one of the models: {', '.join(self.models)}")
+        if self.baseline and not (self.judge_model or self.reward_funcs or self.reward_model):
+            raise ValueError("baseline needs something that judges answers: set judge_model, reward_model or reward_funcs")
         if self.reference is not None and self.reference not in self.models:
             raise ValueError(f"reference {self.reference!r} is none of the models: {', '.join(self.models)}")
         return self
@@ -73,6 +93,7 @@ class Evaluate(Stage, SamplingFields, RewardFields):
         # The reference first: the others are measured from it.
         for name in sorted(self.models, key=lambda name: name != self.reference):
             results[name] = evaluation.policy(name, self.models[name])
+        evaluation.compare(results)
         results = {name: results[name] for name in self.models}
         for name, path in self.reward_models.items():
             results[name] = evaluation.reward_model(name, path)

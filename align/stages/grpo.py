@@ -1,5 +1,5 @@
 """Reinforcement learning without a critic: an answer's advantage is measured against other answers to the same prompt (GRPO,
-RLOO). These stages run TRL's trainers.
+RLOO). The forest engine runs them by PPO's trainer, the second engine by TRL's.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from align.stages.base import Context, TrainingStage, stage
-from align.stages.sampling import DecodingFields, RewardFields
+from align.stages.sampling import RewardFields, SamplingFields
+from align.trainers.settings import PPOSettings
 
 
-class GroupStage(TrainingStage, DecodingFields, RewardFields):
+class GroupStage(TrainingStage, SamplingFields, RewardFields):
     """What GRPO and RLOO share. Batch sizes count answers, `num_generations` of them for each prompt."""
 
     reads = "prompts"
@@ -28,8 +29,6 @@ class GroupStage(TrainingStage, DecodingFields, RewardFields):
     )
     """Fields of TRL's config of the same names."""
 
-    engine: Literal["trl"] = "trl"
-    """Only `trl` runs this stage."""
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate: about 1e-6 for all weights of a pretrained model, ten times that for LoRA."""
     per_device_train_batch_size: int = Field(8, gt=0)
@@ -45,7 +44,15 @@ class GroupStage(TrainingStage, DecodingFields, RewardFields):
     epsilon: float = Field(0.2, gt=0)
     """Clip of the policy's probability ratio."""
     eval_prompts: int = Field(256, ge=0)
-    """Held-out prompts answered and scored before, during and after training."""
+    """Held-out prompts answered and scored before and after training, and each `eval_steps`."""
+    eval_steps: int | None = Field(None, gt=0)
+    """Optimizer steps between two evaluations; by default none on the way (engine `trl`: once an epoch)."""
+    missing_eos_penalty: float | None = Field(None, ge=0)
+    """Subtracted from the reward of an answer that never ended (engine `forest`)."""
+    target_kl: float | None = Field(None, gt=0)
+    """The passes over a batch end once the policy is this many nats a token from the one that sampled (engine `forest`)."""
+    sample_steps: int | None = Field(None, gt=0)
+    """Batches of answers between two that leave a few of them, with scores, in metrics.jsonl (engine `forest`)."""
 
     @model_validator(mode="after")
     def _groups_fit(self) -> GroupStage:
@@ -57,9 +64,49 @@ class GroupStage(TrainingStage, DecodingFields, RewardFields):
             )
         if self.keeps_best and self.metric_for_best_model == "loss":
             raise ValueError("the held-out loss says nothing here: set metric_for_best_model to reward to keep the best weights")
+        if self.engine == "forest" and (self.top_p != 1 or self.top_k):
+            raise ValueError("the distribution that is sampled is the one that is optimized: top_p must be 1 and top_k 0")
+        if self.engine == "forest" and self.keeps_best:
+            raise ValueError("engine 'forest' keeps the last weights: leave early_stopping_patience and load_best_model_at_end out")
+        if self.engine == "trl":
+            for name in ("missing_eos_penalty", "target_kl", "sample_steps"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} runs on engine 'forest' only")
         return self
 
+    def settings(self, prompts: int) -> PPOSettings:
+        """The stage as PPO's trainer has it, for so many prompts."""
+        from align.trainers.ppo import processes
+
+        answers = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes.count()
+        steps = self.max_steps if self.max_steps > 0 else round(self.num_train_epochs * prompts * self.num_generations / answers)
+        return PPOSettings(
+            total_episodes=max(steps, 1) * answers,
+            episodes_per_step=answers,
+            num_generations=self.num_generations,
+            num_ppo_epochs=self.num_iterations,
+            num_mini_batches=1,
+            cliprange=self.epsilon,
+            missing_eos_penalty=self.missing_eos_penalty,
+            target_kl=self.target_kl,
+            sample_steps=self.sample_steps,
+            **self.own_settings,
+        )
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """What sets the method apart."""
+        raise NotImplementedError
+
     def run(self, context: Context) -> dict[str, Any]:
+        return self._run_trl(context) if self.engine == "trl" else self._run_forest(context)
+
+    def _run_forest(self, context: Context) -> dict[str, Any]:
+        from align.stages.reinforcement import train_on_samples
+
+        return train_on_samples(self, context, self.settings)
+
+    def _run_trl(self, context: Context) -> dict[str, Any]:
         from align.encode import Encoder
         from align.errors import AlignError
         from align.models import disable_dropout
@@ -103,14 +150,14 @@ class GroupStage(TrainingStage, DecodingFields, RewardFields):
 
 @stage("grpo")
 class GRPO(GroupStage):
-    """Group relative policy optimization (arXiv:2402.03300), by TRL: an answer's advantage is its reward minus the mean of its
+    """Group relative policy optimization (arXiv:2402.03300): an answer's advantage is its reward minus the mean of its
     group, over the group's deviation.
     """
 
     trl_fields = (*GroupStage.trl_fields, "beta", "loss_type", "scale_rewards")
 
     beta: float = Field(0.04, ge=0)
-    """Price of a nat of divergence from the reference, in the loss of each token; 0 runs without a reference."""
+    """Price of a nat of divergence from the reference, in the loss of each token (k3)."""
     loss_type: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = "grpo"
     """How tokens are averaged. grpo: within each answer, as in the paper. dapo (TRL's default) and bnpo: over all tokens of the
     batch. dr_grpo: divided by a constant.
@@ -118,16 +165,33 @@ class GRPO(GroupStage):
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Whose deviation advantages are divided by; `none` is Dr. GRPO (arXiv:2503.20783)."""
 
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        averages = {"grpo": "completions", "dapo": "tokens", "bnpo": "tokens", "dr_grpo": "constant"}
+        return {
+            "advantage_estimator": "grpo",
+            "scale_rewards": self.scale_rewards,
+            "whiten_advantages": False,
+            "loss_average": averages[self.loss_type],
+            "kl_coef": self.beta,
+            "kl_in": "loss",
+            "kl_estimator": "k3",
+        }
+
 
 @stage("rloo")
 class RLOO(GroupStage):
-    """REINFORCE with a leave-one-out baseline (arXiv:2402.14740), by TRL: an answer's advantage is its reward minus the mean of
+    """REINFORCE with a leave-one-out baseline (arXiv:2402.14740): an answer's advantage is its reward minus the mean of
     the others in its group.
     """
 
     trl_fields = (*GroupStage.trl_fields, "beta", "normalize_advantages")
 
     beta: float = Field(0.05, ge=0)
-    """Price of a nat of divergence from the reference, taken off the reward; 0 runs without a reference."""
+    """Price of a nat of divergence from the reference, taken off the reward."""
     normalize_advantages: bool = False
     """Shift and scale advantages to mean 0, variance 1 over the batch."""
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        return {"advantage_estimator": "rloo", "kl_coef": self.beta, "whiten_advantages": self.normalize_advantages}

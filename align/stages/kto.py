@@ -8,10 +8,11 @@ from typing import Any
 from pydantic import Field
 
 from align.stages.base import Context, TrainingStage, stage
+from align.stages.forgetting import ProbeFields, probe
 
 
 @stage("kto")
-class KTO(TrainingStage):
+class KTO(TrainingStage, ProbeFields):
     """Train a policy directly on answers labelled good or bad; pairs are read as two such rows each.
 
     Every reward is compared to an estimate of the divergence from the reference, made from prompts with the answers of their
@@ -93,5 +94,8 @@ class KTO(TrainingStage):
                 max_tokens=self.max_tokens_per_micro_batch,
                 tokenizer=tokenizer,
                 callbacks=callbacks,
+                skip_non_finite=self.on_non_finite == "skip",
             )
-        return t.run_trainer(trainer, self, context, has_eval=bool(held))
+        after = probe(self, context, encoder, model)
+        metrics = t.run_trainer(trainer, self, context, has_eval=bool(held))
+        return {**metrics, **after()}

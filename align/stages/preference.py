@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from align.stages.base import Context, TrainingStage, stage
+from align.stages.forgetting import ProbeFields, probe
 
 TRL_LOSSES = {
     "dpo": "sigmoid",
@@ -22,7 +23,7 @@ TRL_LOSSES = {
 
 
 @stage("preference")
-class Preference(TrainingStage):
+class Preference(TrainingStage, ProbeFields):
     """Train a policy directly on preference pairs. Parameters of the losses are named as in their papers and have no default."""
 
     reads = "preference"
@@ -109,4 +110,6 @@ class Preference(TrainingStage):
             return t.run_trainer(trainer, self, context, has_eval=bool(held_trees))
         if loss.needs_reference:
             trees, held_trees = t.with_reference(self, context.name, model, trees, held_trees, common=loss.needs_common)
-        return t.train_on_forest(self, context, model, tokenizer, Objective(loss, self.loss_parameters), trees, held_trees)
+        after = probe(self, context, encoder, model)
+        metrics = t.train_on_forest(self, context, model, tokenizer, Objective(loss, self.loss_parameters), trees, held_trees)
+        return {**metrics, **after()}

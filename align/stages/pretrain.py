@@ -1,4 +1,6 @@
-"""Pretraining: next-token prediction on plain text, from random weights or continued from a model."""
+"""Pretraining on plain text, from random weights or continued from a model: next-token prediction for decoders, masked words for
+encoders, span corruption for encoder-decoders.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,14 @@ from typing import Any
 from pydantic import AliasChoices, Field, model_validator
 
 from align.stages.base import Context, ModelRef, TrainingStage, stage
+from align.stages.forgetting import ProbeFields, ReplayFields, probe, with_replay
 
 
 @stage("pretrain")
-class Pretrain(TrainingStage):
-    """Train on plain text. With `architecture` the model starts from random weights and its tokenizer is trained on the text."""
+class Pretrain(TrainingStage, ReplayFields, ProbeFields):
+    """Train on plain text, by the objective of the model's family. With `architecture` the model starts from random weights and its
+    tokenizer is trained on the text.
+    """
 
     reads = "text"
 
@@ -37,11 +42,10 @@ class Pretrain(TrainingStage):
         return self
 
     def run(self, context: Context) -> dict[str, Any]:
-        from align.encode import Encoder, set_chat_template
-        from align.models import build_causal_lm, load_tokenizer
+        from align.encode import set_chat_template
+        from align.models import architecture_config, family_of, load_config, load_tokenizer
         from align.stages import training as t
         from align.tokenizers import train_bpe
-        from align.trainers.objectives import LanguageModel
 
         t.seed_everything(self)
         rows, held = t.rows_of(self, "text", context)
@@ -52,12 +56,61 @@ class Pretrain(TrainingStage):
             tokenizer = train_bpe((row.text for row in rows), self.vocab_size)
         if self.chat_template is not None:
             set_chat_template(tokenizer, self.chat_template)
+        if self.model is not None:
+            config = load_config(self.model, trust_remote_code=self.trust_remote_code)
+        else:
+            config = architecture_config(self.architecture or {})
+        if (family := family_of(config)) == "causal":
+            return self._next_token(context, tokenizer, rows, held)
+        return self._denoise(context, family, tokenizer, rows, held)
+
+    def _model(self, tokenizer: Any) -> Any:
+        from align.models import build_model
+        from align.stages import training as t
+
+        if self.model is not None:
+            return t.language_model(self)
+        return build_model(self.architecture or {}, tokenizer)
+
+    def _next_token(self, context: Context, tokenizer: Any, rows: list[Any], held: list[Any]) -> dict[str, Any]:
+        """A decoder, on the forest."""
+        from align.encode import Encoder
+        from align.stages import training as t
+        from align.trainers.objectives import LanguageModel
+
         encoder = Encoder(tokenizer, self.max_length)
         trees, held_trees = t.encoded(encoder.text, rows, context.name), t.encoded(encoder.text, held, f"{context.name} (held out)")
-        if self.model is not None:
-            model = t.causal_lm(self)
-        else:
-            assert self.architecture is not None
-            model = build_causal_lm(self.architecture, tokenizer)
-        model = t.make_ready(self, context.name, model, tokenizer, t.longest(trees, held_trees), context.folder)
-        return t.train_on_forest(self, context, model, tokenizer, LanguageModel(), trees, held_trees)
+        trees = with_replay(self, context, "text", encoder.text, trees)
+        longest = t.longest(trees, held_trees)
+        model = t.make_ready(self, context.name, self._model(tokenizer), tokenizer, longest, context.folder)
+        after = probe(self, context, encoder, model)
+        metrics = t.train_on_forest(self, context, model, tokenizer, LanguageModel(), trees, held_trees)
+        return {**metrics, **after()}
+
+    def _denoise(self, context: Context, family: str, tokenizer: Any, rows: list[Any], held: list[Any]) -> dict[str, Any]:
+        """An encoder or an encoder-decoder, on padded rows."""
+        from transformers import TrainingArguments
+
+        from align.errors import AlignError
+        from align.progress import say
+        from align.stages import training as t
+        from align.trainers.denoising import DenoisingTrainer, denoisers
+
+        if self.probes or self.replay_data:
+            raise AlignError(f"probes and replay_data are for causal models; this one is of the family {family!r}")
+        denoiser = denoisers[family](tokenizer, self.max_length or 512)
+        blocks, held_blocks = denoiser.blocks(rows), denoiser.fixed(denoiser.blocks(held), self.seed)
+        if not blocks:
+            raise AlignError(f"none of the {len(rows)} documents has two tokens to learn from")
+        say(f"{context.name}: {family} model: {type(denoiser).__name__} on {len(blocks):,} blocks of padded rows")
+        model = t.make_ready(self, context.name, self._model(tokenizer), tokenizer, None, context.folder)
+        trainer = DenoisingTrainer(
+            model=model,
+            args=TrainingArguments(**t.training_arguments(self, context, has_eval=bool(held_blocks))),
+            data_collator=denoiser.collate,
+            train_dataset=blocks,
+            eval_dataset=held_blocks or None,
+            processing_class=tokenizer,
+            callbacks=t.callbacks_of(self, context),
+        )
+        return t.run_trainer(trainer, self, context, has_eval=bool(held_blocks))

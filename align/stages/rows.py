@@ -51,6 +51,11 @@ def rows_of(stage: DataFields, kind: str, context: Context) -> tuple[Any, Any]:
     return train, held
 
 
+def read_rows(stage: DataFields, sources: Sequence[str], kind: str, label: str, quarantine: Quarantine) -> list[Any]:
+    """Rows of `kind` from each of `sources` in turn, in memory."""
+    return [row for source in sources for row in _read(stage, source, None, kind, label, quarantine)]
+
+
 def _container(folder: Path | None) -> Rows:
     return [] if folder is None else RowFile(folder)
 

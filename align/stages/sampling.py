@@ -9,6 +9,8 @@ from pydantic import Field
 from align.stages.base import Fields, MaxTokens, ModelRef, RewardRefs
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from align.rollout import Sampling
     from align.scoring import Judge
 
@@ -58,8 +60,11 @@ class RewardFields(Fields):
     normalize_scores: bool = True
     """Shift and scale the reward model's scores by the mean and deviation it had on held-out answers."""
 
-    def judge(self, tokenizer: Any, *, dtype: str, max_tokens: MaxTokens) -> Judge:
+    def judge(self, tokenizer: Any, *, dtype: str, max_tokens: MaxTokens, model: nn.Module | None = None) -> Judge:
         """Build the judge.
+
+        Args:
+            model: the reward model, where it is in memory already.
 
         Raises:
             AlignError: there is nothing to judge by, or a weight too many or too few.
@@ -85,6 +90,11 @@ class RewardFields(Fields):
         scorer = None
         if self.reward_model is not None:
             scorer = RewardScorer(
-                self.reward_model, tokenizer.get_vocab(), dtype=dtype, max_tokens=max_tokens, normalize=self.normalize_scores
+                self.reward_model,
+                tokenizer.get_vocab(),
+                dtype=dtype,
+                max_tokens=max_tokens,
+                normalize=self.normalize_scores,
+                model=model,
             )
         return Judge(tokenizer, RewardSet(entries, self.reward_weights), scorer)

@@ -7,10 +7,11 @@ from typing import Any
 from pydantic import Field
 
 from align.stages.base import Context, TrainingStage, stage
+from align.stages.forgetting import ProbeFields, ReplayFields, probe, with_replay
 
 
 @stage("sft")
-class SFT(TrainingStage):
+class SFT(TrainingStage, ReplayFields, ProbeFields):
     """Teach a model to answer, from demonstrations."""
 
     reads = "sft"
@@ -27,6 +28,7 @@ class SFT(TrainingStage):
         tokenizer, encoder = t.tokenizer_of(self)
         trees, held_trees = t.encoded(encoder.sft, rows, context.name), t.encoded(encoder.sft, held, f"{context.name} (held out)")
         t.check_end_token(encoder, rows, trees)
+        trees = with_replay(self, context, "sft", encoder.sft, trees)
         model = t.causal_lm(self)
         t.teach_end_token(model, t.end_token(encoder, rows))
         model = t.make_ready(self, context.name, model, tokenizer, t.longest(trees, held_trees), context.folder)
@@ -36,4 +38,6 @@ class SFT(TrainingStage):
             arguments = t.training_arguments(self, context, has_eval=bool(held_trees))
             trainer = sft_trainer(model, tokenizer, trees, held_trees, arguments, callbacks=t.callbacks_of(self, context))
             return t.run_trainer(trainer, self, context, has_eval=bool(held_trees))
-        return t.train_on_forest(self, context, model, tokenizer, LanguageModel(), trees, held_trees)
+        after = probe(self, context, encoder, model)
+        metrics = t.train_on_forest(self, context, model, tokenizer, LanguageModel(), trees, held_trees)
+        return {**metrics, **after()}

@@ -11,25 +11,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from align.encode import Encoder, set_chat_template
 from align.engine import enable_forest
 from align.errors import AlignError, near_miss
 from align.forest import Tree
 from align.intake.store import TreeFile
-from align.models import ensure_pad_token, load_causal_lm, load_reward_model, load_tokenizer, save_model
+from align.models import ensure_pad_token, load_causal_lm, load_language_model, load_reward_model, load_tokenizer, save_model
 from align.progress import say
+from align.runner.checkpoints import last_good, step_of
+from align.runner.stop import saving_first
 from align.scoring import SCORE_SCALE, branch_scores
 from align.stages.base import Context, OptimizerFields, TrainingStage
 from align.stages.rows import encoded as encoded
 from align.stages.rows import longest as longest
+from align.stages.rows import read_rows as read_rows
 from align.stages.rows import rewritten
 from align.stages.rows import rows_of as rows_of
 from align.stages.rows import usable as usable
-from align.trainers.callbacks import Watch
+from align.trainers.callbacks import Checkpoints, Watch
+from align.trainers.checkpointing import whole_weights
 from align.trainers.forest import ForestTrainer
 from align.trainers.objectives import Objective, add_reference_logps
 from align.tuning.tune import trainable, tune
@@ -47,16 +50,22 @@ def tokenizer_of(stage: Any) -> tuple[PreTrainedTokenizerBase, Encoder]:
 
 def causal_lm(stage: Any) -> nn.Module:
     """The language model that the stage starts from."""
-    return load_causal_lm(stage.model, **_loading(stage))
+    return load_causal_lm(stage.model, **loading(stage))
+
+
+def language_model(stage: Any) -> nn.Module:
+    """The language model that the stage starts from, of whatever family."""
+    return load_language_model(stage.model, **loading(stage))
 
 
 def reward_model(stage: Any, path: str | None = None) -> nn.Module:
     """The model that the stage starts from, with a score head; or the one at `path`, merged."""
-    loading = _loading(stage) if path is None else {**_loading(stage), "on_adapter": "merge"}
-    return load_reward_model(path or stage.model, **loading)
+    options = loading(stage) if path is None else {**loading(stage), "on_adapter": "merge"}
+    return load_reward_model(path or stage.model, **options)
 
 
-def _loading(stage: Any) -> dict[str, Any]:
+def loading(stage: Any) -> dict[str, Any]:
+    """How the stage's model is loaded: arguments of `align.models.load_model`."""
     return {
         "dtype": stage.dtype,
         "trust_remote_code": stage.trust_remote_code,
@@ -66,10 +75,13 @@ def _loading(stage: Any) -> dict[str, Any]:
 
 
 def make_ready(
-    stage: Any, label: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, longest: int, folder: Path | None
+    stage: Any, label: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, longest: int | None, folder: Path | None
 ) -> nn.Module:
     """Embeddings that fit the tokenizer, a padding token, the stage's tuning strategy, the device, and the forest path (or a line
     that says why not).
+
+    Args:
+        longest: tokens in the longest path on the forest; None for a model that is not trained on it.
     """
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # type: ignore[operator]
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # type: ignore[operator]
@@ -81,7 +93,7 @@ def make_ready(
     say(f"{label}: {what}: {count:,} of {round(count / share):,} parameters train ({share:.2%})")
     if stage.strategy.name != "qlora":  # 4-bit weights are on the GPU already
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-    if getattr(stage, "engine", "forest") == "forest" and (reason := enable_forest(model, longest)):
+    if longest is not None and getattr(stage, "engine", "forest") == "forest" and (reason := enable_forest(model, longest)):
         say(f"{label}: trains on padded rows, as {reason}")
     return model
 
@@ -146,7 +158,7 @@ def training_arguments(stage: TrainingStage, context: Context, *, has_eval: bool
         "eval_steps": steps,
         "save_strategy": "steps" if saves else "epoch" if best else "no",
         "save_steps": saves or 500,
-        "save_total_limit": stage.save_total_limit,
+        "restore_callback_states_from_checkpoint": True,
         "load_best_model_at_end": best,
         "metric_for_best_model": f"eval_{stage.metric_for_best_model.removeprefix('eval_')}",
         "greater_is_better": stage.best_is_greatest,
@@ -164,7 +176,10 @@ def training_arguments(stage: TrainingStage, context: Context, *, has_eval: bool
 
 def callbacks_of(stage: TrainingStage, context: Context) -> list[TrainerCallback]:
     """Progress and history, and early stopping where asked."""
-    callbacks: list[TrainerCallback] = [Watch(context.name, context.history)]
+    callbacks: list[TrainerCallback] = [
+        Watch(context.name, context.history),
+        Checkpoints(context.history, stage.save_total_limit, stage.save_minutes),
+    ]
     if stage.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(stage.early_stopping_patience))
     return callbacks
@@ -174,14 +189,20 @@ def run_trainer(trainer: Any, stage: TrainingStage, context: Context, *, has_eva
     """Train, resuming from the last checkpoint if there is one, and save; returns the metrics before and after."""
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
-    checkpoints = context.folder / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if stage.resume_from_checkpoint and checkpoints.is_dir() else None
-    context.history.rewind(-1 if last is None else int(last.rpartition("-")[2]))
+    last = last_good(context.folder / "checkpoints") if stage.resume_from_checkpoint else None
+    context.history.rewind(-1 if last is None else step_of(last))
     if last is None and has_eval:
         with precision(stage):  # the Trainer prepares the model for it no earlier than in `train`
             check_metric(stage, trainer.evaluate())
+    if last is not None:
+        say(f"{context.name}: going on from step {step_of(last)}")
     try:
-        trainer.train(resume_from_checkpoint=last)
+        with saving_first():
+            if last is not None and (done := final_weights(last)):  # cut between the last step and the end of the stage
+                trainer._load_from_checkpoint(str(done))
+                trainer.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+            else:
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
     finally:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, Watch):
@@ -191,8 +212,26 @@ def run_trainer(trainer: Any, stage: TrainingStage, context: Context, *, has_eva
         say(f"{context.name}: kept the weights of step {best}, of {trainer.state.global_step}")
     elif has_eval and context.history.records[-1].get("eval_loss") is None:
         trainer.evaluate()
-    save_model(trainer.model, trainer.processing_class, context.folder)
+    save_trained(trainer, context.folder)
     return {**summary(context, best), **trainable(trainer.model)}
+
+
+def final_weights(checkpoint: Path) -> Path | None:
+    """Where a training that had ended with `checkpoint` has its result, or None if steps are left."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
+    if state["global_step"] < state["max_steps"] and not control.get("should_training_stop"):
+        return None
+    return Path(state["best_model_checkpoint"]) if state.get("best_model_checkpoint") else checkpoint
+
+
+def save_trained(trainer: Any, folder: Path) -> None:
+    """Write the model that was trained; of several processes the first writes, and the others hand over their shards."""
+    accelerator = trainer.accelerator
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    weights = whole_weights(trainer) if sharded else None
+    if trainer.is_world_process_zero():
+        save_model(accelerator.unwrap_model(trainer.model), trainer.processing_class, folder, weights)
 
 
 def check_metric(stage: TrainingStage, measured: dict[str, float]) -> None:
@@ -235,6 +274,7 @@ def train_on_forest(
         max_tokens=stage.max_tokens_per_micro_batch,
         tokenizer=tokenizer,
         callbacks=callbacks_of(stage, context),
+        skip_non_finite=stage.on_non_finite == "skip",
     )
     return run_trainer(trainer, stage, context, has_eval=bool(held))
 

@@ -13,15 +13,20 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from align.budget import Budget, MaxTokens, Packed
-from align.errors import AlignError
+from align.errors import NonFiniteLoss
 from align.forest import Forest, Tree, deal, plant
+from align.progress import say
+from align.trainers.checkpointing import SafeTrainer
 from align.trainers.objectives import Objective
 
+MOST_SKIPPED = 10
+"""Steps in a row that may be left out because their loss is not finite."""
 
-class ForestTrainer(Trainer):
+
+class ForestTrainer(SafeTrainer):
     """Trains `model` (see `align.engine.enable_forest`) on token trees.
 
     The trees of an optimizer step are dealt to the processes and packed into forests of at most `max_tokens` tokens, each with its
@@ -41,8 +46,11 @@ class ForestTrainer(Trainer):
         max_tokens: MaxTokens,
         tokenizer: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        skip_non_finite: bool = False,
     ) -> None:
         self.objective = objective
+        self.skip_non_finite = skip_non_finite
+        self._skipped = 0  # steps in a row
         # Evaluation needs less memory than training, so what it learns of memory must not be used for training.
         self.budget, self.eval_budget = Budget(max_tokens), Budget(max_tokens)
         self._sums: dict[str, float] = defaultdict(float)
@@ -78,7 +86,12 @@ class ForestTrainer(Trainer):
             return torch.zeros((), device=self.args.device)
         model.train()
         alone = self.accelerator.num_processes == 1
-        total, sums = self.budget.fit(inputs, partial(self._accumulate, model), alone=alone)
+        try:
+            total, sums = self.budget.fit(inputs, partial(self._accumulate, model), alone=alone)
+        except NonFiniteLoss as error:
+            self._skip(model, error)
+            return torch.zeros((), device=self.args.device)
+        self._skipped = 0
         for name, value in sums.items():
             self._sums[name] += value
         return total
@@ -119,11 +132,31 @@ class ForestTrainer(Trainer):
         return plant(self.train_dataset[:1])
 
     def _refuse_non_finite(self, loss: Tensor) -> None:
-        if not torch.isfinite(loss):
-            raise AlignError(
+        finite = torch.isfinite(loss.detach()).float()
+        if self.accelerator.num_processes > 1:  # all of them go on, or none does
+            finite = self.accelerator.gather(finite.reshape(1)).min()
+        if not finite:
+            raise NonFiniteLoss(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}; no update was made. "
                 "Lower learning_rate, set max_grad_norm, or look at the rows"
             )
+
+    def _skip(self, model: nn.Module, error: NonFiniteLoss) -> None:
+        """Leave the step out where that is asked for: without gradients the optimizer changes nothing."""
+        self._skipped += 1
+        if not self.skip_non_finite or self._skipped > MOST_SKIPPED:
+            raise error
+        model.zero_grad(set_to_none=True)
+        say(f"step {self.state.global_step + 1} is skipped: its loss is not finite")
+
+    def progress(self) -> dict[str, Any]:
+        return {**super().progress(), "sums": self._over_processes(self._sums), "tokens_seen": self._tokens_seen}
+
+    def restore_progress(self, progress: dict[str, Any]) -> None:
+        super().restore_progress(progress)
+        self._tokens_seen = progress["tokens_seen"]
+        first = self.accelerator.process_index == 0
+        self._sums = defaultdict(float, progress["sums"] if first else dict.fromkeys(progress["sums"], 0.0))
 
     @staticmethod
     def _add_metrics(sums: dict[str, float], metrics: dict[str, Tensor], forest: Forest) -> None:

@@ -26,6 +26,10 @@ TASKS = {
 """What peft calls the tasks of transformers' classes, by the end of their names; a masked language model is none of them."""
 
 
+HEADS = r"(.*\.)?(score|classifier|qa_outputs)(\..*)?"
+"""Paths of what tasks' heads are made of: peft saves them whole, with the adapter."""
+
+
 def task_of(model: Any) -> str | None:
     """What peft calls the task of `model`, or None."""
     name = type(base_model(model)).__name__
@@ -50,6 +54,7 @@ def add_lora(
             lora_alpha=alpha,
             lora_dropout=dropout,
             target_modules=_names(target_modules) or "all-linear",
+            exclude_modules=HEADS if task_of(model) in ("TOKEN_CLS", "QUESTION_ANS") else None,
             use_rslora=rslora,
             use_dora=dora,
             fan_in_fan_out=_is_transposed(model),

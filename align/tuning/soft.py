@@ -108,6 +108,8 @@ def is_decoder(model: Any) -> bool:
 
 def load_soft_prompt(model: Any, folder: str, *, trainable: bool = False) -> Any:
     """`model` with the virtual tokens that were saved in `folder`, frozen or to be trained further."""
+    if not is_decoder(model):
+        return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     config = PeftConfig.from_pretrained(folder)
     config.inference_mode = not trainable
     wrapped = CLASSES[config.task_type](model, config)

@@ -1,0 +1,38 @@
+"""``align launch``: a batch script for a cluster, around any command of this program."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from align.errors import AlignError
+from align.runner.launch import slurm_script
+
+
+def add(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "launch", help="write a Slurm batch script that runs a command, survives preemption and goes on by itself"
+    )
+    parser.add_argument("--slurm", type=Path, metavar="FILE", required=True, help="where to write the script")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs of each node")
+    parser.add_argument("--hours", type=float, default=24.0, help="time limit; the job queues up again when it is over")
+    parser.add_argument("--partition")
+    parser.add_argument("--name", default="align")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- align run RECIPE …")
+    parser.set_defaults(handler=launch)
+
+
+def launch(options: argparse.Namespace) -> int:
+    command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    if not command:
+        raise AlignError("align launch: say what to run: align launch --slurm job.sh -- align run RECIPE")
+    if min(options.nodes, options.gpus) < 1 or options.hours <= 0:
+        raise AlignError("align launch: --nodes, --gpus and --hours must be above 0")
+    script = slurm_script(
+        command, nodes=options.nodes, gpus=options.gpus, hours=options.hours, partition=options.partition, name=options.name
+    )
+    options.slurm.write_text(script, encoding="utf-8")
+    print(f"sbatch {options.slurm}")
+    return 0

@@ -1,0 +1,38 @@
+"""``align status RUN``: how a run stands, from any terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from align.commands.output import print_rows
+from align.errors import AlignError
+from align.registry import home
+from align.runner.view import as_line, statuses
+
+CLEAR = "\x1b[H\x1b[J"
+
+
+def add(verbs: Any) -> None:
+    parser = verbs.add_parser("status", help="how the stages of a run stand: running, done, failed, interrupted")
+    parser.add_argument("run", type=Path, metavar="RUN", help="output folder of a run, or its name under the home folder")
+    parser.add_argument("--watch", action="store_true", help="show it again every two seconds, until nothing runs")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(handler=status)
+
+
+def status(options: argparse.Namespace) -> int:
+    folder = options.run if options.run.is_dir() else home() / options.run
+    if not (folder / "logs").is_dir():
+        raise AlignError(f"no run folder {options.run}: no stage has begun there")
+    while True:
+        found = statuses(folder)
+        if options.watch and sys.stdout.isatty():
+            print(CLEAR, end="")
+        print_rows(found, options.json, as_line)
+        if not options.watch or not any(one["state"] == "running" for one in found):
+            return 0
+        time.sleep(2.0)

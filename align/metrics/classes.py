@@ -1,0 +1,75 @@
+"""Metrics over labels: scikit-learn's, and seqeval's for entities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from align.errors import AlignError
+from align.metrics.base import metrics, package
+
+
+def _labels(predictions: Sequence[Any], references: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Both sides as labels of one type: a file's "1" is the label 1."""
+    if len({type(label) for label in (*predictions, *references)}) > 1:
+        return [str(label) for label in predictions], [str(label) for label in references]
+    return list(predictions), list(references)
+
+
+@metrics.add
+def accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+    """Share of predictions that equal their reference (0 to 1)."""
+    ours, theirs = _labels(predictions, references)
+    return {"accuracy": package("sklearn.metrics").accuracy_score(theirs, ours)}
+
+
+def _averages(name: str, predictions: Sequence[Any], references: Sequence[Any], positive: Any) -> dict[str, float]:
+    score = getattr(package("sklearn.metrics"), f"{name}_score")
+    ours, theirs = _labels(predictions, references)
+    result = {f"{name}_{average}": score(theirs, ours, average=average, zero_division=0) for average in ("micro", "macro")}
+    if positive is not None:
+        if positive not in (*ours, *theirs):
+            raise AlignError(f"metric {name!r}: the positive label {positive!r} is none of {sorted({*ours, *theirs}, key=str)}")
+        result[name] = score(theirs, ours, labels=[positive], average="macro", zero_division=0)
+    return result
+
+
+@metrics.add
+def precision(predictions: Sequence[Any], references: Sequence[Any], *, positive: Any = None) -> dict[str, float]:
+    """Precision, micro and macro; with `positive` also that of this one label. A label that is never predicted counts 0."""
+    return _averages("precision", predictions, references, positive)
+
+
+@metrics.add
+def recall(predictions: Sequence[Any], references: Sequence[Any], *, positive: Any = None) -> dict[str, float]:
+    """Recall, micro and macro; with `positive` also that of this one label."""
+    return _averages("recall", predictions, references, positive)
+
+
+@metrics.add
+def f1(predictions: Sequence[Any], references: Sequence[Any], *, positive: Any = None) -> dict[str, float]:
+    """F1, micro and macro; with `positive` also that of this one label."""
+    return _averages("f1", predictions, references, positive)
+
+
+@metrics.add
+def matthews(predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+    """Matthews correlation (-1 to 1)."""
+    ours, theirs = _labels(predictions, references)
+    return {"matthews": package("sklearn.metrics").matthews_corrcoef(theirs, ours)}
+
+
+@metrics.add
+def seqeval(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]], *, strict: bool = False) -> dict[str, float]:
+    """Precision, recall and F1 of whole entities in BIO tags (as conlleval counts them; `strict` is seqeval's IOB2 mode)."""
+    for i, (ours, theirs) in enumerate(zip(predictions, references, strict=True)):
+        if len(ours) != len(theirs):
+            raise AlignError(f"metric 'seqeval': sentence {i} has {len(ours)} predicted tags and {len(theirs)} reference tags")
+    package("seqeval")
+    scores = package("seqeval.metrics")
+    mode = {"mode": "strict", "scheme": package("seqeval.scheme").IOB2} if strict else {}
+    rows = {"y_true": [list(tags) for tags in references], "y_pred": [list(tags) for tags in predictions]}
+    return {
+        f"entity_{name}": getattr(scores, f"{name}_score")(**rows, zero_division=0, **mode)
+        for name in ("precision", "recall", "f1")
+    }

@@ -1,0 +1,70 @@
+"""A local language model as judge: which of two answers is better."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from align.budget import MaxTokens
+from align.encode import Encoder
+from align.engine import enable_forest
+from align.errors import AlignError
+from align.forest import Tree
+from align.models import load_causal_lm, load_tokenizer
+from align.schema import Message
+from align.scoring import branch_logps
+
+QUESTION = """Here is a request and two answers to it.
+
+Request:
+{prompt}
+
+Answer A:
+{first}
+
+Answer B:
+{second}
+
+Which answer is better? Reply with the letter alone."""
+
+
+class JudgeModel:
+    """Asks a model which of two answers is better, in both orders, and reads the probabilities of "A" and "B".
+
+    With both orders a judge that prefers the first place prefers nobody (Zheng et al. 2023, arXiv:2306.05685, section 3.4).
+
+    Raises:
+        AlignError: there is no such model.
+    """
+
+    def __init__(self, path: str, *, dtype: str, max_length: int, max_tokens: MaxTokens, trust_remote_code: bool = False) -> None:
+        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        self.encoder = Encoder(tokenizer, max_length)
+        self.model = load_causal_lm(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
+        enable_forest(self.model)
+        self.max_tokens, self.chats = max_tokens, bool(tokenizer.chat_template)
+        lead = "" if self.chats else " "
+        self.letters = tuple(tokenizer(f"{lead}{letter}", add_special_tokens=False)["input_ids"] for letter in "AB")
+
+    def __call__(self, prompts: Sequence[str], ours: Sequence[str], theirs: Sequence[str]) -> list[float]:
+        """Probability (0 to 1) that each of `ours` is better than its counterpart of `theirs`.
+
+        Raises:
+            AlignError: a question does not fit into `max_length` tokens.
+        """
+        rows = list(zip(prompts, ours, theirs, strict=True))
+        trees = [self._tree(prompt, *pair) for prompt, a, b in rows for pair in ((a, b), (b, a))]
+        logps = branch_logps(self.model, trees, self.max_tokens)
+        first = [1 / (1 + math.exp(min(b - a, 700))) for a, b in logps]
+        return [(forward + 1 - backward) / 2 for forward, backward in zip(first[::2], first[1::2], strict=True)]
+
+    def _tree(self, prompt: str, first: str, second: str) -> Tree:
+        text = QUESTION.format(prompt=prompt, first=first, second=second)
+        asked = self.encoder.prompt_ids([Message(role="user", content=text)] if self.chats else f"{text}\nAnswer:")
+        tree = Tree(asked, self.letters)
+        if self.encoder.max_length is not None and tree.longest > self.encoder.max_length:
+            raise AlignError(f"a question to the judge takes {tree.longest} tokens; raise max_length ({self.encoder.max_length})")
+        return tree

@@ -1,0 +1,42 @@
+"""What stages run on: the GPUs there are, or shares of the CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+from align.runner.launch import launched
+from align.runner.plan import Step
+
+
+def devices(jobs: int | None) -> list[str]:
+    """One entry for each stage that may run at a time: a GPU's id, or an empty string for a share of the CPU."""
+    gpus = _gpus()
+    if gpus:
+        return gpus if jobs is None else [gpus[i % len(gpus)] for i in range(jobs)]
+    return [""] * (jobs or 1)
+
+
+def _gpus() -> list[str]:
+    """Ids of the GPUs that may be used, without initializing CUDA."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [gpu for gpu in visible.split(",") if gpu and gpu != "-1"]
+    if not Path("/proc/driver/nvidia/gpus").is_dir():
+        return []
+    found = subprocess.run(
+        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.split()
+
+
+def take(free: list[str], step: Step, slots: int) -> list[str] | None:
+    """The devices that the stage needs, taken from `free`, or None while too few are free."""
+    launch = getattr(step.stage, "launch", None)
+    wanted = 1
+    if launched(step.stage) and launch is not None:
+        wanted = min(launch.num_processes // launch.num_machines, slots)
+    if len(free) < wanted:
+        return None
+    return [free.pop(0) for _ in range(wanted)]

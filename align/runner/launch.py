@@ -1,0 +1,135 @@
+"""Several processes for one stage: the command line of ``accelerate launch``, and the batch script for Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from align.errors import AlignError, StageFailed
+from align.runner.stop import Stopped, saving_first, stop_requested
+from align.stages.base import Launch, Stage
+
+RANK, MACHINE = "RANK", "ALIGN_MACHINE_RANK"
+
+
+def launched(stage: Stage) -> bool:
+    """Whether the stage runs in processes of its own launch."""
+    return getattr(stage, "launch", None) is not None
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process of a stage, or the first of several."""
+    return int(os.environ.get(RANK, 0)) == 0
+
+
+def machine_rank() -> int:
+    """This machine's number, where several work on one run: set by hand, or by Slurm."""
+    return int(os.environ.get(MACHINE, os.environ.get("SLURM_NODEID", 0)))
+
+
+def is_first_machine() -> bool:
+    return machine_rank() == 0
+
+
+def command(launch: Launch, script: Sequence[str]) -> list[str]:
+    """``accelerate launch`` with every choice spelled out: a configuration file of accelerate's changes nothing."""
+    bad = launch.num_processes % launch.num_machines
+    if bad:
+        raise AlignError(f"launch: {launch.num_processes} processes do not spread evenly over {launch.num_machines} machines")
+    words: list[str] = [sys.executable, "-m", "accelerate.commands.launch"]
+    words += ["--num_processes", str(launch.num_processes), "--num_machines", str(launch.num_machines)]
+    words += ["--mixed_precision", launch.mixed_precision, "--dynamo_backend", "no"]
+    words += ["--num_cpu_threads_per_process", os.environ.get("OMP_NUM_THREADS", "1")]
+    if launch.num_machines > 1:
+        ip = launch.main_process_ip or os.environ.get("ALIGN_MAIN_IP")
+        if ip is None:
+            raise AlignError("launch: several machines need main_process_ip (or ALIGN_MAIN_IP): the address of machine 0")
+        words += ["--machine_rank", str(machine_rank()), "--main_process_ip", ip]
+        words += ["--main_process_port", str(launch.main_process_port or 29500), "--rdzv_backend", "static"]
+    else:
+        words += ["--main_process_port", str(launch.main_process_port or 0)]
+    if launch.strategy == "fsdp2":
+        words += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+        words += ["--fsdp_state_dict_type", "FULL_STATE_DICT", "--fsdp_reshard_after_forward", "true"]
+    elif launch.strategy.startswith("deepspeed"):
+        words += ["--use_deepspeed", "--zero_stage", launch.strategy[-1], "--gradient_accumulation_steps", "1"]
+    elif launch.num_processes > 1:
+        words += ["--multi_gpu"]  # accelerate's name for torchrun; without a GPU the processes meet over gloo
+    return [*words, *script]
+
+
+def run_launched(task: Any, stage: Stage) -> dict[str, Any]:
+    """Run the stage in processes of its own; returns the metrics that the first of them leaves.
+
+    Raises:
+        AlignError: what the stage found wrong; StageFailed: a process died.
+    """
+    launch = getattr(stage, "launch", None) or Launch()
+    with tempfile.TemporaryDirectory(prefix="align-launch-") as folder:
+        task_file, outcome = Path(folder) / "task.json", Path(folder) / "outcome.json"
+        task_file.write_text(json.dumps(asdict(task)), encoding="utf-8")
+        words = command(launch, ["-m", "align.runner.rank", str(task_file), str(outcome)])
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        if launch.cpu:
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        process = subprocess.Popen(words, env=environment)
+        with saving_first():
+            while process.poll() is None:
+                try:
+                    process.wait(0.2)
+                except subprocess.TimeoutExpired:
+                    if stop_requested():
+                        process.send_signal(signal.SIGTERM)
+                        process.wait()
+        if stop_requested():
+            raise Stopped
+        result = json.loads(outcome.read_text(encoding="utf-8")) if outcome.is_file() else {}
+    if "metrics" in result and process.returncode == 0:
+        return result["metrics"]
+    if "mistake" in result:
+        raise AlignError(result["mistake"])
+    raise StageFailed(f"a process of its launch ended with code {process.returncode}; {task.log} tells more")
+
+
+def slurm_script(command: Sequence[str], *, nodes: int, gpus: int, hours: float, partition: str | None, name: str) -> str:
+    """A batch script that runs `command` on each of `nodes`, is requeued when it is preempted or out of time, and then goes on."""
+    options = {
+        "job-name": name,
+        "nodes": nodes,
+        "ntasks-per-node": 1,
+        "gpus-per-node": gpus,
+        "time": f"{int(hours)}:{round(hours % 1 * 60):02d}:00",
+        "output": f"{name}-%j.log",
+        "open-mode": "append",
+        "signal": "B:TERM@120",
+    }
+    if partition is not None:
+        options["partition"] = partition
+    header = "\n".join(f"#SBATCH --{key}={value}" for key, value in options.items())
+    return f"""#!/bin/bash
+{header}
+#SBATCH --requeue
+set -u
+export ALIGN_MAIN_IP=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+# Two minutes before the time is up, or when the job is preempted: let the stages save, and queue up again.
+again() {{
+    kill -TERM "$work"
+    wait "$work"
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+}}
+trap again TERM
+srun --kill-on-bad-exit=1 {shlex.join(command)} &
+work=$!
+wait "$work"
+"""

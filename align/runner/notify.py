@@ -1,0 +1,28 @@
+"""Telling somebody that a run has ended: a webhook or a command."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import urllib.request
+from typing import Any
+
+from align.progress import say
+
+TIMEOUT = 20.0  # seconds
+
+
+def notify(target: str, event: dict[str, Any]) -> None:
+    """POST `event` as JSON to `target` if that is an http(s) address; otherwise run it as a command with the JSON on its standard
+    input. What goes wrong is said, and changes nothing about the run.
+    """
+    body = json.dumps(event).encode()
+    try:
+        if target.startswith(("http://", "https://")):
+            request = urllib.request.Request(target, body, {"Content-Type": "application/json"})
+            urllib.request.urlopen(request, timeout=TIMEOUT).close()
+        else:
+            subprocess.run(shlex.split(target), input=body, check=True, timeout=TIMEOUT)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        say(f"--notify {target}: {error}")

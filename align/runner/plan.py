@@ -1,0 +1,216 @@
+"""What each stage is as it would run now: its identity, where it lies, whether it is done, and why not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from align.artifact import Artifact
+from align.data import fingerprint
+from align.errors import AlignError
+from align.progress import say
+from align.recipe import Recipe, reference_fields, references
+from align.registry import Registry
+from align.rewards import reward_fingerprint
+from align.runner.code import code_of
+from align.stages import Stage
+
+FORCED = "forced"
+"""How the reason begins of what runs though it is done."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage as it would run now."""
+
+    name: str
+    stage: Stage
+    """With every reference resolved to a path or hub id."""
+    draft: Artifact
+    """What it will leave behind, but for the metrics: its identity, config, parents and inputs."""
+    done: Artifact | None
+    """The finished artifact, when nothing it depends on has changed."""
+    reason: str
+    """Why it would run, or that it is up to date."""
+    last_seconds: float | None = None
+    """How long a stage of this name took the last time."""
+
+    @property
+    def runs(self) -> bool:
+        """Whether it is to be run."""
+        return self.done is None or self.reason.startswith(FORCED)
+
+    @property
+    def identity(self) -> str:
+        return self.draft.identity
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.draft.path)
+
+    @property
+    def log(self) -> Path:
+        """What the stage's process printed."""
+        return self.folder.parent / "logs" / f"{self.folder.name}.log"
+
+    @property
+    def status(self) -> Path:
+        """What the stage is doing, or how it ended; see `align.progress.Status`."""
+        return self.log.with_suffix(".json")
+
+
+def read_artifact(folder: Path) -> Artifact | None:
+    """The finished artifact in `folder`. A manifest that cannot be read is none, and a line says so."""
+    try:
+        return Artifact.read(folder)
+    except (ValueError, TypeError) as error:
+        say(f"{folder}: its manifest cannot be read ({error}); the stage counts as unfinished")
+        return None
+
+
+class Planner:
+    """Resolves the stages of a recipe one after the other.
+
+    Args:
+        folder: for a recipe of one stage: write into exactly this folder, instead of one named after the stage's identity.
+        forced: stages to run again, done or not; what follows from them runs again, too.
+    """
+
+    def __init__(
+        self, recipe: Recipe, out: Path, registry: Registry, folder: Path | None = None, forced: frozenset[str] = frozenset()
+    ):
+        self.recipe, self.out, self.registry, self.folder, self.forced = recipe, out, registry, folder, forced
+        self._fingerprints: dict[tuple[str, str], str] = {}
+
+    def plan(self) -> list[Step]:
+        """Every stage in order.
+
+        Raises:
+            AlignError: a reference leads nowhere.
+        """
+        steps: dict[str, Step] = {}
+        for name in self.recipe.ordered():
+            steps[name] = self.resolve(name, steps)
+        return list(steps.values())
+
+    def resolve(self, name: str, earlier: Mapping[str, Step]) -> Step:
+        """The stage `name`, given those that it needs."""
+        stage = self.recipe.stages[name]
+        parents: dict[str, str] = {}
+        data: dict[str, str] = {}
+        inputs: dict[str, str] = {}  # reference -> what it is, independent of where it lies
+        meaning: dict[str, str] = {}
+
+        for kind, reference in references(stage):
+            owner = self.recipe.stage_of(kind, reference)
+            if owner is not None:
+                step = earlier[owner]
+                meaning[reference] = str(step.folder) + reference[len(owner) :]
+                inputs[reference] = step.identity + reference[len(owner) :]
+                parents[reference] = step.done.reference if step.done else f"{self.recipe.name}-{owner}"
+            elif kind == "model":
+                resolved = self.registry.resolve(reference)
+                meaning[reference] = resolved.path
+                inputs[reference] = resolved.artifact.identity if resolved.artifact else _model_fingerprint(resolved.path)
+                registered = resolved.artifact is not None and resolved.artifact.version > 0
+                parents[reference] = resolved.artifact.reference if resolved.artifact and registered else resolved.path
+            elif kind == "data":
+                meaning[reference] = reference
+                inputs[reference] = data[reference] = self._fingerprint(kind, reference)
+            else:
+                meaning[reference] = reference
+                inputs[reference] = self._fingerprint(kind, reference)
+        fields = list(reference_fields(stage))
+        resolved_stage = stage.model_copy(update={field: _map(value, meaning) for field, kind, value in fields if kind != "reward"})
+        code = code_of(type(stage))
+        config = stage.essence()
+        for field, kind, value in fields:
+            if kind != "reward":  # rewards keep their names, beside what they were at the time
+                config[field] = _map(value, inputs)
+        identity = _hash({"stage": stage.stage, "config": config, "inputs": sorted(inputs.values()), "code": code})
+        folder = (self.folder or self.out / f"{name}-{identity[:8]}").resolve()
+        done = read_artifact(folder)
+        if done is not None and done.identity != identity:
+            raise AlignError(f"{folder} holds another result ({done.reference}); choose another output_dir, or remove it")
+        draft = Artifact(
+            name=f"{self.recipe.name}-{name}" if self.recipe.name != name else name,
+            stage=stage.stage,
+            identity=identity,
+            path=str(folder),
+            config=json.loads(stage.model_dump_json()),
+            parents=parents,
+            data=data,
+            inputs=inputs,
+            code=code,
+        )
+        step = Step(name, resolved_stage, draft, done, "up to date")
+        if done is not None:
+            above = [owner for owner in self.recipe.needs(name) if earlier[owner].reason.startswith(FORCED)]
+            if name not in self.forced and not above:
+                return step
+            return replace(
+                step, reason=FORCED if name in self.forced else f"{FORCED}: follows {', '.join(above)}", last_seconds=done.seconds
+            )
+        reason, seconds = self._reason(draft)
+        return replace(step, reason=reason, last_seconds=seconds)
+
+    def _fingerprint(self, kind: str, reference: str) -> str:
+        """Of a file or a reward; each is read once in a plan."""
+        key = (kind, reference)
+        if key not in self._fingerprints:
+            self._fingerprints[key] = fingerprint(reference) if kind == "data" else reward_fingerprint(reference)
+        return self._fingerprints[key]
+
+    def _reason(self, draft: Artifact) -> tuple[str, float | None]:
+        """Why `draft` has not run, compared with the latest result of a stage of that name, and how long that took."""
+        stem = Path(draft.path).name.removesuffix(f"-{draft.identity[:8]}")
+        before = [a for folder in self.out.glob(f"{stem}-????????") if (a := read_artifact(folder))]
+        if not before:
+            return "never ran", None
+        latest = max(before, key=lambda artifact: artifact.created)
+        parts = []
+        if fields := _differ(draft.config, latest.config):
+            parts.append(f"changed: {', '.join(fields)}")
+        if not fields and (inputs := _differ(draft.inputs, latest.inputs)):
+            parts.append(f"its inputs changed: {', '.join(inputs)}")
+        if code := _differ(draft.code, latest.code):
+            parts.append(f"code changed: {', '.join(code)}")
+        return "; ".join(parts) or "its inputs changed", latest.seconds
+
+
+def _differ(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    return [key for key in now if now[key] != before.get(key)] + [key for key in before if key not in now]
+
+
+def _map(value: Any, meaning: Mapping[str, str]) -> Any:
+    """Replace references inside a field's value."""
+    if isinstance(value, str):
+        return meaning.get(value, value)
+    if isinstance(value, dict):
+        return {key: meaning.get(item, item) for key, item in value.items()}
+    return [meaning.get(item, item) for item in value]
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _model_fingerprint(path: str) -> str:
+    """Content of a model folder (large files by size and both ends), or the hub id itself."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return path
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in {".json", ".safetensors", ".model", ".jinja", ".txt"} and file.is_file():
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}:".encode())
+            with file.open("rb") as stream:
+                digest.update(stream.read(2**20))
+                stream.seek(max(0, size - 2**20))
+                digest.update(stream.read())
+    return digest.hexdigest()

@@ -1,0 +1,99 @@
+"""What a person sees of stages in other processes: a bar for each, drawn from its status file."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from align.runner.locks import is_locked
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """A stage's status (see `align.progress.Status`), or nothing."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+class View:
+    """Bars at the bottom of the terminal, one a stage; lines are said above them."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, tqdm] = {}
+
+    def show(self, name: str, status: dict[str, Any]) -> None:
+        """Draw what the stage reports."""
+        seen = status.get("bar")
+        if not seen or not seen["total"]:
+            return
+        bar = self._bars.get(name)
+        label = f"{seen['label']:>12}"
+        if bar is None or (bar.desc, bar.total) != (label, seen["total"]) or bar.n > seen["n"]:
+            self.close(name)
+            bar = tqdm(
+                total=seen["total"],
+                initial=seen["n"],
+                desc=label,
+                unit=seen["unit"],
+                file=sys.stderr,
+                dynamic_ncols=True,
+                leave=True,
+            )
+            self._bars[name] = bar
+        shown = f"{seen['shown']} {status['memory_gb']:.1f} GB".strip()
+        if (bar.n, bar.postfix) != (seen["n"], shown):
+            bar.set_postfix_str(shown, refresh=False)
+            bar.update(seen["n"] - bar.n)
+
+    def close(self, name: str) -> None:
+        if (bar := self._bars.pop(name, None)) is not None:
+            bar.close()
+
+    def close_all(self) -> None:
+        for name in list(self._bars):
+            self.close(name)
+
+
+def statuses(run: Path) -> list[dict[str, Any]]:
+    """How the stages of the run in the folder `run` stand, oldest first. Who was killed cannot say so: a stage that says it runs,
+    and whose folder nobody holds the lock of, was interrupted.
+    """
+    found = []
+    for path in (run / "logs").glob("*.json"):
+        status = read_status(path)
+        if not status:
+            continue
+        if status["state"] == "running" and not is_locked(Path(status["folder"])):
+            status["state"] = "interrupted"
+        found.append({**status, "log": str(path.with_suffix(".log"))})
+    return sorted(found, key=lambda status: status["started"])
+
+
+def as_line(status: dict[str, Any]) -> str:
+    """One stage of `align status`."""
+    line = f"{status['name']:<14} {status['state']:<12}"
+    seen = status.get("bar")
+    if status["state"] == "running" and seen and seen["total"]:
+        left = f", {duration(seen['seconds_left'])} left" if seen["seconds_left"] is not None else ""
+        line += f" {seen['n']}/{seen['total']} {seen['unit']}s{left}  {seen['shown']}"
+    elif status["state"] == "done":
+        line += f" {duration(status['seconds'])}  {status['reference']}"
+    elif status["state"] == "failed":
+        line += f" {status['error']}"
+    if status["state"] == "running":
+        line += f"  {status['memory_gb']:.1f} GB  for {duration(time.time() - status['started'])}"
+    return line
+
+
+def duration(seconds: float) -> str:
+    """``42 s``, ``3 min``, ``1 h 05``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d}"

@@ -1,0 +1,264 @@
+"""One stage in this process: locked, run, flushed, its manifest written, registered.
+
+A stage's process gets its `Task` as JSON; nothing is pickled. What it may not do (a mistake in the input, a full disk) ends as one
+line in its status file.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import importlib.util
+import json
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align.artifact import MANIFEST, Artifact, library_versions
+from align.errors import AlignError, NonFiniteLoss
+from align.progress import History, Status, report_progress, say
+from align.registry import Registry
+from align.runner.checkpoints import lower_learning_rate, remove_unsealed
+from align.runner.files import flush_tree
+from align.runner.launch import is_first_machine, is_main_process, launched, run_launched
+from align.runner.locks import lock
+from align.runner.plan import Step, read_artifact
+from align.runner.stop import Stopped, listen, saving_first
+from align.stages import Stage, stages
+from align.stages.base import Context
+
+
+@dataclass(frozen=True)
+class Task:
+    """A stage to run, in plain values."""
+
+    name: str
+    reason: str
+    config: dict[str, Any]
+    """The fields that are set, every reference resolved."""
+    draft: dict[str, Any]
+    """The artifact without its metrics."""
+    registry: str
+    log: str
+    status: str
+    module: str
+    """Where the stage's class is defined: its module, and the file of that."""
+    file: str | None
+    again: bool = False
+    """Run it although it is done."""
+    wait: bool = True
+    """Wait for another process that works in the folder, or refuse."""
+
+    @classmethod
+    def of(cls, step: Step, registry: Registry, *, wait: bool = True) -> Task:
+        module = type(step.stage).__module__
+        return cls(
+            step.name,
+            step.reason,
+            step.stage.model_dump(mode="json", exclude_unset=True),
+            asdict(step.draft),
+            str(registry.root.parent.resolve()),
+            str(step.log),
+            str(step.status),
+            module,
+            getattr(sys.modules.get(module), "__file__", None),
+            again=step.done is not None,
+            wait=wait,
+        )
+
+    def stage(self) -> Stage:
+        """The stage; its class is looked up, and its file run if it is not in the catalog yet."""
+        name = self.draft["stage"]
+        if name not in stages or stages[name].__module__ != self.module:
+            _import(self.module, self.file)
+        return stages[name].model_validate(self.config)
+
+
+def _import(module: str, file: str | None) -> None:
+    if module in sys.modules and module != "__main__":
+        return
+    try:
+        found = importlib.util.find_spec(module) if module != "__main__" else None
+    except (ImportError, ValueError):
+        found = None
+    if found is not None:
+        importlib.import_module(module)
+    elif file is not None:
+        name = module if module != "__main__" else f"align_main_{abs(hash(file))}"
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    else:
+        raise AlignError(f"the stage's class is defined in {module!r}, which has no file; put it in one, or set ALIGN_IN_PROCESS=1")
+
+
+def work(task: Task, stage: Stage) -> Artifact:
+    """Run the stage, unless another process has done so meanwhile, and register the result.
+
+    Raises:
+        AlignError: the stage found a mistake; nothing half-written is left but checkpoints.
+    """
+    draft = Artifact(**task.draft)
+    folder = Path(draft.path)
+    if not is_first_machine():
+        run_launched(task, stage)
+        return _await(folder)
+    with lock(folder, task.name, wait=task.wait):
+        registry = Registry(Path(task.registry))
+        done = read_artifact(folder)
+        if done is not None and done.identity == draft.identity and not task.again:
+            say(f"{task.name}: up to date ({folder})")
+            return settle(done, registry)
+        say(f"{task.name}: {task.reason}; writing {folder}")
+        start = time.monotonic()
+        metrics = _filled(task, stage, folder)
+        with saving_first():
+            artifact = replace(
+                draft,
+                metrics=metrics,
+                versions=library_versions(),
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                seconds=round(time.monotonic() - start, 1),
+            )
+            flush_tree(folder)
+            artifact.write()
+            artifact = settle(artifact, registry)
+        say(f"{task.name}: done in {artifact.seconds:.0f} s, registered as {artifact.reference}")
+        return artifact
+
+
+def settle(artifact: Artifact, registry: Registry) -> Artifact:
+    """Register a finished artifact. The manifest is there before the registry speaks of it, and once more with the version; a run
+    that was cut in between is settled by the next one.
+    """
+    if artifact.version:
+        return artifact
+    artifact = registry.add(artifact)
+    artifact.write()
+    return artifact
+
+
+def _await(folder: Path) -> Artifact:
+    """The artifact that the first machine writes on the file system that all share."""
+    while (done := Artifact.read(folder)) is None:
+        time.sleep(1.0)
+    return done
+
+
+def _filled(task: Task, stage: Stage, folder: Path) -> dict[str, Any]:
+    """Have the stage fill its folder; returns its metrics."""
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    if task.again:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if not (folder / "checkpoints").is_dir():  # nothing to go on from, so no history either
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+    try:
+        with _disk_errors(folder):
+            config = yaml.safe_dump({"stage": task.draft["stage"], **task.draft["config"]}, sort_keys=False)
+            (folder / "config.yaml").write_text(config, encoding="utf-8")
+            return run_launched(task, stage) if launched(stage) else attempt(stage, task.name, folder)
+    except AlignError as error:
+        if not existed:
+            _remove_unfinished(folder)
+        raise type(error)(f"{task.name}: {error}") from error
+
+
+def attempt(stage: Stage, name: str, folder: Path) -> dict[str, Any]:
+    """Run the stage; after a non-finite loss again, from the last checkpoint and at a lower learning rate, if it asks for that."""
+    quiet()
+    while True:
+        history = History(folder / "metrics.jsonl", writes=is_main_process())
+        try:
+            return stage.run(Context(name, folder, history))
+        except NonFiniteLoss as error:
+            if getattr(stage, "on_non_finite", "stop") != "lower_learning_rate":
+                raise
+            scale = lower_learning_rate(folder / "checkpoints", error)
+            say(f"{name}: {error}; going on from the last checkpoint with the learning rate times {scale:g}")
+
+
+def quiet() -> None:
+    """Keep the terminal for what a person must know: libraries report errors only."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Take away what a stage left that failed over its input; checkpoints, which are worth keeping, stay."""
+    if not (folder / "checkpoints").exists():
+        shutil.rmtree(folder)
+
+
+# -- a process of its own -------------------------------------------------------------------------------------------------------
+
+
+def main(task: Task) -> int:
+    """Run `task` as the whole of a process whose output is its log; how it ended stands in its status file."""
+    listen()
+    status = Status(Path(task.status), name=task.name, state="running", folder=task.draft["path"])
+    report_progress(status)
+    try:
+        artifact = work(task, task.stage())
+        status.update(state="done", seconds=artifact.seconds, reference=artifact.reference)
+        return 0
+    except Stopped:
+        status.update(state="stopped")
+        return 130
+    except AlignError as error:
+        print(f"align: error: {error}", file=sys.stderr)
+        status.update(state="failed", kind="mistake", error=str(error))
+        return 2
+    except Exception as error:
+        traceback.print_exc()
+        kind = "transient" if is_transient(error) else "crash"
+        status.update(state="failed", kind=kind, error=f"{task.name}: {type(error).__name__}: {error}")
+        return 1
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """A full disk is not a crash but something to be told in one line; libraries dress it in errors of their own."""
+    try:
+        yield
+    except Exception as error:
+        if disk_is_full(error):
+            free = shutil.disk_usage(folder).free / 2**20
+            remove_unsealed(folder / "checkpoints")
+            raise AlignError(
+                f"the disk of {folder} is full ({free:.0f} MB free); make room, and the same command goes on from where it was"
+            ) from error
+        raise
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether `error` is, or comes from, a write that found no room."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether another attempt may well succeed: the network, a busy server, a momentary lack of memory."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return bool(names & {"ConnectionError", "TimeoutError", "HTTPError", "HfHubHTTPError", "OutOfMemoryError", "MemoryError"})
+
+
+def read_task(path: str) -> Task:
+    return Task(**json.loads(Path(path).read_text(encoding="utf-8")))

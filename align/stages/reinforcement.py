@@ -1,0 +1,179 @@
+"""What the stages that train on their own samples have in common: roles, judge and trainer made ready, the result saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase, get_scheduler
+
+from align.encode import Encoded, Encoder
+from align.errors import AlignError
+from align.forest import Tree
+from align.intake.account import Quarantine
+from align.models import disable_dropout, stop_token_ids
+from align.rollout import Sampling, complete
+from align.scoring import Judge, component_means
+from align.stages import training as t
+from align.stages.base import Context
+from align.trainers.ppo.adapters import critic_on_base, reward_on_base
+from align.trainers.ppo.advantages import estimators
+from align.trainers.ppo.checkpoint import Checkpoints
+from align.trainers.ppo.critics import Critic, SeparateCritic, SharedCritic, ValueHead
+from align.trainers.ppo.models import Models
+from align.trainers.ppo.trainer import PPOTrainer, check
+from align.trainers.settings import PPOSettings
+from align.tuning.tune import trainable
+
+
+def _separate(stage: Any, context: Context, policy: Any, tokenizer: PreTrainedTokenizerBase, longest: int) -> Critic:
+    critic: Any = t.reward_model(stage, stage.reward_model or stage.model)
+    if stage.gradient_checkpointing:
+        critic.gradient_checkpointing_enable({"use_reentrant": False})
+    critic = t.make_ready(stage, f"{context.name} (critic)", critic, tokenizer, longest, None)
+    disable_dropout(critic)
+    return SeparateCritic(critic)
+
+
+def _adapter(stage: Any, context: Context, policy: Any, tokenizer: PreTrainedTokenizerBase, longest: int) -> Critic:
+    critic = critic_on_base(policy, stage.reward_model)
+    disable_dropout(policy)
+    return critic
+
+
+def _shared(stage: Any, context: Context, policy: Any, tokenizer: PreTrainedTokenizerBase, longest: int) -> Critic:
+    return SharedCritic(ValueHead(policy))
+
+
+CRITICS: dict[str, Callable[..., Critic]] = {"separate": _separate, "adapter": _adapter, "shared": _shared}
+
+
+def train_on_samples(
+    stage: Any, context: Context, settings_of: Callable[[int], PPOSettings], *, critic: str = "separate"
+) -> dict[str, Any]:
+    """Sample the stage's model on its prompts, judge the answers and learn from them.
+
+    Args:
+        settings_of: the trainer's settings for so many prompts.
+        critic: which of `CRITICS`, for an estimator that needs one.
+
+    Raises:
+        AlignError: from loading; or the settings do not fit together.
+    """
+    t.seed_everything(stage)
+    rows, held = t.rows_of(stage, "prompts", context)
+    tokenizer, _ = t.tokenizer_of(stage)
+    encoder = Encoder(tokenizer, None if stage.max_length is None else stage.max_length - stage.max_completion_length)
+    train, test = encoder.prompts(rows), encoder.prompts(held[: stage.eval_prompts])
+    prompts = [tree.prompt for tree in t.usable(train, context.name)]
+    settings, sampling = settings_of(len(prompts)), stage.sampling(tokenizer)
+    needs_critic = estimators[settings.advantage_estimator].needs_critic
+    check(settings, sampling, has_critic=needs_critic)
+    ptx = _ptx(stage, settings, tokenizer, context)
+
+    policy: Any = t.causal_lm(stage)
+    end = t.end_token(encoder, rows)
+    t.teach_end_token(policy, end)
+    stop_ids = sorted({end, *stop_token_ids(policy, tokenizer)})
+    longest = max(t.longest(train.trees) + stage.max_completion_length, *(tree.longest for tree in ptx), 1)
+    if stage.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = t.make_ready(stage, context.name, policy, tokenizer, longest, context.folder)
+    disable_dropout(policy)  # after LoRA, whose own dropout would part old and new log-probs
+    judge = stage.judge(
+        tokenizer,
+        dtype=stage.dtype,
+        max_tokens=stage.max_tokens_per_micro_batch,
+        model=reward_on_base(policy, stage.reward_model),
+    )
+    value = CRITICS[critic](stage, context, policy, tokenizer, longest) if needs_critic else None
+    models = Models(policy, value, temperature=stage.temperature, bf16=stage.bf16)
+    optimizer, scheduler = _optimizer(stage, settings, models)
+    checkpoints = Checkpoints(context.folder / "checkpoints", stage.save_steps or settings.steps + 1, stage.save_total_limit)
+
+    def score(indices: list[int], completions: list[Any]) -> tuple[list[float], dict[str, float]]:
+        totals, components = judge([train.rows[i] for i in indices], [prompts[i] for i in indices], completions)
+        return totals, {f"rewards/{name}": mean for name, mean in component_means(components).items()}
+
+    trainer = PPOTrainer(
+        models,
+        prompts,
+        score,
+        settings,
+        sampling=sampling,
+        stop_ids=stop_ids,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        history=context.history,
+        max_tokens=stage.max_tokens_per_micro_batch,
+        max_grad_norm=stage.max_grad_norm,
+        seed=stage.seed,
+        checkpoints=checkpoints if stage.save_steps else None,
+        ptx=ptx,
+        text=tokenizer.decode,
+    )
+    resumed = stage.resume_from_checkpoint and trainer.resume()
+    if not resumed:
+        checkpoints.clear()
+    context.history.rewind(trainer.done if resumed else -1)
+
+    def evaluate(step: int) -> None:
+        if test.trees and (step in (0, settings.steps) or (stage.eval_steps and step % stage.eval_steps == 0)):
+            generator = torch.Generator(models.device).manual_seed(stage.seed)  # the same draws of chance every time
+            context.history.add(step, held_out_score(policy, test, judge, sampling, stop_ids, generator))
+
+    if not resumed:
+        evaluate(0)
+    trainer.train(context.name, stage.logging_steps, after_step=evaluate)
+    t.save_model(policy, tokenizer, context.folder)
+    return {**_metrics(context), **trainable(policy)}
+
+
+def held_out_score(
+    policy: nn.Module, test: Encoded, judge: Judge, sampling: Sampling, stop_ids: list[int], generator: torch.Generator
+) -> dict[str, float]:
+    """Mean score of sampled answers to held-out prompts, and of each of its components."""
+    prompts = [tree.prompt for tree in test.trees]
+    totals, components = judge(test.rows, prompts, complete(policy, prompts, sampling, stop_ids, generator))
+    return {"eval_score": sum(totals) / len(totals), **{f"eval_{k}": v for k, v in component_means(components).items()}}
+
+
+def _ptx(stage: Any, settings: PPOSettings, tokenizer: PreTrainedTokenizerBase, context: Context) -> list[Tree]:
+    """Trees of the rows that are mixed in."""
+    if not settings.ptx_coef:
+        return []
+    if not stage.ptx_data:
+        raise AlignError("ptx_coef mixes in a language-model loss, and there are no rows for it: set ptx_data")
+    encoder = Encoder(tokenizer, stage.max_length)
+    label = f"{context.name} (ptx)"
+    rows = t.read_rows(stage, stage.ptx_data, stage.ptx_rows, label, Quarantine(context.folder / "quarantine_ptx.jsonl"))
+    return t.encoded(getattr(encoder, stage.ptx_rows), rows, label)
+
+
+def _optimizer(stage: Any, settings: PPOSettings, models: Models) -> tuple[Any, Any]:
+    """AdamW with a group for each role, and its schedule over the run."""
+    rates = {"policy": stage.learning_rate, "critic": settings.critic_learning_rate or stage.learning_rate}
+    groups = [{"params": list(named.values()), "lr": rates[role]} for role, named in models.parameters().items() if named]
+    optimizer = torch.optim.AdamW(groups, betas=(stage.adam_beta1, stage.adam_beta2), weight_decay=stage.weight_decay)
+    updates = settings.steps * settings.num_ppo_epochs * settings.num_mini_batches
+    scheduler = get_scheduler(
+        stage.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=round(stage.warmup_ratio * updates),
+        num_training_steps=updates,
+        scheduler_specific_kwargs=stage.lr_scheduler_kwargs,
+    )
+    return optimizer, scheduler
+
+
+def _metrics(context: Context) -> dict[str, Any]:
+    """The held-out scores before and after, and how it ended."""
+    records = context.history.records
+    names = {name: None for record in records for name in record if name.startswith("eval_")}
+    found: dict[str, Any] = {}
+    for name in names:
+        values = [record[name] for record in records if name in record]
+        found |= {name: values[-1], f"{name}_before": values[0]}
+    return {**found, **{name: context.history.last(name) for name in ("objective/kl", "objective/scores")}}

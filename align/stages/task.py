@@ -1,0 +1,92 @@
+"""Training for a task: classification, named entities, question answering, sequence to sequence, cloze."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from align.stages.base import Context, MetricSpecs, TrainingStage, stage
+
+
+@stage("task")
+class TaskTraining(TrainingStage):
+    """Train a model for a task: a new head (or a cloze) on an encoder, a decoder or an encoder-decoder."""
+
+    task: str
+    """classification, ner, qa, seq2seq or cloze (docs/tasks.md)."""
+    task_args: dict[str, Any] = Field(default_factory=dict)
+    """The task's arguments, such as `pattern` and `verbalizer` of cloze or `stride` of qa."""
+    metrics: MetricSpecs = Field(default_factory=list)
+    """Metrics by name, on held-out rows, instead of the task's own (docs/metrics.md)."""
+    shots: int | None = Field(None, gt=0)
+    """Train on so many rows a label, drawn at random (few-shot); for classification and cloze."""
+    learning_rate: float = Field(5e-5, gt=0)
+    """Peak learning rate: 2e-5 to 1e-4 for all weights of an encoder, 1e-3 for a head or an adapter."""
+    max_length: int = Field(256, gt=8)
+    """Longest row in tokens."""
+
+    @model_validator(mode="after")
+    def _labels_are_drawn_from(self) -> TaskTraining:
+        if self.shots is not None and self.task not in ("classification", "cloze"):
+            raise ValueError(f"shots draws rows by their label, which rows of task {self.task!r} do not have")
+        return self
+
+    def run(self, context: Context) -> dict[str, Any]:
+        from align.errors import AlignError
+        from align.models import load_tokenizer
+        from align.stages import training as t
+        from align.tasks import tasks
+        from align.tasks.base import save_task, used
+        from align.tuning.soft import is_decoder
+
+        cls = tasks[self.task]
+        tasks.check_arguments(self.task, self.task_args)
+        t.seed_everything(self)
+        rows, held = t.rows_of(self, cls.kind, context)
+        if self.shots is not None:
+            rows = few(rows, self.shots, self.seed)
+        tokenizer = load_tokenizer(self.model, trust_remote_code=self.trust_remote_code)
+        task = cls(tokenizer, self.max_length, cls.labels_of(rows), **self.task_args)
+        specs = self.metrics or list(task.metrics)
+        task.check_metrics(specs)
+        model = task.model(self.model, **t.loading(self))
+        if task.per_token and self.strategy.name in ("prompt", "ptuning") and not is_decoder(model):
+            raise AlignError(
+                f"tuning {self.strategy.name!r} puts virtual tokens in front; task {self.task!r} reads answers at the places of "
+                "tokens, which moves them: use prefix"
+            )
+        model = t.make_ready(self, context.name, model, tokenizer, None, context.folder)
+        train = used(task.features(rows, training=True), context.name)
+        test = used(task.features(held, training=False), f"{context.name} (held out)") if held else None
+        arguments = {**t.training_arguments(self, context, has_eval=test is not None), **task.arguments()}
+        trainer = task.trainer(
+            model=model,
+            args=task.training_arguments(**arguments),
+            train_dataset=train.items,
+            eval_dataset=test.items if test else None,
+            data_collator=task.collate,
+            compute_metrics=(lambda found: task.measure(specs, found.predictions, test)) if test else None,
+            processing_class=tokenizer,
+            callbacks=t.callbacks_of(self, context),
+            task=task,
+        )
+        metrics = t.run_trainer(trainer, self, context, has_eval=test is not None)
+        save_task(context.folder, self.task, task, self.task_args)
+        return {**metrics, "rows": len(train.rows), "held_out_rows": len(test.rows) if test else 0}
+
+
+def few(rows: list[Any], shots: int, seed: int) -> list[Any]:
+    """`shots` rows of each label, drawn at random."""
+    from align.errors import AlignError
+
+    by_label: dict[str, list[Any]] = defaultdict(list)
+    for row in rows:
+        by_label[row.label].append(row)
+    short = {label: len(own) for label, own in by_label.items() if len(own) < shots}
+    if short:
+        raise AlignError(f"shots {shots}: the label {next(iter(short))!r} has {short[next(iter(short))]} rows")
+    draw = random.Random(seed)
+    return [row for label in sorted(by_label) for row in draw.sample(by_label[label], shots)]

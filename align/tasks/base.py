@@ -1,0 +1,159 @@
+"""What a task is, and how a trained one is kept beside its model."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from align.artifact import write_atomically
+from align.catalog import Catalog
+from align.errors import AlignError
+from align.metrics import columns_of, measure
+from align.metrics.base import check
+from align.models import load_model
+from align.progress import say
+
+TASK_FILE = "task.json"
+"""In a trained model's folder: which task it does, with which labels and arguments."""
+
+Feature = dict[str, Any]
+
+
+@dataclass
+class Features:
+    """What rows became. A row may give several features (windows of a long context); `rows` are those that gave any."""
+
+    items: list[Feature] = field(default_factory=list)
+    rows: list[Any] = field(default_factory=list)
+    cut: int = 0
+    """Rows that were cut to the maximum length."""
+    set_aside: Counter[str] = field(default_factory=Counter)
+
+    def summary(self) -> str:
+        """One line that adds up."""
+        aside = sum(self.set_aside.values())
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.set_aside.items())
+        line = f"{len(self.rows) + aside} rows = {len(self.rows)} used + {aside} set aside{f' ({reasons})' if reasons else ''}"
+        return line + (f"; {self.cut} cut to max_length" if self.cut else "")
+
+
+class TaskTrainer(Trainer):
+    """transformers' Trainer. The loss of a micro-batch is its mean, and those of an optimizer step are averaged."""
+
+    def __init__(self, *args: Any, task: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.task = task
+        # Models take the number of items of the whole step as a keyword, and most heads then do not look at it.
+        self.model_accepts_loss_kwargs = False
+
+
+class Task:
+    """A task with one tokenizer, maximum length and set of labels. Its keyword-only arguments are `task_args`."""
+
+    kind: ClassVar[str]
+    """Kind of its rows (`align.schema.KINDS`)."""
+    metrics: ClassVar[tuple[str, ...]]
+    """What it is measured by unless the user says otherwise."""
+    auto: ClassVar[Any]
+    """The transformers class that loads a model with the task's head."""
+    per_token: ClassVar[bool] = False
+    """Whether answers are read at the places of tokens, which virtual tokens in front of an encoder's would move."""
+    trainer: ClassVar[type[Trainer]] = TaskTrainer
+    training_arguments: ClassVar[type[TrainingArguments]] = TrainingArguments
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, labels: Sequence[str]) -> None:
+        self.tokenizer, self.max_length, self.labels = tokenizer, max_length, list(labels)
+
+    @classmethod
+    def labels_of(cls, rows: Sequence[Any]) -> list[str]:
+        """The labels that training rows have, in the order of the model's outputs."""
+        return []
+
+    def model(self, path: str, **options: Any) -> nn.Module:
+        """The model at `path` with the task's head, which is new unless it was trained before.
+
+        Args:
+            options: as for `align.models.load_causal_lm`.
+
+        Raises:
+            AlignError: there is no such model, or none of its family for this task.
+        """
+        fields: dict[str, Any] = {}
+        if self.labels:
+            fields["id2label"] = dict(enumerate(self.labels))
+            fields["label2id"] = {label: i for i, label in enumerate(self.labels)}
+        return load_model(self.auto, path, **options, **fields)
+
+    def features(self, rows: Sequence[Any], *, training: bool) -> Features:
+        """Rows as the model takes them; with `training` those without a usable target are set aside."""
+        raise NotImplementedError
+
+    def collate(self, batch: Sequence[Feature]) -> dict[str, torch.Tensor]:
+        """Features as one padded batch."""
+        raise NotImplementedError
+
+    def arguments(self) -> dict[str, Any]:
+        """What this task adds to `transformers.TrainingArguments`."""
+        return {}
+
+    def columns(self, output: Any, features: Features) -> dict[str, list[Any]]:
+        """``predictions`` and ``references``, one for each row, from the model's `output` (numpy arrays) over the features."""
+        raise NotImplementedError
+
+    def measure(self, specs: Sequence[str], output: Any, features: Features) -> dict[str, float]:
+        """The metrics `specs` of the model's `output`."""
+        columns = self.columns(output, features)
+        return {key: value for spec in specs for key, value in measure(spec, **columns).items()}
+
+    def check_metrics(self, specs: Sequence[str]) -> None:
+        """Raise `AlignError` where one of `specs` needs what this task does not give."""
+        for spec in specs:
+            name, _ = check(spec)
+            if lacking := [column for column in columns_of(name) if column not in ("predictions", "references")]:
+                raise AlignError(f"metric {name!r} needs {lacking[0]!r}, and a task gives predictions and references")
+
+
+tasks: Catalog[Any] = Catalog("task")
+
+
+def task(name: str) -> Callable[[type[Task]], type[Task]]:
+    """Register a task class under `name`."""
+    return lambda cls: tasks.add(cls, name)
+
+
+def save_task(folder: Path, name: str, built: Task, arguments: dict[str, Any]) -> None:
+    """Write down beside a model which task it was trained for."""
+    content = {"task": name, "labels": built.labels, "max_length": built.max_length, "task_args": arguments}
+    write_atomically(folder / TASK_FILE, json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def read_task(path: str, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """The task that the model in the folder `path` was trained for."""
+    stored = json.loads((Path(path) / TASK_FILE).read_text(encoding="utf-8"))
+    return tasks[stored["task"]](tokenizer, stored["max_length"], stored["labels"], **stored["task_args"])
+
+
+def is_task_model(path: str) -> bool:
+    """Whether the folder `path` holds a model of the stage `task`."""
+    return (Path(path) / TASK_FILE).is_file()
+
+
+def used(features: Features, label: str) -> Features:
+    """`features`, with a line where rows were cut or set aside.
+
+    Raises:
+        AlignError: none is left.
+    """
+    if features.cut or features.set_aside:
+        say(f"{label}: {features.summary()}")
+    if not features.items:
+        raise AlignError(f"{label}: none of the rows can be used: {features.summary()}")
+    return features

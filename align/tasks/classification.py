@@ -1,0 +1,61 @@
+"""Sequence classification: one label for a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+
+from align.errors import AlignError
+from align.schema import LabelledText
+from align.tasks.base import Feature, Features, Task, task
+
+
+@task("classification")
+class Classification(Task):
+    """A head over the labels on the first token (encoders) or the last one (decoders)."""
+
+    kind = "classification"
+    metrics = ("accuracy", "f1", "matthews")
+    auto = AutoModelForSequenceClassification
+
+    @classmethod
+    def labels_of(cls, rows: Sequence[LabelledText]) -> list[str]:
+        """Every label of the rows, sorted.
+
+        Raises:
+            AlignError: there is only one.
+        """
+        labels = sorted({row.label for row in rows})
+        if len(labels) < 2:
+            raise AlignError(f"all {len(rows)} rows have the label {labels[0]!r}; there is nothing to tell apart")
+        return labels
+
+    def features(self, rows: Sequence[LabelledText], *, training: bool) -> Features:
+        made = Features()
+        numbers = {label: i for i, label in enumerate(self.labels)}
+        for row in rows:
+            if row.label not in numbers:
+                made.set_aside[f"with the label {row.label!r}, which no training row has"] += 1
+                continue
+            item, cut = self.encode(row.text)
+            made.items.append({**item, "labels": numbers[row.label]})
+            made.rows.append(row)
+            made.cut += cut
+        return made
+
+    def encode(self, text: str) -> tuple[Feature, bool]:
+        """The features of `text`, and whether it was cut."""
+        item = dict(self.tokenizer(text, truncation=True, max_length=self.max_length + 1))
+        cut = len(item["input_ids"]) > self.max_length
+        return (dict(self.tokenizer(text, truncation=True, max_length=self.max_length)) if cut else item), cut
+
+    def collate(self, batch: Sequence[Feature]) -> dict[str, torch.Tensor]:
+        return dict(DataCollatorWithPadding(self.tokenizer)(list(batch)))
+
+    def columns(self, output: Any, features: Features) -> dict[str, list[Any]]:
+        found = output[0] if isinstance(output, tuple) else output
+        predictions = [self.labels[i] for i in found.argmax(-1)]
+        return {"predictions": predictions, "references": [row.label for row in features.rows]}

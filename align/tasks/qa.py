@@ -1,0 +1,139 @@
+"""Extractive question answering: the span of a context that answers a question, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from align.errors import AlignError
+from align.schema import QARow
+from align.tasks.base import Feature, Features, Task, task
+
+
+@task("qa")
+class QuestionAnswering(Task):
+    """The model scores each token as the answer's first and last. A context that does not fit is read in overlapping windows.
+
+    Args:
+        stride: tokens that neighbouring windows share.
+        longest_answer: tokens.
+        may_be_unanswerable: let the model say that the context holds no answer, by the span of the first token (SQuAD 2.0). Then
+            the prediction is empty.
+    """
+
+    kind = "qa"
+    metrics = ("exact_match", "token_f1")
+    auto = AutoModelForQuestionAnswering
+    per_token = True
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        labels: Sequence[str],
+        *,
+        stride: int = 64,
+        longest_answer: int = 30,
+        may_be_unanswerable: bool = False,
+    ) -> None:
+        super().__init__(tokenizer, max_length, labels)
+        if not 0 <= stride < max_length // 2:
+            raise AlignError(f"stride {stride} must be below half of max_length ({max_length}): windows have to move on")
+        self.stride, self.longest_answer, self.may_be_unanswerable = stride, longest_answer, may_be_unanswerable
+
+    def features(self, rows: Sequence[QARow], *, training: bool) -> Features:
+        made = Features()
+        for row in rows:
+            span = _span(row)
+            if training and span is None and not (self.may_be_unanswerable and not row.answers):
+                made.set_aside["without an answer in the context" if row.answers else "unanswerable (see may_be_unanswerable)"] += 1
+                continue
+            windows = self._windows(row)
+            if windows is None:
+                made.set_aside["whose question leaves no room for the context"] += 1
+                continue
+            for window in windows:
+                start, end = _tokens_of(span, window["offsets"]) if span else (0, 0)
+                item = {"start_positions": start, "end_positions": end, "row": len(made.rows)}
+                made.items.append({**window, **item})
+            made.rows.append(row)
+        return made
+
+    def _windows(self, row: QARow) -> list[Feature] | None:
+        """The tokens of question and context, in as many windows as it takes; ``offsets`` are None outside the context."""
+        question = row.question.strip()
+        room = self.max_length - len(self.tokenizer(question, " ")["input_ids"])
+        if room <= self.stride:
+            return None
+        encoding = self.tokenizer(
+            question,
+            row.context,
+            truncation="only_second",
+            max_length=self.max_length,
+            stride=self.stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        windows = []
+        for i, offsets in enumerate(encoding["offset_mapping"]):
+            inside = [pair if part == 1 else None for part, pair in zip(encoding.sequence_ids(i), offsets, strict=True)]
+            names = [name for name in self.tokenizer.model_input_names if name in encoding]
+            windows.append({**{name: encoding[name][i] for name in names}, "offsets": inside})
+        return windows
+
+    def collate(self, batch: Sequence[Feature]) -> dict[str, torch.Tensor]:
+        plain = [{key: value for key, value in item.items() if key not in ("offsets", "row")} for item in batch]
+        return dict(DataCollatorWithPadding(self.tokenizer)(plain))
+
+    def columns(self, output: Any, features: Features) -> dict[str, list[Any]]:
+        starts, ends = output[:2]
+        best: list[tuple[float, str]] = [(float("-inf"), "")] * len(features.rows)
+        empty = [float("inf")] * len(features.rows)
+        for item, start, end in zip(features.items, starts, ends, strict=True):
+            number = item["row"]
+            empty[number] = min(empty[number], float(start[0] + end[0]))
+            score, span = self._best_span(item["offsets"], start, end)
+            if span is not None and score > best[number][0]:
+                best[number] = (score, features.rows[number].context[slice(*span)])
+        predictions = [
+            "" if self.may_be_unanswerable and none > score else text for (score, text), none in zip(best, empty, strict=True)
+        ]
+        return {"predictions": predictions, "references": [list(row.answers) or [""] for row in features.rows]}
+
+    def _best_span(self, offsets: list[Any], start: Any, end: Any, candidates: int = 20) -> tuple[float, tuple[int, int] | None]:
+        """The best score of a span inside the context, and its characters; among the likeliest firsts and lasts."""
+        best: tuple[float, tuple[int, int] | None] = (float("-inf"), None)
+        length = len(offsets)
+        for first in start[:length].argsort()[::-1][:candidates]:
+            for last in end[:length].argsort()[::-1][:candidates]:
+                if not first <= last < first + self.longest_answer or offsets[first] is None or offsets[last] is None:
+                    continue
+                score = float(start[first] + end[last])
+                if score > best[0]:
+                    best = (score, (offsets[first][0], offsets[last][1]))
+        return best
+
+
+def _span(row: QARow) -> tuple[int, int] | None:
+    """The characters of the row's first answer in its context, None where there is none."""
+    if not row.answers:
+        return None
+    answer = row.answers[0]
+    start = row.starts[0] if row.starts else row.context.find(answer)
+    if start < 0 or row.context[start : start + len(answer)] != answer:
+        start = row.context.find(answer)
+    return None if start < 0 or not answer else (start, start + len(answer))
+
+
+def _tokens_of(span: tuple[int, int], offsets: Sequence[tuple[int, int] | None]) -> tuple[int, int]:
+    """First and last token that touch the characters `span`; the first token of all where the window does not hold all of it."""
+    touching = [i for i, pair in enumerate(offsets) if pair is not None and pair[0] < span[1] and pair[1] > span[0]]
+    if not touching:
+        return 0, 0
+    first, last = offsets[touching[0]], offsets[touching[-1]]
+    assert first is not None
+    assert last is not None
+    return (touching[0], touching[-1]) if first[0] <= span[0] and last[1] >= span[1] else (0, 0)

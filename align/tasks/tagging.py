@@ -1,0 +1,80 @@
+"""Token classification: a tag for each word, such as named entities in BIO."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
+
+from align.schema import TaggedTokens
+from align.tasks.base import Feature, Features, Task, task
+
+IGNORED = -100
+
+
+@task("ner")
+class Tagging(Task):
+    """Each word is tagged at its first token; the others carry no loss. Words beyond the maximum length are tagged O."""
+
+    kind = "tagging"
+    metrics = ("seqeval",)
+    auto = AutoModelForTokenClassification
+    per_token = True
+
+    @classmethod
+    def labels_of(cls, rows: Sequence[TaggedTokens]) -> list[str]:
+        """Every tag of the rows, sorted, and O."""
+        return ["O", *sorted({tag for row in rows for tag in row.tags} - {"O"})]
+
+    def features(self, rows: Sequence[TaggedTokens], *, training: bool) -> Features:
+        made = Features()
+        numbers = {tag: i for i, tag in enumerate(self.labels)}
+        for row in rows:
+            unknown = next((tag for tag in row.tags if tag not in numbers), None)
+            if unknown is not None and training:
+                made.set_aside[f"with the tag {unknown!r}, which no training row has"] += 1
+                continue
+            item, firsts = self._encode(row.tokens)
+            labels = [IGNORED] * len(item["input_ids"])
+            for tag, position in zip(row.tags, firsts, strict=True):
+                if position is not None:
+                    labels[position] = numbers.get(tag, IGNORED)
+            made.items.append({**item, "labels": labels})
+            made.rows.append(row)
+            made.cut += None in firsts
+        return made
+
+    def _encode(self, words: Sequence[str]) -> tuple[Feature, list[int | None]]:
+        """Tokens of a sentence, and where each word begins in them (None where it was cut off, or gives no token).
+
+        Words are found by their characters, so that a tokenizer that joins the space to the word does as well as one that drops it.
+        """
+        ends, length = [], 0
+        for word in words:
+            length += len(word)
+            ends.append(length)
+            length += 1
+        item = dict(self.tokenizer(" ".join(words), truncation=True, max_length=self.max_length, return_offsets_mapping=True))
+        firsts: list[int | None] = [None] * len(words)
+        number = 0
+        for position, (start, end) in enumerate(item.pop("offset_mapping")):
+            if start == end:  # a special token
+                continue
+            while number < len(words) and ends[number] < end:
+                number += 1
+            if number < len(words) and firsts[number] is None:
+                firsts[number] = position
+        return item, firsts
+
+    def collate(self, batch: Sequence[Feature]) -> dict[str, torch.Tensor]:
+        return dict(DataCollatorForTokenClassification(self.tokenizer)(list(batch)))
+
+    def columns(self, output: Any, features: Features) -> dict[str, list[Any]]:
+        found = (output[0] if isinstance(output, tuple) else output).argmax(-1)
+        predictions = []
+        for row, best in zip(features.rows, found, strict=True):
+            firsts = self._encode(row.tokens)[1]
+            predictions.append(["O" if position is None else self.labels[best[position]] for position in firsts])
+        return {"predictions": predictions, "references": [row.tags for row in features.rows]}

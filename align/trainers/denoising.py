@@ -1,0 +1,144 @@
+"""Pretraining of models that are no causal decoders: masked words for encoders, span corruption for encoder-decoders. transformers'
+Trainer does the training, on padded rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer
+
+from align.catalog import Catalog
+from align.errors import AlignError
+from align.schema import TextRow
+
+Item = dict[str, Any]
+IGNORED = -100
+
+denoisers: Catalog[Any] = Catalog("pretraining objective")
+"""By the family of the model (`align.models.family_of`)."""
+
+
+class Denoiser:
+    """Makes blocks of text and corrupts them. Corruption draws from torch's generator, whose state checkpoints keep."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+
+    def blocks(self, rows: Iterable[TextRow]) -> list[Item]:
+        """Documents in blocks of at most `max_length` tokens, special tokens included; a block without two words of its own is
+        left out.
+        """
+        items = []
+        for row in rows:
+            encoding = self.tokenizer(row.text, truncation=True, max_length=self.max_length, return_overflowing_tokens=True)
+            items += [{"input_ids": ids} for ids in encoding["input_ids"] if len(ids) - self._special(ids) >= 2]
+        return items
+
+    def _special(self, ids: Sequence[int]) -> int:
+        return sum(i in self.tokenizer.all_special_ids for i in ids)
+
+    def corrupt(self, item: Item) -> Item:
+        """``input_ids`` and ``labels`` of a block, drawn anew at each call."""
+        raise NotImplementedError
+
+    def fixed(self, items: Sequence[Item], seed: int) -> list[Item]:
+        """`items` corrupted once, the same way every time, so that evaluations can be compared; the generator is left alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return [self.corrupt(item) for item in items]
+
+    def collate(self, batch: Sequence[Item]) -> dict[str, Tensor]:
+        """A padded batch; what is not corrupted yet is corrupted here."""
+        items = [item if "labels" in item else self.corrupt(item) for item in batch]
+        return dict(DataCollatorForSeq2Seq(self.tokenizer)(items))
+
+
+class MaskedWords(Denoiser):
+    """15 % of the tokens are to be told: 80 % of them are masked, 10 % replaced, 10 % left as they are (BERT, arXiv:1810.04805)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        super().__init__(tokenizer, max_length)
+        if tokenizer.mask_token is None:
+            tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
+        self._mask = DataCollatorForLanguageModeling(tokenizer)
+
+    def corrupt(self, item: Item) -> Item:
+        masked = self._mask([{"input_ids": item["input_ids"]}])
+        return {"input_ids": masked["input_ids"][0].tolist(), "labels": masked["labels"][0].tolist()}
+
+
+class SpanCorruption(Denoiser):
+    """15 % of the tokens, in spans of 3 on average, are replaced by a sentinel each; the target is the sentinels with what they
+    stand for (T5, arXiv:1910.10683, section 3.1.4).
+    """
+
+    density, mean_span = 0.15, 3.0
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        super().__init__(tokenizer, max_length)
+        most = max(1, round(max_length * self.density / self.mean_span))
+        names = [f"<extra_id_{i}>" for i in range(most + 1)]
+        vocabulary = tokenizer.get_vocab()
+        if names[0] not in vocabulary:
+            tokenizer.add_special_tokens({"additional_special_tokens": names})
+            vocabulary = tokenizer.get_vocab()
+        self.sentinels = [vocabulary[name] for name in names if name in vocabulary]
+        if most > len(self.sentinels):
+            raise AlignError(
+                f"blocks of {max_length} tokens have up to {most} spans, and the tokenizer {len(self.sentinels)} sentinels"
+            )
+        if tokenizer.eos_token_id is None:
+            raise AlignError("span corruption needs a tokenizer with an end token (eos_token)")
+
+    def corrupt(self, item: Item) -> Item:
+        end = self.tokenizer.eos_token_id
+        ids = [i for i in item["input_ids"] if i != end]
+        noise = min(max(1, round(len(ids) * self.density)), len(ids) - 1)
+        spans = min(max(1, round(noise / self.mean_span)), noise, len(ids) - noise)
+        source: list[int] = []
+        target: list[int] = []
+        place = 0
+        for sentinel, kept, gone in zip(self.sentinels, _cut(len(ids) - noise, spans), _cut(noise, spans), strict=False):
+            source += [*ids[place : place + kept], sentinel]
+            target += [sentinel, *ids[place + kept : place + kept + gone]]
+            place += kept + gone
+        return {"input_ids": [*source, end], "labels": [*target, end]}
+
+
+denoisers.add(MaskedWords, "masked")
+denoisers.add(SpanCorruption, "encoder-decoder")
+
+
+def _cut(total: int, parts: int) -> list[int]:
+    """`total` cut at random into `parts` positive whole numbers."""
+    cuts = sorted((torch.randperm(total - 1)[: parts - 1] + 1).tolist())
+    return [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]
+
+
+class DenoisingTrainer(Trainer):
+    """The loss is the mean over the told tokens of the optimizer step's whole batch, as the Trainer has it for language models; an
+    evaluation's is over all tokens of the set, and reports the share told rightly as ``token_accuracy``.
+    """
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._told = torch.zeros(3, dtype=torch.double)
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        loss, right, count = self.accelerator.reduce(self._told.to(self.accelerator.device)).tolist()
+        output.metrics.update({f"{prefix}_loss": loss / count, f"{prefix}_token_accuracy": right / count})
+        return output
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs).logits.float()
+        labels = inputs["labels"]
+        told = labels != IGNORED
+        loss = nn.functional.cross_entropy(logits[told], labels[told], reduction="sum")
+        right = (logits[told].argmax(-1) == labels[told]).sum()
+        self._told += torch.stack([loss.double(), right.double(), told.sum().double()]).cpu()
+        return loss / told.sum().clamp(min=1), None, None

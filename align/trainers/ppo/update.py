@@ -1,0 +1,218 @@
+"""The update: epochs of mini-batches of the clipped objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from align.budget import Budget, Packed
+from align.errors import AlignError
+from align.forest import Forest, Tree, pack, plant
+from align.heads import TokenScores
+from align.losses import ppo_policy_loss, ppo_value_loss
+from align.trainers.ppo import processes
+from align.trainers.ppo.data import Episodes, Shuffled
+from align.trainers.ppo.kl import KL_ESTIMATORS
+from align.trainers.ppo.models import Models
+from align.trainers.settings import PPOSettings
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A mini-batch over all processes: what its losses are means over."""
+
+    tokens: float
+    completions: float
+    longest: int
+    """The most tokens that a completion may have."""
+
+
+LOSS_WEIGHTS = {
+    "tokens": lambda lengths, batch: torch.ones_like(lengths) / batch.tokens,
+    "completions": lambda lengths, batch: 1 / (batch.completions * lengths),
+    "constant": lambda lengths, batch: torch.ones_like(lengths) / (batch.completions * batch.longest),
+}
+"""Weight of a token's loss by the length of its completion."""
+
+
+class Learner:
+    """Improves policy and critic on episodes.
+
+    Args:
+        ptx: trees with a language-model loss, mixed into every update.
+        shuffle: draws the order of episodes and of `ptx`; the same on every process.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        settings: PPOSettings,
+        *,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        budget: Budget,
+        max_grad_norm: float,
+        longest: int,
+        shuffle: torch.Generator,
+        ptx: Sequence[Tree] = (),
+    ) -> None:
+        if settings.ptx_coef and not ptx:
+            raise AlignError("ptx_coef mixes in a language-model loss, and there are no rows for it: set ptx_data")
+        self.models, self.settings = models, settings
+        self.optimizer, self.scheduler, self.budget = optimizer, scheduler, budget
+        self.max_grad_norm, self.longest, self.shuffle = max_grad_norm, longest, shuffle
+        self.ptx, self.ptx_order = ptx, Shuffled(len(ptx), shuffle)
+        self.roles = {role: list(named.values()) for role, named in models.parameters().items()}
+
+    def update(self, episodes: Episodes, kl_coef: float, *, policy: bool = True) -> dict[str, float]:
+        """Epochs of mini-batches; means of what was seen.
+
+        Args:
+            kl_coef: price of the divergence, where it is paid in the loss.
+            policy: False trains the critic alone.
+        """
+        trees = episodes.with_columns()
+        size = len(trees) // self.settings.num_mini_batches
+        planned, done = self.settings.num_ppo_epochs * self.settings.num_mini_batches, 0
+        sums: dict[str, Tensor] = {}
+        self.models.train(True)
+        for mini_batch in self._mini_batches(trees, size):
+            seen = self._gradient(mini_batch, kl_coef, policy)
+            for name, value in seen.items():
+                sums[name] = sums.get(name, 0.0) + value
+            if policy and self._too_far(seen):
+                break
+            self._step()
+            done += 1
+        self.optimizer.zero_grad()
+        for _ in range(planned - done):  # the schedule is one of episodes
+            self.scheduler.step()
+        means = {name: (value / sums["tokens"]).item() for name, value in sums.items() if name != "tokens"}
+        return {**means, "policy/updates": float(done)}
+
+    def _too_far(self, seen: dict[str, Tensor]) -> bool:
+        limit = self.settings.target_kl
+        return limit is not None and (seen["policy/approxkl_avg"] / seen["tokens"]).item() > limit
+
+    def _mini_batches(self, trees: list[Tree], size: int) -> Iterator[list[Tree]]:
+        for _ in range(self.settings.num_ppo_epochs):
+            order = torch.randperm(len(trees), generator=self.shuffle).tolist()
+            for start in range(0, len(order), size):
+                yield [trees[i] for i in order[start : start + size]]
+
+    def _gradient(self, trees: list[Tree], kl_coef: float, policy: bool) -> dict[str, Tensor]:
+        """Leave the gradient of one mini-batch; its sums over tokens. However it is cut into forests, and dealt to processes."""
+        counts = torch.tensor([sum(t.targets for t in trees), sum(len(t.branches) for t in trees)], dtype=torch.float)
+        tokens, completions = processes.total(counts.to(self.models.device)).tolist()
+        batch = Batch(tokens, completions, self.longest)
+        ptx = self._ptx_batch(completions) if policy and self.settings.ptx_coef else []
+        work = partial(self._accumulate, batch, ptx, kl_coef, policy)
+        seen = self.budget.fit(trees, work, alone=processes.alone())
+        if not policy:
+            for parameter in self.roles["policy"]:
+                parameter.grad = None
+        for parameters in self.roles.values():
+            processes.sum_gradients(parameters)
+        names = sorted(seen)
+        sums = processes.total(torch.stack([seen[name] for name in names]))
+        return dict(zip(names, sums, strict=True))
+
+    def _accumulate(self, batch: Batch, ptx: list[Tree], kl_coef: float, policy: bool, packed: Packed) -> dict[str, Tensor]:
+        """The gradient from nothing: one loss after the other, so that no two hold their activations at a time."""
+        self.optimizer.zero_grad()
+        sums: dict[str, Tensor] = {}
+        loss_so_far = torch.zeros((), device=self.models.device)
+
+        def learn(loss: Tensor, seen: dict[str, Tensor]) -> None:
+            nonlocal loss_so_far
+            loss.backward()
+            loss_so_far = loss_so_far + loss.detach()
+            for name, values in seen.items():
+                sums[name] = sums.get(name, 0.0) + values.detach().sum()
+
+        for _, forest in packed:
+            for loss, seen in self._losses(forest.to(self.models.device), batch, kl_coef, policy):
+                learn(loss, seen)
+        for loss, seen in self._ptx_losses(ptx, batch):
+            learn(loss, seen)
+        if not torch.isfinite(loss_so_far):
+            raise AlignError(f"PPO's loss is {loss_so_far.item()}; no update was made. Lower learning_rate or look at the rewards")
+        return {**sums, "tokens": torch.tensor(float(sum(f.targets.numel() for _, f in packed)), device=self.models.device)}
+
+    def _losses(self, forest: Forest, batch: Batch, kl_coef: float, policy: bool) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """The losses of a forest, each with the sums it is logged by; policy and critic apart where their passes are."""
+        critic, values = self.models.critic, None
+        if policy or (critic is not None and critic.on_policy_pass is not None):
+            with self.models.precision():
+                answers = self.models.answer(forest, with_entropy=bool(self.settings.entropy_coef))
+            values = answers.values
+            loss = torch.zeros((), device=self.models.device)
+            seen: dict[str, Tensor] = {}
+            if policy:
+                loss, seen = self._policy_loss(answers, forest, batch, kl_coef)
+            if values is not None:
+                value_loss, more = self._value_loss(values, forest, batch)
+                loss, seen = loss + value_loss, {**seen, **more}
+            yield loss, seen
+        if critic is not None and critic.on_policy_pass is None:
+            with critic.acting():
+                with self.models.precision():
+                    values = critic(forest)
+                yield self._value_loss(values, forest, batch)
+
+    def _policy_loss(self, answers: TokenScores, forest: Forest, batch: Batch, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
+        settings, columns = self.settings, forest.values
+        clipped = ppo_policy_loss(
+            answers.logps,
+            columns["old_logps"],
+            columns["advantages"],
+            cliprange=settings.cliprange,
+            dual_clip=settings.dual_clip,
+        )
+        loss = clipped.loss
+        if settings.kl_in == "loss":
+            loss = loss + kl_coef * KL_ESTIMATORS[settings.kl_estimator](answers.logps, columns["reference_logps"])
+        if answers.entropy is not None:
+            loss = loss - settings.entropy_coef * answers.entropy
+        lengths = forest.target_counts()[forest.owner].float()
+        weights = LOSS_WEIGHTS[settings.loss_average](lengths, batch)
+        return (weights * loss).sum(), {
+            "loss/policy_avg": weights * loss * batch.tokens,
+            "policy/approxkl_avg": clipped.metrics["approxkl"],
+            "policy/clipfrac_avg": clipped.metrics["clipfrac"],
+            "val/ratio": clipped.metrics["ratio"],
+        }
+
+    def _value_loss(self, values: Tensor, forest: Forest, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        clipped = ppo_value_loss(
+            values, forest.values["old_values"], forest.values["returns"], cliprange_value=self.settings.cliprange_value
+        )
+        seen = {"loss/value_avg": clipped.loss, "val/clipfrac_avg": clipped.metrics["clipfrac"]}
+        return self.settings.vf_coef * clipped.loss.sum() / batch.tokens, seen
+
+    def _ptx_batch(self, completions: float) -> list[Tree]:
+        wanted = self.settings.ptx_batch_size or int(completions)
+        everybodys = self.ptx_order.take(-(-wanted // processes.count()) * processes.count())
+        return [self.ptx[i] for i in processes.share(everybodys)]
+
+    def _ptx_losses(self, ptx: list[Tree], batch: Batch) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Mean negative log-likelihood of the mixed-in rows' tokens, weighted."""
+        if not ptx:
+            return
+        tokens = processes.total(torch.tensor(float(sum(tree.targets for tree in ptx)), device=self.models.device))
+        for indices in pack(ptx, self.budget.tokens):
+            with self.models.precision():
+                logps = self.models.policy(forest=plant([ptx[i] for i in indices]).to(self.models.device)).logps
+            nll = -logps.sum() / tokens
+            yield self.settings.ptx_coef * nll, {"loss/ptx_avg": nll * batch.tokens}
+
+    def _step(self) -> None:
+        for parameters in self.roles.values():
+            clip_grad_norm_(parameters, self.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()

@@ -1,0 +1,66 @@
+"""A stage that does what a test of the runner tells it to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from align.errors import AlignError
+from align.progress import bar
+from align.stages.base import Context, DataRefs, ModelRef, Stage, stage
+
+
+@stage("act")
+class Act(Stage):
+    """Does one thing."""
+
+    does: Literal["write", "mistake", "crash", "die", "die_once", "flaky", "meet", "fill", "hang"] = "write"
+    """What."""
+    text: str = ""
+    """What to write."""
+    where: str = ""
+    """A folder that stages meet in."""
+    models: dict[str, ModelRef] = Field(default_factory=dict)
+    """Parents by name."""
+    model: ModelRef | None = None
+    """A parent."""
+    data: DataRefs | None = None
+    """Files."""
+    seed: int = 0
+    """A seed."""
+
+    def run(self, context: Context) -> dict[str, Any]:
+        print(f"{context.name} prints")
+        (context.folder / "text.txt").write_text(self.text)
+        first = not (Path(self.where) / "tried").exists()
+        if self.does in ("die_once", "flaky"):
+            (Path(self.where) / "tried").touch()
+        if self.does == "mistake":
+            raise AlignError("row 3 is\nno row")
+        if self.does == "crash":
+            raise RuntimeError("a bug")
+        if self.does == "flaky" and first:
+            raise ConnectionError("the server is busy")
+        if self.does == "die" or (self.does == "die_once" and first):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.does == "fill":
+            with (context.folder / "large").open("wb") as file:
+                while True:
+                    file.write(bytes(2**20))
+        if self.does in ("meet", "hang"):
+            (Path(self.where) / context.name).touch()
+            with bar(context.name, 10) as progress:
+                progress.update(3)
+                progress.refresh()
+                deadline = time.monotonic() + 60
+                while len(list(Path(self.where).iterdir())) < 2 or self.does == "hang":
+                    time.sleep(0.02)
+                    assert time.monotonic() < deadline, "nobody came"
+        threads = len(list(Path("/proc/self/task").iterdir())) if Path("/proc/self/task").exists() else 1
+        return {"pid": os.getpid(), "parent": os.getppid(), "torch": "torch" in sys.modules, "threads": threads}

@@ -1,0 +1,157 @@
+"""Pretraining of encoders and encoder-decoders: what is corrupted can be put together again, and the loss falls."""
+
+import json
+import math
+from copy import deepcopy
+
+import pytest
+import torch
+
+from align.cli import main
+from align.data import write_rows
+from align.errors import AlignError
+from align.models import family_of, load_language_model, load_tokenizer
+from align.schema import TextRow
+from align.trainers.denoising import IGNORED, MaskedWords, SpanCorruption
+
+WORDS = "the cat sat on a mat and said hello to me. How are you? Fine, thanks! one two three four five six seven eight"
+TEXTS = [f"{WORDS[i:]} {WORDS[:i]}" for i in range(0, 40, 4)]
+
+
+@pytest.fixture
+def masked(tokenizer):
+    return MaskedWords(deepcopy(tokenizer), 64)
+
+
+@pytest.fixture
+def spans(tokenizer):
+    return SpanCorruption(deepcopy(tokenizer), 64)
+
+
+def test_sentinels_stand_for_what_is_gone(spans):
+    """Put each sentinel's words back where it stands, and the text is whole; 15 % are gone, in spans of 3."""
+    ids = list(range(3, 63))
+    torch.manual_seed(0)
+    for _ in range(20):
+        item = spans.corrupt({"input_ids": ids})
+        gone, current = {}, None
+        for token in item["labels"][:-1]:
+            if token in spans.sentinels:
+                current = gone.setdefault(token, [])
+            else:
+                current.append(token)
+        assert sum(map(len, gone.values())) == 9  # of 60
+        assert len(gone) == 3
+        assert list(gone) == spans.sentinels[:3]
+        whole = [token for each in item["input_ids"][:-1] for token in gone.get(each, [each])]
+        assert whole == ids
+        assert item["input_ids"][-1] == item["labels"][-1] == spans.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("length", [2, 3, 7])
+def test_a_short_text_keeps_a_word_and_loses_one(spans, length):
+    item = spans.corrupt({"input_ids": list(range(3, 3 + length))})
+    assert len(item["labels"]) >= 3
+    assert item["input_ids"][0] == 3
+
+
+def test_masked_words_are_told_and_the_others_are_not(masked):
+    ids = [i % 300 + 3 for i in range(4000)]
+    torch.manual_seed(0)
+    item = masked.corrupt({"input_ids": ids})
+    told = [i for i, label in enumerate(item["labels"]) if label != IGNORED]
+    assert len(told) / len(ids) == pytest.approx(0.15, abs=0.02)
+    assert all(item["labels"][i] == ids[i] for i in told)
+    assert all(now == before for i, (now, before) in enumerate(zip(item["input_ids"], ids, strict=True)) if i not in set(told))
+    share = sum(item["input_ids"][i] == masked.tokenizer.mask_token_id for i in told) / len(told)
+    assert share == pytest.approx(0.8, abs=0.05)
+
+
+def test_held_out_text_is_corrupted_the_same_way_each_time_and_chance_goes_on(masked):
+    blocks = masked.blocks([TextRow(text=text) for text in TEXTS])
+    torch.manual_seed(3)
+    wanted = torch.rand(1)
+    torch.manual_seed(3)
+    first = masked.fixed(blocks, 0)
+    assert torch.rand(1) == wanted
+    assert first == masked.fixed(blocks, 0)
+    assert first != masked.fixed(blocks, 1)
+
+
+def test_blocks_hold_every_token_once(masked):
+    text = WORDS * 5
+    blocks = masked.blocks([TextRow(text=text), TextRow(text="a")])
+    assert [token for block in blocks for token in block["input_ids"]] == masked.tokenizer(text)["input_ids"]
+    assert max(len(block["input_ids"]) for block in blocks) == 64
+
+
+def test_a_tokenizer_without_enough_sentinels_is_refused(tokenizer):
+    few = deepcopy(tokenizer)
+    few.add_special_tokens({"additional_special_tokens": ["<extra_id_0>", "<extra_id_1>"]})
+    with pytest.raises(AlignError, match="up to 10 spans, and the tokenizer 2 sentinels"):
+        SpanCorruption(few, 200)
+
+
+# -- the stage -----------------------------------------------------------------------------------------------------------------
+
+SMALL = "--architecture.hidden_size 32 --architecture.intermediate_size 64 --architecture.num_hidden_layers 2"
+SMALL += " --architecture.num_attention_heads 4 --architecture.max_position_embeddings 128"
+T5 = "--architecture.d_model 32 --architecture.d_ff 64 --architecture.d_kv 8 --architecture.num_layers 2 --architecture.num_heads 4"
+FAMILIES = {
+    "bert": (f"--architecture.model_type bert {SMALL}", "masked"),
+    "roberta": (f"--architecture.model_type roberta {SMALL}", "masked"),
+    "albert": (f"--architecture.model_type albert {SMALL} --architecture.embedding_size 16", "masked"),
+    "t5": (f"--architecture.model_type t5 {T5}", "encoder-decoder"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(capsys, command):
+    assert main([*command.split(), "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("architecture", "family"), FAMILIES.values(), ids=FAMILIES)
+def test_every_family_is_pretrained_by_its_own_objective_and_goes_on(capsys, folder, architecture, family):
+    common = "--data texts.jsonl --eval_data texts.jsonl --max_length 64 --max_steps 30 --eval_steps 30 --warmup_ratio 0"
+    first = run(capsys, f"pretrain {architecture} {common} --vocab_size 300 --learning_rate 5e-3 --name first")
+    metrics = first["metrics"]
+    assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.5
+    assert metrics["eval_token_accuracy"] > metrics["eval_token_accuracy_before"]
+    model = load_language_model(first["path"])
+    assert family_of(model.config) == family
+    second = run(capsys, f"pretrain --model first {common} --tuning lora --learning_rate 1e-3 --name second")["metrics"]
+    assert second["eval_loss_before"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
+    assert second["eval_loss"] < second["eval_loss_before"]
+    assert second["trainable_share"] < 0.6
+
+
+def test_the_held_out_loss_is_over_all_tokens_of_the_set(capsys, folder):
+    """Against the direct computation, block by block without padding."""
+    common = "--data texts.jsonl --eval_data texts.jsonl --max_length 64 --max_steps 1 --per_device_train_batch_size 3"
+    artifact = run(capsys, f"pretrain {FAMILIES['bert'][0]} {common} --vocab_size 300")
+    model, tokenizer = load_language_model(artifact["path"]).eval(), load_tokenizer(artifact["path"])
+    denoiser = MaskedWords(tokenizer, 64)
+    loss = right = count = 0
+    for item in denoiser.fixed(denoiser.blocks([TextRow(text=text) for text in TEXTS]), 0):
+        with torch.no_grad():
+            log_p = model(input_ids=torch.tensor([item["input_ids"]])).logits[0].double().log_softmax(-1)
+        for i, label in enumerate(item["labels"]):
+            if label != IGNORED:
+                loss, count = loss - log_p[i, label].item(), count + 1
+                right += log_p[i].argmax().item() == label
+    assert artifact["metrics"]["eval_loss"] == pytest.approx(loss / count, rel=1e-5)
+    assert artifact["metrics"]["eval_token_accuracy"] == pytest.approx(right / count)
+    assert math.isfinite(loss)
+
+
+def test_probes_are_for_causal_models(capsys, folder):
+    command = f"pretrain {FAMILIES['bert'][0]} --data texts.jsonl --vocab_size 300 --probes.old texts.jsonl"
+    assert main(command.split()) == 2
+    assert "probes and replay_data are for causal models" in capsys.readouterr().err

@@ -1,0 +1,234 @@
+"""What an evaluation measures: perplexity against the direct computation, metrics against references, pairs against a baseline."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from helpers import llama
+
+from align.artifact import Artifact
+from align.cli import main
+from align.data import write_rows
+from align.encode import Encoder
+from align.engine import enable_forest
+from align.errors import AlignError
+from align.metrics import measure
+from align.models import load_causal_lm, load_tokenizer
+from align.registry import home
+from align.schema import TextRow
+from align.scoring import mean_nll
+
+WORDS = ("the cat sat on a mat and said hello to me. " * 4).split()
+DOCUMENTS = [" ".join(WORDS[i : i + n]) for i, n in ((0, 3), (2, 11), (5, 30), (1, 1), (7, 17))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("evaluation")
+    for seed, name in enumerate(("one", "two", "judge")):
+        llama(seed).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    asked = [("say one", "one"), ("say two", "two cats"), ("say three", "three mats"), ("say four", "four")]
+    write_rows(folder / "alpaca.jsonl", [{"instruction": a, "input": "", "output": b} for a, b in asked])
+    turns = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in asked]
+    write_rows(folder / "chat.jsonl", [{"messages": turn} for turn in turns])
+    write_rows(folder / "prompts.jsonl", [{"prompt": a, "wanted": [b, "or this"]} for a, b in asked])
+    write_rows(folder / "texts.jsonl", [{"text": text} for text in DOCUMENTS])
+    (folder / "mine.py").write_text("def long(completions, **columns): return [float(len(c[0]['content'])) for c in completions]\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _inside(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def results(capsys, command):
+    assert main([*command.split(), "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)["metrics"]["models"]
+
+
+def samples():
+    """What the latest evaluation keeps for people."""
+    folder = max(home().glob("stages/*/artifact.json"), key=lambda path: path.stat().st_mtime_ns).parent
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+# -- perplexity ----------------------------------------------------------------------------------------------------------------
+
+
+def directly(path, max_length, stride):
+    """Every token but a document's first once: token t is predicted from the window that first reaches it."""
+    model, tokenizer = load_causal_lm(str(path)), load_tokenizer(str(path))
+    total = count = 0
+    for text in DOCUMENTS:
+        ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        for t in range(1, len(ids)):
+            end = max_length
+            while end <= t:
+                end += stride
+            start = max(0, min(end, len(ids)) - max_length)
+            with torch.no_grad():
+                log_p = model(input_ids=torch.tensor([ids[start:t]])).logits[0, -1].double().log_softmax(0)
+            total, count = total - log_p[ids[t]].item(), count + 1
+    return math.exp(total / count), count
+
+
+def on_the_forest(path, max_length, stride, budget):
+    model, tokenizer = load_causal_lm(str(path)), load_tokenizer(str(path))
+    enable_forest(model)
+    trees = Encoder(tokenizer, max_length).windows([TextRow(text=text) for text in DOCUMENTS], stride).trees
+    return math.exp(mean_nll(model, trees, budget)), sum(tree.targets for tree in trees)
+
+
+@pytest.mark.parametrize("budget", [1, 50, 8192])
+@pytest.mark.parametrize(("max_length", "stride"), [(512, 256), (512, 7), (12, 6), (12, 11), (12, 1)])
+def test_perplexity_is_that_of_a_direct_computation(folder, max_length, stride, budget):
+    """For any packing. Where documents fit into the window, it does not depend on the stride either."""
+    wanted, count = directly(folder / "one", max_length, stride)
+    found, targets = on_the_forest(folder / "one", max_length, stride, budget)
+    assert targets == count
+    assert found == pytest.approx(wanted, rel=1e-5)
+    if max_length == 512:
+        assert found == pytest.approx(directly(folder / "one", 512, 100)[0], rel=1e-5)
+
+
+def test_perplexity_weighs_every_token_of_the_set_alike(folder):
+    """Halves of the set together give the whole: exp of the token-weighted mean of their logarithms, not the mean."""
+    model, tokenizer = load_causal_lm(str(folder / "one")), load_tokenizer(str(folder / "one"))
+    enable_forest(model)
+    trees = Encoder(tokenizer, 64).windows([TextRow(text=text) for text in DOCUMENTS]).trees
+    nlls = [mean_nll(model, [tree], 64) * tree.targets for tree in trees]
+    whole = measure("perplexity", nlls=nlls, tokens=[tree.targets for tree in trees])
+    assert whole["perplexity"] == pytest.approx(math.exp(mean_nll(model, trees, 8192)), rel=1e-5)
+
+
+def test_windows_that_do_not_overlap_are_refused(tokenizer):
+    with pytest.raises(AlignError, match="stride 8 must be below max_length 8"):
+        Encoder(tokenizer, 8).windows([TextRow(text="a")], 8)
+
+
+def test_perplexity_of_documents_by_name(capsys, folder):
+    found = results(capsys, "eval one --data texts.jsonl --metrics perplexity --max_length 12 --stride 5")
+    assert found["one"] == {"perplexity": pytest.approx(directly(folder / "one", 12, 5)[0], rel=1e-5)}
+
+
+def test_perplexity_of_demonstrations_needs_no_answers(capsys):
+    alone = results(capsys, "eval one two --data alpaca.jsonl --metrics perplexity")
+    named = results(capsys, "eval one two --perplexity_data alpaca.jsonl --name again")
+    assert alone == named
+    assert alone["one"]["perplexity"] != alone["two"]["perplexity"]
+
+
+# -- metrics by name -----------------------------------------------------------------------------------------------------------
+
+SHORT = " --max_completion_length 4 --max_length 256"
+
+
+@pytest.mark.parametrize(
+    "data", ["alpaca.jsonl", "chat.jsonl", "prompts.jsonl --reference_column wanted"], ids=["output", "messages", "column"]
+)
+def test_metrics_of_the_greedy_answers(capsys, folder, data):
+    found = results(capsys, f"eval one --data {data} --metrics bleu rouge distinct(n=1) token_f1{SHORT}")["one"]
+    said = [sample["answers"]["one"]["greedy"]["text"] for sample in samples()]
+    wanted = ["one", "two cats", "three mats", "four"]
+    if "wanted" in data:
+        wanted = [[text, "or this"] for text in wanted]
+    expected = {}
+    for name in ("bleu", "rouge", "distinct(n=1)", "token_f1"):
+        expected |= measure(name, predictions=said, references=wanted)
+    assert {key: found[key] for key in expected} == pytest.approx(expected)
+    assert any(said)
+
+
+def test_the_metrics_of_sampled_answers_where_nothing_is_greedy(capsys):
+    found = results(capsys, f"eval one --data alpaca.jsonl --metrics length --greedy false{SHORT}")["one"]
+    words = [len(sample["answers"]["one"]["sampled"]["text"].split()) for sample in samples()]
+    assert found["mean_words"] == pytest.approx(sum(words) / len(words))
+
+
+# -- against a baseline --------------------------------------------------------------------------------------------------------
+
+
+def test_win_rate_by_a_function(capsys):
+    command = f"eval --models.one one --models.two two --baseline one --data alpaca.jsonl --reward_funcs mine.py:long{SHORT}"
+    found = results(capsys, command)
+    said = [sample["answers"] for sample in samples()]
+    rewards = [(s["two"]["greedy"]["reward"], s["one"]["greedy"]["reward"]) for s in said]
+    share = sum(0.5 if a == b else a > b for a, b in rewards) / len(rewards)
+    rate = found["two"]["win_rate_vs_one"]
+    assert rate["mean"] == share
+    assert rate["ci95"][0] <= share <= rate["ci95"][1]
+    assert rate["n"] == 4
+    assert "win_rate_vs_one" not in found["one"]
+
+
+def test_win_rate_against_the_references(capsys):
+    found = results(capsys, f"eval one --baseline references --data alpaca.jsonl --reward_funcs mine.py:long{SHORT}")
+    said = [sample["answers"]["references"]["greedy"] for sample in samples()]
+    assert [answer["text"] for answer in said] == ["one", "two cats", "three mats", "four"]
+    assert said[1]["reward"] == len("two cats")
+    assert 0 <= found["one"]["win_rate_vs_references"]["mean"] <= 1
+
+
+def test_a_local_judge_asks_in_both_orders(capsys, folder):
+    """Its answer is a probability, and swapping the sides turns it around exactly."""
+    from align.metrics.judge import JudgeModel
+
+    judge = JudgeModel(str(folder / "judge"), dtype="float32", max_length=512, max_tokens=8192)
+    ours, theirs = ["one", "two two"], ["three", "four"]
+    forward, backward = judge(["say"] * 2, ours, theirs), judge(["say"] * 2, theirs, ours)
+    assert forward == pytest.approx([1 - p for p in backward])
+    assert forward != pytest.approx([0.5, 0.5], abs=1e-4)
+    assert judge(["say"], ["same"], ["same"]) == pytest.approx([0.5])
+    with pytest.raises(AlignError, match=r"question to the judge takes .* raise max_length"):
+        JudgeModel(str(folder / "judge"), dtype="float32", max_length=8, max_tokens=64)(["a"], ["b"], ["c"])
+    found = results(capsys, f"eval one two --baseline one --judge_model judge --data alpaca.jsonl{SHORT} --max_length 512")
+    assert 0 <= found["two"]["win_rate_vs_one"]["mean"] <= 1
+
+
+# -- mistakes ------------------------------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "no such metric": ("eval one --data alpaca.jsonl --metrics blue", "unknown metric 'blue' .did you mean 'bleu'"),
+    "no such setting": ("eval one --data alpaca.jsonl --metrics bleu(order=2)", "'bleu' takes no 'order'"),
+    "no references": ("eval one --data prompts.jsonl --metrics bleu", "no reference answers: none of the columns wanted is called"),
+    "no such column": ("eval one --data alpaca.jsonl --metrics bleu --reference_column gold", "row 1 has no reference answer in"),
+    "a column that a metric needs": ("eval one --data alpaca.jsonl --metrics ifeval", "'ifeval' needs 'instruction_id_list'"),
+    "a baseline that is none": ("eval one --data alpaca.jsonl --baseline two", "baseline 'two' is neither `references` nor one of"),
+    "a baseline and no judge": ("eval one two --data alpaca.jsonl --baseline two", "baseline needs something that judges"),
+    "two models of one name": ("eval one ./one --data alpaca.jsonl", "two of the models one, ./one have the same name"),
+}
+
+
+@pytest.mark.parametrize(("command", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line(capsys, command, message):
+    assert main(f"{command}{SHORT}".split()) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not list(home().glob("stages/*"))
+
+
+def test_reward_models_are_measured_for_calibration_and_length(folder, tmp_path, tokenizer):
+    from helpers import build
+
+    from align.pipeline import Run
+    from align.recipe import Recipe
+    from align.stages import Evaluate
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    build("llama", score_head=True, **sizes).save_pretrained(tmp_path / "reward")
+    tokenizer.save_pretrained(tmp_path / "reward")
+    rows = [{"prompt": f"say {word}", "chosen": word, "rejected": word * n} for n, word in enumerate(WORDS[:8], 2)]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    stage = Evaluate(
+        models={"one": str(folder / "one")},
+        reward_models={"judge": str(tmp_path / "reward")},
+        preference_data=f"{tmp_path}/pairs.jsonl",
+    )
+    artifact: Artifact = Run(Recipe("judged", {"evaluate": stage}), tmp_path / "out").execute()["evaluate"]
+    found = artifact.metrics["models"]["judge"]
+    assert 0 <= found["calibration_error"] <= 1
+    assert -1 <= found["length_correlation"] <= 1
+    assert found["longer_chosen"] == 0

@@ -1,0 +1,270 @@
+"""The runner's processes: what a stage's process is, what becomes of one that dies, who waits for whom, and what stays."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from runner_stages import Act
+
+from align.artifact import MANIFEST, Artifact
+from align.cli import main
+from align.errors import AlignError, StageFailed
+from align.pipeline import Options, Run
+from align.recipe import Recipe
+from align.registry import Registry
+from align.runner.locks import is_locked, lock, lock_file
+from align.runner.view import statuses
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """Stages run in processes of their own."""
+    monkeypatch.setenv("ALIGN_IN_PROCESS", "0")
+
+
+def run(stages, only=None, force=(), **options):
+    return Run(Recipe("r", stages), Path("out"), force=force, options=Options(backoff=0.0, **options)).execute(only)
+
+
+def states():
+    return {status["name"]: status["state"] for status in statuses(Path("out"))}
+
+
+# -- a process for each stage --------------------------------------------------------------------------------------------------
+
+
+def test_each_stage_is_a_process_of_its_own_forked_from_a_warm_one_without_threads(processes, capsys):
+    artifacts = run({"a": Act(text="1"), "b": Act(text="2", model="a")})
+    seen = [artifact.metrics for artifact in artifacts.values()]
+    assert len({os.getpid(), *(metrics["pid"] for metrics in seen)}) == 3
+    assert seen[0]["parent"] == seen[1]["parent"] != os.getpid()
+    assert all(metrics["torch"] for metrics in seen)
+    assert len(os.listdir(f"/proc/{seen[0]['parent']}/task")) == 1, "a fork of threads may hang"
+    assert states() == {"a": "done", "b": "done"}
+    (log,) = Path("out/logs").glob("a-*.log")
+    assert "a prints" in log.read_text()
+    assert "a prints" in capsys.readouterr().err, "the runner's terminal shows it, too"
+    assert Registry().get("r-b").parents == {"a": "r-a@1"}
+
+
+def test_what_a_stage_needs_no_more_is_gone_with_its_process(processes):
+    pid = run({"a": Act()})["a"].metrics["pid"]
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_mistake_ends_in_one_line_and_takes_nothing_else_with_it(processes, capsys):
+    with pytest.raises(AlignError, match=r"^b: row 3 is\sno row; c waits for b$"):
+        run({"a": Act(), "b": Act(does="mistake"), "c": Act(model="b"), "d": Act(text="d")})
+    assert [artifact.name for artifact in Registry().all()] == ["r-a", "r-d"]
+    assert states() == {"a": "done", "b": "failed", "d": "done"}
+    assert not list(Path("out").glob("b-*"))
+
+
+def test_a_crash_shows_the_end_of_its_log(processes, capsys):
+    with pytest.raises(StageFailed, match=r"a: RuntimeError: a bug; .*/out/logs/a-\w{8}\.log tells more"):
+        run({"a": Act(does="crash"), "b": Act()})
+    shown = capsys.readouterr().err
+    assert "-- a failed; the end of" in shown
+    assert 'raise RuntimeError("a bug")' in shown
+    assert Registry().names() == ["r-b"]
+
+
+def test_exit_codes(processes, tmp_path):
+    for does, code in (("mistake", 2), ("crash", 1), ("write", 0)):
+        recipe = tmp_path / f"{does}.py"
+        lines = ["from align.recipe import Recipe", "from runner_stages import Act", "def recipe():"]
+        source = "\n".join([*lines, f"    return Recipe('x', {{'a': Act(does={does!r})}})"])
+        recipe.write_text(source)
+        assert main(["run", str(recipe), "--out", f"out-{does}"]) == code
+
+
+@pytest.mark.parametrize("does", ["die_once", "flaky"])
+def test_a_passing_fault_is_tried_again(does, processes, capsys):
+    Path("met").mkdir()
+    assert run({"a": Act(does=does, where=str(Path("met").resolve()))})["a"].version == 1
+    assert "trying again in 0 s (1 of 2)" in capsys.readouterr().err
+
+
+def test_but_not_for_ever(processes):
+    with pytest.raises(StageFailed, match=r"a: its process was ended by SIGKILL \(is memory short\?\)"):
+        run({"a": Act(does="die")}, retries=1)
+    assert Registry().names() == []
+
+
+def test_independent_stages_run_side_by_side(processes):
+    """Each waits for the other: one after the other they would wait for ever."""
+    Path("met").mkdir()
+    meet = {"does": "meet", "where": str(Path("met").resolve())}
+    artifacts = run({"a": Act(text="1", **meet), "b": Act(text="2", **meet), "c": Act(models={"a": "a", "b": "b"})}, jobs=2)
+    assert set(artifacts) == {"a", "b", "c"}
+
+
+def test_a_stage_defined_in_a_recipe_file_is_found_by_its_process(processes, tmp_path):
+    recipe = tmp_path / "own.py"
+    recipe.write_text(
+        "from align.recipe import Recipe\nfrom align.stages.base import Stage, stage\n"
+        "@stage('own')\nclass Own(Stage):\n    def run(self, context):\n        return {'own': True}\n"
+        "def recipe(): return Recipe('own', {'a': Own(), 'b': Own()})\n"
+    )
+    assert main(["run", str(recipe)]) == 0
+    assert Registry().get("own-b").metrics == {"own": True}
+
+
+def test_a_full_disk_is_told_in_one_line_and_registers_nothing(processes, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        with pytest.raises(AlignError, match=r"^a: the disk of .* is full \(0 MB free\); make room") as caught:
+            Run(Recipe("r", {"a": Act(does="fill"), "b": Act()}), disk / "out").execute()
+        assert "\n" not in str(caught.value)
+        assert Registry().names() == ["r-b"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# -- stopping ------------------------------------------------------------------------------------------------------------------
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from runner_stages import Act
+from align.pipeline import Options, Run
+from align.recipe import Recipe
+recipe = Recipe("r", {"a": Act(does=sys.argv[1], where=sys.argv[2])})
+Run(recipe, Path("out"), options=Options(grace=20)).execute()
+"""
+
+
+@pytest.fixture
+def hanging(processes, tmp_path):
+    """A runner in a process of its own, whose stage has begun and hangs."""
+    met = tmp_path / "met"
+    met.mkdir()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, "hang", str(met)], env=environment, stderr=subprocess.PIPE, text=True)
+    while not list(met.iterdir()):
+        assert process.poll() is None, process.stderr.read()
+    (status,) = statuses(Path("out"))
+    yield process, status
+    process.kill()
+    process.wait()
+    process.stderr.close()
+
+
+def until(holds):
+    """Wait until `holds`, for 20 seconds at most."""
+    pause = threading.Event()
+    for _ in range(2000):
+        if holds():
+            return True
+        pause.wait(0.01)
+    return False
+
+
+def test_sigterm_and_a_second_look_at_the_run(hanging, capsys):
+    process, status = hanging
+    assert status["state"] == "running"
+    assert main(["status", "out"]) == 0
+    assert re.match(r"a +running  .* GB  for \d+ s", capsys.readouterr().out)
+    assert until(lambda: main(["status", "out"]) == 0 and " 3/10 steps" in capsys.readouterr().out)
+    process.send_signal(signal.SIGTERM)
+    process.wait(30)
+    assert not Path(f"/proc/{status['pid']}").exists()
+    assert states() == {"a": "stopped"}
+    assert not list(Path("out").rglob("*.lock"))
+
+
+def test_a_killed_runner_leaves_no_process_behind_and_status_says_interrupted(hanging):
+    process, status = hanging
+    process.kill()
+    process.wait()
+    assert until(lambda: states() == {"a": "interrupted"})
+    assert until(lambda: not Path(f"/proc/{status['pid']}").exists())
+    (folder,) = Path("out").glob("a-*")
+    assert Artifact.read(folder) is None
+
+
+# -- two runs on one folder ----------------------------------------------------------------------------------------------------
+
+
+def test_the_second_run_refuses_or_waits():
+    step = Run(Recipe("r", {"a": Act()}), Path("out")).plan()[0]
+    with lock(step.folder):
+        assert is_locked(step.folder)
+        with pytest.raises(AlignError, match=rf"a: process {os.getpid()} on \S+ works in {step.folder}; wait until it is done"):
+            run({"a": Act()}, wait=False)
+        waiting = threading.Thread(target=run, args=({"a": Act()},))
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+        assert not (step.folder / MANIFEST).exists()
+    waiting.join(30)
+    assert Artifact.read(step.folder).version == 1
+    assert not is_locked(step.folder)
+    assert not lock_file(step.folder).exists()
+
+
+# -- what was cut ---------------------------------------------------------------------------------------------------------------
+
+
+def test_cut_between_the_manifest_and_the_registry(monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(Registry, "add", lambda self, artifact: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run({"a": Act()})
+    assert Registry().all() == []
+    artifact = run({"a": Act()})["a"]
+    assert artifact.reference == "r-a@1"
+    assert Registry().all() == [artifact] == [Artifact.read(Path(artifact.path))]
+
+
+@pytest.mark.parametrize("content", ['{"name": "r-a", "sta', "", '{"unknown": 1}'])
+def test_a_damaged_manifest_counts_as_unfinished(content, capsys):
+    artifact = run({"a": Act()})["a"]
+    Path(artifact.path, MANIFEST).write_text(content)
+    again = run({"a": Act()})["a"]
+    assert "its manifest cannot be read" in capsys.readouterr().err
+    assert (again.reference, again.identity) == (artifact.reference, artifact.identity)
+
+
+def test_force_runs_a_stage_and_what_follows_again():
+    stages = {"a": Act(), "b": Act(model="a"), "c": Act(text="c")}
+    first = run(stages)
+    recipe = Run(Recipe("r", stages), Path("out"), force=["a"])
+    assert [step.reason for step in recipe.plan()] == ["forced", "forced: follows a", "up to date"]
+    Path(first["a"].path, "text.txt").write_text("spoiled")
+    second = run(stages, force=["a"])
+    assert Path(first["a"].path, "text.txt").read_text() == ""
+    assert [a.reference for a in Registry().all()] == ["r-a@1", "r-b@1", "r-c@1"], "the same thing again is no new version"
+    assert second["c"] == first["c"]
+    assert Registry().get("r-a") == second["a"]
+    with pytest.raises(AlignError, match=r"has no stage 'd'"):
+        run(stages, force=["d"])
+
+
+def test_the_plan_as_json_says_what_it_took(capsys, tmp_path):
+    recipe = tmp_path / "two.py"
+    lines = ["from align.recipe import Recipe", "from runner_stages import Act", "def recipe(text: str = '1'):"]
+    recipe.write_text("\n".join([*lines, "    return Recipe('x', {'a': Act(text=text)})"]))
+    assert main(["run", str(recipe)]) == 0
+    capsys.readouterr()
+    assert main(["run", str(recipe), "--set", "text=two", "--plan", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["runs"], row["reason"]) == (True, "changed: text")
+    assert row["seconds_last_time"] >= 0

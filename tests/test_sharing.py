@@ -1,0 +1,433 @@
+"""The registry under several writers, what may be deleted, folders to share by, sweeps, notifications and scripts for clusters."""
+
+import http.server
+import json
+import os
+import shutil
+import stat
+import struct
+import subprocess
+import sys
+import threading
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+from runner_stages import Act
+
+from align.artifact import MANIFEST, Artifact
+from align.cli import main
+from align.errors import AlignError
+from align.pipeline import Run
+from align.recipe import Recipe, load_recipe
+from align.registry import Registry, home
+from align.runner.checkpoints import seal
+from align.runner.code import code_of
+from align.runner.launch import command, slurm_script
+from align.runner.notify import notify
+from align.runner.share import delete, pull, push
+from align.runner.sweep import expand
+from align.stages import SFT, Evaluate, Preference, stages
+from align.stages.base import Launch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(stages, out="out"):
+    return Run(Recipe("r", stages), Path(out)).execute()
+
+
+# -- the registry --------------------------------------------------------------------------------------------------------------
+
+ADD = """
+import sys
+from align.artifact import Artifact
+from align.registry import Registry
+for i in range(20):
+    Registry().add(Artifact("shared", "act", f"{sys.argv[1]}-{i}", f"/nowhere/{sys.argv[1]}-{i}", {}))
+    assert Registry().get("shared").version >= i + 1
+"""
+
+
+def test_versions_never_collide():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    writers = [subprocess.Popen([sys.executable, "-c", ADD, str(i)], env=environment) for i in range(4)]
+    assert [writer.wait(120) for writer in writers] == [0] * 4
+    versions = Registry().versions("shared")
+    assert [artifact.version for artifact in versions] == list(range(1, 81))
+    assert len({artifact.identity for artifact in versions}) == 80
+    assert not [path for path in Registry().root.rglob("*") if path.suffix in (".tmp", ".lock")]
+
+
+def test_what_others_descend_from_is_not_deleted(capsys):
+    artifacts = run({"a": Act(), "b": Act(model="a")})
+    with pytest.raises(AlignError, match="r-a@1 is what r-b@1 descends from; delete that first"):
+        delete(Registry(), "r-a@1")
+    with pytest.raises(AlignError, match="say which version: r-b@1"):
+        delete(Registry(), "r-b")
+    Registry().add_alias("mine", "r-b")
+    with pytest.raises(AlignError, match="the alias 'mine' stands for r-b@1"):
+        delete(Registry(), "r-b@1")
+    Registry().add_alias("mine", "owner/other")
+    assert main(["models", "delete", "r-b@1"]) == 0
+    assert not Path(artifacts["b"].path).exists()
+    assert Registry().names() == ["r-a"]
+    assert run({"a": Act(), "b": Act(model="a")})["b"].version == 2, "a number is given once"
+    delete(Registry(), "r-b@2")
+    delete(Registry(), "r-a@1")
+    assert Registry().all() == []
+
+
+def test_gc_lists_and_then_removes_what_nothing_refers_to(capsys):
+    done = Path(run({"a": Act()})["a"].path) / "checkpoints" / "checkpoint-3"
+    unfinished = Path("out/b-12345678/checkpoints")
+    for folder in (done, unfinished / "checkpoint-5", unfinished / "corrupt-7"):
+        folder.mkdir(parents=True)
+        (folder / "weights").write_bytes(bytes(1000))
+    capsys.readouterr()
+    assert main(["models", "gc", "out", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(Path(row["path"]).name, row["bytes"], row["removed"]) for row in rows] == [
+        ("checkpoints", 1000, False),
+        ("corrupt-7", 1000, False),
+    ]
+    assert done.exists()
+    assert main(["models", "gc", "out", "--yes"]) == 0
+    assert not done.parent.exists()
+    assert [path.name for path in unfinished.iterdir()] == ["checkpoint-5"]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", "a\n", "a\nb", "x" * 300, "", ".hidden", "-x", "a b"])
+def test_names_that_are_no_names(name, tmp_path):
+    with pytest.raises(AlignError, match="must be letters, digits"):
+        Recipe("r", {name: Act()})
+    with pytest.raises(AlignError, match="must be letters, digits"):
+        Recipe(name, {"a": Act()})
+    with pytest.raises(AlignError):
+        Registry().add(Artifact(name, "act", "1", str(tmp_path), {}))
+    with pytest.raises(AlignError):
+        pull(Registry(), tmp_path, name, tmp_path)
+    with pytest.raises(AlignError):
+        delete(Registry(), f"{name}@1")
+    assert main(["sft", "--name", name or "..", "--model", "x/y", "--data", "z", "--plan"]) == 2
+
+
+def test_a_yaml_recipe_runs_no_code(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("name: x\nstages:\n  a: {stage: act, text: !!python/object/apply:os.system ['touch harmed']}\n")
+    with pytest.raises(AlignError, match="is not YAML: could not determine a constructor"):
+        load_recipe(str(path))
+    assert not Path("harmed").exists()
+
+
+# -- to a folder and back ------------------------------------------------------------------------------------------------------
+
+
+def test_pushed_and_pulled_by_another_registry(tmp_path, monkeypatch):
+    artifact = run({"a": Act(text="precious")})["a"]
+    (Path(artifact.path) / "checkpoints").mkdir()
+    shelf = tmp_path / "shelf"
+    assert main(["models", "push", "r-a", str(shelf)]) == 0
+    assert push(Registry(), "r-a@1", shelf) == shelf / "r-a" / "1", "once more changes nothing"
+    monkeypatch.setenv("ALIGN_HOME", str(tmp_path / "other"))
+    assert main(["models", "pull", "r-a", str(shelf)]) == 0
+    pulled = Registry().get("r-a@1")
+    assert (pulled.identity, pulled.config) == (artifact.identity, artifact.config)
+    assert Path(pulled.path).is_relative_to(tmp_path / "other")
+    assert {path.name for path in Path(pulled.path).iterdir()} == {"artifact.json", "config.yaml", "metrics.jsonl", "text.txt"}
+    assert Artifact.read(Path(pulled.path)) == pulled
+    with pytest.raises(AlignError, match=r"has no 'r-a@7'; it has the versions: 1"):
+        pull(Registry(), shelf, "r-a@7", home())
+
+
+def link_out(place):
+    (place / "text.txt").unlink()
+    (place / "text.txt").symlink_to("/etc/hostname")
+
+
+def huge_header(place):
+    (place / "model.safetensors").write_bytes(struct.pack("<Q", 2**40))
+    seal(place)
+
+
+def other_name(place):
+    content = json.loads((place / MANIFEST).read_text())
+    (place / MANIFEST).write_text(json.dumps({**content, "name": "../../x"}))
+    seal(place)
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (link_out, "it contains a symbolic link"),
+        (huge_header, "its header claims 1,099,511,627,776 bytes of a file of 8"),
+        (lambda place: (place / "text.txt").write_text("changed"), "text.txt does not match its checksum"),
+        (other_name, "holds no artifact called 'r-a'"),
+    ],
+)
+def test_a_folder_that_means_harm_is_not_pulled(harm, reason, tmp_path, monkeypatch, capsys):
+    run({"a": Act(text="1")})
+    harm(push(Registry(), "r-a", tmp_path / "shelf"))
+    monkeypatch.setenv("ALIGN_HOME", str(tmp_path / "other"))
+    capsys.readouterr()
+    assert main(["models", "pull", "r-a", str(tmp_path / "shelf")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert reason in line
+    assert not (tmp_path / "other").exists()
+
+
+# -- identity ------------------------------------------------------------------------------------------------------------------
+
+
+def identity(stage):
+    (step,) = Run(Recipe("r", {"a": stage}), Path("out")).plan()
+    return step.identity
+
+
+def test_how_work_is_done_and_kept_is_no_part_of_what_it_is(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+
+    def sft(**fields):
+        return identity(SFT(model="owner/name", data="rows.jsonl", **fields))
+
+    same = sft()
+    for fields in (
+        {"save_steps": 5}, {"save_minutes": 1.0}, {"save_total_limit": 9}, {"report_to": ["tensorboard"]},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 4, "launch": {"num_processes": 2, "strategy": "fsdp2"}},
+    ):  # fmt: skip
+        assert sft(**fields) == same, fields
+    for fields in (
+        {"learning_rate": 1e-4}, {"per_device_train_batch_size": 4}, {"seed": 1}, {"launch": {"mixed_precision": "bf16"}},
+        {"engine": "trl", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    ):  # fmt: skip
+        assert sft(**fields) != same, fields
+
+
+def test_the_code_version_is_that_of_what_a_stage_can_reach():
+    sft, ppo = code_of(SFT), code_of(stages["ppo"])
+    assert sft.keys() >= {"align.stages.sft", "align.stages.training", "align.trainers.forest", "align.forest", "align.attention"}
+    assert "align.trainers.ppo" in ppo
+    assert not {"align.trainers.ppo", "align.stages.ppo", "align.progress", "align.registry", "align.report"} & sft.keys()
+    assert "align/templates/chat/plain.jinja" in sft
+
+
+OWN = '''
+"""A recipe."""
+from align.recipe import Recipe
+from align.stages.base import Stage, stage
+
+FACTOR = 2
+
+def helper(x):
+    """Doubles."""
+    return FACTOR * x
+
+def unused():
+    return 1
+
+@stage("own_code")
+class Own(Stage):
+    """Mine."""
+
+    x: int = 1
+    """A number."""
+
+    def run(self, context):
+        return {"x": helper(self.x)}  # counted
+
+def recipe():
+    return Recipe("own", {"a": Own()})
+'''
+
+
+def test_comments_and_docstrings_do_not_count_and_code_does(tmp_path):
+    def version(*changes):
+        source = OWN
+        for old, new in changes:
+            assert old in source
+            source = source.replace(old, new)
+        path = tmp_path / "own.py"
+        path.write_text(source)
+        (stage,) = load_recipe(str(path)).stages.values()
+        return code_of(type(stage))["Own"]
+
+    same = version()
+    unimportant = [("# counted", ""), ('"""Doubles."""', '"""Twice."""'), ('"""A number."""', ""), ("return 1", "return 2")]
+    assert version(*unimportant) == same
+    assert version(("FACTOR = 2", "FACTOR = 3")) != same
+    assert version(("helper(self.x)", "helper(self.x + 1)")) != same
+
+
+def test_the_plan_names_the_module_that_changed(monkeypatch):
+    run({"a": Act()})
+    changed = {**code_of(Act), "align.forest": "0" * 12}
+    monkeypatch.setattr("align.runner.plan.code_of", lambda cls: changed)
+    assert [step.reason for step in Run(Recipe("r", {"a": Act()}), Path("out")).plan()] == ["code changed: align.forest"]
+
+
+# -- sweeps --------------------------------------------------------------------------------------------------------------------
+
+
+def tune():
+    return Recipe(
+        "tune",
+        {
+            "sft": SFT(model="owner/name", data="rows.jsonl"),
+            "dpo": Preference(model="sft", data="pairs.jsonl", loss="dpo", beta=0.1, seed=7),
+            "after": SFT(model="dpo", data="rows.jsonl"),
+            "evaluate": Evaluate(models={"sft": "sft", "dpo": "dpo", "after": "after"}, reference="sft", data="rows.jsonl"),
+        },
+    )
+
+
+def test_a_sweep_shares_all_that_does_not_depend_on_it():
+    recipe = expand(tune(), {"dpo.beta": ["0.05", "1e-1"]}, seeds=2)
+    branches = [f"-beta-{beta}-seed-{seed}" for beta in ("0.05", "1e_1") for seed in (7, 8)]
+    assert list(recipe.stages) == ["sft", *(f"dpo{b}" for b in branches), *(f"after{b}" for b in branches), "evaluate"]
+    last = recipe.stages["dpo-beta-1e_1-seed-8"]
+    assert (last.beta, last.seed, last.model) == (0.1, 8, "sft")
+    assert recipe.stages["after-beta-0.05-seed-7"].model == "dpo-beta-0.05-seed-7"
+    evaluate = recipe.stages["evaluate"]
+    assert evaluate.reference == "sft"
+    assert evaluate.models == {name: name for name in recipe.stages if name != "evaluate"}
+
+
+def test_sweeps_of_two_stages_do_not_multiply():
+    recipe = Recipe("r", {"a": Act(), "b": Act(text="b"), "c": Act(models={"a": "a", "b": "b"})})
+    recipe = expand(recipe, {"a.seed": ["0", "1"], "b.seed": ["2", "3"]})
+    assert list(recipe.stages) == ["a-seed-0", "a-seed-1", "b-seed-2", "b-seed-3", "c"]
+
+
+@pytest.mark.parametrize(
+    ("sweeps", "seeds", "message"),
+    [
+        ({}, 3, "--seeds needs to know of what"),
+        ({"dop.beta": ["1"]}, 1, r"has no stage 'dop' \(did you mean 'dpo'\?\)"),
+        ({"dpo.bta": ["1"]}, 1, r"stage 'dpo' has no field 'bta' \(did you mean 'beta'\?\)"),
+        ({"dpo.beta": ["x"]}, 1, "'beta' is 'x': input should be a valid number"),
+        ({"sft.seed": ["0", "1"]}, 1, "reference 'sft' is none of the models"),
+    ],
+)
+def test_what_cannot_be_swept(sweeps, seeds, message):
+    with pytest.raises(AlignError, match=message):
+        expand(tune(), sweeps, seeds)
+
+
+def test_a_sweep_from_the_command_line(tmp_path, capsys):
+    recipe = tmp_path / "two.py"
+    lines = ["from align.recipe import Recipe", "from runner_stages import Act", "def recipe():"]
+    recipe.write_text("\n".join([*lines, "    return Recipe('x', {'a': Act(), 'b': Act(model='a')})"]))
+    assert main(["run", str(recipe), "--sweep", "b.text=one,two", "--plan"]) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["a", "b-text-one", "b-text-two"]
+
+
+# -- telling somebody ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_command_and_a_webhook_are_told(tmp_path, capsys):
+    recipe = tmp_path / "x.py"
+    lines = ["from align.recipe import Recipe", "from runner_stages import Act", "def recipe(does: str = 'write'):"]
+    recipe.write_text("\n".join([*lines, "    return Recipe('x', {'a': Act(does=does)})"]))
+    script = tmp_path / "note.sh"
+    script.write_text("#!/bin/sh\ncat >> told\necho >> told\n")
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    assert main(["run", str(recipe), "--notify", str(script)]) == 0
+    assert main(["run", str(recipe), "--set", "does=mistake", "--notify", str(script)]) == 2
+    told = [json.loads(line) for line in Path("told").read_text().splitlines()]
+    assert [(event["run"], event["state"]) for event in told] == [("x", "done"), ("x", "failed")]
+    assert told[1]["error"].startswith("a: row 3 is")
+
+    received = []
+
+    class Hook(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *arguments): ...
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Hook) as server:
+        threading.Thread(target=server.handle_request).start()
+        notify(f"http://127.0.0.1:{server.server_port}/", {"state": "done"})
+    assert received == [{"state": "done"}]
+    notify("no-such-command-anywhere", {})
+    assert "--notify no-such-command-anywhere:" in capsys.readouterr().err
+
+
+# -- several processes and machines --------------------------------------------------------------------------------------------
+
+
+def test_the_command_of_accelerate_says_everything(monkeypatch):
+    words = command(Launch(num_processes=8, strategy="fsdp2", mixed_precision="bf16"), ["-m", "x"])
+    assert words[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+    pairs = dict(pairwise(words))
+    assert (pairs["--num_processes"], pairs["--mixed_precision"], pairs["--fsdp_version"]) == ("8", "bf16", "2")
+    assert words[-2:] == ["-m", "x"]
+    monkeypatch.setenv("ALIGN_MACHINE_RANK", "1")
+    with pytest.raises(AlignError, match="several machines need main_process_ip"):
+        command(Launch(num_processes=4, num_machines=2), [])
+    several = command(Launch(num_processes=4, num_machines=2, main_process_ip="10.0.0.1"), [])
+    assert dict(pairwise(several))["--machine_rank"] == "1"
+    with pytest.raises(AlignError, match="3 processes do not spread evenly over 2 machines"):
+        command(Launch(num_processes=3, num_machines=2), [])
+
+
+def test_a_recipe_sets_the_launch_of_a_stage(tmp_path):
+    path = tmp_path / "x.yaml"
+    content = {"stages": {"a": {"stage": "sft", "model": "owner/name", "data": "x", "launch": {"num_processes": 2}}}}
+    path.write_text(yaml.safe_dump(content))
+    assert load_recipe(str(path), {"a.launch.strategy": "fsdp2"}).stages["a"].launch == Launch(num_processes=2, strategy="fsdp2")
+    path.write_text(yaml.safe_dump({"launch": {"num_processes": 4}, **content}))
+    assert load_recipe(str(path)).stages["a"].launch == Launch(num_processes=2), "the stage's own"
+    del content["stages"]["a"]["launch"]
+    path.write_text(yaml.safe_dump({"launch": {"num_processes": 4}, **content}))
+    assert load_recipe(str(path)).stages["a"].launch == Launch(num_processes=4)
+
+
+def test_the_slurm_script_queues_up_again_when_it_is_told_to_end(tmp_path):
+    """With stand-ins for Slurm's two programs."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "srun").write_text(
+        '#!/bin/bash\ntrap "echo saved >> log; exit 0" TERM\necho "$@" >> log\ntouch begun\nwhile :; do sleep 0.05; done\n'
+    )
+    (tools / "scontrol").write_text('#!/bin/bash\n[ "$1" = requeue ] && echo "requeue $2" >> log || echo node1\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    assert (
+        main(["launch", "--slurm", "job.sh", "--nodes", "2", "--gpus", "8", "--hours", "1.5", "--", "align", "run", "my recipe"])
+        == 0
+    )
+    script = Path("job.sh").read_text()
+    assert "#SBATCH --time=1:30:00" in script
+    assert "#SBATCH --gpus-per-node=8" in script
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[1-2]"}
+    job = subprocess.Popen(["bash", "job.sh"], env=environment)
+    while not Path("begun").exists():
+        assert job.poll() is None
+    job.terminate()
+    assert job.wait(20) == 0
+    assert Path("log").read_text().splitlines() == [
+        "--kill-on-bad-exit=1 align run 'my recipe'".replace("'", ""),
+        "saved",
+        "requeue 42",
+    ]
+
+
+def test_without_preemption_the_script_ends_with_the_command_s_code(tmp_path):
+    shutil.copy("/bin/true", tmp_path / "srun")
+    script = slurm_script(["x"], nodes=1, gpus=1, hours=24, partition="gpu", name="n")
+    assert "#SBATCH --partition=gpu" in script
+    (tmp_path / "srun").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho node\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n"}
+    assert subprocess.run(["bash", "-c", script], env=environment, check=False).returncode == 3

@@ -1,0 +1,377 @@
+"""Tasks: what rows become, what is read from a model's answers, and that every task learns and is measured the same again."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import build
+
+from align.cli import main
+from align.data import write_rows
+from align.errors import AlignError
+from align.schema import LabelledText, QARow, SFTRow, TaggedTokens
+from align.tasks import tasks
+from align.tasks.base import Features
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+T5 = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+MODELS = {
+    "bert": ("bert", SMALL),
+    "roberta": ("roberta", SMALL),
+    "albert": ("albert", {**SMALL, "embedding_size": 16}),
+    "llama": ("llama", {**SMALL, "num_key_value_heads": 2}),
+    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
+}
+
+
+@pytest.fixture(scope="module")
+def words(tokenizer):
+    """The tokenizer with a mask token."""
+    words = deepcopy(tokenizer)
+    words.add_special_tokens({"mask_token": "<|mask|>"})
+    return words
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer, words):
+    """Tiny models of every family, and rows of every task that can be learnt by heart."""
+    from transformers import AutoConfig, AutoModelForMaskedLM, T5ForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("tasks")
+    for name, (kind, sizes) in MODELS.items():
+        if kind in ("llama", "gpt2"):
+            build(kind, **sizes).save_pretrained(folder / name)
+            tokenizer.save_pretrained(folder / name)
+        else:
+            torch.manual_seed(0)
+            config = AutoConfig.for_model(kind, vocab_size=len(words), pad_token_id=0, **sizes)
+            AutoModelForMaskedLM.from_config(config).save_pretrained(folder / name)
+            words.save_pretrained(folder / name)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("t5", vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=2, **T5)
+    T5ForConditionalGeneration(config).save_pretrained(folder / "t5")
+    tokenizer.save_pretrained(folder / "t5")
+    animals = [f"{a} {b} sat on {c}" for a in ("the", "one", "my") for b in ("cat", "mat") for c in ("me", "a mat", "you")]
+    write_rows(folder / "animals.jsonl", [{"text": text, "label": "cat" if "cat" in text else "mat"} for text in animals])
+    tagged = [
+        {"tokens": ["hello", "Fine", "two"], "tags": ["O", "B-PER", "O"]},
+        {"tokens": ["Fine", "Thanks", "sat"], "tags": ["B-PER", "I-PER", "O"]},
+        {"tokens": ["the", "cat"], "tags": ["O", "O"]},
+    ]
+    write_rows(folder / "tagged.jsonl", tagged * 4)
+    context = "the cat sat on a mat and said hello to me"
+    asked = [("who sat?", "the cat"), ("on what?", "a mat"), ("said what?", "hello")]
+    write_rows(
+        folder / "asked.jsonl",
+        [{"question": q, "context": context, "answers": [a], "starts": [context.index(a)]} for q, a in asked] * 4,
+    )
+    said = [("say one", "one two"), ("say cat", "the cat"), ("say hello", "hello")]
+    write_rows(folder / "said.jsonl", [{"prompt": p, "completion": c} for p, c in said] * 4)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _inside(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def run(capsys, command):
+    assert main([*command.split(), "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+LEARN = " --max_steps 40 --eval_steps 40 --learning_rate 5e-3 --lr_scheduler_type constant --warmup_ratio 0"
+LEARN += " --per_device_train_batch_size 12"
+
+ROAD = {
+    "bert, classification": ("classification", "bert", "animals", "accuracy"),
+    "roberta, classification": ("classification", "roberta", "animals", "accuracy"),
+    "albert, classification": ("classification", "albert", "animals", "accuracy"),
+    "llama, classification": ("classification", "llama", "animals", "accuracy"),
+    "bert, ner": ("ner", "bert", "tagged", "entity_f1"),
+    "gpt2, ner": ("ner", "gpt2", "tagged", "entity_f1"),
+    "bert, qa": ("qa", "bert", "asked", "exact_match"),
+    "t5, seq2seq": ("seq2seq --max_steps 120 --eval_steps 120", "t5", "said", "rouge1"),
+}
+
+
+@pytest.mark.parametrize(("task", "model", "data", "metric"), ROAD.values(), ids=ROAD)
+def test_a_task_is_learnt_and_measured_the_same_again(capsys, task, model, data, metric):
+    command = f"task{LEARN} --task {task} --model {model} --data {data}.jsonl --eval_data {data}.jsonl --name trained"
+    artifact = run(capsys, command)
+    metrics = artifact["metrics"]
+    assert metrics[f"eval_{metric}_before"] < 0.9 < metrics[f"eval_{metric}"]
+    again = run(capsys, f"eval trained --data {data}.jsonl")["metrics"]["models"]["trained"]
+    assert again[metric] == pytest.approx(metrics[f"eval_{metric}"], abs=1e-6)
+    assert again["n"] == metrics["held_out_rows"]
+
+
+@pytest.mark.parametrize("model", ["bert", "llama"])
+def test_a_cloze_is_learnt_from_a_few_rows_without_a_new_weight(capsys, folder, model):
+    config = folder / "cloze.yaml"
+    arguments = 'pattern: "{text}. {mask}"\n  verbalizer: {cat: one, mat: two}'
+    config.write_text(f"task: cloze\ntask_args:\n  {arguments}\n")
+    command = (
+        f"task --config cloze.yaml --model {model} --data animals.jsonl --eval_data animals.jsonl --shots 8{LEARN} --name filled"
+    )
+    artifact = run(capsys, command)
+    assert artifact["metrics"]["rows"] == 16
+    assert artifact["metrics"]["eval_accuracy"] > 0.9
+    again = run(capsys, "eval filled --data animals.jsonl --metrics accuracy")["metrics"]["models"]["filled"]
+    assert again["accuracy"] == pytest.approx(artifact["metrics"]["eval_accuracy"])
+    from align.models import load_language_model
+
+    before, after = (dict(load_language_model(str(path)).named_parameters()) for path in (folder / model, artifact["path"]))
+    assert before.keys() == after.keys()
+
+
+STRATEGIES = {
+    "full": "full",
+    "freeze": "freeze --tuning_args.freeze_first 1",
+    "bias_norm": "bias_norm",
+    "head": "head --tuning_args.layers 0",
+    "lora": "lora --tuning_args.r 4",
+    "ia3": "ia3",
+    "adapter": "adapter --tuning_args.size 8",
+    "prefix": "prefix --tuning_args.num_virtual_tokens 4",
+    "prompt": "prompt --tuning_args.num_virtual_tokens 4",
+}
+"""As arguments of the command line."""
+
+
+@pytest.mark.parametrize("task", ["classification", "ner"])
+@pytest.mark.parametrize("tuning", STRATEGIES.values(), ids=STRATEGIES)
+def test_every_strategy_on_an_encoder(capsys, folder, tuning, task):
+    """It trains, is measured the same again from its folder, and what it froze is as it was, bit by bit."""
+    data = {"classification": "animals", "ner": "tagged"}[task]
+    command = f"task{LEARN} --max_steps 20 --eval_steps 20 --task {task} --model bert --data {data}.jsonl --eval_data {data}.jsonl"
+    command += f" --tuning {tuning} --name tuned"
+    if tuning.startswith("prompt") and task == "ner":
+        assert main(command.split()) == 2
+        assert "which moves them: use prefix" in capsys.readouterr().err
+        return
+    artifact = run(capsys, command)
+    metrics = artifact["metrics"]
+    assert metrics["eval_loss"] != metrics["eval_loss_before"]
+    if task == "ner":  # the first token of a random encoder tells little of the others, whatever learns on top of it
+        assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.05
+    again = run(capsys, f"eval tuned --data {data}.jsonl --name again")["metrics"]["models"]["tuned"]
+    for name, value in again.items():
+        if name != "n":
+            assert value == pytest.approx(metrics[f"eval_{name}"], abs=1e-6)
+    if tuning.startswith("freeze"):
+        from safetensors.torch import load_file
+
+        before, after = (load_file(path / "model.safetensors") for path in (folder / "bert", Path(artifact["path"])))
+        frozen = [name for name in before if "embeddings" in name or "layer.0" in name]
+        assert frozen
+        assert all(torch.equal(before[name], after[name]) for name in frozen)
+        assert any(not torch.equal(before[name], after[name]) for name in before if "layer.1" in name)
+
+
+def test_a_trained_task_goes_on_from_its_own_head(capsys):
+    command = f"task --task classification --model bert --data animals.jsonl --eval_data animals.jsonl{LEARN} --name first"
+    first = run(capsys, command)
+    second = run(capsys, "task --task classification --model first --data animals.jsonl --eval_data animals.jsonl --max_steps 1")
+    assert second["metrics"]["eval_loss_before"] == pytest.approx(first["metrics"]["eval_loss"], rel=1e-5)
+
+
+def test_accumulated_steps_are_one_big_batch(capsys):
+    """Two micro-steps of 9 rows make the update of one batch of 18: the same losses after one step."""
+    base = "task --task classification --model bert --data animals.jsonl --eval_data animals.jsonl --max_steps 1 --warmup_ratio 0"
+    whole = run(capsys, f"{base} --per_device_train_batch_size 18 --name whole")
+    halves = run(capsys, f"{base} --per_device_train_batch_size 9 --gradient_accumulation_steps 2 --name halves")
+    whole, halves = whole["metrics"], halves["metrics"]
+    assert halves["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-3)
+
+
+def test_a_cut_run_resumes(capsys, folder):
+    """A run of eight steps that goes on from the checkpoint at four ends as one that never stopped."""
+    base = "task --task classification --model bert --data animals.jsonl --eval_data animals.jsonl --per_device_train_batch_size 9"
+    base += " --max_steps 8 --save_steps 4 --save_total_limit 9"
+    whole = run(capsys, f"{base} --output_dir {folder}/whole")
+    cut = Path(folder / "whole")
+    for name in ("artifact.json", "model.safetensors"):
+        (cut / name).unlink()
+    import shutil
+
+    shutil.rmtree(cut / "checkpoints" / "checkpoint-8")
+    again = run(capsys, f"{base} --output_dir {folder}/whole")
+    assert again["metrics"]["eval_loss"] == pytest.approx(whole["metrics"]["eval_loss"], rel=1e-6)
+
+
+# -- what rows become ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_word_is_tagged_at_its_first_token(tokenizer):
+    task = tasks["ner"](tokenizer, 32, ["O", "B-PER"])
+    row = TaggedTokens(tokens=["hello", "Zoë,", "...", "cat"], tags=["O", "B-PER", "O", "O"])
+    (item,) = task.features([row], training=True).items
+    pieces = tokenizer.convert_ids_to_tokens(item["input_ids"])
+    marked = [i for i, label in enumerate(item["labels"]) if label != -100]
+    assert len(marked) == 4
+    starts = [tokenizer.decode(item["input_ids"][i:j]).strip() for i, j in zip(marked, [*marked[1:], len(pieces)], strict=True)]
+    assert starts == row.tokens
+    assert [item["labels"][i] for i in marked] == [0, 1, 0, 0]
+
+
+def test_words_that_were_cut_off_are_tagged_o(tokenizer):
+    task = tasks["ner"](tokenizer, 3, ["O", "B-PER"])
+    row = TaggedTokens(tokens=["the", "cat", "sat", "Fine"], tags=["O", "O", "O", "B-PER"])
+    features = task.features([row], training=False)
+    assert features.cut == 1
+    logits = np.zeros((1, 3, 2))
+    logits[..., 1] = 1  # all that is seen is a person
+    columns = task.columns(logits, features)
+    assert columns == {"predictions": [["B-PER"] * 3 + ["O"]], "references": [["O", "O", "O", "B-PER"]]}
+
+
+def qa(tokenizer, **options):
+    return tasks["qa"](tokenizer, 24, [], **{"stride": 6, **options})
+
+
+def test_a_span_is_found_in_the_window_that_holds_it(tokenizer):
+    context = "one two three four five six seven eight " * 3 + "hello to me. " + "the cat sat on a mat " * 2
+    row = QARow(question="said what?", context=context, answers=["hello to me"], starts=[context.index("hello")])
+    features = qa(tokenizer).features([row], training=True)
+    assert len(features.items) > 2
+    found = [item for item in features.items if item["end_positions"]]
+    assert found
+    for item in found:
+        first, last = item["start_positions"], item["end_positions"]
+        assert tokenizer.decode(item["input_ids"][first : last + 1]).strip() == "hello to me"
+        assert context[item["offsets"][first][0] : item["offsets"][last][1]].strip() == "hello to me"
+    assert all(item["start_positions"] == 0 for item in features.items if item not in found)
+    covered = {i for item in features.items for pair in item["offsets"] if pair for i in range(*pair)}
+    assert covered == set(range(len(context))) or len(covered) >= len(context.rstrip())
+
+
+def test_the_best_span_lies_in_the_context_and_is_short_enough(tokenizer):
+    row = QARow(question="who?", context="the cat sat on a mat", answers=["the cat"], starts=[0])
+    task = qa(tokenizer, longest_answer=2)
+    features = task.features([row], training=True)
+    (item,) = features.items
+    inside = [i for i, pair in enumerate(item["offsets"]) if pair is not None]
+    start, end = np.zeros((1, len(item["offsets"]))), np.zeros((1, len(item["offsets"])))
+    start[0, 0] = end[0, 0] = 9  # the question itself
+    start[0, inside[1]] = 5
+    end[0, inside[4]] = 5  # too far away
+    end[0, inside[2]] = 4
+    ((prediction,), _) = task.columns((start, end), features).values()
+    assert prediction.split() == ["cat", "sat"]
+
+
+def test_a_question_without_an_answer(tokenizer):
+    row = QARow(question="who?", context="the cat sat", answers=[])
+    assert qa(tokenizer).features([row], training=True).set_aside == {"unanswerable (see may_be_unanswerable)": 1}
+    task = qa(tokenizer, may_be_unanswerable=True)
+    features = task.features([row], training=True)
+    (item,) = features.items
+    assert (item["start_positions"], item["end_positions"]) == (0, 0)
+    length = len(item["offsets"])
+    start, end = np.zeros((1, length)), np.zeros((1, length))
+    start[0, 0] = 1
+    assert task.columns((start, end), features) == {"predictions": [""], "references": [[""]]}
+    start[0, -1] = 3
+    assert task.columns((start, end), features)["predictions"] != [""]
+
+
+def test_an_answer_that_the_context_does_not_hold_is_set_aside(tokenizer):
+    rows = [QARow(question="who?", context="the cat sat", answers=["a dog"]), QARow(question="w?", context="cat", answers=["cat"])]
+    features = qa(tokenizer).features(rows, training=True)
+    assert features.summary() == "2 rows = 1 used + 1 set aside (1 without an answer in the context)"
+
+
+def test_the_gap_is_read_where_the_pattern_puts_it(words):
+    """Logits that name their own position: the scores are those of the mask, on either side of padding and text."""
+    for pattern, expected in (("{text} is {mask}", -1), ("and {mask} : {text}", 0)):
+        task = tasks["cloze"](words, 32, ["0", "1"], pattern=pattern, verbalizer={0: "one", 1: "two"})
+        rows = [LabelledText(text="the cat", label="0"), LabelledText(text="my <|mask|> cat sat on", label="1")]
+        batch = task.collate(task.features(rows, training=True).items)
+
+        def model(input_ids, attention_mask, **kwargs):
+            places = torch.arange(input_ids.shape[1]).float()[None, :, None].expand(*input_ids.shape, len(words))
+            return type("Output", (), {"logits": places})
+
+        found = task.scores(model, batch)[:, 0].long().tolist()
+        for row, (ids, place) in enumerate(zip(batch["input_ids"].tolist(), found, strict=True)):
+            masks = [i for i, token in enumerate(ids) if token == words.mask_token_id]
+            assert len(masks) == row + 1
+            assert place == masks[expected]
+
+
+def test_the_text_is_cut_and_not_the_pattern(words):
+    task = tasks["cloze"](words, 12, ["0", "1"], pattern="{text} is {mask}", verbalizer={0: "one", 1: "two"})
+    item, cut = task.encode("the cat sat on a mat and said hello to me. " * 3)
+    assert cut
+    assert len(item["input_ids"]) <= 12
+    assert item["input_ids"][-1] == words.mask_token_id
+
+
+def test_seq2seq_reads_conversations_as_text(tokenizer):
+    task = tasks["seq2seq"](tokenizer, 32, [], prefix="say: ")
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "Fine"}]
+    (item,) = task.features([SFTRow.model_validate({"messages": messages})], training=True).items
+    assert tokenizer.decode(item["input_ids"]) == "say: hello"
+    assert tokenizer.decode(item["labels"]).startswith("Fine")
+
+
+def test_features_that_were_set_aside_add_up():
+    assert Features(rows=[1, 2], cut=1).summary() == "2 rows = 2 used + 0 set aside; 1 cut to max_length"
+
+
+# -- mistakes ------------------------------------------------------------------------------------------------------------------
+
+BASE = "--model bert --data animals.jsonl"
+MISTAKES = {
+    "no such task": (f"task --task clasification {BASE}", r"unknown task 'clasification' \(did you mean 'classification'"),
+    "no such argument": (f"task --task classification --task_args.x 1 {BASE}", "task 'classification' takes no 'x'"),
+    "rows of another task": (f"task --task ner {BASE}", "column 'tokens' is missing"),
+    "no pattern": (f"task --task cloze {BASE}", "task 'cloze' needs 'pattern'"),
+    "shots of what has no label": ("task --task qa --shots 4 --model bert --data asked.jsonl", "shots draws rows by their label"),
+    "more shots than rows": (f"task --task classification --shots 40 {BASE}", r"shots 40: the label '\w+' has \d+ rows"),
+    "a metric that needs more": (f"task --task classification --metrics ifeval {BASE}", "a task gives predictions and references"),
+    "a family without that head": (
+        "task --task seq2seq --model bert --data said.jsonl",
+        "cannot load a model from .*bert.*AutoModelForSeq2SeqLM",
+    ),
+    "windows that do not move": (
+        "task --task qa --task_args.stride 200 --model bert --data asked.jsonl",
+        "stride 200 must be below",
+    ),
+}
+
+
+@pytest.mark.parametrize(("command", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line(capsys, command, message):
+    import re
+
+    assert main(command.split()) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(message, error), error
+
+
+def test_mistakes_of_a_cloze(tokenizer, words):
+    def cloze(tokenizer, **changes):
+        fields = {"pattern": "{text} {mask}", "verbalizer": {"0": "one", "1": "two"}, **changes}
+        return tasks["cloze"](tokenizer, 32, ["0", "1"], **fields)
+
+    with pytest.raises(AlignError, match=r"must hold \{text\} once"):
+        cloze(words, pattern="{mask}")
+    with pytest.raises(AlignError, match="verbalizer has words for 0; the labels are 0, 1"):
+        cloze(words, verbalizer={"0": "one"})
+    with pytest.raises(AlignError, match="two labels have the same word"):
+        cloze(words, verbalizer={"0": "one", "1": "one"})
+    with pytest.raises(AlignError, match=r"'unheard' is \d+ tokens"):
+        cloze(words, verbalizer={"0": "one", "1": "unheard"})
+    with pytest.raises(AlignError, match="fills the gap at the end only"):
+        cloze(tokenizer, pattern="{mask} {text}")
