@@ -73,7 +73,7 @@ def _trainable(path: str, judge: bool) -> Any:
 
 def _trees(rows: Rows, encoder: Encoder) -> list[Tree]:
     loaded = load_rows(rows.source, rows.kind, limit=rows.limit)
-    encode = {"sft": encoder.sft, "text": encoder.text, "preference": encoder.preference}[rows.kind]
+    encode: Any = {"sft": encoder.sft, "text": encoder.text, "preference": encoder.preference}[rows.kind]
     encoded = encode(loaded.rows)
     if not encoded.trees:
         raise AlignError(f"{rows.source}: none of the rows can be used: {encoded.summary()}")
