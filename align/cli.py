@@ -13,7 +13,9 @@ from align import __version__
 from align.commands import (
     chat,
     check,
+    curvature,
     data,
+    doctor,
     export,
     launch,
     models,
@@ -32,6 +34,8 @@ COMMANDS = (
     status,
     models,
     report,
+    doctor,
+    curvature,
     launch,
     chat,
     check,

@@ -5,12 +5,16 @@ Logits are made in chunks, reduced, and made again in the backward pass: memory 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from align.errors import AlignError
 from align.ops import at_least_fp32
@@ -77,9 +81,42 @@ def token_scores(
     Args:
         with_entropy: entropy costs two more passes over the vocabulary, so it is left out unless asked for.
     """
+    if _twice.get():
+        return _plain_scores(hidden, targets, head, temperature, with_entropy)
     settings = _Settings(head.scale, head.softcap, temperature, with_entropy)
     logps, entropy, correct = _TokenScores.apply(hidden, head.weight, head.bias, targets, settings)
     return TokenScores(logps, correct, entropy)
+
+
+_twice: ContextVar[bool] = ContextVar("twice", default=False)
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Within, `token_scores` can be differentiated twice: it is PyTorch's own operations, and each chunk is made again in every
+    backward pass. For Hessians; training is faster without.
+    """
+    token = _twice.set(True)
+    try:
+        yield
+    finally:
+        _twice.reset(token)
+
+
+def _plain_scores(hidden: Tensor, targets: Tensor, head: Head, temperature: float, with_entropy: bool) -> TokenScores:
+    """`token_scores` without its own backward pass."""
+
+    def scored(part: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        log_p = (head.logits(part) / temperature).log_softmax(1)
+        chosen = log_p.gather(1, wanted[:, None])
+        entropy = -(log_p.exp() * log_p).sum(1) if with_entropy else chosen.new_zeros(())
+        return chosen[:, 0], (chosen == log_p.amax(1, keepdim=True))[:, 0].detach(), entropy
+
+    parts = [
+        checkpoint(scored, hidden[part], targets[part], use_reentrant=False) for part in _chunks(len(targets), head.weight.shape[0])
+    ]
+    logps, correct, entropy = zip(*parts, strict=True)
+    return TokenScores(torch.cat(logps), torch.cat(correct), torch.cat(entropy) if with_entropy else None)
 
 
 @dataclass(frozen=True)

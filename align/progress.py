@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,11 +92,14 @@ class History:
 
     Args:
         writes: off in all processes of a stage but the first, which have the same metrics.
+        watcher: called with all records after each new one.
     """
 
-    def __init__(self, path: Path, *, writes: bool = True) -> None:
+    def __init__(
+        self, path: Path, *, writes: bool = True, watcher: Callable[[Sequence[dict[str, Any]]], None] | None = None
+    ) -> None:
         self.path = path
-        self.writes = writes
+        self.writes, self.watcher = writes, watcher
         path.touch()
         whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a kill may have cut the last one
         self.records: list[dict[str, Any]] = [json.loads(line) for line in whole_lines]
@@ -115,6 +118,8 @@ class History:
         if self.writes:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+        if self.watcher is not None:
+            self.watcher(self.records)
 
     def last(self, name: str) -> Any:
         """The latest value of `name`, or None."""

@@ -23,19 +23,30 @@ from align.tuning.strategies import Tuning
 from align.tuning.tune import tune
 
 
-@pytest.fixture
-def trained(tmp_path, tokenizer):
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    """A folder with a base, the run of two stages on it, and their registry."""
+    return tmp_path_factory.mktemp("export")
+
+
+@pytest.fixture(autouse=True)
+def _home(ground, monkeypatch):
+    monkeypatch.setenv("ALIGN_HOME", str(ground / "home"))
+
+
+@pytest.fixture(scope="module")
+def trained(ground, tokenizer):
     """An SFT adapter, registered as ``two-sft``, and a reward model's on top of it, ``two-reward``."""
-    save_model(llama(), tokenizer, tmp_path / "base")
+    save_model(llama(), tokenizer, ground / "base")
     rows = [{"instruction": "How are you?", "input": "", "output": f"Fine, {n}"} for n in ("one", "two three", "four")]
-    write_rows(tmp_path / "sft.jsonl", rows)
-    write_rows(tmp_path / "pairs.jsonl", [{"prompt": "Hello?", "chosen": f"one {n}", "rejected": f"two {n}"} for n in range(3)])
+    write_rows(ground / "sft.jsonl", rows)
+    write_rows(ground / "pairs.jsonl", [{"prompt": "Hello?", "chosen": f"one {n}", "rejected": f"two {n}"} for n in range(3)])
     common = {"held_out": 0, "max_steps": 3, "learning_rate": 1e-2, "chat_template": "plain", "tuning": "lora", "max_length": 64}
     stages = {
-        "sft": SFT(model=str(tmp_path / "base"), data=str(tmp_path / "sft.jsonl"), **common),
-        "reward": RewardModel(model="sft", data=str(tmp_path / "pairs.jsonl"), **common),
+        "sft": SFT(model=str(ground / "base"), data=str(ground / "sft.jsonl"), **common),
+        "reward": RewardModel(model="sft", data=str(ground / "pairs.jsonl"), **common),
     }
-    return Run(Recipe("two", stages), tmp_path / "out").execute()
+    return Run(Recipe("two", stages), ground / "out", registry=Registry(ground / "home")).execute()
 
 
 def rows_of(count, seed=0):
@@ -55,7 +66,7 @@ def export(capsys, *arguments):
     return (json.loads(out) if code == 0 else None), err
 
 
-def test_the_merged_export_answers_as_the_adapter_did(trained, tmp_path, capsys):
+def test_the_merged_export_answers_as_the_adapter_did(trained, ground, tmp_path, capsys):
     """Logits to 1e-4, and 50 prompts greedily, word for word."""
     written, said = export(capsys, "two-sft", "--merge", "--to", tmp_path / "there", "--max_shard_size", "40KB")
     assert written["shards"] > 1
@@ -63,9 +74,9 @@ def test_the_merged_export_answers_as_the_adapter_did(trained, tmp_path, capsys)
     assert written["largest_difference"] <= 1e-4
     assert "logits differ by at most" in said
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "there")
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), trained["sft"].path)
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(ground / "base"), trained["sft"].path)
     assert_close(logits(ours), logits(theirs), 1e-4)
-    assert (logits(ours) - logits(load_causal_lm(str(tmp_path / "base")))).abs().max() > 1e-3
+    assert (logits(ours) - logits(load_causal_lm(str(ground / "base")))).abs().max() > 1e-3
     sampling = Sampling(12, temperature=0.0)
     assert complete(ours, rows_of(50), sampling, [2]) == complete(theirs, rows_of(50), sampling, [2])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "there")
@@ -73,7 +84,7 @@ def test_the_merged_export_answers_as_the_adapter_did(trained, tmp_path, capsys)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_the_card_says_where_it_came_from(trained, tmp_path, capsys):
+def test_the_card_says_where_it_came_from(trained, ground, tmp_path, capsys):
     export(capsys, "two-reward", "--merge", "--to", tmp_path / "there")
     card = (tmp_path / "there" / "README.md").read_text()
     _, front, text = card.split("---\n", 2)
@@ -87,14 +98,14 @@ def test_the_card_says_where_it_came_from(trained, tmp_path, capsys):
     assert trained["reward"].data.popitem()[1][:16] in text
     assert f"| trainable_parameters | {trained['reward'].metrics['trainable_parameters']:.4g} |" in text
     assert "tuning: lora" in text
-    assert str(tmp_path) not in card
+    assert str(ground) not in card
     assert torch.__version__ in text
 
 
-def test_a_reward_model_keeps_its_head_and_its_scale(trained, tmp_path, capsys):
+def test_a_reward_model_keeps_its_head_and_its_scale(trained, ground, tmp_path, capsys):
     export(capsys, "two-reward", "--merge", "--to", tmp_path / "there")
     adapter = trained["reward"].path
-    named = json.loads((tmp_path / "out" / adapter.rpartition("/")[2] / "adapter_config.json").read_text())
+    named = json.loads((ground / "out" / adapter.rpartition("/")[2] / "adapter_config.json").read_text())
     base = AutoModelForSequenceClassification.from_pretrained(named["base_model_name_or_path"], num_labels=1)
     expected = logits(PeftModel.from_pretrained(base, adapter))
     assert expected.abs().max() > 0
@@ -102,7 +113,7 @@ def test_a_reward_model_keeps_its_head_and_its_scale(trained, tmp_path, capsys):
     assert (tmp_path / "there" / "score_scale.json").is_file()
 
 
-def test_another_type(trained, tmp_path, capsys):
+def test_another_type(trained, ground, tmp_path, capsys):
     written, _ = export(capsys, "two-sft", "--merge", "--to", tmp_path / "half", "--dtype", "bfloat16")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
     assert model.dtype == torch.bfloat16
@@ -111,19 +122,19 @@ def test_another_type(trained, tmp_path, capsys):
     assert written["bytes"] < 2.2 * written["parameters"]
 
 
-def test_a_whole_model_needs_no_merge_and_no_registry(trained, tmp_path, capsys):
-    written, _ = export(capsys, tmp_path / "base", "--to", tmp_path / "there")
+def test_a_whole_model_needs_no_merge_and_no_registry(trained, ground, tmp_path, capsys):
+    written, _ = export(capsys, ground / "base", "--to", tmp_path / "there")
     assert written["largest_difference"] == 0
     assert "# base\n" in (tmp_path / "there" / "README.md").read_text()
 
 
-def test_what_is_refused_leaves_nothing(trained, tmp_path, capsys, tokenizer):
+def test_what_is_refused_leaves_nothing(trained, ground, tmp_path, capsys, tokenizer):
     there = tmp_path / "there"
-    soft = tune(load_causal_lm(str(tmp_path / "base")), Tuning("prompt", {"num_virtual_tokens": 2}), tmp_path / "soft")
+    soft = tune(load_causal_lm(str(ground / "base")), Tuning("prompt", {"num_virtual_tokens": 2}), tmp_path / "soft")
     save_model(soft, tokenizer, tmp_path / "soft")
     for arguments, message in (
         (["two-sft", "--to", there], "two-sft is an adapter: add --merge"),
-        (["two-sft", "--merge", "--to", tmp_path / "base"], "exists, and an export overwrites nothing"),
+        (["two-sft", "--merge", "--to", ground / "base"], "exists, and an export overwrites nothing"),
         (["two-sft", "--merge", "--to", there, "--dtype", "int8"], "dtype 'int8' is not one of"),
         (["two-sfd", "--merge", "--to", there], "two-sfd"),
         ([tmp_path / "soft", "--merge", "--to", there], "are virtual tokens (PROMPT_TUNING)"),
@@ -135,7 +146,7 @@ def test_what_is_refused_leaves_nothing(trained, tmp_path, capsys, tokenizer):
     assert {artifact.reference for artifact in Registry().all()} == {"two-sft@1", "two-reward@1"}
 
 
-def test_one_that_would_answer_otherwise_is_not_written(trained, tmp_path, capsys, monkeypatch):
+def test_one_that_would_answer_otherwise_is_not_written(trained, ground, tmp_path, capsys, monkeypatch):
     """The check is real: an adapter that is merged half as strong again is seen."""
     merge = LoraModel.merge_and_unload
 

@@ -1,13 +1,18 @@
+import base64
+import hashlib
 import json
+import random
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
-from align import report
 from align.artifact import Artifact
-from align.report import write_report
+from align.report import compare, draw, pages, tables, write_report
+from align.report.answers import payload
+from align.report.road import diagram, stops
 
 EVIL = "<script>alert(1)</script>"
 HELD_OUT = {"mean": 0.5, "ci95": [0.4, 0.6], "n": 8}
@@ -100,7 +105,7 @@ class Page(HTMLParser):
         return sum(name == tag for name, _ in self.tags)
 
 
-def pages(out):
+def written(out):
     return (out / "report.html").read_text(), (out / "report.md").read_text()
 
 
@@ -152,37 +157,37 @@ def test_printed_table(tmp_path, road, capsys, monkeypatch):
 
 def test_printed_table_folds_in_a_narrow_terminal(road, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
-    text = report.as_text(road["evaluate"].metrics["models"])
+    text = tables.as_text(road["evaluate"].metrics["models"])
     assert max(map(len, text.splitlines())) <= 60
     assert text.count("judge") > 1
 
 
 def test_tables_have_only_the_columns_that_exist():
-    table = report.results_table(
+    table = tables.results_table(
         {"base": {"perplexity": 9.0}, "sft": {"perplexity": 3.0, "brief_reward": HELD_OUT, "kl_to_base": 0.5}}
     )
     assert table.header == ["brief reward", "perplexity", "KL to base"]
     assert [str(cell) for cell in table.rows[0][1]] == ["–", "9.00", "–"]
     assert [str(cell) for cell in table.rows[1][1]] == ["0.500 [0.400, 0.600]", "3.00", "0.50"]
-    assert report.parts_table({"base": {"perplexity": 9.0}}).header == []
+    assert tables.parts_table({"base": {"perplexity": 9.0}}).header == []
 
 
 def test_rewards_share_one_scale():
     """Sampled 0.5 [0.4, 0.6] and greedy 0.9 [0.8, 1.4] span 0.4 to 1.4, so the means lie at 10 % and 50 %."""
     greedy = {"mean": 0.9, "ci95": [0.8, 1.4], "n": 8}
-    (_, (sampled, other)), *_ = report.results_table({"sft": {"gold_reward": HELD_OUT, "greedy_reward": greedy}}).rows
+    (_, (sampled, other)), *_ = tables.results_table({"sft": {"gold_reward": HELD_OUT, "greedy_reward": greedy}}).rows
     assert sampled.span == (0.0, 10.0, 20.0)
     assert other.span == (40.0, 50.0, 100.0)
 
 
 def test_page(tmp_path, road):
     write_report(tmp_path, "demo", road)
-    html, markdown = pages(tmp_path)
+    html, markdown = written(tmp_path)
     page = Page(html)
     assert page.count("h1") == 1
-    assert page.count("figure") == 2  # sft and ppo
-    assert page.count("svg") == 1 + 3  # loss; score, KL and length
-    assert page.count("table") == page.count("caption") == 3
+    assert page.count("figure") == 2 + 2 + 1  # curves of sft and ppo; rewards against KL and length; ppo's way
+    assert page.count("svg") == 1 + (1 + 3) + 2 + 2  # the road; loss, score, KL and length; rewards; ppo's way
+    assert page.count("table") == page.count("caption") == 4  # results, parts, the road, the judge
     for text in (
         "gold reward",
         "greedy reward",
@@ -204,15 +209,21 @@ def test_page(tmp_path, road):
 
 def test_page_is_self_contained(tmp_path, road):
     write_report(tmp_path, "demo", road)
-    html, _ = pages(tmp_path)
+    html, _ = written(tmp_path)
     page = Page(html)
     for tag, attributes in page.tags:
-        assert tag not in ("script", "link", "img", "iframe")
+        assert tag not in ("link", "img", "iframe", "object", "embed", "base", "form")
         assert all(value.startswith("#") for name, value in attributes.items() if name in ("href", "src", "xlink:href"))
     assert "://" not in html
     assert "@import" not in html
     assert html.count("<style") == 1
-    assert not set(report.COLORS) & set(re.findall(r"#\w{6}", html))
+    (policy,) = [a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
+    assert [a for t, a in page.tags if t == "script"] == [{"type": "application/json", "id": "data"}, {}]
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'", "no other script can run"
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", script)
+    assert not set(draw.COLORS) & set(re.findall(r"#\w{6}", html))
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:url\(|href=")#([\w-]+)', html)) <= set(ids)
@@ -229,7 +240,7 @@ def test_everything_is_escaped(tmp_path, make):
     hostile = {"config": {EVIL: f"{EVIL}\n\n```\n{EVIL}"}, "parents": {EVIL: EVIL}, "versions": {EVIL: EVIL}, "created": EVIL}
     artifact = replace(make("evaluate", "evaluate", {"models": {EVIL: metrics}}, LOSSES, lines, **hostile), stage=EVIL, name=EVIL)
     write_report(tmp_path, EVIL, {EVIL: artifact, f"{EVIL}2": replace(artifact, identity="f" * 64)})
-    html, markdown = pages(tmp_path)
+    html, markdown = written(tmp_path)
     assert EVIL.lower() not in (html + markdown).lower()
     assert "alert(1)" in html
     assert "alert(1)" in markdown
@@ -242,13 +253,13 @@ def test_everything_is_escaped(tmp_path, make):
 
 
 def test_markdown_leaves_ordinary_text_alone():
-    assert report.markdown("kl_to_sft is 0.5 – fine (really).") == "kl_to_sft is 0.5 – fine (really)."
+    assert pages.markdown("kl_to_sft is 0.5 – fine (really).") == "kl_to_sft is 0.5 – fine (really)."
 
 
 def test_nothing_is_drawn_again_unless_something_changed(tmp_path, road, monkeypatch):
     drawn = []
-    write_pages = report._write_pages
-    monkeypatch.setattr(report, "_write_pages", lambda *arguments: (drawn.append(1), write_pages(*arguments)))
+    write_pages = pages.write_pages
+    monkeypatch.setattr(pages, "write_pages", lambda *arguments: (drawn.append(1), write_pages(*arguments)))
     write_report(tmp_path, "demo", road)
     write_report(tmp_path, "demo", road)
     assert len(drawn) == 1
@@ -267,8 +278,8 @@ def test_missing_pieces(tmp_path, make, capsys):
     models = {"sft": {"perplexity": 3.0}, "judge": {"accuracy": 0.5, "accuracy_ci95": [0.4, 0.6], "n": 4}}
     write_report(tmp_path, "demo", {"sft": make("sft", "sft"), "evaluate": make("evaluate", "evaluate", {"models": models})})
     assert "perplexity" in capsys.readouterr().out
-    html, markdown = pages(tmp_path)
-    assert Page(html).count("svg") == 0
+    html, markdown = written(tmp_path)
+    assert Page(html).count("svg") == 1  # the road
     assert "Learning curves" not in html + markdown
     assert "Answers" not in html + markdown
 
@@ -279,14 +290,14 @@ def test_a_run_without_evaluation(tmp_path, make, capsys):
     )
     assert json.loads((tmp_path / "results.json").read_text())["models"] == {}
     assert len(capsys.readouterr().out.splitlines()) == 3
-    html, markdown = pages(tmp_path)
-    assert Page(html).count("svg") == 1
+    html, markdown = written(tmp_path)
+    assert Page(html).count("svg") == 2  # the road and the loss
     assert "No stage of this run measures models." in html
     assert "No stage of this run measures models." in markdown
 
 
 def test_duration():
-    assert [report.duration(s) for s in (0.4, 59.4, 59.6, 398, 3599.9, 7500)] == [
+    assert [tables.duration(s) for s in (0.4, 59.4, 59.6, 398, 3599.9, 7500)] == [
         "0 s",
         "59 s",
         "1 min 00 s",
@@ -294,3 +305,163 @@ def test_duration():
         "1 h 00 min",
         "2 h 05 min",
     ]
+
+
+# -- what is compared ------------------------------------------------------------------------------------------------------------
+
+
+def rows_with(*rewards):
+    """One row a tuple: the rewards of the models a, b, c …"""
+    return [
+        {
+            "turns": [("user", "?")],
+            "columns": "",
+            "answers": {n: {"sampled": {"text": "x", "reward": r}} for n, r in zip("abc", row, strict=False)},
+        }
+        for row in rewards
+    ]
+
+
+def test_win_rates(make):
+    """a beats b on two of four prompts, ties once, loses once: (2 + 1/2) / 4 = 62.5 %. Wins 1, 1, 1/2, 0 have the deviation 0.479,
+    so half of the interval is 1.96 x 0.479 / 2 = 0.469.
+    """
+    ((name, prompts, table),) = compare.win_rates([(make("evaluate", "evaluate"), rows_with((3, 1), (2, 1), (1, 1), (0, 1)))])
+    assert (name, prompts, table.header) == ("demo-evaluate", 4, ["a", "b"])
+    (_, (same, wins)), (_, (loses, _)) = table.rows
+    assert str(same) == "–"
+    assert str(wins) == "62% [16%, 100%]"
+    assert loses.text == "38%"
+    assert compare.win_rates([(make("evaluate", "evaluate"), rows_with((None, 1), (None, 2)))]) == [], "one model has rewards"
+
+
+def test_rewards_against_their_price():
+    kl, length = compare.clouds({"sft": measured(0.4, kl_to_sft=0.0), "ppo": measured(0.5), "judge": {"accuracy": 0.9}})
+    assert (kl.x_title, kl.y_title) == ("KL to sft, nats an answer", "gold reward")
+    assert kl.points[1] == ("ppo", 1.25, 0.5, 0.47, 0.54)
+    assert [point.x for point in length.points] == [22.4, 22.4]
+
+
+def test_forgetting_is_measured_from_the_parent(make):
+    stages = {
+        "sft": make(
+            "sft", "sft", {"probe/stories/perplexity_before": 4.0, "probe/stories/perplexity": 5.0}, config={"model": "base"}
+        ),
+        "evaluate": make("evaluate", "evaluate", config={"models": {"start": "base", "tuned": "sft"}}),
+    }
+    table = compare.forgetting(stages, {"start": {"perplexity": 10.0}, "tuned": {"perplexity": 12.0}})
+    assert [(stage, *map(str, cells)) for stage, cells in table.rows] == [
+        ("sft", "probe stories", "4.00", "5.00", "+25%"),
+        ("sft", "the evaluation's rows", "10.00", "12.00", "+20%"),
+    ]
+
+
+def test_reward_models(make):
+    stages = {"judge": make("judge", "reward", {"eval_accuracy": 0.8, "eval_accuracies/chosen_longer": 0.9})}
+    evaluated = {"other": {"accuracy": 0.7, "accuracy_ci95": [0.6, 0.8], "n": 9, "calibration_error": 0.05}}
+    table = compare.judges(stages, evaluated)
+    assert table.header == ["held-out pairs ranked right", "calibration error", "right where the longer is chosen"]
+    assert [str(cell) for cell in dict(table.rows)["other"]] == ["0.700 [0.600, 0.800]", "0.050", "–"]
+    assert [str(cell) for cell in dict(table.rows)["judge"]] == ["0.800", "–", "0.900"]
+
+
+# -- the road --------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_road_shows_what_is_not_finished(tmp_path, make):
+    stages = {name: make(name, "sft", config={"model": model}) for name, model in (("a", "x/y"), ("b", "a"))}
+    cut = tmp_path / "c-12345678"
+    cut.mkdir()
+    (cut / "config.yaml").write_text("stage: ppo\nmodel: b\ndata: [a/rows.jsonl]\n")
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "c-12345678.json").write_text(json.dumps({"state": "failed", "memory_gb": 1.5}))
+    road = stops(tmp_path, stages)
+    assert [(stop.name, stop.state, stop.memory_gb, stop.needs) for stop in road] == [
+        ("a", "finished", None, ()),
+        ("b", "finished", None, ("a",)),
+        ("c", "failed", 1.5, ("b", "a")),
+    ]
+    drawn = diagram(road)
+    assert [(stop.name, x) for stop, x, _ in drawn.boxes] == [("a", 0), ("b", 200), ("c", 400)]
+    assert len(drawn.arrows) == 2, "c needs a, but b says so already"
+    write_report(tmp_path, "demo", stages)
+    html, markdown = written(tmp_path)
+    assert 'class="failed"' in html
+    assert "| 3 | c | ppo | failed | – | 1.5 GB |" in markdown
+
+
+def test_findings_are_in_the_report(tmp_path, make):
+    """A held-out loss that rises from its lowest while the training loss falls; and what the preflight found."""
+    held = [{"step": s, "eval_loss": v} for s, v in ((0, 4.0), (10, 1.0), (20, 2.0), (30, 3.0))]
+    train = [{"step": s, "loss": 4.0 / s, "learning_rate": 1e-3} for s in range(1, 31)]
+    (tmp_path / "preflight.json").write_text(json.dumps([{"stage": "sft", "level": "warning", "message": f"rows {EVIL}"}]))
+    write_report(tmp_path, "demo", {"sft": make("sft", "sft", history=[*train, *held], config={"learning_rate": 1e-3})})
+    html, markdown = written(tmp_path)
+    for page in (html, markdown):
+        assert "overfit" in page
+        assert "learns its rows by heart" in page
+        assert "Preflight" in page
+        assert EVIL not in page
+
+
+# -- answers ---------------------------------------------------------------------------------------------------------------------
+
+NASTY = ("</script><script>document.title = 'hacked'</script>", "<!--<script>", "<img src=x onerror=alert(1)>", "\u2028 & ' \" \\")
+
+
+def many(count):
+    """An evaluation's samples of `count` prompts, the nasty texts among them."""
+    draw = random.Random(0)
+    for number in range(count):
+        text = NASTY[number] if number < len(NASTY) else f"Answer {number} to it."
+        given = {model: {"sampled": {"text": f"{model}: {text}", "reward": draw.random()}} for model in ("sft", "ppo")}
+        yield {"prompt": [{"role": "user", "content": f"Question {number}? {text}"}], "answers": given}
+
+
+def test_answers_survive_their_way_into_the_page(make):
+    rows = [
+        {"turns": [("user", text)], "columns": "", "answers": {text: {"sampled": {"text": text, "reward": None}}}} for text in NASTY
+    ]
+    written = payload([(make("evaluate", "evaluate"), rows)])
+    assert not re.search("[<>&\u2028]", written)
+    (read,) = json.loads(written)
+    assert [row["turns"][0][1] for row in read["rows"]] == list(NASTY)
+
+
+def test_ten_thousand_answers_are_no_ten_thousand_elements(tmp_path, make):
+    models = {"sft": measured(0.4), "ppo": measured(0.5)}
+    write_report(tmp_path, "demo", {"evaluate": make("evaluate", "evaluate", {"models": models}, samples=many(5000))})
+    html, markdown = written(tmp_path)
+    assert len(Page(html).tags) < 400
+    assert "The first 20 of 5000 prompts" in markdown
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's package chromium")
+def test_in_a_browser(tmp_path, make):
+    """Drawn, filtered, ordered and grown in a real browser; what models wrote stays text, and nothing complains."""
+    from browser import Browser
+
+    models = {"sft": measured(0.4), "ppo": measured(0.5)}
+    write_report(tmp_path, "demo", {"evaluate": make("evaluate", "evaluate", {"models": models}, samples=many(5000))})
+    with Browser(tmp_path / "report.html") as page:
+        assert page("document.title") == "demo · report"
+        assert page("document.querySelectorAll('#cases details').length") <= 40
+        assert page("document.getElementById('count').textContent").startswith("5000 of 5000 prompts")
+        assert page("document.images.length") == 0
+        order = (
+            "(o => { order.value = o; order.dispatchEvent(new Event('change'));"
+            "return +document.querySelector('.mark').textContent })"
+        )
+        assert page(f"{order}('best')") > 0.95 > 0.05 > page(f"{order}('worst')")
+        filtered = "(w => { filter.value = w; filter.dispatchEvent(new Event('input')); })"
+        page(f"{filtered}('question 4321')")
+        assert page("new Promise(done => setTimeout(() => done(document.getElementById('count').textContent), 300))").startswith(
+            "1 of"
+        )
+        assert "Question 4321?" in page("document.querySelector('#cases .prompt').textContent")
+        page(f"{filtered}('document.title')")
+        text = page("new Promise(done => setTimeout(() => done(document.querySelector('#cases').textContent), 300))")
+        assert NASTY[0] in text
+        assert page("document.querySelectorAll('#cases script, #cases img').length") == 0
+        assert page.problems == []

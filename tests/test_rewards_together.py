@@ -414,6 +414,29 @@ def test_completions_are_sampled_from_a_model(tmp_path, capsys, tokenizer):
     assert "completions sampled from model, by repetition" in capsys.readouterr().out
 
 
+def test_a_reward_model_is_tried_beside_functions(tmp_path, capsys, tokenizer):
+    """Its score of a completion is what the scorer of the stages says of the same tokens."""
+    from helpers import llama
+
+    from align.scoring import RewardScorer
+
+    llama(score_head=True).save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    write_rows("rows.jsonl", [{"prompt": "one", "completion": " two"}, {"prompt": "one", "completion": " three four"}])
+    options = ["--data", "rows.jsonl", "--reward_model", "rm"]
+    model, repetition, total = report_of(capsys, "{reward: reward_model, weight: 2}", "repetition", *options)["components"]
+    scorer = RewardScorer("rm", tokenizer.get_vocab(), dtype="float32", max_tokens=64, normalize=False)
+    end = tokenizer.eos_token_id
+    prompt = tokenizer("one", add_special_tokens=False)["input_ids"]
+    ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in (" two", " three four")]
+    assert (model["lowest"], model["highest"]) == pytest.approx(tuple(sorted(scorer([prompt] * 2, ids))))
+    assert repetition["mean"] == 0
+    assert total["mean"] == pytest.approx(2 * model["mean"])
+    capsys.readouterr()
+    assert main(["reward", "test", "reward_model", "--data", "rows.jsonl"]) == 2
+    assert "stands for a reward model, and there is none: set reward_model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_function_is_one_line_and_exit_code_2(name, capsys):
     write_rows("rows.jsonl", [{"prompt": prompt, "completion": text} for prompt, text in zip(PROMPTS, COMPLETIONS, strict=True)])

@@ -1,16 +1,20 @@
 """Evaluation every N steps, early stopping and the best checkpoint, on any metric of any stage."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import llama
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from align.data import write_rows
 from align.errors import AlignError
 from align.models import load_causal_lm, save_model
 from align.pipeline import Run
 from align.recipe import Recipe
-from align.stages import GRPO, KTO, SFT, Preference, Pretrain, RewardModel
+from align.stages import GRPO, KTO, PPO, SFT, Preference, Pretrain, RewardModel
 
 STAGES = {
     "pretrain": (Pretrain, "text", {}, "perplexity", min),
@@ -55,9 +59,6 @@ def go(ground, cls, rows, **fields):
 
 def history(artifact, name):
     """Values of a held-out metric by step, the one before training left out."""
-    import json
-    from pathlib import Path
-
     records = [json.loads(line) for line in (Path(artifact.path) / "metrics.jsonl").read_text().splitlines()]
     return {record["step"]: record[name] for record in records if name in record and record["step"] > 0}
 
@@ -65,15 +66,15 @@ def history(artifact, name):
 @pytest.mark.parametrize("kind", STAGES)
 def test_a_stage_stops_early_and_keeps_the_best_of_any_metric(kind, ground, capsys):
     cls, rows, fields, metric, better = STAGES[kind]
-    stage = {**fields, "eval_steps": 1, "early_stopping_patience": 2, "metric_for_best_model": metric, "num_train_epochs": 12}
+    stage = {**fields, "eval_steps": 1, "early_stopping_patience": 1, "metric_for_best_model": metric, "num_train_epochs": 12}
     artifact = go(ground, cls, rows, **stage)
     values = history(artifact, f"eval_{metric}")
     best = better(values.values())
     step = artifact.metrics["best_step"]
     assert values[step] == pytest.approx(best)
     assert artifact.metrics[f"eval_{metric}"] == values[step]
-    assert len(values) == step + 2 < 12  # two evaluations without a better one, and no more
-    assert f"kept the weights of step {step}, of {step + 2}" in capsys.readouterr().err
+    assert len(values) == step + 1 < 12  # one evaluation without a better one, and no more
+    assert f"kept the weights of step {step}, of {step + 1}" in capsys.readouterr().err
     # Started from what was kept, it measures the same before a step is made.
     again = cls(
         **{
@@ -104,6 +105,54 @@ def test_the_best_without_stopping_early(ground):
     assert isinstance(load_causal_lm(artifact.path), torch.nn.Module)
 
 
+SAMPLED = {
+    "ppo": (PPO, {"total_episodes": 48, "episodes_per_step": 4, "num_mini_batches": 1}),
+    "grpo": (GRPO, {"max_steps": 12, "per_device_train_batch_size": 4, "num_generations": 2, "warmup_ratio": 0.0, "beta": 0.0}),
+}
+
+
+@pytest.mark.parametrize("kind", SAMPLED)
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_stage_that_samples_stops_early_too(kind, tuning, ground, capsys):
+    """The reward on held-out prompts falls with every step of the calls, so the first evaluation is the best, and the weights are
+    those that it saw."""
+    calls = ground / "calls.py"
+    calls.write_text(
+        "count = [0]\n"
+        "def falls(completions, **columns):\n"
+        "    count[0] += 1\n"
+        "    return [-float(count[0]) + 0.1 * (i % 2) for i in range(len(completions))]\n"
+    )
+    write_rows(ground / "prompts.jsonl", [{"prompt": words} for words in ("How are you?", "hello to me", "one two", "and said")])
+    cls, fields = SAMPLED[kind]
+    common = {
+        "model": str(ground / "base"),
+        "data": str(ground / "prompts.jsonl"),
+        "eval_data": str(ground / "prompts.jsonl"),
+        "reward_funcs": [f"{calls}:falls"],
+        "learning_rate": 1e-3,
+        "max_completion_length": 3,
+        "max_length": 64,
+        "eval_steps": 1,
+        "chat_template": "plain",
+        "tuning": tuning,
+        "metric_for_best_model": "score",
+        **fields,
+    }
+    artifact = Run(Recipe("p", {"p": cls(**common, early_stopping_patience=2)}), ground / "out").execute()["p"]
+    values = history(artifact, "eval_score")
+    assert list(values) == [1, 2, 3]
+    assert artifact.metrics["best_step"] == 1
+    assert artifact.metrics["eval_score"] == values[1] > values[2] > values[3]
+    assert "kept the weights of step 1, of 3" in capsys.readouterr().err
+    saw = load_file(Path(artifact.path) / "checkpoints" / "best.safetensors")
+    found = load_causal_lm(artifact.path).state_dict()
+    assert tuning == "lora" or all(torch.equal(found[name], tensor) for name, tensor in saw.items())
+    wrong = cls(**{**common, "metric_for_best_model": "scroe"}, load_best_model_at_end=True)
+    with pytest.raises(AlignError, match=r"metric_for_best_model 'scroe' is not measured here \(did you mean 'score'"):
+        Run(Recipe("q", {"q": wrong}), ground / "out").execute()
+
+
 def test_the_direction_follows_from_the_name():
     falls = ("loss", "eval_loss", "perplexity", "nll_loss", "kl", "calibration_error", "objective/kl")
     for name in falls:
@@ -119,5 +168,5 @@ def test_mistakes_are_named_before_training(ground):
     stage = SFT(model=str(ground / "base"), data=str(ground / "sft.jsonl"), held_out=0, load_best_model_at_end=True)
     with pytest.raises(AlignError, match="load_best_model_at_end needs held-out rows"):
         Run(Recipe("x", {"x": stage}), ground / "out").execute()
-    with pytest.raises(ValidationError, match="set metric_for_best_model to reward"):
+    with pytest.raises(ValidationError, match="set metric_for_best_model to score"):
         GRPO(model="m", data="d", early_stopping_patience=2, reward_funcs=["length"])

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from align.errors import AlignError
-from align.progress import bar
+from align.progress import bar, say
 from align.recipe import parse_value
 from align.registry import Registry
 from align.rewards import RewardSet, RewardSpec
 
 if TYPE_CHECKING:
-    from align.rewards.trial import Component, Trial
+    from align.rewards.trial import Summary, Trial
 
 
 class _Parser(argparse.ArgumentParser):
@@ -90,26 +90,29 @@ def _spec(text: str, options: argparse.Namespace) -> RewardSpec:
 def _given(options: argparse.Namespace) -> tuple[list[Any], list[Any], None, int]:
     """Prompts (with their columns) and the completions in the data: the chosen ones and then the rejected, or demonstrations."""
     from align.data import load_rows
+    from align.schema import PromptRow
     from align.scoring import plain
 
-    def load(kind: str) -> list[Any]:
-        return load_rows(options.data, kind, format=options.data_format, limit=options.max_rows).rows
+    def load(kind: str) -> Any:
+        return load_rows(options.data, kind, format=options.data_format, limit=options.max_rows)
 
-    asked = {json.dumps(plain(row.prompt)): row for row in load("prompts")}
+    asked = {json.dumps(plain(row.prompt)): row for row in load("prompts").rows}
     sides: tuple[str, ...] = ("chosen", "rejected")
     try:
-        rows = load("preference")
+        loaded = load("preference")
     except AlignError:
         try:
-            rows, sides = load("sft"), ("completion",)
+            loaded, sides = load("sft"), ("completion",)
         except AlignError as error:
             raise AlignError(
                 f"{options.data} holds no completions to score; name a --model that answers its prompts ({error})"
             ) from error
-    split = [_split(row) if sides == ("completion",) else row for row in rows]
-    prompts = [asked[key] for row in split if (key := json.dumps(plain(row.prompt))) in asked]
-    answered = [row for row in split if json.dumps(plain(row.prompt)) in asked]
-    completions = [plain(getattr(row, side)) for side in sides for row in answered]
+    if loaded.set_aside:
+        say(f"{options.data}: {loaded.summary()}")
+    rows = [_split(row) if sides == ("completion",) else row for row in loaded.rows]
+    # As prompts the same rows have their other columns, too.
+    prompts = [asked.get(json.dumps(plain(row.prompt))) or PromptRow.model_construct(prompt=row.prompt, columns={}) for row in rows]
+    completions = [plain(getattr(row, side)) for side in sides for row in rows]
     return prompts * len(sides), completions, None, len(prompts) if len(sides) == 2 else 0
 
 
@@ -140,6 +143,8 @@ def _sampled(options: argparse.Namespace) -> tuple[list[Any], list[Any], list[li
     rows = load_rows(options.data, "prompts", format=options.data_format, limit=options.max_rows).rows
     encoder = Encoder(tokenizer, None)
     encoded = encoder.prompts(rows)
+    if len(encoded.rows) < len(rows):
+        say(f"{options.data}: {encoded.summary()}")
     conversational = not isinstance(rows[0].prompt, str)
     stops = {*stop_token_ids(model, tokenizer), encoder.end_of_turn if conversational else encoder.end_of_text}
     sampling = Sampling(options.max_completion_length, temperature=options.temperature)
@@ -166,9 +171,11 @@ def _model_scores(
     set_chat_template(tokenizer, "auto")
     normalize = (Path(path) / SCORE_SCALE).is_file()
     scorer = RewardScorer(path, tokenizer.get_vocab(), dtype="float32", max_tokens=8192, normalize=normalize)
-    prompts = [tree.prompt for tree in Encoder(tokenizer, None).prompts(rows).trees]
-    if ids is None:
-        ids = [tokenizer(text_of(completion), add_special_tokens=False)["input_ids"] for completion in completions]
+    encoder = Encoder(tokenizer, None)
+    prompts = [tree.prompt for tree in encoder.prompts(rows).trees]
+    if ids is None:  # a written completion ends where its turn or text does: that is where scores are read
+        end = encoder.end_of_text if isinstance(completions[0], str) else encoder.end_of_turn
+        ids = [[*tokenizer(text_of(one), add_special_tokens=False)["input_ids"], end] for one in completions]
     return scorer(prompts, ids)
 
 
@@ -187,7 +194,7 @@ def shown(trial: Trial) -> str:
     return "\n".join(lines)
 
 
-def _lines(component: Component) -> list[str]:
+def _lines(component: Summary) -> list[str]:
     lines = [f"{component.name}: {component.abstained:.0%} abstained, {component.failed:.0%} failed"]
     if not component.scored:
         return [*lines, "  no value at all"]

@@ -19,7 +19,7 @@ TOTAL = "total"
 
 
 @dataclass(frozen=True)
-class Component:
+class Summary:
     """One reward's values, or their total's. Shares are of all completions; statistics are over those that have a value."""
 
     name: str
@@ -55,7 +55,7 @@ class Trial:
     """The first value that was another one."""
     failure: str | None
     """The first failure that was forgiven."""
-    components: tuple[Component, ...]
+    components: tuple[Summary, ...]
 
 
 def run_trial(
@@ -98,17 +98,15 @@ def run_trial(
     return Trial(len(completions), pairs, seconds, per_second, difference is None, difference, first, tuple(described))
 
 
-def _component(
-    name: str, values: Sequence[float | None], words: Sequence[int], abstained: int, failed: int, pairs: int
-) -> Component:
+def _component(name: str, values: Sequence[float | None], words: Sequence[int], abstained: int, failed: int, pairs: int) -> Summary:
     shares = (abstained / len(values), failed / len(values))
     kept = [(value, count) for value, count in zip(values, words, strict=True) if value is not None]
     if not kept:
-        return Component(name, 0, *shares)
+        return Summary(name, 0, *shares)
     numbers = [value for value, _ in kept]
     counts = [count for _, count in kept]
     varied = len(set(numbers)) > 1 and len(set(counts)) > 1
-    return Component(
+    return Summary(
         name,
         len(kept),
         *shares,

@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from align.artifact import MANIFEST, Artifact, library_versions
+from align.diagnostics.live import Watcher
 from align.errors import AlignError, NonFiniteLoss
 from align.progress import History, Status, report_progress, say
 from align.registry import Registry
@@ -180,7 +181,8 @@ def attempt(stage: Stage, name: str, folder: Path) -> dict[str, Any]:
     """Run the stage; after a non-finite loss again, from the last checkpoint and at a lower learning rate, if it asks for that."""
     quiet()
     while True:
-        history = History(folder / "metrics.jsonl", writes=is_main_process())
+        watcher = Watcher(name, stage.stage, stage.model_dump(mode="json")) if is_main_process() else None
+        history = History(folder / "metrics.jsonl", writes=is_main_process(), watcher=watcher)
         try:
             return stage.run(Context(name, folder, history))
         except NonFiniteLoss as error:

@@ -63,11 +63,10 @@ class GroupStage(TrainingStage, SamplingFields, RewardFields):
                 f"({self.num_generations})"
             )
         if self.keeps_best and self.metric_for_best_model == "loss":
-            raise ValueError("the held-out loss says nothing here: set metric_for_best_model to reward to keep the best weights")
+            name = "score" if self.engine == "forest" else "reward"
+            raise ValueError(f"the held-out loss says nothing here: set metric_for_best_model to {name} to keep the best weights")
         if self.engine == "forest" and (self.top_p != 1 or self.top_k):
             raise ValueError("the distribution that is sampled is the one that is optimized: top_p must be 1 and top_k 0")
-        if self.engine == "forest" and self.keeps_best:
-            raise ValueError("engine 'forest' keeps the last weights: leave early_stopping_patience and load_best_model_at_end out")
         if self.engine == "trl":
             for name in ("missing_eos_penalty", "target_kl", "sample_steps"):
                 if getattr(self, name) is not None:

@@ -6,13 +6,35 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from align.stages.base import AdapterFields, Context, DataFields, DataRefs, ModelFields, OptimizerFields, RunFields, Stage, stage
+from align.stages.base import (
+    AdapterFields,
+    Context,
+    DataFields,
+    DataRefs,
+    ModelFields,
+    OptimizerFields,
+    RunFields,
+    SelectionFields,
+    Stage,
+    stage,
+)
 from align.stages.sampling import RewardFields, SamplingFields
 from align.trainers.settings import PPOSettings
 
 
 @stage("ppo")
-class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, RunFields, SamplingFields, RewardFields, PPOSettings):
+class PPO(
+    Stage,
+    DataFields,
+    ModelFields,
+    AdapterFields,
+    OptimizerFields,
+    SelectionFields,
+    RunFields,
+    SamplingFields,
+    RewardFields,
+    PPOSettings,
+):
     """Sample the policy on prompts, score what it says, and make what scored well more likely, close to where it started."""
 
     reads = "prompts"
@@ -33,6 +55,8 @@ class PPO(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, RunFie
     """Held-out prompts answered and scored before and after training."""
     eval_steps: int | None = Field(None, gt=0)
     """Batches of episodes between two evaluations on the way; none by default."""
+    metric_for_best_model: str = "score"
+    """What is best: `score`, or the name of a reward that is part of it."""
 
     @model_validator(mode="after")
     def _an_adapter_needs_lora(self) -> PPO:

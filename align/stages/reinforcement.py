@@ -18,6 +18,7 @@ from align.rollout import Sampling, complete
 from align.scoring import Judge, component_means
 from align.stages import training as t
 from align.stages.base import Context
+from align.stages.selection import Best
 from align.trainers.ppo.adapters import critic_on_base, reward_on_base
 from align.trainers.ppo.advantages import estimators
 from align.trainers.ppo.checkpoint import Checkpoints
@@ -119,16 +120,24 @@ def train_on_samples(
         checkpoints.clear()
     context.history.rewind(trainer.done if resumed else -1)
 
-    def evaluate(step: int) -> None:
-        if test.trees and (step in (0, settings.steps) or (stage.eval_steps and step % stage.eval_steps == 0)):
-            generator = torch.Generator(models.device).manual_seed(stage.seed)  # the same draws of chance every time
-            context.history.add(step, held_out_score(policy, test, judge, sampling, stop_ids, generator))
+    best = Best(stage, context, policy) if stage.keeps_best else None
+
+    def evaluate(step: int) -> bool:
+        """Where it is time to. Returns whether it is also time to stop."""
+        if not test.trees or not (step in (0, settings.steps) or (stage.eval_steps and step % stage.eval_steps == 0)):
+            return False
+        generator = torch.Generator(models.device).manual_seed(stage.seed)  # the same draws of chance every time
+        context.history.add(step, held_out_score(policy, test, judge, sampling, stop_ids, generator))
+        return best is not None and step > 0 and best.see(step)
 
     if not resumed:
         evaluate(0)
+    if best is not None:
+        best.check()
     trainer.train(context.name, stage.logging_steps, after_step=evaluate)
+    kept = None if best is None else best.restore()
     t.save_model(policy, tokenizer, context.folder)
-    return {**_metrics(context), **trainable(policy)}
+    return {**_metrics(context, kept), **trainable(policy)}
 
 
 def held_out_score(
@@ -168,11 +177,11 @@ def _optimizer(stage: Any, settings: PPOSettings, models: Models) -> tuple[Any, 
     return optimizer, scheduler
 
 
-def _metrics(context: Context) -> dict[str, Any]:
-    """The held-out scores before and after, and how it ended."""
-    records = context.history.records
+def _metrics(context: Context, kept: int | None) -> dict[str, Any]:
+    """The held-out scores before and after, up to the step whose weights are kept, and how it ended."""
+    records = [record for record in context.history.records if kept is None or record["step"] <= kept]
     names = {name: None for record in records for name in record if name.startswith("eval_")}
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {} if kept is None else {"best_step": kept}
     for name in names:
         values = [record[name] for record in records if name in record]
         found |= {name: values[-1], f"{name}_before": values[0]}

@@ -56,13 +56,29 @@ class Preference:
             within = _number_in_sequence(forest) < common[forest.owner]
             shared = forest.per_sequence(scores.logps * within)
             logps = replace(logps, common=_pairs(shared, common, forest.values.get("reference_common_logps")))
-        return self.loss(logps, **self.parameters)
+        output = self.loss(logps, **self.parameters)
+        return replace(output, metrics={**output.metrics, **_by_length(output.metrics["rewards/margins"], tokens)})
 
 
 def _pairs(policy: Tensor, tokens: Tensor, reference: Tensor | None) -> PreferenceLogps:
     """Values of sequences (2 x pairs,), chosen and rejected in turn, by name."""
     both = (None, None) if reference is None else (reference[::2], reference[1::2])
     return PreferenceLogps(policy[::2], policy[1::2], tokens[::2], tokens[1::2], *both)
+
+
+def _by_length(margins: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    """Which pairs are ranked right (margin above 0), apart for those whose chosen answer is longer and those whose chosen answer is
+    shorter, by a quarter at least.
+
+    Args:
+        margins: (pairs,)
+        tokens: (2 x pairs,), chosen and rejected in turn.
+    """
+    right, chosen, rejected = (margins > 0).to(margins.dtype), tokens[::2], tokens[1::2]
+    return {
+        "accuracies/chosen_longer": right[chosen >= 1.25 * rejected],
+        "accuracies/chosen_shorter": right[rejected >= 1.25 * chosen],
+    }
 
 
 def _number_in_sequence(forest: Forest) -> Tensor:
@@ -121,7 +137,8 @@ class RewardModel:
     def __call__(self, model: nn.Module, forest: Forest) -> LossOutput:
         scores: Tensor = model(forest=forest, read="ends").view(-1, 2)
         margin = forest.values["margin"] if self.use_margin else None
-        return bradley_terry(scores[:, 0], scores[:, 1], margin, center_rewards_coefficient=self.center_rewards_coefficient)
+        output = bradley_terry(scores[:, 0], scores[:, 1], margin, center_rewards_coefficient=self.center_rewards_coefficient)
+        return replace(output, metrics={**output.metrics, **_by_length(output.metrics["margin"], forest.target_counts())})
 
 
 def add_reference_logps(

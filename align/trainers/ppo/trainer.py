@@ -103,8 +103,8 @@ class PPOTrainer:
         self._pending: dict[str, list[float]] = defaultdict(list)
         self._seconds: dict[str, float] = {}
 
-    def train(self, label: str = "ppo", log_every: int = 1, after_step: Callable[[int], None] = lambda step: None) -> None:
-        """Run what is left of all steps, logging means over each `log_every`."""
+    def train(self, label: str = "ppo", log_every: int = 1, after_step: Callable[[int], bool] = lambda step: False) -> None:
+        """Run what is left of all steps, or until `after_step` says that it is enough, logging means over each `log_every`."""
         steps = self.settings.steps
         with bar(label, steps) as progress:
             progress.update(self.done)
@@ -118,9 +118,11 @@ class PPOTrainer:
                     self._pending.clear()
                     progress.set_postfix_str(shown(metrics), refresh=False)
                     self._log(metrics)
-                after_step(self.done)
+                enough = after_step(self.done)
                 if self.checkpoints is not None and self.done % self.checkpoints.every == 0:
                     self.checkpoints.save(self.done, self.state())
+                if enough:
+                    break
 
     def step(self) -> dict[str, float]:
         """One round; what it was like."""

@@ -1,0 +1,61 @@
+"""``align doctor RUN``: what went wrong in a training, why, and what to turn."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from align.diagnostics import Finding
+
+
+def add(verbs: Any) -> None:
+    parser = verbs.add_parser("doctor", help="read a run's histories: what went wrong, why, and which knob to turn")
+    parser.add_argument("run", metavar="RUN", help="folder of a run or of a stage, or a registered name")
+    parser.add_argument(
+        "--apply", type=Path, metavar="FILE", help="write a recipe (YAML) with the suggested changes; nothing is run"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(handler=doctor)
+
+
+def doctor(options: argparse.Namespace) -> int:
+    from align.diagnostics.doctor import diagnose, patients, verdict, write_prescription
+    from align.progress import say
+
+    found = patients(options.run)
+    findings = {name: said for name, said in diagnose(found).items() if said or _trains(found, name)}
+    if options.json:
+        rows = [{"stage": n, "verdict": verdict(f), "findings": [x.as_dict() for x in f]} for n, f in findings.items()]
+        print(json.dumps(rows, indent=1))
+    else:
+        print(as_text(findings))
+    if options.apply is not None:
+        name = options.apply.stem
+        write_prescription(options.apply, name, found, [finding for said in findings.values() for finding in said])
+        say(f"wrote {options.apply}; `align run {options.apply}` runs it")
+    return 0
+
+
+def _trains(found: Sequence[Any], name: str) -> bool:
+    return any(patient.name == name and "learning_rate" in patient.config for patient in found)
+
+
+def as_text(findings: Mapping[str, Sequence[Finding]]) -> str:
+    """Stages with their verdicts, and under each its findings."""
+    from align.diagnostics.doctor import verdict
+
+    width = max((len(name) for name in findings), default=0)
+    lines = []
+    for name, said in findings.items():
+        lines.append(f"{name:<{width}}  {verdict(said)}")
+        for finding in said:
+            d = finding.diagnosis
+            evidence = ", ".join(f"{key} {value:.4g}" for key, value in d.evidence.items())
+            changes = ", ".join(f"{field}: {value}" for field, value in d.changes.items())
+            lines += [f"  {finding.rule}: {d.cause}", f"    seen   {evidence}", f"    turn   {d.advice}"]
+            lines += [f"    apply  {changes}"] if changes else []
+    return "\n".join(lines)

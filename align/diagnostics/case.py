@@ -1,0 +1,174 @@
+"""What a rule is: a function from what is known of one stage to what it says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from align.catalog import Catalog
+from align.diagnostics.series import Series
+
+Verdict = Literal["failed", "unstable", "overfit", "underfit", "degenerate", "forgetful"]
+
+LANGUAGE = ("pretrain", "sft")
+PAIRS = ("preference", "reward")
+SUPERVISED = (*LANGUAGE, *PAIRS, "kto")
+"""Stages that train on a data set with transformers' Trainer."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One stage as the doctor sees it."""
+
+    name: str
+    kind: str
+    """Name of the stage in the catalog."""
+    config: Mapping[str, Any]
+    records: Sequence[Mapping[str, Any]]
+    """The lines of its ``metrics.jsonl``."""
+    folder: Path | None = None
+    running: bool = False
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """What it registered when it was finished."""
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    """What the run's evaluations say of its model."""
+    reference: Mapping[str, Any] = field(default_factory=dict)
+    """What they say of the model that it is compared with: the evaluation's reference, or what this one was trained from."""
+    curvature: Mapping[str, Any] = field(default_factory=dict)
+    """``curvature.json`` of its model, where it was measured."""
+
+    def series(self, name: str) -> Series:
+        return Series.of(self.records, name)
+
+    @cached_property
+    def loss(self) -> Series:
+        """The training loss."""
+        return self.series("loss")
+
+    @cached_property
+    def held_out(self) -> Series:
+        """The held-out loss; its first value is from before training."""
+        return self.series("eval_loss")
+
+    @property
+    def start(self) -> float:
+        """The loss before training: held-out where it was measured, else the first of training."""
+        return self.held_out.first if len(self.held_out) else self.loss.first
+
+    @property
+    def end(self) -> float:
+        """The loss after training."""
+        return self.held_out.last if len(self.held_out) else self.loss.tail()
+
+    @property
+    def falls(self) -> bool:
+        """Whether the loss is on its way down beyond doubt: every held-out loss lower than the one before, or a slope of the
+        training loss of more than three standard errors.
+        """
+        held = self.held_out.values
+        if len(held) >= 4 and all(later < earlier for earlier, later in pairwise(held)):
+            return True
+        slope, error = self.loss.slope()
+        return slope < -3 * error
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.config.get("learning_rate") or 0.0)
+
+    @property
+    def batch(self) -> int:
+        """Rows of an optimizer step on one device."""
+        return int(self.config.get("per_device_train_batch_size", 1)) * int(self.config.get("gradient_accumulation_steps", 1))
+
+    def longer(self, factor: float) -> dict[str, Any]:
+        """The change that trains `factor` times as long."""
+        if int(self.config.get("max_steps") or -1) > 0:
+            return {"max_steps": max(1, round(self.config["max_steps"] * factor))}
+        epochs = float(self.config.get("num_train_epochs", 1.0)) * factor
+        return {"num_train_epochs": float(f"{epochs:.2g}")}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a rule says: numbers, why, and what to do."""
+
+    evidence: Mapping[str, float]
+    cause: str
+    """Plain words."""
+    advice: str
+    """The knob to turn."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the stage and their suggested values; empty where no field mends it."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A diagnosis with the rule that made it and the stage that it is about."""
+
+    rule: str
+    stage: str
+    verdict: Verdict
+    diagnosis: Diagnosis
+
+    def as_dict(self) -> dict[str, Any]:
+        d = self.diagnosis
+        evidence = {name: float(f"{value:.4g}") for name, value in d.evidence.items()}
+        return {"rule": self.rule, "stage": self.stage, "verdict": self.verdict, "evidence": evidence} | {
+            "cause": d.cause,
+            "advice": d.advice,
+            "changes": dict(d.changes),
+        }
+
+
+class Rule(Protocol):
+    """A rule of the catalog."""
+
+    kinds: tuple[str, ...]
+    verdict: Verdict
+    live: bool
+    explains: frozenset[str]
+
+    def __call__(self, case: Case) -> Diagnosis | None: ...
+
+
+rules: Catalog[Any] = Catalog("rule")
+"""In the order in which the doctor asks them: what is worse, and what explains others, comes first."""
+
+
+def rule(
+    *kinds: str, verdict: Verdict, live: bool = False, explains: Iterable[str] = ()
+) -> Callable[[Callable[[Case], Diagnosis | None]], Callable[[Case], Diagnosis | None]]:
+    """Register a function as a rule about the stages `kinds`.
+
+    Args:
+        live: it may be asked while training goes on.
+        explains: rules that are not asked once this one speaks, as they would see its consequences.
+    """
+
+    def register(function: Callable[[Case], Diagnosis | None]) -> Callable[[Case], Diagnosis | None]:
+        marked: Any = function
+        marked.kinds, marked.verdict, marked.live, marked.explains = kinds, verdict, live, frozenset(explains)
+        return rules.add(marked)
+
+    return register
+
+
+def ask(case: Case) -> list[Finding]:
+    """Every rule about `case` that speaks, in the order of the catalog; what asks for more training comes last, as more of a run
+    that is wrong is worse.
+    """
+    found: list[Finding] = []
+    explained: set[str] = set()
+    for name in rules:
+        asked: Rule = rules[name]
+        if case.kind not in asked.kinds or name in explained or (case.running and not asked.live):
+            continue
+        diagnosis = asked(case)
+        if diagnosis is not None:
+            found.append(Finding(name, case.name, asked.verdict, diagnosis))
+            explained |= asked.explains
+    return sorted(found, key=lambda finding: finding.verdict == "underfit")

@@ -1,0 +1,218 @@
+"""Asks the rules about the stages of a run, and writes the recipe that follows their advice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align.artifact import Artifact
+from align.diagnostics.case import Case, Finding, ask
+from align.errors import AlignError
+from align.recipe import make_stage, read_yaml
+from align.registry import Registry
+from align.runner.files import write_atomically
+from align.stages import stages
+
+CURVATURE = "curvature/curvature.json"
+"""Where `align curvature` leaves what it measured of a stage's model, under the stage's folder."""
+
+
+@dataclass(frozen=True)
+class Patient:
+    """A stage folder, finished or not."""
+
+    name: str
+    """The name of the stage in its recipe."""
+    kind: str
+    config: Mapping[str, Any]
+    folder: Path
+    artifact: Artifact | None
+
+    @classmethod
+    def read(cls, folder: Path) -> Patient | None:
+        """The stage in `folder`; None where there is none."""
+        artifact = Artifact.read(folder)
+        if artifact is not None:
+            return cls(stage_name(folder, artifact), artifact.stage, artifact.config, folder, artifact)
+        if not (folder / "config.yaml").is_file():
+            return None
+        config = read_yaml(folder / "config.yaml")
+        if not isinstance(config, dict) or "stage" not in config:
+            return None
+        stem, _, tail = folder.name.rpartition("-")
+        name = stem if stem and len(tail) == 8 else folder.name
+        return cls(name, config.pop("stage"), config, folder, None)
+
+
+def stage_name(folder: Path, artifact: Artifact) -> str:
+    """The name in the recipe, which the runner puts into the folder's name; otherwise the artifact's."""
+    stem, _, tail = folder.name.rpartition("-")
+    return stem if stem and tail == artifact.identity[:8] else artifact.name
+
+
+def patients(reference: str, registry: Registry | None = None) -> list[Patient]:
+    """The stages that `reference` means: a run's folder (the latest of each name), a stage's folder or a registered name.
+
+    Raises:
+        AlignError: there is none.
+    """
+    folder = Path(reference)
+    if not folder.is_dir():
+        folder = Path((registry or Registry()).get(reference).path)
+    if (alone := Patient.read(folder)) is not None:
+        return [alone]
+    latest: dict[str, Patient] = {}
+    for path in sorted(folder.iterdir(), key=_age):
+        if path.is_dir() and (found := Patient.read(path)) is not None:
+            latest.pop(found.name, None)
+            latest[found.name] = found
+    if not latest:
+        raise AlignError(f"{reference} holds no stage: give the folder of a run, of a stage, or a registered name")
+    return list(latest.values())
+
+
+def _age(path: Path) -> float:
+    manifest = path / "metrics.jsonl"
+    return manifest.stat().st_mtime if manifest.is_file() else path.stat().st_mtime
+
+
+def diagnose(found: Sequence[Patient]) -> dict[str, list[Finding]]:
+    """The findings of each stage that trains, by its name."""
+    return {patient.name: ask(case) for patient, case in zip(found, cases(found), strict=True)}
+
+
+def cases(found: Sequence[Patient]) -> list[Case]:
+    """What the rules need to know of each stage, what the run's evaluations say of it included."""
+    measured, of_parent = _evaluations(found)
+    return [
+        Case(
+            patient.name,
+            patient.kind,
+            patient.config,
+            list(_records(patient.folder / "metrics.jsonl")),
+            patient.folder,
+            metrics=patient.artifact.metrics if patient.artifact is not None else {},
+            measured=measured.get(patient.name, {}),
+            reference=of_parent.get(str(patient.config.get("model")), {}),
+            curvature=_json(patient.folder / CURVATURE),
+        )
+        for patient in found
+    ]
+
+
+def _evaluations(found: Sequence[Patient]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metrics of each model that an evaluation of the run measured, by what the evaluation's config calls it."""
+    measured: dict[str, dict[str, Any]] = {}
+    for patient in found:
+        models = patient.artifact.metrics.get("models") if patient.artifact is not None else None
+        if isinstance(models, dict):
+            for label, reference in (patient.config.get("models") or {}).items():
+                measured[reference] = {**measured.get(reference, {}), **models.get(label, {})}
+    return measured, measured
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # a kill may have cut the last one
+            yield json.loads(line)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """The word for a stage: that of its first finding, else ``good``."""
+    return findings[0].verdict if findings else "good"
+
+
+# -- the recipe that follows the advice -----------------------------------------------------------------------------------------
+
+
+def prescription(name: str, found: Sequence[Patient], findings: Iterable[Finding]) -> tuple[str, dict[str, Any]]:
+    """The recipe of the stages `found` with the changes of `findings`, as commented YAML and as its content.
+
+    A stage that only its own recipe's file knows is not run again: what it wrote is named by its path. So is the output of a stage
+    outside `found`.
+
+    Raises:
+        AlignError: no finding has a change, or a change does not fit its stage.
+    """
+    first: dict[str, Finding] = {}
+    for finding in findings:
+        if finding.diagnosis.changes:
+            first.setdefault(finding.stage, finding)  # one knob at a time: the others may have been its consequences
+    if not first:
+        raise AlignError("nothing to apply: no finding suggests a change of a field")
+    kept = [patient for patient in found if patient.kind in stages]
+    paths = _paths(found, {patient.name for patient in kept})
+    recipe: dict[str, Any] = {"name": name, "stages": {}}
+    comments = []
+    for patient in kept:
+        changes = dict(first[patient.name].diagnosis.changes) if patient.name in first else {}
+        config = {key: _moved(value, paths[patient.name]) for key, value in patient.config.items()}
+        cls = stages[patient.kind]
+        fields = cls.model_fields
+        # What was left at its default is left again: some fields may be set only with others.
+        given = {k: v for k, v in config.items() if k in fields and v != _default(fields[k])} | changes
+        stage = make_stage(cls, given, f"the changed stage {patient.name!r}")
+        recipe["stages"][patient.name] = {"stage": patient.kind, **json.loads(stage.model_dump_json(exclude_defaults=True))}
+        for field, value in changes.items():
+            comments.append(f"# {patient.name}.{field}: {patient.config.get(field)} -> {value} ({first[patient.name].rule})")
+    text = "\n".join([*comments, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)])
+    return text, recipe
+
+
+def _default(info: Any) -> Any:
+    """A field's default as JSON has it; a required field has none."""
+    value = None if info.is_required() else info.get_default(call_default_factory=True)
+    return json.loads(json.dumps(value, default=str))
+
+
+def _paths(found: Sequence[Patient], kept: set[str]) -> dict[str, dict[str, str]]:
+    """Of each stage, what its references mean that no stage of the new recipe makes."""
+    folders = {patient.name: patient.folder for patient in found}
+    outside = {name: str(folder.resolve()) for name, folder in folders.items() if name not in kept or len(kept) == 1}
+    registry = Registry()
+    meaning = {}
+    for patient in found:
+        known = dict(outside)
+        for reference, parent in (patient.artifact.parents if patient.artifact is not None else {}).items():
+            owner = reference.split("/", 1)[0]
+            by_itself = owner in folders or owner in registry.names() or Path(reference).exists()
+            if not by_itself and "@" in parent and "@" not in owner:  # a stage of the run that this one belongs to
+                known[owner] = registry.get(parent).path
+        meaning[patient.name] = known
+    return meaning
+
+
+def _moved(value: Any, paths: Mapping[str, str]) -> Any:
+    """`value` with the stages that it names replaced by folders."""
+    if isinstance(value, str):
+        owner, slash, rest = value.partition("/")
+        return f"{paths[owner]}{slash}{rest}" if owner in paths else value
+    if isinstance(value, list):
+        return [_moved(item, paths) for item in value]
+    return {key: _moved(item, paths) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def write_prescription(path: Path, name: str, found: Sequence[Patient], findings: Iterable[Finding]) -> None:
+    """`prescription` as a file.
+
+    Raises:
+        AlignError: from `prescription`, or `path` does not end in ``.yaml``.
+    """
+    if path.suffix not in {".yaml", ".yml"}:
+        raise AlignError(f"--apply {path}: a recipe's file ends in .yaml")
+    text, _ = prescription(name, found, findings)
+    write_atomically(path, text)
+
+
+def with_running(case: Case, records: Sequence[Mapping[str, Any]]) -> Case:
+    """`case` with the records of a training that goes on."""
+    return replace(case, records=records, running=True)

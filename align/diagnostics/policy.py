@@ -1,0 +1,249 @@
+"""Rules about PPO: what a policy does when it is paid for a score."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from align.diagnostics.case import Case, Diagnosis, rule
+from align.diagnostics.series import Series
+
+KL_A_TOKEN = 0.4
+"""Nats a token from where it started beyond which a policy speaks another language."""
+NEGATIVE_KL = -0.5
+"""A divergence (nats an answer) cannot be below zero by more than chance."""
+CLIPPED = 0.25
+"""Share of tokens whose ratio is clipped."""
+EXPLAINED = 0.05
+"""Share of the returns' variance that a critic should explain after half of the run."""
+COLLAPSED = 0.2
+"""Entropy a token that is left, of what there was."""
+FAR_OFF = 0.5
+"""Relative distance of a critic's mean value from what is paid that shows that it has not learned."""
+LONGER, SHORTER, CUT = 1.6, 0.5, 0.4
+"""Length of answers against the start, and share of them that never end."""
+STILL = 0.02
+"""Divergence (nats an answer) of a policy that has not moved."""
+
+
+@rule("ppo", verdict="failed", live=True)
+def kl_negative(case: Case) -> Diagnosis | None:
+    """The divergence from the reference is below zero."""
+    kl = case.series("objective/kl")
+    if len(kl) < 5 or kl.tail(0.5) > NEGATIVE_KL:
+        return None
+    return Diagnosis(
+        {"kl": kl.tail(0.5), "lowest_kl": min(kl.values)},
+        f"a divergence of {kl.tail(0.5):.1f} nats an answer: answers are not drawn from the distribution that is scored (another "
+        "temperature, top_p, suppressed end tokens, dropout)",
+        "sample at the temperature that is trained, with top_p 1 and top_k 0; no field of this stage mends it",
+    )
+
+
+@rule("ppo", verdict="degenerate", explains=("entropy_collapse", "kl_blow_up", "length_drift", "forgetting"))
+def reward_hacking(case: Case) -> Diagnosis | None:
+    """The score that is paid rises, and one that is only watched falls."""
+    paid = case.series("objective/scores")
+    if len(paid) < 4:
+        return None
+    gain = paid.tail() - paid.head()
+    if gain <= 2 * paid.noise:
+        return None
+    for name, before, after, sure in _watched(case):
+        if after < before - sure:
+            return Diagnosis(
+                {"paid_before": paid.head(), "paid_after": paid.tail(), "watched_before": before, "watched_after": after},
+                f"the paid score rose from {paid.head():.3g} to {paid.tail():.3g} while {name}, which nobody pays for, fell from "
+                f"{before:.3g} to {after:.3g}: the policy found what the score does not see",
+                "pull harder to the reference (kl_coef), train for fewer episodes, and mend the reward: pay for what fell",
+                _closer(case, 10.0) | _pay(case, name),
+            )
+    return None
+
+
+def _watched(case: Case) -> list[tuple[str, float, float, float]]:
+    """What is measured and not paid for: name, before, after, and the difference that is no accident."""
+    found = []
+    for name in unpaid(case.config):
+        series = case.series(f"rewards/{name}")
+        if len(series) >= 4:
+            found.append((name, series.head(), series.tail(), max(2 * series.noise, 0.1 * abs(series.head()))))
+    for name in case.measured.keys() & case.reference.keys():
+        now, then = case.measured[name], case.reference[name]
+        if name.endswith("_reward") and name != "greedy_reward" and isinstance(now, Mapping) and isinstance(then, Mapping):
+            wide = (now["ci95"][1] - now["mean"]) + (then["mean"] - then["ci95"][0])
+            found.append((name.removesuffix("_reward"), then["mean"], now["mean"], wide))
+    return found
+
+
+def unpaid(config: Mapping[str, Any]) -> list[str]:
+    """Names of the reward functions whose weight is 0."""
+    functions, weights = config.get("reward_funcs") or [], config.get("reward_weights") or []
+    return [reward_name(spec) for spec, weight in zip(functions, weights, strict=False) if weight == 0]
+
+
+def reward_name(spec: str) -> str:
+    """The name that a reward function logs under."""
+    return re.split(r"[:./]", str(spec).partition("(")[0])[-1]
+
+
+def _pay(case: Case, name: str) -> dict[str, Any]:
+    """The change that pays for the reward function `name`."""
+    functions = [reward_name(spec) for spec in case.config.get("reward_funcs") or []]
+    weights = list(case.config.get("reward_weights") or [])
+    if name not in functions or functions.index(name) >= len(weights):
+        return {}
+    weights[functions.index(name)] = max(weights) or 1.0
+    return {"reward_weights": weights}
+
+
+def _closer(case: Case, factor: float) -> dict[str, Any]:
+    """The change that holds the policy closer to its reference."""
+    return {"kl_coef": float(f"{max(float(case.config.get('kl_coef', 0.05)), 0.02) * factor:.2g}")}
+
+
+def _slower(case: Case, factor: float) -> dict[str, Any]:
+    return {"learning_rate": float(f"{case.learning_rate / factor:.1e}")}
+
+
+@rule(
+    "ppo",
+    verdict="unstable",
+    live=True,
+    explains=("value_blind", "score_falls", "entropy_collapse", "kl_blow_up", "length_drift", "forgetting"),
+)
+def clip_share(case: Case) -> Diagnosis | None:
+    """Most of the tokens have left the range in which PPO's estimate holds."""
+    clipped = case.series("policy/clipfrac_avg")
+    if len(clipped) < 4 or max(clipped.smoothed(3).values) < CLIPPED:
+        return None
+    changes = _slower(case, 5.0)
+    if int(case.config.get("num_ppo_epochs", 1)) > 2:
+        changes["num_ppo_epochs"] = 2
+    return Diagnosis(
+        {"clipped": max(clipped.smoothed(3).values), "learning_rate": case.learning_rate},
+        f"up to {max(clipped.smoothed(3).values):.0%} of the tokens were clipped in an update: one batch of answers moves the "
+        "policy further than it can tell",
+        "lower learning_rate, or num_ppo_epochs",
+        changes,
+    )
+
+
+@rule("ppo", verdict="degenerate", live=True, explains=("value_blind", "kl_blow_up", "entropy_collapse", "forgetting"))
+def length_drift(case: Case) -> Diagnosis | None:
+    """Answers become much longer or much shorter, or no longer end."""
+    length, cut = case.series("completions/mean_length"), case.series("completions/cut_share")
+    if len(length) < 5 or length.head() <= 0:
+        return None
+    ratio = length.tail() / length.head()
+    endless = len(cut) > 0 and cut.tail() > CUT > 2 * cut.head()
+    if SHORTER <= ratio <= LONGER and not endless:
+        return None
+    changes = _closer(case, 5.0) | _slower(case, 2.0)
+    if ratio > 1 or endless:
+        changes["missing_eos_penalty"] = max(1.0, float(case.config.get("missing_eos_penalty") or 0.0) * 2)
+    return Diagnosis(
+        {"length_before": length.head(), "length_after": length.tail(), "cut_share": cut.tail() if len(cut) else 0.0},
+        f"answers went from {length.head():.0f} to {length.tail():.0f} tokens"
+        + (f", and {cut.tail():.0%} of them are cut" if endless else "")
+        + ": the score pays for length, not for what is said",
+        "raise kl_coef, set missing_eos_penalty, and take length out of the reward"
+        if ratio > 1 or endless
+        else "raise kl_coef, and take length out of the reward",
+        changes,
+    )
+
+
+@rule("ppo", verdict="degenerate", live=True, explains=("score_falls", "kl_blow_up", "value_blind", "forgetting"))
+def entropy_collapse(case: Case) -> Diagnosis | None:
+    """The policy says one thing only."""
+    entropy = case.series("policy/entropy_avg")
+    if len(entropy) < 5 or entropy.head() <= 0 or entropy.tail() > COLLAPSED * entropy.head():
+        return None
+    changes = _closer(case, 5.0) | _slower(case, 3.0)
+    return Diagnosis(
+        {"entropy_before": entropy.head(), "entropy_after": entropy.tail()},
+        f"entropy fell from {entropy.head():.3g} to {entropy.tail():.3g} nats a token: every prompt gets the answer that scored "
+        "once, and nothing new is tried",
+        f"raise kl_coef to {changes['kl_coef']}, lower learning_rate, sample more prompts in a step",
+        changes,
+    )
+
+
+@rule("ppo", verdict="unstable", live=True, explains=("value_blind", "score_falls", "forgetting"))
+def kl_blow_up(case: Case) -> Diagnosis | None:
+    """The policy runs away from the reference."""
+    kl, length = case.series("objective/kl"), case.series("completions/mean_length")
+    if len(kl) < 5 or not len(length):
+        return None
+    a_token = kl.tail() / max(length.tail(), 1.0)
+    if a_token < KL_A_TOKEN:
+        return None
+    changes = _closer(case, 5.0) | _slower(case, 5.0)
+    return Diagnosis(
+        {"kl": kl.tail(), "kl_a_token": a_token, "kl_coef": float(case.config.get("kl_coef", 0.05))},
+        f"{kl.tail():.1f} nats an answer, {a_token:.2f} a token, from the reference: the price of diverging is too low for the "
+        "size of the steps",
+        f"raise kl_coef to {changes['kl_coef']} and lower learning_rate to {changes['learning_rate']:.1e}",
+        changes,
+    )
+
+
+@rule("ppo", verdict="underfit", explains=("policy_stands_still",))
+def value_blind(case: Case) -> Diagnosis | None:
+    """The critic explains nothing of the returns."""
+    explained = case.series("val/explained_variance")
+    late = Series(explained.steps[len(explained) // 2 :], explained.values[len(explained) // 2 :])
+    value, paid = case.series("val/mean_value"), case.series("objective/rlhf_reward")
+    if len(late) < 4 or late.tail(0.5) > EXPLAINED or not len(value) or not len(paid):
+        return None
+    off = abs(value.tail() - paid.tail()) / max(abs(paid.tail()), 1e-9)
+    if off < FAR_OFF:
+        return None  # it knows the level of the returns; what it cannot explain may be chance
+    rate = float(case.config.get("critic_learning_rate") or case.learning_rate)
+    changes = {"critic_learning_rate": float(f"{max(rate, case.learning_rate) * 10:.1e}")}
+    return Diagnosis(
+        {
+            "explained_variance": late.tail(0.5),
+            "mean_value": value.tail(),
+            "mean_reward": paid.tail(),
+            "critic_learning_rate": rate,
+        },
+        f"the critic explains {late.tail(0.5):.0%} of the returns' variance and says {value.tail():.2g} where {paid.tail():.2g} "
+        "is paid: the advantages are the bare scores, with all their noise",
+        f"raise critic_learning_rate to {changes['critic_learning_rate']:.1e}; start the critic from the reward model",
+        changes,
+    )
+
+
+@rule("ppo", verdict="failed")
+def policy_stands_still(case: Case) -> Diagnosis | None:
+    """The policy is where it started."""
+    kl, score = case.series("objective/kl"), case.series("objective/scores")
+    if len(kl) < 5 or abs(kl.tail()) > STILL or score.tail() > score.head() + 2 * score.noise:
+        return None
+    rate = float(f"{case.learning_rate * 100:.1e}")
+    return Diagnosis(
+        {"kl": kl.tail(), "score_before": score.head(), "score_after": score.tail(), "learning_rate": case.learning_rate},
+        f"{len(kl)} rounds moved the policy by {kl.tail():.2g} nats an answer",
+        f"raise learning_rate from {case.learning_rate:.1e} to {rate:.1e}",
+        {"learning_rate": rate},
+    )
+
+
+@rule("ppo", verdict="failed")
+def score_falls(case: Case) -> Diagnosis | None:
+    """The score ends below its start."""
+    score = case.series("objective/scores")
+    if len(score) < 6:
+        return None
+    change, error = score.slope()
+    if change > -3 * error or score.tail() > score.head():
+        return None
+    return Diagnosis(
+        {"score_before": score.head(), "score_after": score.tail()},
+        f"the score fell from {score.head():.3g} to {score.tail():.3g}: the updates do not point where the score does",
+        "lower learning_rate; look at the reward's sign and scale, and at missing_eos_penalty",
+        _slower(case, 5.0),
+    )

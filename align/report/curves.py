@@ -1,0 +1,76 @@
+"""Learning curves: what a stage's ``metrics.jsonl`` has to show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from align.report.tables import number
+
+PANELS = (
+    ("loss", "loss", "eval_loss"),
+    ("pairs ranked right", "accuracy", "eval_accuracy"),
+    ("pairs ranked right", "rewards/accuracies", "eval_rewards/accuracies"),
+    ("score", "objective/scores", "eval_score"),
+    ("reward", "reward", "eval_reward"),
+    ("KL to the start, nats an answer", "objective/kl", "eval_kl"),
+    ("tokens an answer", "completions/mean_length", "eval_mean_length"),
+)
+"""Learning curves: title, and the log names of training and held-out values. A panel is drawn where a history has the values."""
+
+
+class Series(NamedTuple):
+    """One line of a plot."""
+
+    label: str
+    points: list[tuple[float, float]]
+
+    @property
+    def ends(self) -> str:
+        return f"{number(self.points[0][1])} → {number(self.points[-1][1])}"
+
+
+class Panel(NamedTuple):
+    """One plot."""
+
+    title: str
+    series: list[Series]
+
+
+def panels(folder: Path) -> list[Panel]:
+    """The learning curves in a stage's ``metrics.jsonl``."""
+    records = json_lines(folder / "metrics.jsonl")
+    found = []
+    for title, train, held_out in PANELS:
+        lines = [Series(label, points_of(records, key)) for label, key in (("train", train), ("held out", held_out))]
+        if any(len(line.points) > 1 for line in lines):
+            found.append(Panel(title, [line for line in lines if line.points]))
+    return found
+
+
+class Journey(NamedTuple):
+    """Where a policy went as it was trained: (divergence, score) in the order of steps."""
+
+    title: str
+    points: list[tuple[float, float]]
+
+
+def journeys(folder: Path) -> list[Journey]:
+    """The paid score against the divergence from the reference, and against the length of answers, batch by batch."""
+    records = [r for r in json_lines(folder / "metrics.jsonl") if isinstance(r.get("objective/scores"), int | float)]
+    found = []
+    for key, title in (("objective/kl", "KL to the start, nats an answer"), ("completions/mean_length", "tokens an answer")):
+        points = [(r[key], r["objective/scores"]) for r in records if isinstance(r.get(key), int | float)]
+        if len(points) > 2:
+            found.append(Journey(title, points))
+    return found
+
+
+def points_of(records: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [(record["step"], record[key]) for record in records if isinstance(record.get(key), int | float)]
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.is_file() else []

@@ -1,0 +1,62 @@
+"""The content of ``results.json``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from align import __version__
+from align.artifact import Artifact
+from align.diagnostics.doctor import CURVATURE
+
+RESULTS, PAGES = "results.json", ("report.md", "report.html")
+
+
+def stage_name(key: str, artifact: Artifact) -> str:
+    """The name in the recipe, which the runner puts into the folder's name; otherwise `key`."""
+    stem, _, tail = Path(artifact.path).name.rpartition("-")
+    return stem if stem and tail == artifact.identity[:8] else key
+
+
+def results_of(name: str, stages: Mapping[str, Artifact]) -> dict[str, Any]:
+    """The content of ``results.json``."""
+    models: dict[str, dict[str, Any]] = {}
+    for artifact in evaluations(stages):
+        for model, metrics in artifact.metrics["models"].items():
+            models[model] = models.get(model, {}) | metrics
+    beside = [[path.name, path.stat().st_mtime_ns] for a in stages.values() for path in Path(a.path).glob(CURVATURE)]
+    basis = [__version__, name, beside, *([stage, a.identity, a.reference, a.path, a.created] for stage, a in stages.items())]
+    content = {
+        "name": name,
+        "created": max((a.created for a in stages.values()), default=""),
+        "seconds": round(sum(a.seconds for a in stages.values()), 1),
+        "models": models,
+        "stages": {
+            stage: {"reference": a.reference, "path": a.path, "seconds": a.seconds, "metrics": _scalars(a.metrics)}
+            for stage, a in stages.items()
+        },
+        "versions": {library: version for a in stages.values() for library, version in a.versions.items()},
+        "digest": hashlib.sha256(json.dumps(basis).encode()).hexdigest(),
+    }
+    return json.loads(json.dumps(content), parse_constant=lambda _: None)  # JSON has no infinity and no NaN
+
+
+def _scalars(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metrics.items() if value is None or isinstance(value, str | int | float)}
+
+
+def evaluations(stages: Mapping[str, Artifact]) -> list[Artifact]:
+    """The artifacts that measured models: their metrics have ``models``, a dictionary of metrics for each."""
+    found = [(a, a.metrics.get("models")) for a in stages.values()]
+    return [a for a, models in found if isinstance(models, dict) and all(isinstance(m, dict) for m in models.values())]
+
+
+def up_to_date(out: Path, digest: str) -> bool:
+    try:
+        old = json.loads((out / RESULTS).read_text(encoding="utf-8"))
+        return old["digest"] == digest and all((out / file).is_file() for file in PAGES)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,69 @@
+"""The best weights of a run that is not transformers' Trainer's: kept in a file, so that a run that goes on has them as well."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from align.errors import AlignError, near_miss
+from align.progress import say
+from align.stages.base import Context, SelectionFields
+from align.trainers.ppo import processes
+
+
+class Best:
+    """Which evaluation was the best follows from the history; what is kept are the weights of `model` that train.
+
+    Args:
+        stage: says which metric, and when to stop.
+    """
+
+    def __init__(self, stage: SelectionFields, context: Context, model: nn.Module) -> None:
+        self.stage, self.context, self.model = stage, context, model
+        self.name = f"eval_{stage.metric_for_best_model.removeprefix('eval_')}"
+        self.file = context.folder / "checkpoints" / "best.safetensors"
+
+    def check(self) -> None:
+        """Raise `AlignError` unless the evaluation before training measured the metric."""
+        measured = [name.removeprefix("eval_") for name in next(iter(self.context.history.records), {}) if name.startswith("eval_")]
+        if not measured:
+            raise AlignError("keeping the best weights needs held-out prompts: set eval_data or held_out, and eval_prompts")
+        if (name := self.name.removeprefix("eval_")) not in measured:
+            known = ", ".join(measured)
+            raise AlignError(f"metric_for_best_model {name!r} is not measured here{near_miss(name, measured)}; known: {known}")
+
+    def see(self, step: int) -> bool:
+        """After the evaluation at `step`: keep its weights if none was better. Returns whether it is time to stop."""
+        values = self._values()
+        best = self._best(values)
+        if best == step and processes.number() == 0:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            aside = self.file.with_suffix(".part")
+            save_file({name: p.detach().cpu().contiguous() for name, p in self._trained().items()}, aside)
+            aside.replace(self.file)
+        processes.wait()
+        patience = self.stage.early_stopping_patience
+        return patience is not None and sum(later > best for later in values) >= patience
+
+    def restore(self) -> int:
+        """Give the model its best weights back; returns their step."""
+        kept = load_file(self.file)
+        for name, parameter in self._trained().items():
+            parameter.data.copy_(kept[name])
+        values = self._values()
+        say(f"{self.context.name}: kept the weights of step {self._best(values)}, of {max(values)}")
+        return self._best(values)
+
+    def _values(self) -> dict[int, float]:
+        """The metric by step."""
+        records = self.context.history.records
+        return {record["step"]: record[self.name] for record in records if self.name in record and record["step"] > 0}
+
+    def _best(self, values: dict[int, float]) -> int:
+        sign = 1 if self.stage.best_is_greatest else -1
+        return max(values, key=lambda step: (sign * values[step], -step))
+
+    def _trained(self) -> dict[str, Any]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

@@ -1,0 +1,374 @@
+"""The doctor: each rule on a history written by hand and on its healthy twin; real short trainings; the recipe that follows."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from align.artifact import Artifact
+from align.cli import main
+from align.diagnostics import Case, ask, rules
+from align.diagnostics.doctor import diagnose, patients, prescription
+from align.diagnostics.live import Watcher
+from align.diagnostics.series import Series, late_share, learned_by
+from align.errors import AlignError
+from align.pipeline import Run
+from align.progress import History
+from align.recipe import load_recipe
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.doctor import confusion, summary
+from benchmarks.planted import Maker, foundations, write_world
+
+STEPS = 60
+
+
+def history(**columns):
+    """Records from functions of the share of training that is done; ``eval_`` columns at seven places, the start among them."""
+    draw, records = random.Random(0), []
+    train = {name: f for name, f in columns.items() if not name.startswith("eval_")}
+    held = {name: f for name, f in columns.items() if name.startswith("eval_")}
+    for step in range(STEPS + 1):
+        if held and step % 10 == 0:
+            records.append({"step": step, **{name: f(step / STEPS) for name, f in held.items()}})
+        if step:
+            noise = 1 + 0.01 * draw.uniform(-1, 1)
+            rate = {"learning_rate": 1e-3, "epoch": step / 20, "num_tokens": 100.0 * step}
+            records.append({"step": step, **rate, **{name: f(step / STEPS) * noise for name, f in train.items()}})
+    return records
+
+
+def case(kind="sft", records=(), **more):
+    config = {"learning_rate": 1e-3, "per_device_train_batch_size": 16, "num_train_epochs": 3.0, **more.pop("config", {})}
+    return Case("run", kind, config, list(records), **more)
+
+
+def good(t):
+    """A loss that falls and arrives."""
+    return 0.5 + 2.5 * 2.0 ** (-12 * t)
+
+
+def coin(t):
+    return 0.6931 + 0.0 * t
+
+
+HEALTHY = {
+    "sft": history(loss=good, eval_loss=good),
+    "preference": history(
+        loss=lambda t: 0.4 + 0.29 * 2 ** (-12 * t),
+        eval_loss=lambda t: 0.4 + 0.29 * 2 ** (-12 * t),
+        **{
+            "eval_logps/chosen": lambda t: -20 - t,
+            "eval_logps/rejected": lambda t: -20 - 9 * t,
+            "rewards/accuracies": lambda t: 0.85,
+            "rewards/margins": lambda t: t,
+        },
+    ),
+    "reward": history(
+        loss=lambda t: 0.4 + 0.29 * 2 ** (-12 * t),
+        eval_loss=lambda t: 0.45 + 0.24 * 2 ** (-12 * t),
+        accuracy=lambda t: 0.8,
+        eval_accuracy=lambda t: 0.5 + 0.3 * t,
+        margin=lambda t: t,
+    ),
+}
+
+
+def ppo(**columns):
+    """A healthy PPO run, with some columns changed."""
+    usual = {
+        "objective/scores": lambda t: 0.2 + 0.6 * t,
+        "objective/kl": lambda t: 2 * t,
+        "objective/rlhf_reward": lambda t: 0.2 + 0.5 * t,
+        "completions/mean_length": lambda t: 20.0,
+        "completions/cut_share": lambda t: 0.05,
+        "policy/entropy_avg": lambda t: 1.0 - 0.3 * t,
+        "policy/clipfrac_avg": lambda t: 0.05,
+        "val/explained_variance": lambda t: 0.6 * t,
+        "val/mean_value": lambda t: 0.2 + 0.5 * t,
+    }
+    return history(**{**usual, **columns})
+
+
+def falling(to, rate=12):
+    return lambda t: to + (3 - to) * 2 ** (-rate * t)
+
+
+FAULTS = {
+    "learning_rate_too_high": case(records=history(loss=lambda t: 3 + 2 * t, eval_loss=lambda t: 3 + 2 * t)),
+    "batch_too_small": case(
+        records=[
+            *[{"step": s, "eval_loss": v} for s, v in zip(range(0, 70, 10), (3, 1.2, 1.0, 1.3, 1.0, 1.4, 1.25), strict=True)],
+            *[{"step": s, "loss": 1.2 + 0.8 * (-1) ** s, "learning_rate": 1e-3} for s in range(1, 61)],
+        ],
+        config={"per_device_train_batch_size": 1},
+    ),
+    "overfit": case(records=history(loss=falling(0.1, 3), eval_loss=lambda t: 1 + 4 * (t - 0.5) ** 2)),
+    "learning_rate_too_low": case(records=history(loss=lambda t: 3 - 0.06 * t, eval_loss=lambda t: 3 - 0.06 * t)),
+    "loss_flat": case(records=history(loss=lambda t: 3.0, eval_loss=lambda t: 3.0 + 0.01 * t)),
+    "too_few_epochs": case(records=history(loss=lambda t: 3 - 1.5 * t, eval_loss=lambda t: 3 - 1.5 * t)),
+    "forgetting": case(records=HEALTHY["sft"], measured={"perplexity": 30.0}, reference={"perplexity": 10.0}),
+    "length_exploited": case(
+        "preference", HEALTHY["preference"], measured={"mean_completion_tokens": 60.0}, reference={"mean_completion_tokens": 20.0}
+    ),
+    "chance": case(
+        "reward", history(loss=coin, eval_loss=coin, accuracy=lambda t: 0.5, eval_accuracy=lambda t: 0.5, margin=lambda t: 0.0)
+    ),
+    "length_biased": case(
+        "reward",
+        [
+            {**record, **{f"{'eval_' if 'eval_loss' in record else ''}accuracies/chosen_{side}": value for side, value in sides}}
+            for sides in [(("longer", 0.95), ("shorter", 0.1))]
+            for record in HEALTHY["reward"]
+        ],
+    ),
+    "both_logps_fall": case(
+        "preference",
+        [{**r, **({"eval_logps/chosen": -20 - r["step"] / 3} if "eval_loss" in r else {})} for r in HEALTHY["preference"]]
+        + [{"step": 61, "eval_logps/rejected": -80.0}],
+    ),
+    "margins_saturated": case(
+        "preference",
+        history(loss=falling(0.001, 40), **{"rewards/accuracies": lambda t: 1.0, "rewards/margins": lambda t: 20 * t}),
+    ),
+    "saturated": case("reward", history(loss=falling(0.001, 40), accuracy=lambda t: 1.0, margin=lambda t: 20 * t)),
+    "kl_negative": case("ppo", ppo(**{"objective/kl": lambda t: -3 * t})),
+    "reward_hacking": case(
+        "ppo",
+        ppo(**{"rewards/gold": lambda t: 0.5 - 0.4 * t}),
+        config={"reward_funcs": ["a.py:proxy", "a.py:gold"], "reward_weights": [1, 0]},
+    ),
+    "clip_share": case("ppo", ppo(**{"policy/clipfrac_avg": lambda t: 0.5})),
+    "length_drift": case("ppo", ppo(**{"completions/mean_length": lambda t: 20 + 40 * t})),
+    "entropy_collapse": case("ppo", ppo(**{"policy/entropy_avg": lambda t: 0.02 + (1 - t) ** 4})),
+    "kl_blow_up": case("ppo", ppo(**{"objective/kl": lambda t: 60 * t})),
+    "value_blind": case("ppo", ppo(**{"val/explained_variance": lambda t: 0.0, "val/mean_value": lambda t: 0.0})),
+    "policy_stands_still": case("ppo", ppo(**{"objective/kl": lambda t: 0.0, "objective/scores": lambda t: 0.2})),
+    "score_falls": case("ppo", ppo(**{"objective/scores": lambda t: 0.8 - 0.5 * t})),
+}
+"""A history for every rule, written so that it alone has to speak first."""
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_rule_speaks(name):
+    first, *_ = ask(FAULTS[name])
+    assert first.rule == name
+    assert first.diagnosis.cause
+    assert first.diagnosis.advice
+    json.dumps(first.as_dict(), allow_nan=False)
+
+
+def test_every_rule_has_such_a_history():
+    assert set(rules) - FAULTS.keys() == {"rank_too_low"}, "that one needs an adapter's file: it is planted below"
+
+
+@pytest.mark.parametrize("kind", [*HEALTHY, "ppo"])
+def test_no_rule_speaks_of_a_healthy_run(kind):
+    assert ask(case(kind, HEALTHY[kind] if kind in HEALTHY else ppo())) == []
+
+
+def test_no_history_makes_a_rule_stumble():
+    """Whatever is missing, too short or not finite, a rule is silent or speaks, and raises nothing."""
+    draw = random.Random(1)
+    every = [r for one in FAULTS.values() for r in one.records]
+    for _ in range(300):
+        kept = [dict(r) for r in draw.sample(every, draw.randint(0, 25))]
+        for record in kept:
+            for name in draw.sample(sorted(record.keys() - {"step"}), len(record) // 3):
+                record[name] = draw.choice([float("nan"), float("inf"), 0.0, -1.0, None, "text"])
+        kept.sort(key=lambda record: record["step"])
+        for kind in ("sft", "preference", "reward", "ppo", "kto", "pretrain"):
+            for finding in ask(case(kind, kept, running=draw.random() < 0.5)):
+                assert finding.rule in rules
+
+
+# -- progress is measured in learning rate ---------------------------------------------------------------------------------------
+
+
+def series(function, count=300):
+    return Series(tuple(float(i) for i in range(1, count + 1)), tuple(function(i / count) for i in range(1, count + 1)))
+
+
+def test_late_share():
+    """A line makes a third of its progress in the last third (here the ends are means over a twentieth and a tenth, so
+    (0.667 - 0.05) / (1 - 0.075)); one that arrived makes nothing; and a schedule that falls to zero does not hide a slope.
+    """
+    constant, cosine = series(lambda t: 1.0), series(lambda t: 1.0 - t)
+    assert late_share(series(lambda t: 3 - t), constant) == pytest.approx((1 / 3 - 0.05) / (1 - 0.075), abs=0.01)
+    assert late_share(series(good), constant) < 0.01
+    # With a rate that falls along a line, the work done by share t of the steps is 2t - t^2: a loss that is straight in that.
+    straight = series(lambda t: 3 - (2 * t - t * t))
+    assert late_share(straight, constant) < 0.12
+    assert late_share(straight, cosine) > 0.28
+    assert learned_by(150, straight, cosine) == pytest.approx(0.75, abs=0.01)
+    assert late_share(series(lambda t: 1.0), constant) is None
+
+
+# -- curvature and the learning rate ---------------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_rule_reads_the_curvature():
+    """38 / 2e5 = 1.9e-4 is where Adam becomes unstable; the advice stays at half of it, below a tenth of the present 0.001."""
+    wild = FAULTS["learning_rate_too_high"]
+    assert ask(wild)[0].diagnosis.changes == {"learning_rate": 1e-4}
+    known = case(records=wild.records, curvature={"adam_top_eigenvalue": 1e6, "top_eigenvalue": 50.0})
+    diagnosis = ask(known)[0].diagnosis
+    assert diagnosis.evidence["edge"] == pytest.approx(3.8e-5)
+    assert diagnosis.changes == {"learning_rate": 1.9e-5}
+    assert "its curvature allows about 3.8e-05" in diagnosis.cause
+
+
+# -- while it trains -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_warning_comes_once_while_it_trains(tmp_path, capsys):
+    written = History(tmp_path / "metrics.jsonl", watcher=Watcher("tuned", "ppo", {"kl_coef": 0.05, "learning_rate": 1e-5}))
+    for record in FAULTS["kl_blow_up"].records:
+        written.add(record["step"], {name: value for name, value in record.items() if name != "step"})
+    said = capsys.readouterr().err
+    assert said.count("tuned: kl blow up: ") == 1
+    assert "raise kl_coef to 0.25" in said
+
+
+def test_only_what_can_be_known_is_said_while_it_trains():
+    assert ask(case(records=FAULTS["too_few_epochs"].records, running=True)) == []
+    assert [f.rule for f in ask(case(records=FAULTS["overfit"].records, running=True))] == ["overfit"]
+
+
+# -- real trainings --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The benchmark's world and foundations."""
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALIGN_HOME", str(folder / "home"))
+        made = Run(foundations(folder), folder / "foundations").execute()
+    return folder, Maker(folder, {name: artifact.path for name, artifact in made.items()})
+
+
+@pytest.fixture
+def train(world, tmp_path):
+    """Trains a planted run by its name; returns its folder."""
+    _, maker = world
+
+    def run(name):
+        (planted,) = [p for p in (*maker.planted(), *maker.healthy()) if p.name == name]
+        Run(planted.recipe(), tmp_path / name).execute()
+        return tmp_path / name, planted
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["sft_wild", "dpo_both_fall", "lora_rank_1", "ppo_still", "sft"])
+def test_a_planted_fault_is_named_and_a_healthy_run_left_alone(train, name):
+    folder, planted = train(name)
+    found = patients(str(folder))
+    assert [finding.rule for finding in diagnose(found)["run"]][:1] == ([planted.fault] if planted.fault else [])
+    if name == "dpo_both_fall":
+        text, recipe = prescription("again", found, diagnose(found)["run"])
+        assert recipe["stages"]["run"]["loss"] == "rpo"
+        assert text.startswith("# run.learning_rate: 0.005 -> ")
+
+
+def test_the_advice_repairs_it(train, tmp_path, capsys, monkeypatch):
+    folder, _ = train("sft_wild")
+    again = tmp_path / "again.yaml"
+    assert main(["doctor", str(folder), "--apply", str(again)]) == 0
+    said = capsys.readouterr()
+    assert "learning_rate_too_high" in said.out
+    assert f"wrote {again}" in said.err
+    before = patients(str(folder))[0].artifact
+    after = Run(load_recipe(str(again)), tmp_path / "again").execute()["run"]
+    assert after.config["learning_rate"] == 0.05
+    changed = {key for key in after.config if after.config[key] != before.config[key]}
+    assert changed == {"learning_rate"}, "nothing else"
+    assert after.metrics["eval_loss"] < before.metrics["eval_loss"]
+    assert main(["doctor", str(tmp_path / "again"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["verdict"] == "good"
+
+
+# -- what it is given, and the recipe it writes ----------------------------------------------------------------------------------
+
+
+def stage_folder(root, name, kind, config, records=(), identity="0", finished=True, **more):
+    folder = root / f"{name}-{(identity * 8)[:8]}"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"stage": kind, **config}))
+    if finished:
+        Artifact(f"run-{name}", kind, identity * 64, str(folder), config, **more).write()
+    return folder
+
+
+FEW = FAULTS["too_few_epochs"].records
+
+
+def test_a_run_that_was_cut_can_be_looked_at(tmp_path):
+    stage_folder(tmp_path, "sft", "sft", {"model": "x/y", "data": ["a.jsonl"], "learning_rate": 1e-3}, FEW, finished=False)
+    assert [f.rule for f in diagnose(patients(str(tmp_path)))["sft"]] == ["too_few_epochs"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AlignError, match="holds no stage"):
+        patients(str(tmp_path / "empty"))
+
+
+def test_the_recipe_names_what_it_cannot_make_by_its_path(tmp_path):
+    """A stage that only its own recipe knows stays as it was; so does what lies outside the run."""
+    world = stage_folder(tmp_path, "world", "my_world", {"seed": 0}, identity="1")
+    stage_folder(tmp_path, "base", "sft", {"model": "x/y", "data": ["world/a.jsonl"], "learning_rate": 1e-3}, HEALTHY["sft"], "2")
+    config = {"model": "base", "data": ["world/b.jsonl", "c.jsonl"], "learning_rate": 1e-3, "num_train_epochs": 2.0}
+    stage_folder(tmp_path, "sft", "sft", config, FEW, "3")
+    found = patients(str(tmp_path))
+    text, recipe = prescription("again", found, [finding for said in diagnose(found).values() for finding in said])
+    assert recipe["stages"].keys() == {"base", "sft"}
+    assert recipe["stages"]["base"]["data"] == [f"{world}/a.jsonl"]
+    assert recipe["stages"]["sft"]["data"] == [f"{world}/b.jsonl", "c.jsonl"]
+    assert recipe["stages"]["sft"]["model"] == "base"
+    assert recipe["stages"]["sft"]["num_train_epochs"] == 6.0
+    assert text.startswith("# sft.num_train_epochs: 2.0 -> 6.0 (too_few_epochs)\n")
+    (tmp_path / "again.yaml").write_text(text)
+    assert load_recipe(str(tmp_path / "again.yaml")).stages["sft"].num_train_epochs == 6.0
+
+
+def test_nothing_to_apply(tmp_path):
+    stage_folder(tmp_path, "sft", "sft", {"model": "x/y", "data": ["a.jsonl"], "learning_rate": 1e-3}, HEALTHY["sft"])
+    assert main(["doctor", str(tmp_path), "--apply", str(tmp_path / "again.yaml")]) == 2
+    assert not (tmp_path / "again.yaml").exists()
+    assert main(["doctor", str(tmp_path), "--apply", str(tmp_path / "again.txt")]) == 2
+
+
+def test_forgetting_is_seen_by_the_runs_evaluation(tmp_path):
+    config = {"model": "x/y", "data": ["a.jsonl"], "learning_rate": 1e-3}
+    stage_folder(tmp_path, "sft", "sft", config, HEALTHY["sft"], "1")
+    measured = {"models": {"before": {"perplexity": 4.0}, "after": {"perplexity": 9.0}}}
+    evaluation = {"models": {"before": "x/y", "after": "sft"}}
+    stage_folder(tmp_path, "evaluate", "evaluate", evaluation, identity="2", metrics=measured)
+    (finding,) = diagnose(patients(str(tmp_path)))["sft"]
+    assert finding.rule == "forgetting"
+    assert finding.diagnosis.evidence["perplexity_after"] == 9.0
+
+
+# -- the examination -------------------------------------------------------------------------------------------------------------
+
+
+def test_marks():
+    rows = [
+        {"planted": "overfit", "named": "overfit", "repaired": True},
+        {"planted": "overfit", "named": None, "repaired": False},
+        {"planted": None, "named": "chance"},
+        {"planted": None, "named": None},
+    ]
+    marks = summary(rows)
+    assert (marks["planted"], marks["named"], marks["repaired"], marks["healthy"], marks["false_alarms"]) == (2, 1, 1, 2, 1)
+    assert confusion(rows) == {"overfit": {"overfit": 1, "nothing": 1}, "healthy": {"chance": 1, "nothing": 1}}
+
+
+def test_every_rule_is_in_the_documentation():
+    page = (Path(__file__).parent.parent / "docs" / "doctor.md").read_text(encoding="utf-8")
+    assert {name for name in rules if f"`{name}`" not in page} == set()
