@@ -1,6 +1,5 @@
 """A PPO run that is stopped and goes on ends as one that was never stopped, to the bit."""
 
-import json
 import os
 import signal
 import sys
@@ -22,7 +21,7 @@ COMMAND = f"ppo --model model --data prompts.jsonl --reward_funcs mine.py:noisy 
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
     kill_ppo.prepare(folder)
-    # Stands in the middle of a step when the environment says so, and raises or waits there.
+    # Raises at the call that the environment names.
     (folder / "mine.py").write_text(
         "import os\nimport time\n"
         + kill_ppo.REWARD.replace("time.sleep(0.05)  # so that some kills fall here", "stop()")
@@ -41,18 +40,32 @@ def _inside(folder, monkeypatch):
     monkeypatch.chdir(folder)
 
 
+@pytest.fixture(scope="module")
+def whole(folder):
+    """A run that was never stopped, by critic."""
+    made = {}
+
+    def of(critic):
+        if critic not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                assert main(f"{COMMAND} --output_dir {critic} {kill_ppo.VARIANTS[critic]}".split()) == 0
+            made[critic] = kill_ppo.outcome(folder / critic)
+        return made[critic]
+
+    return of
+
+
 def run(out, flags, capsys, code=0):
     assert main(f"{COMMAND} --output_dir {out} {flags}".split()) == code, capsys.readouterr().err
     return capsys.readouterr().err
 
 
 @pytest.mark.parametrize("critic", kill_ppo.VARIANTS)
-def test_a_run_that_failed_halfway_ends_as_a_whole_one(critic, folder, capsys, monkeypatch):
+def test_a_run_that_failed_halfway_ends_as_a_whole_one(critic, folder, whole, capsys, monkeypatch):
     """It fails in the fifth step (the first call of the reward is for the held-out prompts), whose prompts are drawn by then."""
     flags = kill_ppo.VARIANTS[critic]
-    sys.modules.pop("mine", None)
-    run(f"{critic}-whole", flags, capsys)
-    (folder / "mine.py").touch()
+    wanted = whole(critic)
     monkeypatch.setenv("STOP_AT", str(calls_so_far() + 6))
     assert "stopped" in run(f"{critic}-cut", flags, capsys, code=2)
     monkeypatch.delenv("STOP_AT")
@@ -61,9 +74,7 @@ def test_a_run_that_failed_halfway_ends_as_a_whole_one(critic, folder, capsys, m
         "checkpoint-4",
     ]
     assert "going on from step 4 of 8" in run(f"{critic}-cut", flags, capsys)
-    whole, cut = kill_ppo.outcome(folder / f"{critic}-whole"), kill_ppo.outcome(folder / f"{critic}-cut")
-    assert [name for name in whole if name != "metrics" and whole[name] != cut[name]] == []
-    assert cut["metrics"] == whole["metrics"]
+    assert kill_ppo.differences(wanted, kill_ppo.outcome(folder / f"{critic}-cut")) == []
 
 
 def calls_so_far():
@@ -72,9 +83,9 @@ def calls_so_far():
     return load_reward("mine.py:noisy").__globals__["calls"]
 
 
-def test_a_killed_process(folder, capsys):
+def test_a_killed_process(folder, whole, capsys):
     """SIGKILL behind the third checkpoint, in a process of its own."""
-    run("whole", "", capsys)
+    wanted = whole("separate")
     process = kill_ppo.start(folder, "killed", "")
     deadline = time.monotonic() + 120
     while not (folder / "killed/checkpoints/checkpoint-3").is_dir():
@@ -84,37 +95,25 @@ def test_a_killed_process(folder, capsys):
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert "going on from step" in run("killed", "", capsys)
-    assert kill_ppo.differences(kill_ppo.outcome(folder / "whole"), kill_ppo.outcome(folder / "killed")) == []
+    assert kill_ppo.differences(wanted, kill_ppo.outcome(folder / "killed")) == []
 
 
-def test_kept_completions_are_not_sampled_again(folder, capsys, monkeypatch):
+def test_kept_completions_are_not_sampled_again(folder, whole, capsys, monkeypatch):
     """Between two checkpoints what was sampled and scored is kept: the reward is asked for the rest only."""
-    every_four = "--save_steps 4"
-    run("four-whole", every_four, capsys)
-    before = calls_so_far()
+    wanted, before = whole("separate"), calls_so_far()
     monkeypatch.setenv("STOP_AT", str(before + 8))  # held-out prompts, six steps, and the seventh
-    run("four", every_four, capsys, code=2)
+    run("four", "--save_steps 4", capsys, code=2)
     monkeypatch.delenv("STOP_AT")
     kept = sorted(path.name for path in (folder / "four/checkpoints/rollouts").iterdir())
     assert kept == ["5-0.json", "6-0.json"]
     before = calls_so_far()
-    run("four", every_four, capsys)
+    run("four", "--save_steps 4", capsys)
     assert calls_so_far() - before == 3  # steps seven and eight, and the held-out prompts
-    assert kill_ppo.differences(kill_ppo.outcome(folder / "four-whole"), kill_ppo.outcome(folder / "four")) == []
+    assert kill_ppo.differences(wanted, kill_ppo.outcome(folder / "four")) == []
 
 
-def test_checkpoints_are_safetensors_and_json_only(folder, capsys):
-    run("files", "", capsys)
-    files = [path for path in (folder / "files/checkpoints").rglob("*") if path.is_file()]
+def test_checkpoints_are_safetensors_and_json_only(folder, whole):
+    whole("separate")
+    files = [path for path in (folder / "separate/checkpoints").rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".safetensors", ".json"}
-    assert sorted(path.name for path in (folder / "files/checkpoints").iterdir()) == ["checkpoint-7", "checkpoint-8"]
-
-
-def test_without_resuming_a_run_starts_anew(folder, capsys):
-    run("anew", "", capsys)
-    artifact = json.loads((folder / "anew/artifact.json").read_text())
-    (folder / "anew/artifact.json").unlink()
-    said = run("anew", "--resume_from_checkpoint false", capsys)
-    assert "going on" not in said
-    again = json.loads((folder / "anew/artifact.json").read_text())
-    assert again["metrics"]["objective/kl"] == artifact["metrics"]["objective/kl"]
+    assert sorted(path.name for path in (folder / "separate/checkpoints").iterdir()) == ["checkpoint-7", "checkpoint-8"]

@@ -45,7 +45,7 @@ def _probe(model: nn.Module) -> str | None:
     rows = torch.randint(base.config.vocab_size, (len(PROMPTS), max(PROMPTS) + FORCED), generator=generator)
     model.eval()
     try:
-        with short_windows(base, None):
+        with torch.random.fork_rng(), short_windows(base, None):  # a run that goes on must draw as one that was never cut
             own = _own_logps(base, rows.to(device))
             with rounding_twice(base):
                 noise = (_own_logps(base, rows.to(device)) - own).abs().mean().item()

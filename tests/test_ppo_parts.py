@@ -1,0 +1,194 @@
+"""The parts of PPO beside its core: estimators, the price of divergence, additions to the loss, critics, four roles on one base."""
+
+import copy
+import json
+
+import pytest
+import torch
+from helpers import Alone, assert_close, llama
+from test_trainer_ppo import episodes, make, moved, spy_on  # noqa: F401
+
+from align.engine import enable_forest
+from align.forest import Tree, plant
+from align.losses import ppo_policy_loss
+from align.models import load_causal_lm, load_reward_model
+from align.trainers.ppo.adapters import critic_on_base, reward_on_base, same_base
+from align.trainers.ppo.advantages import Rewarded, estimators
+from align.trainers.ppo.critics import SharedCritic, ValueHead, adapter
+from align.trainers.ppo.kl import KLController
+from align.tuning.strategies import Tuning
+from align.tuning.tune import tune
+
+KL = 0.05
+MASK = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]]).bool()
+REWARDS = torch.tensor([[1.0, 2, 0], [0, 0, 6], [1, 0, 0], [0, 2, 3]])
+"""Sums: 3, 6, 1, 5."""
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "wanted"),
+    [
+        # The other one of the pair: 3 - 6, 6 - 3, 1 - 5, 5 - 1.
+        ("rloo", {}, [[-3, -3, 0], [3, 3, 3], [-4, 0, 0], [4, 4, 4]]),
+        # Minus the pair's mean: 4.5 and 3.
+        ("grpo", {"scale_rewards": "none"}, [[-1.5, -1.5, 0], [1.5, 1.5, 1.5], [-2, 0, 0], [2, 2, 2]]),
+        # To go: [3, 2], [6, 6, 6], [1], [5, 5, 3]. Minus the mean of the others' sums: 4, 3, 14/3, 10/3.
+        ("reinforce", {"gamma": 1.0}, [[-1, -2, 0], [3, 3, 3], [1 - 14 / 3, 0, 0], [5 - 10 / 3, 5 - 10 / 3, 3 - 10 / 3]]),
+    ],
+)
+def test_estimators_by_hand(name, settings, wanted):
+    advantages, returns = estimators[name](Rewarded(REWARDS, MASK, 2), **settings)
+    assert returns is None
+    assert_close(advantages, torch.tensor(wanted, dtype=torch.float))
+
+
+def test_the_deviation_of_the_batch():
+    """Sums 3, 6, 1, 5: mean 3.75, population variance 3.6875."""
+    advantages, _ = estimators["grpo"](Rewarded(REWARDS, MASK, 2), scale_rewards="batch")
+    assert advantages[:, 0].tolist() == pytest.approx([x / (3.6875**0.5 + 1e-4) for x in (-1.5, 1.5, -2, 2)], rel=1e-5)
+
+
+def test_the_price_is_steered_to_its_target():
+    """Twice the target is an error of 1, held at 0.2: 0.1 * (1 + 0.2 * 50 / 100) = 0.11. Then 5 % below: * (1 - 0.05 / 2)."""
+    price = KLController(0.1, target=4.0, horizon=100)
+    price.update(8.0, 50)
+    assert price.coef == pytest.approx(0.11)
+    price.update(3.8, 50)
+    assert price.coef == pytest.approx(0.11 * 0.975)
+    fixed = KLController(0.1, target=None, horizon=100)
+    fixed.update(8.0, 50)
+    assert fixed.coef == 0.1
+
+
+def test_dual_clip_bounds_the_loss_of_a_negative_advantage():
+    """Ratio 8, advantage -2: the loss is 16 without, and at most 3 * 2 with it. A positive advantage keeps its 1.2 * 2."""
+    logps, old = torch.full((2,), 8.0).log(), torch.zeros(2)
+    advantages = torch.tensor([-2.0, 2.0])
+    assert ppo_policy_loss(logps, old, advantages, cliprange=0.2).loss.tolist() == pytest.approx([16, -2.4])
+    assert ppo_policy_loss(logps, old, advantages, cliprange=0.2, dual_clip=3.0).loss.tolist() == pytest.approx([6, -2.4])
+
+
+def test_answers_to_one_prompt_are_one_tree(make):  # noqa: F811
+    """The same numbers as with each answer in a tree of its own."""
+    _, completions, scores = episodes()
+    prompts = [[5, 6, 7], [8, 9]]
+    together = make(num_generations=4, max_tokens=10_000).estimate(prompts, completions, scores)
+    apart = make(max_tokens=10_000).estimate([p for p in prompts for _ in range(4)], completions, scores)
+    assert [len(tree.branches) for tree in together.trees] == [4, 4]
+    for name in ("old_logps", "old_values", "advantages", "returns"):
+        assert_close(getattr(together, name), getattr(apart, name), what=name)
+
+
+@pytest.mark.parametrize("average", ["tokens", "completions", "constant"])
+def test_the_gradient_is_that_of_the_stated_average(make, average):  # noqa: F811
+    """By each sequence alone, the entropy bonus and the price in the loss (k2, whose slope is the log ratio) included."""
+    reference, (prompts, completions, scores) = llama(), episodes()
+    policy = moved(reference)
+    settings = {"loss_average": average, "entropy_coef": 0.1, "kl_in": "loss", "kl_estimator": "k2", "max_tokens": 25}
+    trainer = make(copy.deepcopy(policy), num_mini_batches=1, **settings)
+    for (_, start), other in zip(trainer.models.reference.start, reference.parameters(), strict=True):
+        start.copy_(other.detach())
+    seen, found = spy_on(trainer), trainer.estimate(prompts, completions, scores)
+    trainer.learner.update(found, KL)
+    answers = Alone(policy, found.trees)(temperature=0.8)
+    gap = (found.old_logps - found.reference_logps)[found.mask]
+    loss = -found.advantages[found.mask] * answers.logps + KL * gap * answers.logps - 0.1 * answers.entropy
+    lengths = found.mask.sum(1, keepdim=True).expand_as(found.mask)[found.mask]
+    weights = {
+        "tokens": torch.ones(len(loss)) / len(loss),
+        "completions": 1 / (8 * lengths),
+        "constant": torch.ones(len(loss)) / (8 * 6),
+    }
+    (weights[average] * loss).sum().backward()
+    for name, p in policy.named_parameters():
+        assert_close(seen[0][f"0.{name}"], p.grad, rel=5e-5, what=name)
+
+
+def test_passes_end_where_the_policy_is_too_far(make):  # noqa: F811
+    trainer = make(num_ppo_epochs=4, num_mini_batches=2, rate=1e-2, target_kl=1e-3)
+    found = trainer.estimate(*episodes())
+    said = trainer.learner.update(found, KL)
+    assert 1 <= said["policy/updates"] < 8
+    assert trainer.learner.scheduler.last_epoch == 8  # the schedule is one of episodes
+
+
+def test_the_critic_warms_up_alone(make):  # noqa: F811
+    for critic in (None, "shared"):
+        policy = llama()
+        trainer = make(policy, SharedCritic(ValueHead(policy)) if critic else None, critic_warmup_steps=1)
+        start = copy.deepcopy(policy.state_dict())
+        head = next(iter(trainer.models.parameters()["critic"].values())).clone()
+        trainer.learner.update(trainer.estimate(*episodes()), KL, policy=False)
+        assert all(torch.equal(start[name], value) for name, value in policy.state_dict().items())
+        assert not torch.equal(head, next(iter(trainer.models.parameters()["critic"].values())))
+
+
+def test_rows_are_mixed_in(make):  # noqa: F811
+    """With advantages of 0 the gradient is that of the rows' mean negative log-likelihood, times its weight."""
+    policy, row = llama(), Tree([5, 6, 7, 8], prompt_mask=[False, True, True, True])
+    settings = {"ptx_coef": 0.3, "ptx_batch_size": 1, "num_mini_batches": 1, "rest": {"ptx": [row]}}
+    trainer = make(copy.deepcopy(policy), **settings)
+    seen, found = spy_on(trainer), trainer.estimate(*episodes())
+    found.advantages.zero_()
+    said = trainer.learner.update(found, KL)
+    nll = -Alone(policy, [row])().logps.mean()
+    assert said["loss/ptx_avg"] == pytest.approx(nll.item(), rel=1e-5)
+    (0.3 * nll).backward()
+    for name, p in policy.named_parameters():
+        assert_close(seen[0][f"0.{name}"], p.grad, rel=5e-5, what=name)
+
+
+def test_scores_are_held_within_bounds(make):  # noqa: F811
+    prompts, completions, _ = episodes()
+    found = make(score_clip=1.0, missing_eos_penalty=0.5).estimate(prompts, completions, [9.0] * 8)
+    assert sorted(set(found.scores.tolist())) == [0.5, 1.0]
+
+
+def test_samples_are_left_in_the_history(make):  # noqa: F811
+    trainer = make(sample_steps=1)
+    trainer.train()
+    (record,) = [r for r in trainer.history.records if "samples" in r]
+    assert record["samples"][0].keys() == {"prompt", "completion", "score"}
+
+
+def test_one_base_four_roles(make, tmp_path):  # noqa: F811
+    """Reward model, critic, policy and reference on one copy of the base's weights answer as models of their own would."""
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    reward = tune(load_reward_model(str(tmp_path / "base")), Tuning("lora", {"r": 4}), tmp_path / "reward")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in reward.parameters():
+            if p.requires_grad:
+                p.normal_(std=0.2)
+    reward.save_pretrained(tmp_path / "reward")
+    policy = tune(load_causal_lm(str(tmp_path / "base")), Tuning("lora", {"r": 2}), tmp_path)
+    count = sum(p.numel() for p in policy.parameters())
+    assert same_base(policy, str(tmp_path / "reward"))
+    assert not same_base(policy, str(tmp_path / "base"))
+    enable_forest(policy)
+    judge, critic = reward_on_base(policy, str(tmp_path / "reward")), critic_on_base(policy, str(tmp_path / "reward"))
+    assert sum(p.numel() for p in policy.parameters()) < count + 2 * sum(p.numel() for p in reward.parameters() if p.requires_grad)
+    trainer = make(policy, critic, rate=1e-2)
+    alone = load_reward_model(str(tmp_path / "reward"))
+    found = trainer.estimate(*episodes())
+    with torch.no_grad():
+        assert_close(found.old_values[found.mask], Alone(alone, found.trees)(read="sources"), rel=2e-5)
+        assert_close(judge(forest=plant(found.trees)), Alone(alone, found.trees)(read="ends"), rel=2e-5)
+        assert found.kl.abs().max() == 0
+    said = trainer.learner.update(found, KL)
+    assert said["val/ratio"] == pytest.approx(1, abs=0.2)
+    after = trainer.estimate(*episodes())
+    assert after.kl.abs().max() > 1e-4, "the policy moved"
+    with torch.no_grad():
+        assert_close(after.reference_logps[after.mask], Alone(base, after.trees)(temperature=0.8).logps)
+        assert_close(judge(forest=plant(found.trees)), Alone(alone, found.trees)(read="ends"), rel=2e-5)
+        values = Alone(alone, found.trees)(read="sources")
+        assert not torch.allclose(after.old_values[after.mask], values, rtol=1e-3), "the critic moved"
+    with adapter(policy, "critic"):
+        assert policy.active_adapter == "critic"
+    assert policy.active_adapter == "default"
+    names = set(trainer.models.parameters()["policy"])
+    assert names
+    assert all(".default" in name for name in names)
+    assert json.loads((tmp_path / "reward/adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
