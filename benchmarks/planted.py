@@ -229,7 +229,7 @@ class Maker:
             Planted("text_wild", self.text(80, 1.0, lr_scheduler_type="constant"), "learning_rate_too_high"),
             Planted("sft_wild", self.sft(80, 0.5, lr_scheduler_type="constant"), "learning_rate_too_high"),
             Planted("sft_spikes", self.sft(120, 0.3, lr_scheduler_type="constant"), "learning_rate_too_high"),
-            Planted("lora_wild", self.sft(80, 1.0, **lora), "learning_rate_too_high"),
+            Planted("lora_wild", self.sft(80, 0.3, lr_scheduler_type="constant", **lora), "learning_rate_too_high"),
             Planted("text_timid", self.text(80, 1e-5), "learning_rate_too_low"),
             Planted("sft_timid", self.sft(80, 5e-6), "learning_rate_too_low"),
             Planted("dpo_timid", self.pairs(60, 2e-6), "learning_rate_too_low"),
