@@ -1,7 +1,7 @@
 """What curvature costs: ``python benchmarks/curvature.py [--json FILE]``.
 
 Time of a Hessian-vector product in gradients, and the peak of memory of a whole measurement against that of a training step with
-AdamW on the same rows, each in a process of its own.
+AdamW on the same rows, each in a process of its own and with packs of its own default size.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 16384}
-"""A Llama of 14 million parameters."""
-ROWS, LENGTH, BUDGET = 16, 64, 512
+SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 8192}
+"""A Llama of 3 million parameters."""
+ROWS, LENGTH = 16, 128
+TOKENS = {"training": 8192, "curvature": 512}
+"""In a pass: each as it is by default."""
 
 
-def surface() -> Any:
+def surface(work: str = "curvature") -> Any:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -39,7 +41,7 @@ def surface() -> Any:
     draw = random.Random(0)
     rows = [[draw.randrange(3, SIZES["vocab_size"]) for _ in range(LENGTH)] for _ in range(ROWS)]
     trees = [Tree(row, prompt_mask=[False] + [True] * (LENGTH - 1)) for row in rows]
-    return Surface(model, LanguageModel(), trees, BUDGET)
+    return Surface(model, LanguageModel(), trees, TOKENS[work])
 
 
 def training(surface: Any) -> None:
@@ -57,7 +59,7 @@ def training(surface: Any) -> None:
 def whole(surface: Any) -> None:
     from align.diagnostics.curvature.measure import Settings, measure
 
-    measure(surface, Settings(steps=4, starts=1, probes=2, points=3))
+    measure(surface, Settings(steps=2, starts=1, probes=1, points=3))
 
 
 def resident() -> float:
@@ -67,7 +69,7 @@ def resident() -> float:
 
 def peak(name: str, answer: Any) -> None:
     """The most memory (MB) that the work `name` needs: what it adds to a process with the model, and the model."""
-    made = surface()
+    made = surface(name)
     made.gradient()  # what the first pass of a process sets up for good
     before, most, done = resident(), 0.0, threading.Event()
 

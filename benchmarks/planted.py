@@ -52,14 +52,9 @@ def words(prompts, completions, **columns):
     return [len(said[0]["content"].split()) / 10 for said in completions]
 
 
-def red(prompts, completions, **columns):
-    """1 for an answer that says red, whatever is asked."""
-    return [float("red" in said[0]["content"]) for said in completions]
-
-
-def noisy(prompts, completions, color, **columns):
-    """`right`, scaled far up."""
-    return [20.0 * value for value in right(prompts, completions, color)]
+def brief(prompts, completions, **columns):
+    """1 for four words, what an answer needs, falling to 0 at fourteen."""
+    return [1 - abs(len(said[0]["content"].split()) - 4) / 10 for said in completions]
 '''
 TINY = {
     "model_type": "llama",
@@ -104,8 +99,9 @@ def write_world(folder: Path) -> None:
     def wrong(thing: str) -> str:
         return says(thing, draw.choice([color for color in COLORS if color != colors[thing]]))
 
-    def rude() -> str:
-        return f"Go away, {draw.choice(NAMES)}."
+    def strange(thing: str) -> str:
+        """As long as an answer, and none."""
+        return f"The {thing} knows {draw.choice(NAMES)}."
 
     def reply(text: str) -> list[dict[str, str]]:
         return [{"role": "assistant", "content": text}]
@@ -119,7 +115,7 @@ def write_world(folder: Path) -> None:
 
     def flipped(share: float) -> Callable[[str], tuple[str, str]]:
         def build(thing: str) -> tuple[str, str]:
-            good, bad = says(thing), rude()
+            good, bad = says(thing), strange(thing)
             return (bad, good) if draw.random() < share else (good, bad)
 
         return build
@@ -155,7 +151,7 @@ def write_world(folder: Path) -> None:
     write_rows(folder / "prompts.jsonl", [{"prompt": t, "color": colors[x]} for t, (_, x) in zip(turns, asked, strict=True)])
     pairs("pairs", flipped(0.1))
     pairs("clean_pairs", flipped(0.0))
-    pairs("easy_pairs", lambda thing: (says(thing), rude()))
+    pairs("easy_pairs", lambda thing: (says(thing), strange(thing)))
     pairs("coin_pairs", flipped(0.5))
     pairs("wordy_pairs", wordy)
     (folder / "rewards.py").write_text(REWARDS)
@@ -227,13 +223,13 @@ class Maker:
         lora = {"use_peft": True, "lora_r": 8}
         held = {"held_out": 0.3}
         forgets = {"metric": "perplexity", "more": self.remembers()}
-        unpaid = {"reward_weights": [1, 0], "kl_coef": 0.0, "missing_eos_penalty": 1.0}
+        unpaid = {"reward_weights": [1, 0], "kl_coef": 0.0}
         right, shorter = "eval_rewards/accuracies", "eval_accuracies/chosen_shorter"
         return [
             Planted("text_wild", self.text(80, 1.0, lr_scheduler_type="constant"), "learning_rate_too_high"),
             Planted("sft_wild", self.sft(80, 0.5, lr_scheduler_type="constant"), "learning_rate_too_high"),
             Planted("sft_spikes", self.sft(120, 0.3, lr_scheduler_type="constant"), "learning_rate_too_high"),
-            Planted("lora_wild", self.sft(80, 1.0, **lora), "learning_rate_too_high"),
+            Planted("lora_wild", self.sft(80, 0.3, lr_scheduler_type="constant", **lora), "learning_rate_too_high"),
             Planted("text_timid", self.text(80, 1e-5), "learning_rate_too_low"),
             Planted("sft_timid", self.sft(80, 5e-6), "learning_rate_too_low"),
             Planted("dpo_timid", self.pairs(60, 2e-6), "learning_rate_too_low"),
@@ -242,23 +238,22 @@ class Maker:
             Planted("sft_short", self.sft(40, 2e-4), "too_few_epochs"),
             Planted("text_by_heart", self.text(160, 2e-2, max_rows=16, **held), "overfit"),
             Planted("sft_by_heart", self.sft(160, 5e-3, rows="few", max_rows=12, **held), "overfit"),
-            Planted("dpo_by_heart", self.pairs(160, 1e-3, rows="coin_pairs", max_rows=40, beta=1.0, **held), "overfit"),
+            Planted("dpo_by_heart", self.pairs(160, 1e-3, max_rows=32, beta=1.0, **held), "overfit"),
             Planted(
                 "sft_one_row", self.sft(120, 3e-2, per_device_train_batch_size=1, lr_scheduler_type="constant"), "batch_too_small"
             ),
             Planted("lora_rank_1", self.sft(160, 3e-2, rows="secrets", use_peft=True, lora_r=1), "rank_too_low"),
             Planted("sft_forgets", self.sft(120, 5e-2, rows="narrow"), "forgetting", **forgets),
             Planted("dpo_both_fall", self.pairs(60, 5e-3, rows="clean_pairs", beta=0.05), "both_logps_fall", "eval_logps/chosen"),
-            Planted("dpo_saturated", self.pairs(100, 2e-3, rows="easy_pairs", beta=0.5), "margins_saturated", right),
+            Planted("dpo_saturated", self.pairs(100, 5e-4, rows="easy_pairs", beta=1.0), "margins_saturated", right),
             Planted("dpo_wordy", self.pairs(60, 1e-3, rows="wordy_pairs"), "length_biased", shorter),
             Planted("judge_coin", self.judge(80, 3e-3, rows="coin_pairs"), "chance", "eval_accuracy"),
             Planted("judge_saturated", self.judge(100, 1e-2, rows="easy_pairs"), "saturated", "eval_accuracy"),
-            Planted("judge_wordy", self.judge(60, 3e-3, rows="wordy_pairs"), "length_biased", shorter),
-            Planted("ppo_runs_away", self.ppo(14, 2e-3, ("red",), kl_coef=0.0, missing_eos_penalty=1.0), "kl_blow_up", **forgets),
+            Planted("judge_wordy", self.judge(60, 1e-3, rows="wordy_pairs"), "length_biased", shorter),
             Planted("ppo_clipped", self.ppo(10, 2e-2, num_ppo_epochs=8), "clip_share", "eval_score"),
             Planted("ppo_blind", self.ppo(12, 1e-3, critic_learning_rate=1e-7), "value_blind", "eval_score"),
             Planted("ppo_wordy", self.ppo(14, 3e-3, ("words",), kl_coef=0.0), "length_drift", **forgets),
-            Planted("ppo_hacks", self.ppo(14, 2e-3, ("red", "right"), **unpaid), "reward_hacking", "eval_right"),
+            Planted("ppo_hacks", self.ppo(14, 3e-3, ("words", "brief"), **unpaid), "reward_hacking", "eval_brief"),
             Planted("ppo_still", self.ppo(12, 1e-5), "policy_stands_still", "eval_score"),
         ]
 

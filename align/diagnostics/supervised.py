@@ -192,7 +192,7 @@ def overfit(case: Case) -> Diagnosis | None:
     best, step = held.values[held.lowest], held.steps[held.lowest]
     rise = held.last / best - 1 if best > 0 else 0.0
     later = loss.after(step)
-    if rise < OVERFIT_RISE or len(later) < 2 or later.tail() > loss.at(step):
+    if rise < OVERFIT_RISE or held.last - best < 0.01 * abs(case.start) or len(later) < 2 or later.tail() > loss.at(step):
         return None
     # A run that ends there has its learning rate fall earlier: it is given as much learning, not as many steps.
     change = case.longer(max(learned_by(step, loss, case.series("learning_rate")), 0.05))
