@@ -13,7 +13,7 @@ from align.models import save_model
 from align.pipeline import Run
 from align.recipe import Recipe
 from align.registry import home
-from align.stages import Preference
+from align.stages import PPO, Preference
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -59,6 +59,37 @@ def dpo(folder, **fields):
         **fields,
     )
     return Run(Recipe("m", {"m": stage}), folder / "out").execute()
+
+
+def ppo(folder, **fields):
+    write_rows(folder / "prompts.jsonl", [{"prompt": "Hello?"}, {"prompt": "How are you?"}])
+    (folder / "long.py").write_text("def long(completions, **columns):\n    return [float(len(c)) for c in completions]\n")
+    stage = PPO(
+        model=str(folder / "base"),
+        data=str(folder / "prompts.jsonl"),
+        reward_funcs=[f"{folder}/long.py:long"],
+        held_out=0,
+        total_episodes=8,
+        episodes_per_step=4,
+        num_mini_batches=1,
+        max_completion_length=4,
+        max_length=32,
+        chat_template="plain",
+        **fields,
+    )
+    return Run(Recipe("p", {"p": stage}), folder / "out").execute()
+
+
+def test_ppo_with_lora_holds_one_copy_of_the_base(base):
+    """Policy, reference and critic are adapters, on and off, of one base."""
+    folder, size = base
+    adapters = {"tuning": "lora", "critic": "adapter"}
+    ppo(folder, tuning_args={"r": 1}, **adapters)
+    lora = peak(lambda: ppo(folder, tuning_args={"r": 2}, **adapters))
+    full = peak(lambda: ppo(folder, critic="shared"))
+    print(f"\npeak of PPO in bases of {size / 1e6:.0f} MB: LoRA {lora / size:.2f}, all weights {full / size:.2f}")
+    assert lora < 1.3 * size
+    assert full > 2.5 * size
 
 
 def test_dpo_with_lora_holds_one_copy_of_the_base(base):
