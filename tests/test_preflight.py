@@ -361,3 +361,26 @@ def test_a_model_too_large_for_a_card(folder):
     assert all(finding.level == "warning" for finding in lora.findings)
     with pytest.raises(AlignError, match=r"unknown card 'H10' \(did you mean 'H100'\?\)"):
         card("H10")
+
+
+def test_memory_is_counted_by_what_autograd_keeps():
+    """One linear layer in a model of known size: weights, gradients and moments are exact, activations grow with the tokens, and
+    checkpointing, LoRA and 16 bits take less.
+    """
+    from dataclasses import replace
+
+    from align.preflight.memory import Skeleton
+    from align.tuning.strategies import Tuning
+
+    config = llama().config
+    full = Skeleton(config, gpu=True)
+    parameters = sum(p.numel() for p in llama().parameters())
+    assert full.weights == full.gradients == 4 * parameters
+    assert 1.9 < full.activations(2048) / full.activations(1024) < 2.1
+    assert replace(full, checkpointing=True).activations(1024) < full.activations(1024)
+    assert replace(full, bf16=True).activations(1024) < full.activations(1024)
+    lora = replace(full, tuning=Tuning("lora", {"r": 2}))
+    assert lora.gradients < full.gradients / 5
+    assert lora.weights == full.weights + lora.gradients
+    frozen = replace(full, tuning=None)
+    assert (frozen.weights, frozen.gradients) == (full.weights, 0)

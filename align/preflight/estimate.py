@@ -15,7 +15,7 @@ from align.budget import START
 from align.models import is_adapter
 from align.preflight.cards import GB, Machine
 from align.preflight.checks import Finding
-from align.preflight.memory import Skeleton
+from align.preflight.memory import LIBRARIES, Skeleton
 from align.preflight.subject import Subject
 from align.tuning.strategies import SOFT
 
@@ -38,7 +38,7 @@ class Estimate:
 
     @property
     def peak(self) -> float:
-        return max(self.parts.values())
+        return max(self.parts.values()) + LIBRARIES
 
     def line(self) -> str:
         """``peak memory 3.1 GB (training: weights 0.5, ...), about 12 min``."""
@@ -165,6 +165,7 @@ def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
     standing, gradients = sum(weights.values()), float(sum(model.gradients for model in learners))
     passes = [policy.activations(tokens) + policy.head(targets)]
     passes += [policy.gradients + critic.activations(tokens)] if critic else []
+    passes = [size + (critic.holes(tokens) if critic else 0) for size in passes]  # both models' adapters leave theirs
     activations = float(max(passes)) if several or max(passes) > gradients else 0.0
     training = {
         **weights,

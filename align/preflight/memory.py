@@ -30,10 +30,12 @@ CHUNKS = 4
 """Tensors of the size of a chunk of logits that are held at a time, in the head's backward pass."""
 PASSING = 3
 """Tensors of the size of the largest in a layer that are on their way, forward or backward."""
-HEAP = 1.3
+HEAP = 1.32
 """On a CPU: what the C library's heap takes for tensors of up to 32 MB, for what they take themselves (measured)."""
 MAPPED = 2**25
 """Larger ones it maps, and gives back whole."""
+LIBRARIES = 30 * 2**20
+"""What libraries take once a stage runs: workspaces, code that is loaded late (measured on a CPU)."""
 HOLES = 1.4
 """On a CPU: of each adapted layer's output, what its adapter makes unusable by a small tensor in a freed place (measured)."""
 
@@ -140,9 +142,10 @@ class Skeleton:
             self._forward(tokens)()
         sizes = [x.untyped_storage().nbytes() for x in kept.values()]
         total = sum(sizes) if self.gpu else sum(size * HEAP if size <= MAPPED else size for size in sizes)
-        return round(total + self._holes(tokens)), max(sizes, default=0)
+        return round(total + self.holes(tokens)), max(sizes, default=0)
 
-    def _holes(self, tokens: int) -> float:
+    def holes(self, tokens: int) -> float:
+        """Bytes of the heap that adapters make unusable."""
         if not self.adapted or self.gpu:
             return 0.0
         outputs = [tokens * 4 * module.out_features for module in self.model.modules() if hasattr(module, "lora_A")]
