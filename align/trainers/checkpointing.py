@@ -66,12 +66,14 @@ class SafeTrainer(Trainer):
             return
         folder = Path(output_dir)
         state: dict[str, Any] = get_optimizer_state_dict(self.model_wrapped, self._optimizer(), options=_OPTIONS)
-        # Every process takes part: shards are gathered, and sums are over all of them.
+        # Every process takes part, as shards are gathered and sums are over all of them; the first has the result.
         progress = self.progress()
-        tensors = {
-            f"{name}/{key}": _whole(value).contiguous() for name, values in state["state"].items() for key, value in values.items()
-        }
         if self.args.should_save:
+            tensors = {
+                f"{name}/{key}": torch.as_tensor(value).contiguous()
+                for name, values in state["state"].items()
+                for key, value in values.items()
+            }
             save_file(tensors, folder / OPTIMIZER)
             scheduler = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
             scale = learning_rate_scale(folder.parent)
