@@ -364,7 +364,7 @@ def test_a_model_too_large_for_a_card(folder):
 
 
 def test_memory_is_counted_by_what_autograd_keeps():
-    """One linear layer in a model of known size: weights, gradients and moments are exact, activations grow with the tokens, and
+    """Weights, gradients and moments are exact, activations grow with the tokens, and
     checkpointing, LoRA and 16 bits take less.
     """
     from dataclasses import replace

@@ -163,7 +163,7 @@ def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
         "reward model": float(frozen.weights if stage.reward_model else 0),
     }
     standing, gradients = sum(weights.values()), float(sum(model.gradients for model in learners))
-    passes = [policy.activations(tokens) + policy.head(targets)]
+    passes: list[float] = [policy.activations(tokens) + policy.head(targets)]
     passes += [policy.gradients + critic.activations(tokens)] if critic else []
     passes = [size + (critic.holes(tokens) if critic else 0) for size in passes]  # both models' adapters leave theirs
     activations = float(max(passes)) if several or max(passes) > gradients else 0.0
