@@ -47,8 +47,9 @@ class Run:
             self._check(only)
         planner = self._planner()
         plan = planner.plan()  # every reference is checked before anything runs
-        looked = look([step.name for step in plan if step.runs and only in (None, step.name)], plan)
-        steps = Graph(self.recipe, planner.resolve, self.registry, self.options, looked).run(only)
+        notes = self.out / "preflight.json" if self.folder is None else None
+        looked = look([step.name for step in plan if step.runs and only in (None, step.name)], plan, notes)
+        steps = Graph(self.recipe, planner.resolve, self.registry, self.options, looked, notes).run(only)
         return {name: step.done for name, step in steps.items() if step.done is not None}
 
     def _planner(self) -> Planner:

@@ -99,7 +99,8 @@ class History:
         self, path: Path, *, writes: bool = True, watcher: Callable[[Sequence[dict[str, Any]]], None] | None = None
     ) -> None:
         self.path = path
-        self.writes, self.watcher = writes, watcher
+        self.writes = writes
+        self.watchers = [] if watcher is None else [watcher]
         path.touch()
         whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a kill may have cut the last one
         self.records: list[dict[str, Any]] = [json.loads(line) for line in whole_lines]
@@ -118,8 +119,8 @@ class History:
         if self.writes:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-        if self.watcher is not None:
-            self.watcher(self.records)
+        for watcher in self.watchers:
+            watcher(self.records)
 
     def last(self, name: str) -> Any:
         """The latest value of `name`, or None."""

@@ -201,3 +201,44 @@ def test_it_learns_on_the_forest(capsys):
 def test_what_cannot_work_is_refused(flags, message, capsys):
     assert main(f"grpo {FOREST} --reward_funcs mine.py:low {flags}".split()) == 2
     assert message in capsys.readouterr().err
+
+
+# -- trackers ------------------------------------------------------------------------------------------------------------------
+
+
+def test_records_go_to_trackers(tmp_path, monkeypatch):
+    from typing import ClassVar
+
+    from accelerate import tracking
+
+    from align.progress import History
+    from align.trainers.trackers import tracked
+
+    class Diary(tracking.GeneralTracker):
+        name, requires_logging_directory, tracker = "diary", False, None
+        written: ClassVar[list] = []
+
+        def __init__(self, run_name, **kwargs):
+            super().__init__()
+
+        def log(self, values, step, **kwargs):
+            self.written.append((step, values["objective/kl"]))
+
+    monkeypatch.setattr(tracking, "LOGGER_TYPE_TO_CLASS", {**tracking.LOGGER_TYPE_TO_CLASS})
+    tracking.register_tracker_class(Diary)
+    monkeypatch.setattr("align.trainers.trackers.LOGGER_TYPE_TO_CLASS", tracking.LOGGER_TYPE_TO_CLASS)
+    history = History(tmp_path / "metrics.jsonl")
+    with tracked(history, ["diary"], tmp_path):
+        history.add(1, {"objective/kl": 0.5})
+    history.add(2, {"objective/kl": 0.7})
+    assert Diary.written == [(1, 0.5)]
+
+
+@pytest.mark.parametrize(("name", "said"), [("tensorbord", "did you mean 'tensorboard'"), ("aim", "is not installed")])
+def test_a_tracker_that_is_not_there_is_one_line(tmp_path, name, said):
+    from align.errors import AlignError
+    from align.progress import History
+    from align.trainers.trackers import tracked
+
+    with pytest.raises(AlignError, match=said), tracked(History(tmp_path / "m.jsonl"), [name], tmp_path):
+        pass

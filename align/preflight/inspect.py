@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from align.artifact import write_atomically
 from align.data import load_rows, split_by_prompt
 from align.errors import AlignError
 from align.preflight.cards import Machine
@@ -113,8 +116,11 @@ def _leaks_into(step: Planned, trained: Sequence[Row]) -> list[Finding]:
     return findings
 
 
-def preflight(plan: Sequence[Planned], names: Collection[str]) -> set[str]:
+def preflight(plan: Sequence[Planned], names: Collection[str], notes: Path | None = None) -> set[str]:
     """Look at the stages `names` before they run: warnings are said, errors stop the run. Returns those that could be looked at.
+
+    Args:
+        notes: a JSON file for the findings, those of other stages in it stay.
 
     Raises:
         AlignError: there is an error among the findings.
@@ -129,4 +135,13 @@ def preflight(plan: Sequence[Planned], names: Collection[str]) -> set[str]:
                 say(f"{each.name}: {finding.line()}")
     if errors:
         raise AlignError("; ".join(errors))
+    if notes is not None:
+        _keep(looked, notes)
     return {each.name for each in looked if not each.about.startswith("not looked at yet")}
+
+
+def _keep(looked: Sequence[Looked], notes: Path) -> None:
+    seen = {each.name for each in looked}
+    before = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else []
+    found = [{"stage": each.name, **finding.plain()} for each in looked for finding in each.findings]
+    write_atomically(notes, json.dumps([*(note for note in before if note["stage"] not in seen), *found], indent=1))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from align.errors import AlignError, StageFailed
@@ -78,6 +79,8 @@ class Graph:
     options: Options
     looked: set[str]
     """Stages that the preflight has seen; the others are looked at when what they need has run."""
+    notes: Path | None = None
+    """Where the preflight keeps its findings."""
     finished: dict[str, Step] = field(default_factory=dict)
     failed: dict[str, AlignError] = field(default_factory=dict)
     """Why each failed."""
@@ -110,7 +113,7 @@ class Graph:
                 raise AlignError(f"stage {name!r} needs {', '.join(missing)}, which has not run; run it first, or leave out --only")
             try:
                 if name not in self.looked:
-                    self.looked |= look([name], [*self.finished.values(), step])
+                    self.looked |= look([name], [*self.finished.values(), step], self.notes)
             except AlignError as error:
                 self.failed[name] = error
                 return None
@@ -260,8 +263,11 @@ class Graph:
         return (kinds.pop() if len(kinds) == 1 else StageFailed)(text)
 
 
-def look(names: list[str], plan: list[Step]) -> set[str]:
+def look(names: list[str], plan: list[Step], notes: Path | None) -> set[str]:
     """The preflight of the stages `names`; returns those that could be looked at before what they need has run.
+
+    Args:
+        notes: file that the findings are kept in, for the report.
 
     Raises:
         AlignError: it found an error.
@@ -270,7 +276,7 @@ def look(names: list[str], plan: list[Step]) -> set[str]:
         return set()
     from align.preflight.inspect import preflight
 
-    return preflight(plan, names)
+    return preflight(plan, names, notes)
 
 
 def _with(step: Step, done: Any) -> Step:

@@ -26,6 +26,7 @@ from align.trainers.ppo.critics import Critic, SeparateCritic, SharedCritic, Val
 from align.trainers.ppo.models import Models
 from align.trainers.ppo.trainer import PPOTrainer, check
 from align.trainers.settings import PPOSettings
+from align.trainers.trackers import tracked
 from align.tuning.tune import trainable
 
 
@@ -130,11 +131,12 @@ def train_on_samples(
         context.history.add(step, held_out_score(policy, test, judge, sampling, stop_ids, generator))
         return best is not None and step > 0 and best.see(step)
 
-    if not resumed:
-        evaluate(0)
-    if best is not None:
-        best.check()
-    trainer.train(context.name, stage.logging_steps, after_step=evaluate)
+    with tracked(context.history, stage.report_to, context.folder):
+        if not resumed:
+            evaluate(0)
+        if best is not None:
+            best.check()
+        trainer.train(context.name, stage.logging_steps, after_step=evaluate)
     kept = None if best is None else best.restore()
     t.save_model(policy, tokenizer, context.folder)
     return {**_metrics(context, kept), **trainable(policy)}
