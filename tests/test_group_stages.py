@@ -224,9 +224,7 @@ def test_records_go_to_trackers(tmp_path, monkeypatch):
         def log(self, values, step, **kwargs):
             self.written.append((step, values["objective/kl"]))
 
-    monkeypatch.setattr(tracking, "LOGGER_TYPE_TO_CLASS", {**tracking.LOGGER_TYPE_TO_CLASS})
-    tracking.register_tracker_class(Diary)
-    monkeypatch.setattr("align.trainers.trackers.LOGGER_TYPE_TO_CLASS", tracking.LOGGER_TYPE_TO_CLASS)
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "diary", Diary)
     history = History(tmp_path / "metrics.jsonl")
     with tracked(history, ["diary"], tmp_path):
         history.add(1, {"objective/kl": 0.5})
