@@ -8,8 +8,6 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
-
 from align.errors import AlignError, near_miss
 
 Entry = TypeVar("Entry", bound=Callable[..., Any])
@@ -93,6 +91,8 @@ class Catalog(Generic[Entry]):
 
     def check_values(self, name: str, arguments: dict[str, Any]) -> None:
         """Raise `AlignError` unless each of `arguments` is of the type that the entry `name` is annotated with."""
+        from pydantic import TypeAdapter, ValidationError  # here, as losses need torch and nothing heavier
+
         hints = get_type_hints(self[name], include_extras=True)
         for key, value in arguments.items():
             try:

@@ -47,7 +47,7 @@ class Run:
             self._check(only)
         planner = self._planner()
         plan = planner.plan()  # every reference is checked before anything runs
-        notes = self.out / "preflight.json" if self.folder is None else None
+        notes = self.out / "preflight.json" if len(self.recipe.stages) > 1 else None  # single stages share their folder
         looked = look([step.name for step in plan if step.runs and only in (None, step.name)], plan, notes)
         steps = Graph(self.recipe, planner.resolve, self.registry, self.options, looked, notes).run(only)
         return {name: step.done for name, step in steps.items() if step.done is not None}

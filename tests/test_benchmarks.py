@@ -175,7 +175,8 @@ def test_the_speed_of_sft_counts_unique_tokens():
 def test_every_named_benchmark_is_there():
     named = "dpo_hh dpo_hh_best dpo_long orpo_hh simpo_hh reward_hh sft_alpaca sft_alpaca_best bf16_dpo_hh vocabulary"
     rollouts_ = "rollout_16 rollout_64 rollout_16_best rollout_64_best"
-    assert set(run.NAMES) == {*named.split(), *rollouts_.split()}
+    ppo = "ppo_separate ppo_shared ppo_lora"
+    assert set(run.NAMES) == {*named.split(), *rollouts_.split(), *ppo.split()}
 
 
 def test_a_side_alone_in_its_own_process(tmp_path):

@@ -95,9 +95,11 @@ def move(policy):
 
 @pytest.fixture
 def calling(tokenizer):
-    """The tokenizer with a template that shows tools."""
+    """The tokenizer with a template that shows tools, in few tokens."""
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}" + tokenizer.chat_template
+    assert "{%- if tools -%}" in tokenizer.chat_template
+    without = tokenizer.chat_template.replace("{%- if tools -%}", "{%- if false -%}")
+    tokenizer.chat_template = "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}" + without
     return tokenizer
 
 

@@ -182,7 +182,7 @@ def test_a_sweep_pays_once(tokenizer, tmp_path, capsys):
     save_model(llama(), tokenizer, tmp_path / "base")
     rows = [
         {"prompt": f"How are you, {word}? ", "chosen": f"Fine, {word}.", "rejected": f"A cat on a mat {other}"}
-        for word in ("one", "two", "three", "four")
+        for word in ("one", "two", "three", "four five six")
         for other in ("me", "you")
     ]
     write_rows(tmp_path / "pairs.jsonl", rows)
@@ -202,7 +202,7 @@ def test_a_sweep_pays_once(tokenizer, tmp_path, capsys):
         "elsewhere": {"out": "other"},
     }.items():
         assert said(name, **fields) == f"{name}: log-probs of 8 rows under the reference: from the cache"
-    assert said("short", max_length=12).endswith("computed once")
+    assert said("short", max_length=16).endswith("computed once")
 
 
 def test_in_bf16_the_reference_and_every_evaluation_are_in_bf16(tokenizer, tmp_path):

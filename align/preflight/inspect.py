@@ -144,4 +144,5 @@ def _keep(looked: Sequence[Looked], notes: Path) -> None:
     seen = {each.name for each in looked}
     before = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else []
     found = [{"stage": each.name, **finding.plain()} for each in looked for finding in each.findings]
-    write_atomically(notes, json.dumps([*(note for note in before if note["stage"] not in seen), *found], indent=1))
+    if before or found:
+        write_atomically(notes, json.dumps([*(note for note in before if note["stage"] not in seen), *found], indent=1))
