@@ -107,12 +107,15 @@ STAGES = {
     "dpo": "dpo --beta 0.1 --data pairs.jsonl --held_out 0",
     "kto": "kto --beta 0.1 --data pairs.jsonl --held_out 0",
 }
+STAGES = {name: f"{command} --max_steps 2" for name, command in STAGES.items()}
+SAMPLED = "--data sft.jsonl --held_out 0 --reward_funcs length_band(low=3,high=6) --max_completion_length 8"
+STAGES["ppo"] = f"ppo {SAMPLED} --total_episodes 8 --episodes_per_step 4 --num_mini_batches 2"
 
 
 @pytest.mark.parametrize("command", STAGES.values(), ids=STAGES)
 def test_every_stage_reports_its_probes(capsys, folder, command):
     probes = "--probes.general old.jsonl --probes.earlier sft.jsonl --probe_rows 5"
-    found, _ = run(capsys, f"{command} --model model --max_steps 2 --learning_rate 1e-2 --warmup_ratio 0 {probes}")
+    found, _ = run(capsys, f"{command} --model model --learning_rate 1e-2 --warmup_ratio 0 {probes}")
     for name in ("general", "earlier"):
         keys = ("perplexity_before", "perplexity", "accuracy_before", "accuracy", "kl")
         assert all(math.isfinite(found[f"probe/{name}/{key}"]) for key in keys)

@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from align.stages.base import Context, TrainingStage, stage
+from align.stages.forgetting import ProbeFields
 from align.stages.sampling import RewardFields, SamplingFields
 from align.trainers.settings import PPOSettings
 
 
-class GroupStage(TrainingStage, SamplingFields, RewardFields):
+class GroupStage(TrainingStage, ProbeFields, SamplingFields, RewardFields):
     """What GRPO and RLOO share. Batch sizes count answers, `num_generations` of them for each prompt."""
 
     reads = "prompts"

@@ -18,6 +18,7 @@ from align.stages.base import (
     Stage,
     stage,
 )
+from align.stages.forgetting import ProbeFields
 from align.stages.sampling import RewardFields, SamplingFields
 from align.trainers.settings import PPOSettings
 
@@ -31,6 +32,7 @@ class PPO(
     OptimizerFields,
     SelectionFields,
     RunFields,
+    ProbeFields,
     SamplingFields,
     RewardFields,
     PPOSettings,

@@ -18,6 +18,7 @@ from align.rollout import Sampling, complete
 from align.scoring import Judge, component_means
 from align.stages import training as t
 from align.stages.base import Context
+from align.stages.forgetting import probe
 from align.stages.selection import Best
 from align.trainers.ppo.adapters import critic_on_base, reward_on_base
 from align.trainers.ppo.advantages import estimators
@@ -84,6 +85,7 @@ def train_on_samples(
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     policy = t.make_ready(stage, context.name, policy, tokenizer, longest, context.folder)
     disable_dropout(policy)  # after LoRA, whose own dropout would part old and new log-probs
+    after = probe(stage, context, Encoder(tokenizer, stage.max_length), policy)
     judge = stage.judge(
         tokenizer,
         dtype=stage.dtype,
@@ -139,7 +141,7 @@ def train_on_samples(
         trainer.train(context.name, stage.logging_steps, after_step=evaluate)
     kept = None if best is None else best.restore()
     t.save_model(policy, tokenizer, context.folder)
-    return {**_metrics(context, kept), **trainable(policy)}
+    return {**_metrics(context, kept), **trainable(policy), **after()}
 
 
 def held_out_score(
