@@ -16,6 +16,7 @@ WORDS = "the cat sat on a mat and said hello to me. How are you? Fine, thanks! o
 @pytest.fixture(autouse=True)
 def _home(tmp_path, monkeypatch):
     monkeypatch.setenv("ALIGN_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)  # benchmarks.theirs sets it, and a process started here would inherit it
 
 
 @pytest.fixture(scope="session")

@@ -213,8 +213,8 @@ def test_how_work_is_done_and_kept_is_no_part_of_what_it_is(tmp_path):
 def test_the_code_version_is_that_of_what_a_stage_can_reach():
     sft, ppo = code_of(SFT), code_of(stages["ppo"])
     assert sft.keys() >= {"align.stages.sft", "align.stages.training", "align.trainers.forest", "align.forest", "align.attention"}
-    assert "align.trainers.ppo" in ppo
-    assert not {"align.trainers.ppo", "align.stages.ppo", "align.progress", "align.registry", "align.report"} & sft.keys()
+    assert "align.trainers.ppo.trainer" in ppo
+    assert not {"align.trainers.ppo.trainer", "align.stages.ppo", "align.progress", "align.registry", "align.report"} & sft.keys()
     assert "align/templates/chat/plain.jinja" in sft
 
 

@@ -1,5 +1,6 @@
 """One copy of the base: what LoRA takes while it trains with a reference beside it, measured as the process' peak memory."""
 
+import ctypes
 import gc
 import shutil
 from pathlib import Path
@@ -15,6 +16,9 @@ from align.recipe import Recipe
 from align.registry import home
 from align.stages import PPO, Preference
 
+ONE_COPY = 1.5
+"""Times the base: what is on its way beside it is less than half of it, and a second copy would be 2."""
+
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -25,6 +29,7 @@ def kilobytes(name):
 def peak(work):
     """By how many bytes `work` raises the process' memory at its peak."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or what earlier tests have freed would be used again, unseen
     CLEAR.write_text("5")  # forget the peak so far
     before = kilobytes("VmRSS")
     kept = work()
@@ -35,12 +40,13 @@ def peak(work):
 
 @pytest.fixture
 def base(tmp_path, tokenizer: PreTrainedTokenizerFast):
-    """A base of 80 MB, nearly all of it in layers; returns its folder and its bytes."""
+    """A base of 240 MB, nearly all of it in layers, and much more than what else comes and goes; returns its folder and its bytes."""
     try:
         CLEAR.write_text("5")
-    except OSError:
+        ctypes.CDLL(None).malloc_trim  # noqa: B018
+    except (OSError, AttributeError):
         pytest.skip("this system does not tell a process' peak memory")
-    model = llama(hidden_size=512, intermediate_size=4096, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=8)
+    model = llama(hidden_size=512, intermediate_size=12288, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=8)
     save_model(model, tokenizer, tmp_path / "base")
     write_rows(tmp_path / "pairs.jsonl", [{"prompt": "Hello?", "chosen": f"one {n}", "rejected": f"two {n}"} for n in range(4)])
     return tmp_path, sum(4 * p.numel() for p in model.parameters())
@@ -88,7 +94,7 @@ def test_ppo_with_lora_holds_one_copy_of_the_base(base):
     lora = peak(lambda: ppo(folder, tuning_args={"r": 2}, **adapters))
     full = peak(lambda: ppo(folder, critic="shared"))
     print(f"\npeak of PPO in bases of {size / 1e6:.0f} MB: LoRA {lora / size:.2f}, all weights {full / size:.2f}")
-    assert lora < 1.3 * size
+    assert lora < ONE_COPY * size
     assert full > 2.5 * size
 
 
@@ -98,5 +104,5 @@ def test_dpo_with_lora_holds_one_copy_of_the_base(base):
     lora = peak(lambda: dpo(folder, tuning="lora", tuning_args={"r": 2}))
     full = peak(lambda: dpo(folder))
     print(f"\npeak of DPO in bases of {size / 1e6:.0f} MB: LoRA {lora / size:.2f}, all weights {full / size:.2f}")
-    assert lora < 1.3 * size
+    assert lora < ONE_COPY * size
     assert full > 2.5 * size
