@@ -40,7 +40,7 @@ def peak(work):
 
 @pytest.fixture
 def base(tmp_path, tokenizer: PreTrainedTokenizerFast):
-    """A base of 240 MB, nearly all of it in layers, and much more than what else comes and goes; returns its folder and its bytes."""
+    """A base of 240 MB, nearly all of it in layers, much more than what else comes and goes; returns its folder and its bytes."""
     try:
         CLEAR.write_text("5")
         ctypes.CDLL(None).malloc_trim  # noqa: B018
