@@ -49,6 +49,8 @@ def folder(tmp_path_factory, tokenizer):
     for name in ("corpus.txt", "stories.txt"):
         (folder / name).write_text("One text.\n\nAnother text.\n")
     write_rows(folder / "labelled.jsonl", [{"text": "One text.", "label": "positive"}])
+    write_rows(folder / "questions.jsonl", [{"prompt": "Say one."}])
+    write_rows(folder / "mine.jsonl", [{"instruction": "Say one.", "output": "One."}])
     write_rows(folder / "tagged.jsonl", [{"tokens": ["One", "text"], "tags": ["O", "O"]}])
     write_rows(folder / "asked.jsonl", [{"question": "Which?", "context": "One text.", "answers": ["One"]}])
     for page in PAGES:
@@ -77,7 +79,7 @@ def test_a_command_parses_and_plans(command, capsys, folder):
         found = capsys.readouterr().err
         assert code == 0 or re.search("no model 'demo-|no model 'runs/demo|has no 'demo-|no run folder", found)
         return
-    needs = {"my-dpo": "runs/sft"}
+    needs = dict.fromkeys(("my-dpo", "demo-sft"), "runs/sft")
     for name in needs.keys() & set(arguments):
         assert main(["models", "alias", name, needs[name]]) == 0
     plans = [] if {"--plan", "--help", "export"} & set(arguments) else ["--plan"]

@@ -13,6 +13,7 @@ from typing import Any
 from align.catalog import Catalog
 from align.data import plain_fields
 from align.errors import AlignError
+from align.registry import Registry
 from align.schema import PreferenceRow, Row
 
 Made = Iterator[tuple[int, Row]]
@@ -173,6 +174,7 @@ def _translate(path: str, texts: Sequence[str], batch_size: int, max_new_tokens:
     from align.models import load_tokenizer
     from align.progress import bar
 
+    path = Registry().resolve(path).path
     tokenizer = load_tokenizer(path)
     try:
         model: Any = AutoModelForSeq2SeqLM.from_pretrained(path, use_safetensors=True).eval()

@@ -7,6 +7,7 @@ import json
 from itertools import islice
 from typing import Any
 
+from align.registry import Registry
 from align.schema import KINDS
 
 
@@ -57,7 +58,7 @@ def _renderer(model: str, template: str) -> Any:
     from align.encode import Encoder, set_chat_template
     from align.models import load_tokenizer
 
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(Registry().resolve(model).path)
     set_chat_template(tokenizer, template)
     encoder = Encoder(tokenizer)
 

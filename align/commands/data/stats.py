@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from align.registry import Registry
 from align.schema import KINDS
 
 
@@ -31,7 +32,7 @@ def stats(options: argparse.Namespace) -> int:
     if options.model:
         from align.models import load_tokenizer
 
-        tokenizer = load_tokenizer(options.model)
+        tokenizer = load_tokenizer(Registry().resolve(options.model).path)
         length = lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
     unit = "tokens" if options.model else "characters"
     for number, file in enumerate(options.files):
