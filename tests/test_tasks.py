@@ -344,6 +344,7 @@ MISTAKES = {
         "task --task seq2seq --model bert --data said.jsonl",
         "cannot load a model from .*bert.*AutoModelForSeq2SeqLM",
     ),
+    "a field of the forest": (f"task --task ner --engine trl {BASE}", "engine has no part in a task"),
     "windows that do not move": (
         "task --task qa --task_args.stride 200 --model bert --data asked.jsonl",
         "stride 200 must be below",

@@ -34,6 +34,13 @@ class TaskTraining(TrainingStage):
             raise ValueError(f"shots draws rows by their label, which rows of task {self.task!r} do not have")
         return self
 
+    @model_validator(mode="after")
+    def _runs_on_transformers(self) -> TaskTraining:
+        given = self.model_fields_set & {"engine", "chat_template", "max_tokens_per_micro_batch"}
+        if given:
+            raise ValueError(f"{min(given)} has no part in a task: it is trained on padded rows by transformers' Trainer")
+        return self
+
     def run(self, context: Context) -> dict[str, Any]:
         from align.errors import AlignError
         from align.models import load_tokenizer
