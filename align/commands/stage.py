@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,15 @@ OWN_FLAGS = ("config", "output_dir", "name", "plan", "json")
 
 def add(verbs: Any) -> None:
     for verb in (*stages, *PREFERENCE_VERBS):
-        summary = (_class_of(verb).__doc__ or verb).strip().splitlines()[0]
+        summary = _first_sentence(_class_of(verb).__doc__ or verb)
         # The flags are the stage's fields: they are read by `run_stage` itself.
         verbs.add_parser(verb, help=summary, add_help=False).set_defaults(handler=run_stage, stage=verb, reads_flags=True)
     evaluate = verbs.add_parser("eval", help="the same as `evaluate`: align eval MODEL ... [--KEY VALUE ...]", add_help=False)
     evaluate.set_defaults(handler=run_stage, stage="evaluate", reads_flags=True)
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.])\s", " ".join(text.split()), maxsplit=1)[0]
 
 
 def _class_of(verb: str) -> type[Stage]:
