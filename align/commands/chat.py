@@ -35,7 +35,9 @@ def chat(options: argparse.Namespace) -> int:
     from align.chat.speaker import Decoding, Speaker
     from align.chat.terminal import Talk, talk_at_terminal
     from align.chat.votes import default_votes
+    from align.runner.worker import quiet
 
+    quiet()
     how = {"dtype": options.dtype, "chat_template": options.chat_template, "trust_remote_code": options.trust_remote_code}
     speakers = [Speaker(name, **how) for name in options.models]
     if options.seed is not None:

@@ -36,7 +36,9 @@ def ui(options: argparse.Namespace) -> int:
     from align.chat.speaker import Decoding
     from align.chat.ui import build, launch
     from align.chat.votes import default_votes
+    from align.runner.worker import quiet
 
+    quiet()
     page = build(
         names,
         votes=options.votes or default_votes(),
