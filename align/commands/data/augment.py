@@ -7,19 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from align.commands.data.arguments import add_reading
+
 
 def add(actions: Any) -> None:
-    from align.schema import KINDS
-
     parser = actions.add_parser("augment", help="synonyms, paraphrases, back-translation, swapped pairs")
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--how", nargs="+", required=True, metavar="HOW", help="augmentations, as NAME or 'NAME(key=value)'")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl", help="the rows and what was made of them")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kind", choices=list(KINDS), help="what the rows are; recognised by default")
-    parser.add_argument("--format", help="name of the data's format; recognised by default")
-    parser.add_argument("--split", default="train", help="split of a folder or hub data set")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_reading(parser)
     parser.set_defaults(handler=run)
 
 

@@ -7,12 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from align.commands.data.arguments import add_reading
 from align.errors import AlignError
 
 
 def add(actions: Any) -> None:
-    from align.schema import KINDS
-
     parser = actions.add_parser("clean", help="duplicates, mojibake, boilerplate and more: counted, shown, and taken away")
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--rules", nargs="+", metavar="RULE", help="cleaning rules, as NAME or 'NAME(key=value)'")
@@ -20,10 +19,7 @@ def add(actions: Any) -> None:
     parser.add_argument("--against", nargs="+", default=[], metavar="FILE", help="take away what repeats these evaluation sets")
     parser.add_argument("--mask", nargs="+", default=[], metavar="KIND", help="personal data to mask, or 'all'")
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="write the rows kept here, the others beside it")
-    parser.add_argument("--kind", choices=list(KINDS), help="what the rows are; recognised by default")
-    parser.add_argument("--format", help="name of the data's format; recognised by default")
-    parser.add_argument("--split", default="train", help="split of a folder or hub data set")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_reading(parser)
     parser.set_defaults(handler=run)
 
 

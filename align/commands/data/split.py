@@ -7,20 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from align.commands.data.arguments import add_reading
+
 
 def add(actions: Any) -> None:
-    from align.schema import KINDS
-
     parser = actions.add_parser("split", help="part rows by prompt, near copies kept together, stable when rows are added")
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--held_out", type=float, default=0.05, metavar="SHARE", help="share of the prompts held out (0.05)")
     parser.add_argument("--threshold", type=float, help="similarity of near copies (0.7)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, metavar="DIR", required=True, help="for train.jsonl and test.jsonl")
-    parser.add_argument("--kind", choices=list(KINDS), help="what the rows are; recognised by default")
-    parser.add_argument("--format", help="name of the data's format; recognised by default")
-    parser.add_argument("--split", default="train", help="split of a folder or hub data set")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_reading(parser)
     parser.set_defaults(handler=run)
 
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from align.artifact import write_atomically
+from align.runner.files import flush, write_atomically
 from align.trainers.ppo import processes
 
 
@@ -65,15 +65,15 @@ class Checkpoints:
             aside.mkdir(parents=True)
             contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
             save_file(contiguous, aside / "state.safetensors")
-            _flush(aside / "state.safetensors")
+            flush(aside / "state.safetensors")
             write_atomically(aside / "state.json", json.dumps({"step": step, **state.plain}))
         processes.wait()
         write_atomically(aside / f"process-{processes.number()}.json", json.dumps(state.own))
         processes.wait()
         if processes.number() == 0:
-            _flush(aside)
+            flush(aside)
             os.replace(aside, place)
-            _flush(self.folder)
+            flush(self.folder)
             for old in sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))[: -self.keep]:
                 # Under another name first: what is half taken away must not look like a checkpoint.
                 os.replace(old, self.folder / f".{old.name}")
@@ -149,12 +149,3 @@ def _text(state: Tensor) -> str:
 
 def _tensor(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-
-
-def _flush(path: Path) -> None:
-    """Down to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
