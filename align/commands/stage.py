@@ -18,16 +18,24 @@ from align.recipe import Recipe, field_name, make_stage, other_names, parse_valu
 from align.registry import check_name, home
 from align.stages import Evaluate, Preference, Stage, stages
 
-PREFERENCE_VERBS = ("dpo", "orpo", "simpo", "ipo")
-"""Preference losses that are verbs of their own; the others run as ``align preference --loss NAME``."""
+PREFERENCE_VERBS = {
+    "dpo": "Direct preference optimization (arXiv:2305.18290): no reward model, a frozen reference.",
+    "orpo": "Odds-ratio preference optimization (arXiv:2403.07691): learns to answer and to prefer at once, without a reference.",
+    "simpo": "Simple preference optimization (arXiv:2405.14734): length-normalized, with a margin, without a reference.",
+    "ipo": "Identity preference optimization (arXiv:2310.12036): a squared loss that stops where the margin is wide enough.",
+}
+"""Preference losses that are verbs of their own, and what they are; the others run as ``align preference --loss NAME``."""
+
+ROAD = ("pretrain", "sft", "pairs", "reward", "ppo", "grpo", "rloo", *PREFERENCE_VERBS, "preference", "kto", "task", "evaluate")
+"""The order in which help lists the stages; those of others follow."""
 
 OWN_FLAGS = ("config", "output_dir", "name", "plan", "json")
 """What a stage verb takes besides the stage's fields."""
 
 
 def add(verbs: Any) -> None:
-    for verb in (*stages, *PREFERENCE_VERBS):
-        summary = _first_sentence(_class_of(verb).__doc__ or verb)
+    for verb in (*ROAD, *(name for name in stages if name not in ROAD)):
+        summary = PREFERENCE_VERBS.get(verb) or _first_sentence(_class_of(verb).__doc__ or verb)
         # The flags are the stage's fields: they are read by `run_stage` itself.
         verbs.add_parser(verb, help=summary, add_help=False).set_defaults(handler=run_stage, stage=verb, reads_flags=True)
     evaluate = verbs.add_parser("eval", help="the same as `evaluate`: align eval MODEL ... [--KEY VALUE ...]", add_help=False)

@@ -13,8 +13,8 @@ from align.stages.sampling import RewardFields, SamplingFields
 
 @stage("pairs")
 class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
-    """Write ``preferences.jsonl`` (from `data`) and ``held_out.jsonl`` (from the held-out prompts) for the reward and preference
-    stages.
+    """Sample several answers to each prompt, score them, and keep the best against the worst. Writes ``preferences.jsonl`` (from
+    `data`) and ``held_out.jsonl`` (from the held-out prompts).
     """
 
     num_generations: int = Field(4, gt=1)
