@@ -170,7 +170,7 @@ MISTAKES = {
         "kto --beta 0.1 --per_device_train_batch_size 1" + PAIRS,
         "'per_device_train_batch_size' is 1: input should be greater than 1",
     ),
-    "kto on demonstrations": ("kto --beta 0.1 --model model --data sft.jsonl", r"sft\.jsonl row 1, .* gives sft rows here"),
+    "kto on demonstrations": ("kto --beta 0.1 --model model --data sft.jsonl", r"sft\.jsonl row 1, .* of kind sft, good for"),
     "no such estimator": (
         PPO + "mine.py:short --advantage_estimator gea",
         r"unknown advantage estimator 'gea' \(did you mean 'gae'",

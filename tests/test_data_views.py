@@ -180,7 +180,7 @@ def test_check_prints_a_line_for_each_file(tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err
     assert main(["data", "check", str(good), "--kind", "sft"]) == 0
     assert main(["data", "check", str(good), "--kind", "text"]) == 1
-    assert "can be used as preference or sft" in capsys.readouterr().out
+    assert "good for preference or sft" in capsys.readouterr().out
 
 
 # -- stats and show ------------------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def _as_kind(fields: Fields, kind: str, raw: Raw, name: str) -> list[Fields | Se
         return [fields]  # messages without an assistant's turn included: the schema says best what is wrong with them
     if kind not in GIVES[have]:
         usable = " or ".join(GIVES[have])
-        raise AlignError(f"format {name!r} gives {have} rows here, which can be used as {usable}; {_lacking(raw, kind)}")
+        raise AlignError(f"{_lacking(raw, kind)}; read as format {name!r} it is a row of kind {have}, good for {usable}")
     if have == "qa":
         return [_asked(fields, kind)]
     if have == "unpaired" and not isinstance(fields["label"], bool):
