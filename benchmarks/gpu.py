@@ -1,4 +1,5 @@
-"""Ours against TRL's `DPOTrainer` on one CUDA device in bfloat16: ``python -m benchmarks.gpu``, at most eight minutes.
+"""Ours against TRL's `DPOTrainer`, and our rollouts against `generate`, on one CUDA device in bfloat16:
+``python -m benchmarks.gpu``, at most eight minutes.
 
 Random weights, random token ids, lengths like UltraFeedback's: no file is read and nothing is downloaded. Both sides run in this
 process in turns, each with fp32 weights under autocast unless told otherwise.
@@ -10,8 +11,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 
 from align.errors import AlignError
 from align.progress import say
-from benchmarks import ours
+from benchmarks import ours, rollouts
 from benchmarks.compare import CHECKED_STEPS, TRL, TRL_BEST, Case, Row, Side, collect, loss_difference, row, table
 from benchmarks.gemm import Arithmetic, gemm_rate, seconds_of, typical_forest
 from benchmarks.probe import MB, train
@@ -125,6 +127,14 @@ def measure(case: Case, repeats: int, weights: str) -> Row:
     return row(case, timed, seconds, (memory[0], memory[1]), arithmetic=operations, rates=rates, difference=difference)
 
 
+def measurements(repeats: int, weights: str) -> dict[str, Callable[[], Row]]:
+    """What is measured, by name and in order."""
+    rollout = rollouts.Case("qwen_0.5b_rollout_64", 64)
+    sampling = partial(rollouts.on_device, rollout, MODELS["qwen_0.5b"], DEVICE, repeats)
+    training = {case.name: partial(measure, case, repeats, weights) for case in cases()}
+    return {rollout.name: sampling, **training}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Ours against TRL's DPO on one CUDA device.")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side; speeds are their medians (default: 3)")
@@ -141,14 +151,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     options.out.mkdir(parents=True, exist_ok=True)
     try:
-        for case in cases():
+        for name, measurement in measurements(options.repeats, options.weights).items():
             if time.monotonic() - start > SECONDS - SETUP:
-                say(f"{case.name}: left out, {SECONDS} seconds are nearly over")
+                say(f"{name}: left out, {SECONDS} seconds are nearly over")
                 continue
             try:
-                rows.append(measure(case, options.repeats, options.weights))
+                rows.append(measurement())
             except torch.OutOfMemoryError as error:
-                say(f"{case.name}: left out, it does not fit into this device's memory: {str(error).splitlines()[0]}")
+                say(f"{name}: left out, it does not fit into this device's memory: {str(error).splitlines()[0]}")
     except AlignError as error:
         print(error, file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from align.errors import AlignError
 from align.progress import say
 from align.rollout import CacheEngine, Sampling, complete, engine_for
 from benchmarks.compare import Row, collect
-from benchmarks.probe import ROOT, peak_mb
+from benchmarks.probe import MB, ROOT, peak_mb
 from benchmarks.work import DATA, LLAMA_14M, PAD, Job, build
 
 PROMPTS, LONGEST_PROMPT, MAX_NEW_TOKENS = 128, 256, 128
@@ -31,6 +32,9 @@ STOP_SHARE = 64
 
 CHECKED = 4
 """Prompts whose greedy completions must be the same on both sides before anything is timed."""
+
+
+JOB = Job("sft", LLAMA_14M, [])
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def stop_ids(vocabulary: int) -> list[int]:
 def ours(model: Any, asked: Sequence[list[int]], batch: int, temperature: float = 1.0, seed: int = 0) -> list[list[int]]:
     """Our engine's completions."""
     sampling = Sampling(MAX_NEW_TOKENS, temperature=temperature, batch_size=batch)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
     stops = stop_ids(model.config.vocab_size)
     return [found.tokens for found in complete(model, asked, sampling, stops, generator)]
 
@@ -83,8 +87,8 @@ def theirs(
     for start in range(0, len(order), batch):
         rows = [asked[i] for i in order[start : start + batch]]
         width = max(map(len, rows))
-        ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows], device=model.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
         said = model.generate(ids, attention_mask=mask, **config)[:, width:].tolist()
         found.update(zip(order[start : start + batch], (_until(row, stops) for row in said), strict=True))
     return [found[i] for i in range(len(asked))]
@@ -103,28 +107,50 @@ def measure(case: Case, repeats: int, folder: Path) -> Row:
     Raises:
         AlignError: our engine does not serve the model, or the completions differ.
     """
-    sides: tuple[Callable[..., list[list[int]]], ...] = (ours, partial(theirs, by_length=case.by_length))
     memory = [_alone(name, case, folder) for name in ("ours", "theirs")]
     model, asked = _model(), prompts()
-    if not isinstance(engine_for(model, LONGEST_PROMPT + MAX_NEW_TOKENS), CacheEngine):
-        raise AlignError(f"{case.name}: {type(model).__name__} is not served by our engine; nothing was measured")
-    greedy = [side(model, asked[:CHECKED], case.batch, temperature=0.0) for side in sides]
-    if greedy[0] != greedy[1]:
-        raise AlignError(f"{case.name}: greedy completions of the two sides differ; nothing was timed")
-    runs: tuple[list[float], list[float]] = ([], [])
-    for repeat in range(repeats):
-        for number in (0, 1) if repeat % 2 == 0 else (1, 0):
-            start = time.perf_counter()
-            found = sides[number](model, asked, case.batch, seed=repeat)
-            runs[number].append(sum(map(len, found)) / (time.perf_counter() - start))
-            collect()
-        say(f"{case.name}: {repeat + 1}: ours {runs[0][-1]:.0f}, theirs {runs[1][-1]:.0f} tokens/s")
-    speed = [statistics.median(side) for side in runs]
+    check(case, model, asked)
     how = "sorted by length for generate, too" if case.by_length else "as they come for generate; ours sorts them itself"
     note = (
         f"{len(asked)} prompts of hh-rlhf, {how}; batches of {case.batch}, completions of 1 to {MAX_NEW_TOKENS} tokens at "
         f"temperature 1; sampled tokens a second, prompts included in the time. Greedy completions are the same."
     )
+    return _row(case, timed(case, model, asked, repeats), memory, note)
+
+
+def check(case: Case, model: Any, asked: Sequence[list[int]]) -> None:
+    """That both sides say the same, greedily.
+
+    Raises:
+        AlignError: our engine does not serve the model, or the completions differ.
+    """
+    if not isinstance(engine_for(model, LONGEST_PROMPT + MAX_NEW_TOKENS), CacheEngine):
+        raise AlignError(f"{case.name}: {type(model).__name__} is not served by our engine; nothing was measured")
+    greedy = [side(model, asked[:CHECKED], case.batch, temperature=0.0) for side in _sides(case)]
+    if greedy[0] != greedy[1]:
+        raise AlignError(f"{case.name}: greedy completions of the two sides differ; nothing was timed")
+
+
+def timed(case: Case, model: Any, asked: Sequence[list[int]], repeats: int) -> tuple[list[float], list[float]]:
+    """Sampled tokens a second of each side, in turns."""
+    sides = _sides(case)
+    runs: tuple[list[float], list[float]] = ([], [])
+    for repeat in range(repeats):
+        for number in (0, 1) if repeat % 2 == 0 else (1, 0):
+            start = time.perf_counter()
+            found = sides[number](model, asked, case.batch, seed=repeat)  # lists: a device has ended its work
+            runs[number].append(sum(map(len, found)) / (time.perf_counter() - start))
+            collect()
+        say(f"{case.name}: {repeat + 1}: ours {runs[0][-1]:.0f}, theirs {runs[1][-1]:.0f} tokens/s")
+    return runs
+
+
+def _sides(case: Case) -> tuple[Callable[..., list[list[int]]], ...]:
+    return ours, partial(theirs, by_length=case.by_length)
+
+
+def _row(case: Case, runs: tuple[list[float], list[float]], memory: Sequence[float], note: str) -> Row:
+    speed = [statistics.median(side) for side in runs]
     return Row(
         case.name,
         "tokens/s",
@@ -140,9 +166,31 @@ def measure(case: Case, repeats: int, folder: Path) -> Row:
     )
 
 
-def _model() -> Any:
+def on_device(case: Case, architecture: dict[str, Any], device: str, repeats: int) -> Row:
+    """`measure` on one CUDA device, with random prompts, checked in fp32 and timed in bfloat16. Memory is the most that tensors
+    took, in 2^20 bytes.
+    """
+    job = Job("sft", architecture, [], device=device)
+    draw = random.Random(0)
+    asked = [
+        [draw.randrange(100, architecture["vocab_size"]) for _ in range(draw.randint(8, LONGEST_PROMPT))] for _ in range(PROMPTS)
+    ]
+    model = _model(job)
+    check(case, model, asked)
+    model = model.to(torch.bfloat16)
+    memory = []
+    for side in _sides(case):
+        collect()
+        torch.cuda.reset_peak_memory_stats()
+        side(model, asked, case.batch)  # and everything is set up once: kernels, graphs
+        memory.append(torch.cuda.max_memory_allocated() / MB)
+    note = f"{len(asked)} random prompts, batches of {case.batch}, bfloat16; greedy completions are the same in fp32."
+    return _row(case, timed(case, model, asked, repeats), memory, note)
+
+
+def _model(job: Job = JOB) -> Any:
     """Random weights; nothing but `stop_ids` ends a completion."""
-    model: Any = build(Job("sft", LLAMA_14M, [])).eval()
+    model: Any = build(job).eval()
     model.generation_config.eos_token_id = None
     return model
 
