@@ -55,8 +55,9 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
     schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
     answers = {"max_completion_length": 48, "rollout_batch_size": 256}
     held_out_pairs = ["pairs/held_out.jsonl", "world/written_pairs_held_out.jsonl"]
-    pairs = {"data": ["pairs/preferences.jsonl", "world/written_pairs.jsonl"], "eval_data": held_out_pairs}
-    fewer_pairs = {**pairs, "max_rows": 2000}  # from each file: a policy needs fewer pairs than a reward model
+    # A reward model learns from all comparisons; a policy needs fewer, and clearer ones.
+    comparisons = {"data": ["pairs/comparisons.jsonl", "world/written_pairs.jsonl"], "eval_data": held_out_pairs}
+    pairs = {"data": ["pairs/preferences.jsonl", "world/written_pairs.jsonl"], "eval_data": held_out_pairs, "max_rows": 2000}
     return Recipe(
         name,
         {
@@ -96,15 +97,19 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                 model="sft",
                 data=["world/prompts_train.jsonl"],
                 eval_data=["world/prompts_test.jsonl"],
-                max_rows=4000,
                 reward_funcs=[GOLD],
-                label_noise=0.05,
                 min_gap=0.2,
                 seed=seed,
                 **answers,
             ),
             "reward": RewardModel(
-                model="sft", num_train_epochs=1, per_device_train_batch_size=16, learning_rate=7e-4, **pairs, **common, **schedule
+                model="sft",
+                num_train_epochs=1,
+                per_device_train_batch_size=16,
+                learning_rate=7e-4,
+                **comparisons,
+                **common,
+                **schedule,
             ),
             "ppo": PPO(
                 model="sft",
@@ -129,7 +134,7 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                 rpo_alpha=0.2,
                 per_device_train_batch_size=32,
                 learning_rate=2e-4,
-                **fewer_pairs,
+                **pairs,
                 **common,
                 **schedule,
             ),
@@ -139,7 +144,7 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                 lam=1.0,
                 per_device_train_batch_size=32,
                 learning_rate=1e-3,
-                **fewer_pairs,
+                **pairs,
                 **common,
                 **schedule,
             ),
@@ -150,7 +155,7 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                 gamma=1.0,
                 per_device_train_batch_size=32,
                 learning_rate=5e-5,
-                **fewer_pairs,
+                **pairs,
                 **common,
                 **schedule,
             ),

@@ -189,6 +189,15 @@ def test_sampled_pairs_are_rows_that_load(road):
     lines = [json.loads(line) for line in (folder / "preferences.jsonl").read_text().splitlines()]
     assert len(lines) == road[0]["pairs"].metrics["preferences_pairs"]
     assert len(load_rows(folder / "preferences.jsonl", "preference").rows) == len(lines) > 0
+    comparisons = [json.loads(line) for line in (folder / "comparisons.jsonl").read_text().splitlines()]
+    assert len(comparisons) > len(lines)
+    assert all(line in comparisons for line in lines)
+
+
+def test_comparisons_are_all_pairs_that_differ_enough():
+    stage = Pairs(model="m", data=["d"], reward_funcs=["r"], min_gap=0.2)
+    scores, texts = [9.0, 0.1, 0.9, 0.5, 0.5, 0.45], ["other", "a", "b", "c", "c", "d"]  # the first is of another prompt
+    assert stage._comparisons(range(1, 6), scores, texts) == [(2, 1), (2, 5), (2, 3), (3, 1), (5, 1)]
 
 
 def test_results(road):

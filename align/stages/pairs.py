@@ -1,26 +1,34 @@
-"""On-policy preference pairs: sample several answers to a prompt, score them, keep the best against the worst."""
+"""On-policy preference pairs: sample several answers to a prompt, score them, set the better against the worse."""
 
 from __future__ import annotations
 
 import random
-from typing import Any
+from collections.abc import Sequence
+from itertools import permutations
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from align.stages.base import Context, DataFields, MaxTokens, ModelFields, Stage, stage
 from align.stages.sampling import RewardFields, SamplingFields
 
+if TYPE_CHECKING:
+    from align.schema import PromptRow
+
 
 @stage("pairs")
 class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
-    """Sample several answers to each prompt, score them, and keep the best against the worst. Writes ``preferences.jsonl`` (from
-    `data`) and ``held_out.jsonl`` (from the held-out prompts).
+    """Sample several answers to each prompt, score them, and set the better against the worse.
+
+    Writes the best against the worst of each prompt, ``preferences.jsonl`` (from `data`) and ``held_out.jsonl`` (from the held-out
+    prompts), and ``comparisons.jsonl``: all pairs of `data` that differ enough, on which a reward model learns most
+    (InstructGPT, arXiv:2203.02155, Sect. 3.5).
     """
 
     num_generations: int = Field(4, gt=1)
     """Answers sampled for each prompt."""
     min_gap: float = Field(0.0, ge=0)
-    """Prompts whose best and worst answer lie closer than this give no pair."""
+    """Answers that lie closer than this give no pair."""
     label_noise: float = Field(0.0, ge=0)
     """Deviation of Gaussian noise on the scores of training pairs, as of a person who is not sure. Held-out pairs get none."""
     max_tokens_per_micro_batch: MaxTokens = 8192
@@ -36,7 +44,6 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
         from align.models import load_causal_lm, stop_token_ids
         from align.progress import bar, say
         from align.rollout import complete
-        from align.scoring import answer, plain
         from align.stages import training as t
 
         rows, held = t.rows_of(self, "prompts", context)
@@ -59,17 +66,30 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
             scores, _ = judge(repeated, prompts, answers)
             scores = [score + noise.gauss(0.0, deviation) if deviation else score for score in scores]
             texts = judge.texts(answers)
-            pairs = []
+            best, every = [], []
             for start in range(0, len(prompts), self.num_generations):
                 group = range(start, start + self.num_generations)
-                best, worst = max(group, key=scores.__getitem__), min(group, key=scores.__getitem__)
-                if scores[best] - scores[worst] > self.min_gap and texts[best] != texts[worst]:
-                    row = repeated[start]
-                    pairs.append(
-                        {"prompt": plain(row.prompt), "chosen": answer(row, texts[best]), "rejected": answer(row, texts[worst])}
-                    )
-            write_rows(context.folder / f"{name}.jsonl", pairs)
-            say(f"{context.name}: {len(encoded.trees)} prompts gave {len(pairs)} pairs ({name}); {encoded.summary()}")
-            metrics[f"{name}_pairs"] = len(pairs)
+                compared = [_pair(repeated[start], texts[a], texts[b]) for a, b in self._comparisons(group, scores, texts)]
+                best += compared[:1]
+                every += compared
+            write_rows(context.folder / f"{name}.jsonl", best)
+            if name == "preferences":
+                write_rows(context.folder / "comparisons.jsonl", every)
+            say(f"{context.name}: {len(encoded.trees)} prompts gave {len(best)} pairs ({name}); {encoded.summary()}")
+            metrics[f"{name}_pairs"] = len(best)
             metrics[f"{name}_mean_score"] = sum(scores) / max(len(scores), 1)
         return metrics
+
+    def _comparisons(self, group: range, scores: Sequence[float], texts: Sequence[str]) -> list[tuple[int, int]]:
+        """The better and the worse of the answers to one prompt that differ enough, the widest gap first, equal texts once."""
+        found: dict[tuple[str, str], tuple[int, int]] = {}
+        for a, b in permutations(group, 2):
+            if scores[a] - scores[b] > self.min_gap and texts[a] != texts[b]:
+                found.setdefault((texts[a], texts[b]), (a, b))
+        return sorted(found.values(), key=lambda pair: scores[pair[1]] - scores[pair[0]])
+
+
+def _pair(row: PromptRow, chosen: str, rejected: str) -> dict[str, Any]:
+    from align.scoring import answer, plain
+
+    return {"prompt": plain(row.prompt), "chosen": answer(row, chosen), "rejected": answer(row, rejected)}
