@@ -72,7 +72,9 @@ def encoding(subject: Subject) -> Iterator[Finding]:
     """Rows that cannot be made into tokens at all: no chat template, or one that does not fit."""
     result = subject.encoded
     for problem in subject.problems:
-        yield Finding("error", "encoding", str(problem).rstrip("."), "Mend the chat template, or name another with chat_template")
+        fault, _, advice = str(problem).rstrip(".").partition("; ")
+        advice = advice[:1].upper() + advice[1:]
+        yield Finding("error", "encoding", fault, advice or "Mend the chat template, or name another with chat_template")
     refused = sum(count for reason, count in result.set_aside.items() if "refuses" in reason)
     if refused:
         reason = next(reason for reason in result.set_aside if "refuses" in reason)
