@@ -106,7 +106,7 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                 model="sft",
                 num_train_epochs=1,
                 per_device_train_batch_size=16,
-                learning_rate=7e-4,
+                learning_rate=4e-4,
                 **comparisons,
                 **common,
                 **schedule,
