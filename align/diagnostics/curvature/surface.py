@@ -60,7 +60,8 @@ class Surface:
         self.gradients += 1
         total = self._zeros()
         for forest in self.forests:
-            self._backward(self.objective(self.model, forest).loss.sum() / self.units, total)
+            with self._gathered(total):
+                self._mean(forest).backward(inputs=self.parameters)
         return total
 
     def squared_gradients(self) -> Tensor:
@@ -69,39 +70,39 @@ class Surface:
         for forest in self.forests:
             self.gradients += 1
             found = self._zeros()
-            self._backward(self.objective(self.model, forest).loss.mean(), found)
+            with self._gathered(found):
+                self.objective(self.model, forest).loss.mean().backward(inputs=self.parameters)
             total.add_(found.square_(), alpha=1 / len(self.forests))
         return total
 
     def product(self, vector: Tensor) -> Tensor:
         """Hessian times `vector` (size,)."""
         self.products += 1
-        total = self._zeros()
+        total, parts = self._zeros(), self.split(vector)
         for forest in self.forests:
-            with sdpa_kernel(SDPBackend.MATH):
-                self._backward(self._slope(forest, vector), total)
+            with sdpa_kernel(SDPBackend.MATH), self._gathered(total):
+                gradient = torch.autograd.grad(self._mean(forest), self.parameters, create_graph=True, allow_unused=True)
+                told = [i for i, g in enumerate(gradient) if g is not None and g.requires_grad]
+                if told:
+                    ways = [gradient[i] for i in told], [parts[i] for i in told]
+                    torch.autograd.backward(*ways, inputs=self.parameters)
         return total
 
-    def _slope(self, forest: Forest, vector: Tensor) -> Tensor:
-        """The forest's part in the gradient, times `vector`; it can be differentiated."""
-        loss = self.objective(self.model, forest).loss.sum() / self.units
-        gradient = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
-        pairs = zip(gradient, self.split(vector), strict=True)
-        return torch.stack([(g * v).sum() for g, v in pairs if g is not None]).sum()
+    def _mean(self, forest: Forest) -> Tensor:
+        """The part of `forest` in the mean loss."""
+        return self.objective(self.model, forest).loss.sum() / self.units
 
     def _zeros(self) -> Tensor:
-        first = self.parameters[0]
-        return torch.zeros(self.size, device=first.device, dtype=first.dtype)
+        return torch.zeros_like(self.like, memory_format=torch.contiguous_format)
 
-    def _backward(self, value: Tensor, total: Tensor) -> None:
-        """Add the gradient of `value` to `total` (size,), in place as it comes, so that it is never there twice."""
-        if not value.requires_grad:
-            return
+    @contextmanager
+    def _gathered(self, total: Tensor) -> Iterator[None]:
+        """Within, gradients are added to `total` (size,) as they come, so that they are never there twice."""
         kept = [p.grad for p in self.parameters]
         try:
             for p, part in zip(self.parameters, self.split(total), strict=True):
                 p.grad = part
-            value.backward(inputs=self.parameters)
+            yield
         finally:
             for p, before in zip(self.parameters, kept, strict=True):
                 p.grad = before
