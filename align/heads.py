@@ -1,26 +1,26 @@
 """Log-probabilities of target tokens from hidden states, without ever holding (tokens, vocabulary) logits.
 
-Logits are made in chunks, reduced, and made again in the backward pass: memory is flat in the vocabulary size.
+Logits are made in chunks, reduced, and made again in the backward pass, and in a second one: memory is flat in the vocabulary size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
 from align.errors import AlignError
 from align.ops import at_least_fp32
 
 CHUNK_ELEMENTS = 2**22
 """Logits held at a time (16 MB in fp32)."""
+
+COPIES = 8
+"""How many tensors of a chunk's logits its second derivative holds: those chunks are so many times smaller."""
 
 
 @dataclass(frozen=True)
@@ -76,47 +76,14 @@ def token_scores(
 ) -> TokenScores:
     """Score `targets` (n,) from `hidden` (n, hidden) under `head`, logits divided by `temperature`. All sums are in fp32 or wider.
 
-    Log-probs and entropy are differentiable; `correct` is not.
+    Log-probs and entropy are differentiable, twice (for Hessians); `correct` is not.
 
     Args:
         with_entropy: entropy costs two more passes over the vocabulary, so it is left out unless asked for.
     """
-    if _twice.get():
-        return _plain_scores(hidden, targets, head, temperature, with_entropy)
     settings = _Settings(head.scale, head.softcap, temperature, with_entropy)
     logps, entropy, correct = _TokenScores.apply(hidden, head.weight, head.bias, targets, settings)
     return TokenScores(logps, correct, entropy)
-
-
-_twice: ContextVar[bool] = ContextVar("twice", default=False)
-
-
-@contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Within, `token_scores` can be differentiated twice: it is PyTorch's own operations, and each chunk is made again in every
-    backward pass. For Hessians; training is faster without.
-    """
-    token = _twice.set(True)
-    try:
-        yield
-    finally:
-        _twice.reset(token)
-
-
-def _plain_scores(hidden: Tensor, targets: Tensor, head: Head, temperature: float, with_entropy: bool) -> TokenScores:
-    """`token_scores` without its own backward pass."""
-
-    def scored(part: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        log_p = (head.logits(part) / temperature).log_softmax(1)
-        chosen = log_p.gather(1, wanted[:, None])
-        entropy = -(log_p.exp() * log_p).sum(1) if with_entropy else chosen.new_zeros(())
-        return chosen[:, 0], (chosen == log_p.amax(1, keepdim=True))[:, 0].detach(), entropy
-
-    parts = [
-        checkpoint(scored, hidden[part], targets[part], use_reentrant=False) for part in _chunks(len(targets), head.weight.shape[0])
-    ]
-    logps, correct, entropy = zip(*parts, strict=True)
-    return TokenScores(torch.cat(logps), torch.cat(correct), torch.cat(entropy) if with_entropy else None)
 
 
 @dataclass(frozen=True)
@@ -161,17 +128,36 @@ class _TokenScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_logps, grad_entropy, _ = gradients
-        hidden, weight, bias, targets, log_totals, entropy = ctx.saved_tensors
-        dtype, settings = ctx.dtype, ctx.settings
+        *saved, entropy = ctx.saved_tensors
+        constant = None if entropy is None else entropy.detach()  # its part in the second derivative is in that of the inputs
+        found = _Gradient.apply(*gradients[:2], *saved, constant, ctx.dtype, ctx.settings, ctx.needs_input_grad[:3])
+        return *found, None, None
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient of `_TokenScores`, itself a function that can be differentiated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_logps: Tensor,
+        grad_entropy: Tensor | None,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        log_totals: Tensor,
+        entropy: Tensor | None,
+        dtype: torch.dtype,
+        settings: _Settings,
+        needed: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        grad_hidden, grad_weight, grad_bias = (
+            torch.zeros_like(x) if x is not None and need else None for x, need in zip((hidden, weight, bias), needed, strict=True)
+        )
         head = Head(weight.to(dtype), None if bias is None else bias.to(dtype), settings.scale, settings.softcap)
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight) if need_weight else None
-        grad_bias = torch.zeros_like(bias) if need_bias else None
         slope = settings.scale / settings.temperature
         use_entropy = entropy is not None and grad_entropy is not None and bool(grad_entropy.any())
-        assert grad_logps is not None
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _chunks(len(targets), weight.shape[0]):
                 h = hidden[part].to(dtype)
@@ -182,6 +168,7 @@ class _TokenScores(torch.autograd.Function):
                 d_logp = slope * grad_logps[part, None].to(log_p.dtype)
                 if use_entropy:
                     assert grad_entropy is not None
+                    assert entropy is not None
                     d_entropy = slope * grad_entropy[part, None]
                     grad = log_p.exp().mul_(-d_logp - d_entropy * (log_p + entropy[part, None]))
                 else:
@@ -199,7 +186,49 @@ class _TokenScores(torch.autograd.Function):
                         grad_weight += grad.T @ h
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)
-        return grad_hidden, grad_weight, grad_bias, None, None
+        ctx.save_for_backward(grad_logps, grad_entropy, hidden, weight, bias, targets)
+        ctx.dtype, ctx.settings = dtype, settings
+        return grad_hidden, grad_weight, grad_bias
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
+        """By PyTorch's own operations, chunk by chunk."""
+        inputs: tuple[Any, ...] = ctx.saved_tensors[:-1]
+        targets = ctx.saved_tensors[-1]
+        found = [torch.zeros_like(x) if need else None for x, need in zip(inputs, ctx.needs_input_grad, strict=False)]
+        for part in _chunks(len(targets), COPIES * inputs[3].shape[0]):
+            places = [part, part, part, slice(None), slice(None)]
+            leaves: list[Any] = [
+                None if x is None else x[at].detach().requires_grad_(need)
+                for x, at, need in zip(inputs, places, ctx.needs_input_grad, strict=False)
+            ]
+            with torch.enable_grad(), torch.autocast(targets.device.type, enabled=False):
+                said = _weighted(leaves, targets[part], ctx.dtype, ctx.settings)
+                ways = [
+                    (x, v[at])
+                    for x, v, at in zip(leaves[2:], directions, places[2:], strict=True)
+                    if v is not None and x.requires_grad
+                ]
+                gradient = torch.autograd.grad(said, [x for x, _ in ways], create_graph=True)
+                along = torch.stack([(g * v).sum() for g, (_, v) in zip(gradient, ways, strict=True)]).sum()
+                wanted = [x for x in leaves if x is not None and x.requires_grad]
+                second = list(torch.autograd.grad(along, wanted, allow_unused=True))
+            for whole, at in zip(found, places, strict=True):
+                if whole is not None and (piece := second.pop(0)) is not None:
+                    whole[at] += piece
+        return *found, None, None, None, None, None, None
+
+
+def _weighted(inputs: list[Any], targets: Tensor, dtype: torch.dtype, settings: _Settings) -> Tensor:
+    """The sum of log-probs and entropies, each times its gradient, plainly."""
+    grad_logps, grad_entropy, hidden, weight, bias = inputs
+    head = Head(weight.to(dtype), None if bias is None else bias.to(dtype), settings.scale, settings.softcap)
+    log_p = (head.logits(hidden.to(dtype)) / settings.temperature).log_softmax(1)
+    said = (log_p.gather(1, targets[:, None])[:, 0] * grad_logps).sum()
+    if settings.with_entropy and grad_entropy is not None:
+        said = said - ((log_p.exp() * log_p).sum(1) * grad_entropy).sum()
+    return said
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:

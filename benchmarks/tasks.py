@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -84,13 +83,16 @@ def child(settings: dict[str, Any]) -> None:
     """What the process does."""
     from align.pipeline import Run
     from align.recipe import Recipe
+    from align.report.road import memory
     from align.stages import TaskTraining
 
     start = time.monotonic()
     recipe = Recipe("bench", {"bench": TaskTraining(**settings)})
     artifact = Run(recipe, Path(os.environ["ALIGN_HOME"]) / "out").execute()["bench"]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024)
-    print(json.dumps({**artifact.metrics, "seconds": time.monotonic() - start, "megabytes": peak}))
+    seconds = time.monotonic() - start
+    peak = memory(Path(artifact.path))  # of the stage's own process
+    assert peak is not None
+    print(json.dumps({**artifact.metrics, "seconds": seconds, "megabytes": 1024 * peak}))
 
 
 def settings_of(work: Work, strategy: dict[str, Any], share: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The chunked head against log_softmax and gather, its gradients against finite differences."""
+"""The chunked head against log_softmax and gather, its first and second gradients against finite differences."""
 
 import pytest
 import torch
@@ -74,6 +74,7 @@ def test_gradients_by_finite_differences(kind, which, monkeypatch):
         return {"logps": scores.logps, "entropy": scores.entropy, "both": (scores.logps, scores.entropy)}[which]
 
     assert torch.autograd.gradcheck(outputs, leaves)
+    assert torch.autograd.gradgradcheck(outputs, leaves)
 
 
 def test_no_chunk_holds_more_than_its_share(monkeypatch):
@@ -87,8 +88,10 @@ def test_no_chunk_holds_more_than_its_share(monkeypatch):
 
     monkeypatch.setattr(heads, "linear", watched)
     h, w, b, targets = inputs(n=10)
-    scored(h, w, b, targets).logps.sum().backward()
+    (gradient,) = torch.autograd.grad(scored(h, w, b, targets).logps.sum(), w, create_graph=True)
     assert sizes == [44, 44, 22] * 2
+    gradient.square().sum().backward()
+    assert sizes[6:] == [11] * 10, "smaller the second time, as it holds more of them"
 
 
 def test_no_targets_give_no_loss_and_no_gradient():

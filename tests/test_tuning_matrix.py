@@ -138,6 +138,13 @@ def run(stage, folder):
     return stage.run(Context("cell", folder, History(folder / "metrics.jsonl")))
 
 
+def cut_after(step, folder):
+    """What the run in `folder`/whole had left behind after `step` steps, as `folder`/cut."""
+    name = f"checkpoint-{step}"
+    shutil.copytree(folder / "whole" / "checkpoints" / name, folder / "cut" / "checkpoints" / name)
+    shutil.copy(folder / "whole" / "metrics.jsonl", folder / "cut" / "metrics.jsonl")
+
+
 def answers(model):
     ids = torch.tensor([[5, 40, 99, 7, 250, 31, 8, 100]])
     with torch.no_grad():
@@ -182,17 +189,17 @@ def test_a_strategy_in_a_stage(name, shape, kind, ground, seen, tmp_path):
     if kind in ("orpo", "simpo"):  # where they go on is DPO's way, and all that differs is a formula
         return
     # Cut after the first step, it goes on to the same end.
-    (tmp_path / "cut").mkdir()
-    shutil.copytree(tmp_path / "whole" / "checkpoints" / "checkpoint-1", tmp_path / "cut" / "checkpoints" / "checkpoint-1")
-    shutil.copy(tmp_path / "whole" / "metrics.jsonl", tmp_path / "cut" / "metrics.jsonl")
+    cut_after(1, tmp_path)
     run(stage, tmp_path / "cut")
     assert_close(answers(seen["model"]), answers(model), 1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_strategy_in_ppo(name, shape, ground, seen, tmp_path, monkeypatch):
-    """The critic's loss falls, as every answer is worth 1; the policy moves away from its reference, which is the base."""
+def test_a_strategy_in_ppo(name, shape, ground, seen, tmp_path, monkeypatch, capsys):
+    """The critic's loss falls, as every answer is worth 1; the policy moves away from its reference, which is the base. Cut after
+    the second step, it goes on to the same end.
+    """
     monkeypatch.setattr("align.models.save_model", training.save_model)
     stage = PPO(
         model=str(ground / shape),
@@ -204,6 +211,7 @@ def test_a_strategy_in_ppo(name, shape, ground, seen, tmp_path, monkeypatch):
         chat_template="plain",
         total_episodes=12,
         episodes_per_step=4,
+        save_steps=1,
         num_mini_batches=1,
         max_completion_length=4,
         learning_rate=3e-3,
@@ -212,14 +220,20 @@ def test_a_strategy_in_ppo(name, shape, ground, seen, tmp_path, monkeypatch):
         lr_scheduler_type="constant",
         max_length=64,
     )
-    metrics = run(stage, tmp_path)
+    metrics = run(stage, tmp_path / "whole")
     assert metrics["trainable_parameters"] == expected(shape, name, score_head=False)
-    records = History(tmp_path / "metrics.jsonl").records
+    records = History(tmp_path / "whole" / "metrics.jsonl").records
     assert records[-1]["loss/value_avg"] < records[0]["loss/value_avg"]
     if name not in SOFT:  # the first answers come from the base; new virtual tokens are not nothing
         assert abs(records[0]["objective/kl"]) < 1e-4
     assert abs(records[-1]["objective/kl"]) > 1e-6
-    for path, parameter in seen["model"].named_parameters():
+    model = seen["model"]
+    for path, parameter in model.named_parameters():
         if not parameter.requires_grad:
             assert torch.equal(parameter, seen["start"][path]), path
-    assert_close(answers(load_causal_lm(str(tmp_path))), answers(seen["model"]), 2e-5)
+    assert_close(answers(load_causal_lm(str(tmp_path / "whole"))), answers(model), 2e-5)
+
+    cut_after(2, tmp_path)
+    run(stage, tmp_path / "cut")
+    assert "going on from step 2 of 3" in capsys.readouterr().err
+    assert_close(answers(seen["model"]), answers(model), 1e-6)

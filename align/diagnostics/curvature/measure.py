@@ -42,12 +42,18 @@ class Settings:
 def measure(surface: Surface, settings: Settings, label: str = "curvature") -> dict[str, Any]:
     """Eigenvalues, trace, density, lines and sharpness of `surface`, and what they cost."""
     begin = time.monotonic()
-    like = surface.flat()
+    like = surface.like
     generator = torch.Generator(like.device).manual_seed(settings.seed)
     loss = surface.loss()
     start = time.monotonic()
     gradient = surface.gradient()
     step = time.monotonic() - start
+    downhill = {
+        "gradient_norm": gradient.norm().item(),
+        "lines": lines(surface, gradient, generator, settings),
+        "sharpness": {"rho": settings.rho, "rise": landscape.sharpness(surface, gradient, settings.rho)},
+    }
+    del gradient  # as long as the weights
     total = (settings.starts + 1) * settings.steps + settings.probes
     with bar(label, total, "product") as progress:
         runs = [
@@ -63,7 +69,7 @@ def measure(surface: Surface, settings: Settings, label: str = "curvature") -> d
         "parameters": surface.size,
         "tokens": sum(forest.tokens for forest in surface.forests),
         "loss": loss,
-        "gradient_norm": gradient.norm().item(),
+        **downhill,
         "top_eigenvalue": top,
         "top_eigenvalue_error": max(run.eigenvalues()[2][-1].item() for run in runs),
         "lowest_eigenvalue": values[0].item(),
@@ -72,8 +78,6 @@ def measure(surface: Surface, settings: Settings, label: str = "curvature") -> d
         "largest_learning_rate": {"gradient_descent": _edge(2.0, top), "adam": _edge(ADAM_EDGE, adam_top)},
         "trace": {"mean": trace.mean, "error": trace.error, "probes": trace.probes},
         "density": {"values": weights.values.tolist(), "weights": weights.weights.tolist()},
-        "lines": lines(surface, gradient, generator, settings),
-        "sharpness": {"rho": settings.rho, "rise": landscape.sharpness(surface, gradient, settings.rho)},
         "cost": _cost(surface, time.monotonic() - begin, step),
     }
 

@@ -57,11 +57,11 @@ def lanczos(product: Product, start: Tensor, steps: int, on_step: Callable[[], o
     """`steps` steps of the three-term recurrence (Golub and Van Loan, Algorithm 10.1.1), one product each. No basis is kept.
 
     Args:
-        start: (n,), of any length but 0.
+        start: (n,), of any length but 0; scaled to length 1 where it is.
         on_step: called after each product.
     """
     steps = min(steps, start.numel())
-    before, current = torch.zeros_like(start), start / start.norm()
+    before, current = torch.zeros_like(start), start.div_(start.norm())
     diagonal: list[float] = []
     beside: list[float] = []
     beta = 0.0
@@ -83,7 +83,7 @@ def lanczos(product: Product, start: Tensor, steps: int, on_step: Callable[[], o
 
 def rademacher(like: Tensor, generator: torch.Generator) -> Tensor:
     """Random signs in the shape of `like`."""
-    return torch.randint(0, 2, like.shape, generator=generator, device=like.device).to(like.dtype).mul_(2).sub_(1)
+    return torch.randint(0, 2, like.shape, generator=generator, device=like.device, dtype=like.dtype).mul_(2).sub_(1)
 
 
 @dataclass(frozen=True)

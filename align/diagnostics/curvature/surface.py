@@ -1,8 +1,7 @@
 """The loss of a model on fixed rows as a function of its trainable parameters: value, gradient, Hessian-vector product.
 
 It goes through the forest engine, in packs, as training does. The products are exact: two backward passes (Pearlmutter 1994). For
-that attention is PyTorch's own step-by-step SDPA and the head is `log_softmax`, as neither fused attention nor the chunked head
-can be differentiated twice.
+that attention is PyTorch's own step-by-step SDPA, as fused attention cannot be differentiated twice.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from align.forest import Tree, pack, plant
-from align.heads import twice_differentiable
+from align.forest import Forest, Tree, pack, plant
 from align.trainers.objectives import Objective
 
 
@@ -31,7 +29,6 @@ class Surface:
     def __init__(self, model: nn.Module, objective: Objective, trees: Sequence[Tree], max_tokens: int) -> None:
         self.model, self.objective = model.eval(), objective
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         device = self.parameters[0].device
         self.forests = [plant([trees[i] for i in indices]).to(device) for indices in pack(trees, max_tokens)]
         self.units = sum(objective.units(forest) for forest in self.forests)
@@ -42,9 +39,10 @@ class Surface:
         """How many parameters."""
         return sum(p.numel() for p in self.parameters)
 
-    def flat(self) -> Tensor:
-        """The parameters now, (size,)."""
-        return torch.cat([p.detach().flatten() for p in self.parameters])
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the shape, type and place of a flat vector (size,) that takes no memory."""
+        return self.parameters[0].detach().new_zeros(()).expand(self.size)
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """`vector` (size,) in the shapes of the parameters; views."""
@@ -60,41 +58,54 @@ class Surface:
     def gradient(self) -> Tensor:
         """Its gradient (size,), as training takes it."""
         self.gradients += 1
-        total = torch.zeros(self.size, device=self.parameters[0].device, dtype=self.parameters[0].dtype)
+        total = self._zeros()
         for forest in self.forests:
-            loss = self.objective(self.model, forest).loss.sum() / self.units
-            self._add(total, torch.autograd.grad(loss, self.parameters, allow_unused=True))
+            with self._gathered(total):
+                self._mean(forest).backward(inputs=self.parameters)
         return total
 
     def squared_gradients(self) -> Tensor:
         """Mean over the forests of the squared gradient (size,), each of its own mean loss: what Adam's second moment would be."""
-        total = torch.zeros(self.size, device=self.parameters[0].device, dtype=self.parameters[0].dtype)
+        total = self._zeros()
         for forest in self.forests:
             self.gradients += 1
-            loss = self.objective(self.model, forest).loss.mean()
-            found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-            self._add(total, [None if g is None else g.square() / len(self.forests) for g in found])
+            found = self._zeros()
+            with self._gathered(found):
+                self.objective(self.model, forest).loss.mean().backward(inputs=self.parameters)
+            total.add_(found.square_(), alpha=1 / len(self.forests))
         return total
 
     def product(self, vector: Tensor) -> Tensor:
         """Hessian times `vector` (size,)."""
         self.products += 1
-        total = torch.zeros_like(vector)
-        parts = self.split(vector)
+        total, parts = self._zeros(), self.split(vector)
         for forest in self.forests:
-            with _differentiable():
-                loss = self.objective(self.model, forest).loss.sum() / self.units
-                gradient = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
-                along = [(g * v).sum() for g, v in zip(gradient, parts, strict=True) if g is not None and g.requires_grad]
-                if along:
-                    second = torch.autograd.grad(torch.stack(along).sum(), self.parameters, allow_unused=True)
-                    self._add(total, second)
+            with sdpa_kernel(SDPBackend.MATH), self._gathered(total):
+                gradient = torch.autograd.grad(self._mean(forest), self.parameters, create_graph=True, allow_unused=True)
+                told = [i for i, g in enumerate(gradient) if g is not None and g.requires_grad]
+                if told:
+                    ways = [gradient[i] for i in told], [parts[i] for i in told]
+                    torch.autograd.backward(*ways, inputs=self.parameters)
         return total
 
-    def _add(self, total: Tensor, parts: Sequence[Tensor | None]) -> None:
-        for place, part in zip(self.split(total), parts, strict=True):
-            if part is not None:
-                place.add_(part.detach())
+    def _mean(self, forest: Forest) -> Tensor:
+        """The part of `forest` in the mean loss."""
+        return self.objective(self.model, forest).loss.sum() / self.units
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros_like(self.like, memory_format=torch.contiguous_format)
+
+    @contextmanager
+    def _gathered(self, total: Tensor) -> Iterator[None]:
+        """Within, gradients are added to `total` (size,) as they come, so that they are never there twice."""
+        kept = [p.grad for p in self.parameters]
+        try:
+            for p, part in zip(self.parameters, self.split(total), strict=True):
+                p.grad = part
+            yield
+        finally:
+            for p, before in zip(self.parameters, kept, strict=True):
+                p.grad = before
 
     @contextmanager
     def moved(self, direction: Tensor, length: float) -> Iterator[None]:
@@ -109,9 +120,3 @@ class Surface:
             with torch.no_grad():
                 for p, before in zip(self.parameters, kept, strict=True):
                     p.copy_(before)
-
-
-@contextmanager
-def _differentiable() -> Iterator[None]:
-    with sdpa_kernel(SDPBackend.MATH), twice_differentiable():
-        yield
