@@ -311,6 +311,19 @@ def test_a_server_that_is_gone_is_one_line_and_the_run_goes_on_when_it_is_back(f
     assert [record["step"] for record in records if "objective/scores" in record] == [1, 2, 3]
 
 
+def test_pairs_are_sampled_there_too(folder):
+    stub = Stub(llama_64(seed=3))
+    with listening(stub) as url:
+        words = "pairs --model model --data prompts.jsonl --reward_funcs mine.py:vowels --max_rows 3 --num_generations 3"
+        assert main(f"{words} --max_completion_length 8 --output_dir pairs --rollout_server {url}".split()) == 0
+    assert len([asked for asked in stub.requests if asked["max_tokens"] == 8]) == 9
+    rows = [
+        json.loads(line) for name in ("preferences", "held_out") for line in Path(f"pairs/{name}.jsonl").read_text().splitlines()
+    ]
+    assert rows
+    assert all(row["chosen"] != row["rejected"] for row in rows)
+
+
 # -- the real one ------------------------------------------------------------------------------------------------------------------
 
 real = pytest.mark.skipif("ALIGN_VLLM" not in os.environ, reason="ALIGN_VLLM names no python with vLLM")
@@ -318,7 +331,7 @@ real = pytest.mark.skipif("ALIGN_VLLM" not in os.environ, reason="ALIGN_VLLM nam
 
 @contextmanager
 def vllm(model, *flags):
-    """`align serve --engine vllm` in a process group of its own: its address, and what kills it."""
+    """`align serve --engine vllm` in a process group of its own: its address, and what kills it. Told to end, it leaves nothing."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -343,7 +356,10 @@ def vllm(model, *flags):
         yield url, kill
     finally:
         if process.poll() is None:
-            kill()
+            process.terminate()
+            process.wait()
+            with pytest.raises(OSError, match="refused"):
+                urllib.request.urlopen(f"{url}/health")
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +388,9 @@ def test_vllm_says_greedily_what_our_engine_says_after_each_hand_over(rollouts, 
     assert said[0] != said[1] != said[2]
     assert {answer.finished for answer in said[0]} == {True, False}
     stops = Sampling(24, temperature=0, stop_strings=("s", "a"), tokenizer=tokenizer)
-    assert complete(engine, prompts, stops, [2]) == complete(model, prompts, stops, [2])
+    written = [tokenizer.encode(f"one two {word} {i}") for i in range(8) for word in ("cat", "mat", "hello")]
+    assert complete(engine, written, stops, [2]) == complete(model, written, stops, [2])
+    assert any(answer.finished for answer in complete(model, written, stops, []))
 
 
 @real

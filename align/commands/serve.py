@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -101,7 +102,12 @@ def _vllm(options: argparse.Namespace, name: str) -> int:
     command += ["--trust-remote-code"] if options.trust_remote_code else []
     command += [*(FOR_ROLLOUTS if options.rollouts else []), *options.engine_args]
     environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1" if options.rollouts else "0"}
-    return subprocess.run(command, check=False, env=environment).returncode
+    with subprocess.Popen(command, env=environment) as process:
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            return process.wait()
+        finally:
+            process.terminate()  # where Ctrl-C reached this process alone
 
 
 LOOK = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
