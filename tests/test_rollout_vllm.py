@@ -29,7 +29,7 @@ from test_trainer_ppo import make  # noqa: F401 (a fixture)
 from align.cli import main
 from align.data import write_rows
 from align.errors import AlignError
-from align.rollout import Sampling, complete
+from align.rollout import Sampling, complete, server
 from align.rollout.server import TOLERANCE, ServerEngine, own_logps, write_weights
 from align.stages import GRPO, PPO
 
@@ -58,7 +58,7 @@ class Stub:
 
     def __init__(self, model):
         self.model, self.version, self.broken = copy.deepcopy(model), "default", set()
-        self.paths, self.requests, self.lock = [], [], threading.Lock()
+        self.paths, self.requests, self.lock, self.resets = [], [], threading.Lock(), 0
 
     def weight_info(self, asked):
         return {"weight_version": "another" if "restarted" in self.broken and self.version != "on their way" else self.version}
@@ -74,7 +74,8 @@ class Stub:
         return {"results": [None]}
 
     def reset_prefix_cache(self, asked):
-        return {"success": "busy" not in self.broken}
+        self.resets += 1
+        return {"success": "busy" not in self.broken or self.resets > 2}
 
     def weight_checker(self, asked):
         from hashlib import sha256
@@ -119,10 +120,10 @@ def listening(stub):
         def log_message(self, *args):
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
+        threading.Thread(target=listener.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.server_port}"
+        listener.shutdown()
 
 
 @pytest.fixture
@@ -179,12 +180,20 @@ def test_logps_of_a_filtered_distribution_are_left_out(engine):
         ("restarted", "got other weights while it sampled"),
     ],
 )
-def test_a_mistake_of_the_server_is_one_line(engine, stub, broken, said):
+def test_a_mistake_of_the_server_is_one_line(engine, stub, broken, said, monkeypatch):
+    monkeypatch.setattr(server, "TRIES", 1)
     stub.broken.add(broken)
     with pytest.raises(AlignError, match=said) as caught:
         complete(engine, [[5]], Sampling(4), [2])
     assert engine.server.url in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_ends_other_work_first_is_waited_for(engine, stub, monkeypatch):
+    monkeypatch.setattr(server.time, "sleep", lambda seconds: None)
+    stub.broken.add("busy")
+    assert complete(engine, [[5]], GREEDY, [2]) == complete(engine.model, [[5]], GREEDY, [2])
+    assert stub.resets == 3
 
 
 def test_old_weights_are_noticed_though_their_log_probs_would_pass(engine, stub):

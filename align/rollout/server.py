@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import json
 import shutil
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -40,6 +41,9 @@ TOLERANCE = 0.1
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What a server may hold the weights in."""
+
+TRIES = 20
+"""How often, half a second apart, the server is asked to empty its cache, which it does when it is idle."""
 
 NOT_YET = "on their way"
 """The version while weights are being brought."""
@@ -157,11 +161,18 @@ class ServerEngine:
         post = self.server.post
         post("update_weight_version", {"new_version": NOT_YET})
         post("collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}})
-        if not post("reset_prefix_cache").get("success"):
-            raise AlignError(f"the vLLM server at {self.server.url} is at work for somebody else: it serves one run at a time")
+        self._forget_prefixes()
         self._check_tensors(weights)
         self._check_probe(sampling)
         post("update_weight_version", {"new_version": version})
+
+    def _forget_prefixes(self) -> None:
+        """Empty the cache of keys and values, which the old weights made. What a run that was cut left unanswered ends first."""
+        for _ in range(TRIES):
+            if self.server.post("reset_prefix_cache").get("success"):
+                return
+            time.sleep(0.5)
+        raise AlignError(f"the vLLM server at {self.server.url} is at work for somebody else: it serves one run at a time")
 
     def _check_tensors(self, weights: Path) -> None:
         """Compare by checksum what the server holds as it is in the file; what it fuses, pads or packs is left to the probe."""
