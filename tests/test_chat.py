@@ -166,6 +166,7 @@ def test_a_conversation_from_a_pipe(folders, tmp_path, monkeypatch, capsys):
         (["chat", "a", "--temperature", "-1"], "0 is greedy"),
         (["chat", "a", "--top_p", "0"], "a probability above 0"),
         (["serve", "nowhere"], "no model 'nowhere'"),
+        (["serve", "one", "--rollouts"], "are for --engine vllm"),
     ],
 )
 def test_mistakes_are_one_line(arguments, said, capsys):
@@ -213,5 +214,9 @@ def test_the_served_answer_is_the_local_greedy_one(folders, name):
 
 def test_vllm_that_is_not_there_is_one_line(folders, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("ALIGN_VLLM", raising=False)
     assert main(["serve", str(folders / "one"), "--engine", "vllm"]) == 2
-    assert "no program `vllm`" in capsys.readouterr().err
+    assert "there is no vLLM" in capsys.readouterr().err
+    monkeypatch.setenv("ALIGN_VLLM", str(folders / "python"))
+    assert main(["serve", str(folders / "one"), "--engine", "vllm"]) == 2
+    assert "is no interpreter of an environment with vLLM" in capsys.readouterr().err

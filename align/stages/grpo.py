@@ -69,7 +69,7 @@ class GroupStage(TrainingStage, ProbeFields, SamplingFields, RewardFields):
         if self.engine == "forest" and (self.top_p != 1 or self.top_k):
             raise ValueError("the distribution that is sampled is the one that is optimized: top_p must be 1 and top_k 0")
         if self.engine == "trl":
-            for name in ("missing_eos_penalty", "target_kl", "sample_steps"):
+            for name in ("missing_eos_penalty", "target_kl", "sample_steps", "rollout_server"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} runs on engine 'forest' only")
         return self

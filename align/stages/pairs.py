@@ -53,6 +53,7 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
         model = load_causal_lm(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         stops = sorted({*stop_token_ids(model, tokenizer), t.end_token(encoder, rows)})
+        sampler = self.sampler(model, context.folder)
         generator = torch.Generator(next(model.parameters()).device).manual_seed(self.seed)
         noise = random.Random(self.seed)
 
@@ -62,7 +63,7 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
             prompts = [tree.prompt for tree in encoded.trees for _ in range(self.num_generations)]
             repeated = [row for row in encoded.rows for _ in range(self.num_generations)]
             with bar(f"{context.name}", len(prompts), "answer") as progress:
-                answers = complete(model, prompts, self.sampling(tokenizer), stops, generator, progress.update)
+                answers = complete(sampler, prompts, self.sampling(tokenizer), stops, generator, progress.update)
             scores, _ = judge(repeated, prompts, answers)
             scores = [score + noise.gauss(0.0, deviation) if deviation else score for score in scores]
             texts = judge.texts(answers)

@@ -14,7 +14,7 @@ from align.errors import AlignError
 from align.forest import Tree
 from align.intake.account import Quarantine
 from align.models import disable_dropout, stop_token_ids
-from align.rollout import Sampling, complete
+from align.rollout import Engine, Sampling, complete
 from align.scoring import Judge, component_means
 from align.stages import training as t
 from align.stages.base import Context
@@ -93,6 +93,7 @@ def train_on_samples(
         model=reward_on_base(policy, stage.reward_model),
     )
     value = CRITICS[critic](stage, context, policy, tokenizer, longest) if needs_critic else None
+    sampler = stage.sampler(policy, context.folder)
     models = Models(policy, value, temperature=stage.temperature, bf16=stage.bf16)
     optimizer, scheduler = _optimizer(stage, settings, models)
     checkpoints = Checkpoints(context.folder / "checkpoints", stage.save_steps or settings.steps + 1, stage.save_total_limit)
@@ -106,6 +107,7 @@ def train_on_samples(
         prompts,
         score,
         settings,
+        sampler=sampler,
         sampling=sampling,
         stop_ids=stop_ids,
         optimizer=optimizer,
@@ -130,7 +132,7 @@ def train_on_samples(
         if not test.trees or not (step in (0, settings.steps) or (stage.eval_steps and step % stage.eval_steps == 0)):
             return False
         generator = torch.Generator(models.device).manual_seed(stage.seed)  # the same draws of chance every time
-        context.history.add(step, held_out_score(policy, test, judge, sampling, stop_ids, generator))
+        context.history.add(step, held_out_score(sampler, test, judge, sampling, stop_ids, generator))
         return best is not None and step > 0 and best.see(step)
 
     with tracked(context.history, stage.report_to, context.folder):
@@ -145,11 +147,11 @@ def train_on_samples(
 
 
 def held_out_score(
-    policy: nn.Module, test: Encoded, judge: Judge, sampling: Sampling, stop_ids: list[int], generator: torch.Generator
+    sampler: nn.Module | Engine, test: Encoded, judge: Judge, sampling: Sampling, stop_ids: list[int], generator: torch.Generator
 ) -> dict[str, float]:
     """Mean score of sampled answers to held-out prompts, and of each of its components."""
     prompts = [tree.prompt for tree in test.trees]
-    totals, components = judge(test.rows, prompts, complete(policy, prompts, sampling, stop_ids, generator))
+    totals, components = judge(test.rows, prompts, complete(sampler, prompts, sampling, stop_ids, generator))
     return {"eval_score": sum(totals) / len(totals), **{f"eval_{k}": v for k, v in component_means(components).items()}}
 
 

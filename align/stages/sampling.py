@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from align.stages.base import Fields, MaxTokens, ModelRef, RewardRefs
+from align.stages.base import Bookkeeping, Fields, MaxTokens, ModelRef, RewardRefs
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from align.rollout import Sampling
+    from align.rollout import Engine, Sampling
     from align.scoring import Judge
 
 
@@ -29,12 +30,20 @@ class DecodingFields(Fields):
 
 
 class SamplingFields(DecodingFields):
-    """How answers are drawn by our own sampler."""
+    """How answers are drawn by our own sampler, or by a server."""
 
     rollout_batch_size: int = Field(128, gt=0)
     """Answers sampled side by side."""
     stop_strings: list[str] = Field(default_factory=list)
     """An answer also ends with the token that completes one of these in its text."""
+    rollout_server: Annotated[str | None, Bookkeeping()] = Field(None, pattern=r"^https?://[^/\s]+/?$")
+    """Address of a vLLM server that samples in place of our engine, with the policy's weights (docs/rollouts.md)."""
+
+    def sampler(self, model: nn.Module, folder: Path) -> nn.Module | Engine:
+        """What `align.rollout.complete` asks: `model`, or a server that gets its weights by way of `folder`."""
+        from align.rollout.server import ServerEngine
+
+        return model if self.rollout_server is None else ServerEngine(self.rollout_server, model, folder)
 
     def sampling(self, tokenizer: Any = None, **changes: Any) -> Sampling:
         """How answers are drawn; `tokenizer` finds the `stop_strings`."""

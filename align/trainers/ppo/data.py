@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +47,14 @@ class Sampled:
         return cls(**{**plain, "completions": [Completion(**completion) for completion in plain["completions"]]})
 
 
+def sampled_logps(completions: Sequence[Completion], mask: Tensor) -> Tensor | None:
+    """The log-probs that came with `completions`, in the shape of `mask`; None where some have none."""
+    if any(len(completion.logps) != len(completion.tokens) for completion in completions):
+        return None
+    column = torch.tensor([logp for completion in completions for logp in completion.logps], device=mask.device)
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter_(mask, column)
+
+
 @dataclass(frozen=True)
 class Episodes:
     """A batch of episodes. Matrices are (episodes, longest completion), zero where `mask` is false; episodes are the branches of
@@ -64,6 +73,8 @@ class Episodes:
     advantages: Tensor
     old_values: Tensor | None = None  # with a critic
     returns: Tensor | None = None
+    sampled_logps: Tensor | None = None
+    """What the engine that sampled says `old_logps` are, if it says so. Nothing is trained on them."""
 
     def with_columns(self) -> list[Tree]:
         """The trees, with what the losses need of each of their tokens."""

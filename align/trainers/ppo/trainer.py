@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from align.budget import Budget, MaxTokens
 from align.errors import AlignError
 from align.forest import Tree
 from align.ops import kl_k1, masked_moments, masked_whiten
 from align.progress import History, bar, say, shown
-from align.rollout import Completion, Sampling, complete
+from align.rollout import Completion, Engine, Sampling, complete
 from align.trainers.ppo import processes
 from align.trainers.ppo.advantages import Rewarded, estimators, parameters
 from align.trainers.ppo.checkpoint import (
@@ -31,7 +31,7 @@ from align.trainers.ppo.checkpoint import (
     restore_optimizer,
     restore_random_state,
 )
-from align.trainers.ppo.data import Episodes, Sampled, Shuffled
+from align.trainers.ppo.data import Episodes, Sampled, Shuffled, sampled_logps
 from align.trainers.ppo.kl import KL_ESTIMATORS, KLController
 from align.trainers.ppo.models import Models
 from align.trainers.ppo.update import Learner
@@ -50,6 +50,7 @@ class PPOTrainer:
     Args:
         prompts: token ids of the prompts, sampled in a shuffled order, again and again.
         scorer: scores completions; see `Scorer`.
+        sampler: who samples the policy; None is the policy itself.
         sampling: its temperature is that of the distribution that is optimized, too.
         max_tokens: tokens in a forward pass; see `align.budget.Budget`.
         checkpoints: None keeps none.
@@ -67,6 +68,7 @@ class PPOTrainer:
         scorer: Scorer,
         settings: PPOSettings,
         *,
+        sampler: nn.Module | Engine | None = None,
         sampling: Sampling,
         stop_ids: Sequence[int],
         optimizer: torch.optim.Optimizer,
@@ -82,6 +84,7 @@ class PPOTrainer:
         check(settings, sampling, has_critic=models.critic is not None)
         self.models, self.prompts, self.scorer, self.settings = models, prompts, scorer, settings
         self.sampling, self.stop_ids, self.history, self.text = sampling, stop_ids, history, text
+        self.sampler = models.policy if sampler is None else sampler
         self.checkpoints = checkpoints
         self.generator = torch.Generator(models.device).manual_seed(seed + processes.number())
         self.shuffle = torch.Generator().manual_seed(seed)  # the same on every process
@@ -152,7 +155,7 @@ class PPOTrainer:
 
     def sample(self, prompts: Sequence[list[int]]) -> list[Completion]:
         """`num_generations` completions for each of `prompts`, next to each other."""
-        return complete(self.models.policy, self._repeated(prompts), self.sampling, self.stop_ids, generator=self.generator)
+        return complete(self.sampler, self._repeated(prompts), self.sampling, self.stop_ids, generator=self.generator)
 
     def _repeated(self, items: Sequence[Any]) -> list[Any]:
         return [item for item in items for _ in range(self.settings.num_generations)]
@@ -189,6 +192,7 @@ class PPOTrainer:
             scores=score,
             finished=finished,
             old_logps=said.logps,
+            sampled_logps=sampled_logps(completions, said.mask),
             reference_logps=said.reference_logps,
             entropy=said.entropy,
             kl=kl,
@@ -219,6 +223,9 @@ class PPOTrainer:
             _, missed = masked_moments(episodes.returns - episodes.old_values, mask, processes.total)
             _, whole = masked_moments(episodes.returns, mask, processes.total)
             said |= {"val/mean_value": mean, "val/explained_variance": 1 - missed / whole.clamp(min=1e-8)}
+        if episodes.sampled_logps is not None:
+            gap = (episodes.sampled_logps - episodes.old_logps).abs()
+            said["sampling/sampling_logp_difference/mean"] = masked_moments(gap, mask, processes.total)[0]
         return {name: value.item() for name, value in said.items()}
 
     # -- logs ---------------------------------------------------------------------------------------------------------------
