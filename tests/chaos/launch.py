@@ -27,6 +27,10 @@ from align.stages import GRPO, KTO, PPO, RLOO, SFT, Preference, Pretrain, Reward
 
 TWO = {"num_processes": 2}
 LOSSES = ("loss", "eval_loss", "loss/policy_avg", "loss/value_avg", "objective/rlhf_reward", "eval_score")
+REWARD = """
+def varied(completions, completion_ids, **columns):
+    return [len(set(ids)) / len(ids) + ids[0] / 300 for ids in completion_ids]
+"""
 SAMPLING = (PPO, GRPO, RLOO)
 """Stages whose policies are whole in every process."""
 
@@ -71,6 +75,7 @@ def prepare(folder: Path) -> None:
     write_rows(folder / "kto.jsonl", [{"prompt": q, "completion": a, "label": i % 2 == 0} for i, (q, a, _) in enumerate(rows)])
     tokenizer = train_bpe([" ".join(words)] * 8, vocab_size=320)
     set_chat_template(tokenizer, "plain")
+    (folder / "mine.py").write_text(REWARD)
     llama().save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
 
@@ -86,7 +91,7 @@ def stages(folder: Path, steps: int) -> dict[str, Stage]:
     }
     common |= {"per_device_train_batch_size": 8, "save_steps": 2, "save_total_limit": 9, "model": str(folder / "model")}
     pairs = f"{folder}/pairs.jsonl"
-    sampled = {"reward_funcs": ["repetition"], "max_completion_length": 16, "data": f"{folder}/sft.jsonl"}
+    sampled = {"reward_funcs": [f"{folder}/mine.py:varied"], "max_completion_length": 16, "data": f"{folder}/sft.jsonl"}
     names = ("held_out", "max_length", "logging_steps", "learning_rate", "save_steps", "save_total_limit", "model")
     on_prompts = {name: common[name] for name in names}
     return {
