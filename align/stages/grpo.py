@@ -70,6 +70,8 @@ class GroupStage(TrainingStage, ProbeFields, SamplingFields, RewardFields):
             raise ValueError("the distribution that is sampled is the one that is optimized: top_p must be 1 and top_k 0")
         if self.engine == "forest":
             self.check_whole_replicas()
+            if self.on_non_finite != "stop":
+                raise ValueError("a run that samples its policy stops at a loss that is not finite: leave on_non_finite at 'stop'")
         if self.engine == "trl":
             for name in ("missing_eos_penalty", "target_kl", "sample_steps"):
                 if getattr(self, name) is not None:

@@ -51,12 +51,9 @@ class Checkpoints:
         self._last = time.monotonic()
 
     def latest(self) -> int | None:
-        """The step of the last one that is whole."""
-        if processes.number() == 0:
-            last_good(self.folder)
-        processes.wait()
-        found = last_good(self.folder)
-        return None if found is None else step_of(found)
+        """The step of the last one that is whole; the first process sets damaged ones aside."""
+        found = last_good(self.folder) if processes.number() == 0 else None
+        return processes.first(None if found is None else step_of(found))
 
     def due(self, step: int) -> bool:
         """Whether it is time for one."""

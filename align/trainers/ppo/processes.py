@@ -50,6 +50,11 @@ def totals(parts: Sequence[float]) -> list[float]:
     return list(parts) if alone() else [sum(column) for column in zip(*gather_object([list(parts)]), strict=True)]
 
 
+def first(here: Any) -> Any:
+    """What it is on the first process."""
+    return here if alone() else gather_object([here])[0]
+
+
 def all_of(here: bool) -> bool:
     """Whether it is so on every process."""
     return here if alone() else all(gather_object([here]))
