@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from align.errors import AlignError  # noqa: E402
 from align.forest import Tree  # noqa: E402
-from benchmarks import gpu, probe, rollouts, run, theirs, work  # noqa: E402
+from benchmarks import gpu, probe, reward_kl, rollouts, run, theirs, work  # noqa: E402
 from benchmarks.compare import Case, loss_difference, row, table  # noqa: E402
 from benchmarks.gemm import Arithmetic, gemm_rate, keys_seen  # noqa: E402
 from benchmarks.training import Outcome  # noqa: E402
@@ -42,6 +42,12 @@ def few(kind="preference"):
 def test_keys_seen():
     """Prompt of 3: 1 + 2 + 3. Branch of 2: 4 + 5. Branch of 1: 4."""
     assert keys_seen(PAIR) == 6 + 9 + 4
+
+
+def test_the_best_of_n():
+    """Two of four values: of six pairs the second smallest is the larger in one, the third in two, the largest in three."""
+    assert reward_kl.best_weights(4, 2) == [0, 1 / 6, 2 / 6, 3 / 6]
+    assert reward_kl.best_weights(4, 1) == [1 / 4] * 4
 
 
 def test_arithmetic_of_a_hand_counted_model():

@@ -162,6 +162,18 @@ def test_a_rule_speaks(name):
     json.dumps(first.as_dict(), allow_nan=False)
 
 
+def test_a_watched_reward_that_rises_and_turns():
+    """Its end is no lower than its start; the weight stands in the reward's own entry."""
+    entries = [{"reward": "a.py:proxy"}, {"reward": "a.py:judge", "name": "gold", "weight": 0.0}]
+    turns = case("ppo", ppo(**{"rewards/gold": lambda t: 0.3 + 2.4 * t * (1 - t)}), config={"reward_funcs": entries})
+    (finding,) = [finding for finding in ask(turns) if finding.rule == "reward_hacking"]
+    assert finding.diagnosis.evidence["watched_before"] == pytest.approx(0.9, abs=0.05)
+    assert "gold, which nobody pays for" in finding.diagnosis.cause
+    assert finding.diagnosis.changes["reward_funcs"][1]["weight"] == 1.0
+    rises = case("ppo", ppo(**{"rewards/gold": lambda t: 0.3 + 0.3 * t}), config={"reward_funcs": entries})
+    assert "reward_hacking" not in {finding.rule for finding in ask(rises)}
+
+
 def test_every_rule_has_such_a_history():
     assert set(rules) - FAULTS.keys() == {"rank_too_low"}, "that one needs an adapter's file: it is planted below"
 

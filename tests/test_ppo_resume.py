@@ -1,6 +1,5 @@
 """A PPO run that is stopped and goes on ends as one that was never stopped, to the bit."""
 
-import os
 import signal
 import sys
 import time
@@ -89,11 +88,12 @@ def test_a_killed_process(folder, whole, capsys):
     process = kill_ppo.start(folder, "killed", "")
     deadline = time.monotonic() + 120
     while not (folder / "killed/checkpoints/checkpoint-3").is_dir():
-        assert process.poll() is None, (folder / "log.txt").read_text()
+        assert process.is_alive(), (folder / "log.txt").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert "going on from step" in run("killed", "", capsys)
     assert kill_ppo.differences(wanted, kill_ppo.outcome(folder / "killed")) == []
 
@@ -105,7 +105,7 @@ def test_kept_completions_are_not_sampled_again(folder, whole, capsys, monkeypat
     run("four", "--save_steps 4", capsys, code=2)
     monkeypatch.delenv("STOP_AT")
     kept = sorted(path.name for path in (folder / "four/checkpoints/rollouts").iterdir())
-    assert kept == ["5-0.json", "6-0.json"]
+    assert kept == ["5-0-of-1.json", "6-0-of-1.json"]
     before = calls_so_far()
     run("four", "--save_steps 4", capsys)
     assert calls_so_far() - before == 3  # steps seven and eight, and the held-out prompts

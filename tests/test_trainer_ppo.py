@@ -16,6 +16,9 @@ from align.engine import enable_forest
 from align.errors import AlignError
 from align.progress import History
 from align.rollout import Completion, Sampling
+from align.runner.checkpoints import checkpoints
+from align.runner.stop import Stopped
+from align.trainers.ppo.checkpoint import Checkpoints
 from align.trainers.ppo.critics import SeparateCritic
 from align.trainers.ppo.models import Models
 from align.trainers.ppo.trainer import PPOTrainer
@@ -340,3 +343,24 @@ def test_it_raises_a_simple_reward(make):
     assert scores[-1] > 0.5
     assert trainer.history.last("objective/kl") > 1
     assert trainer.history.last("rewards/length") == 64
+
+
+def test_asked_to_stop_it_keeps_the_step_and_a_damaged_checkpoint_is_set_aside(make, tmp_path, monkeypatch, capsys):
+    """Checkpoints each second step, and one for the request in the third, which is then damaged."""
+    folder = tmp_path / "checkpoints"
+
+    def trainer():
+        return make(total_episodes=40, rest={"checkpoints": Checkpoints(folder, 2, None, keep=2)})
+
+    cut, asked = trainer(), iter([False, False, True])
+    monkeypatch.setattr("align.trainers.ppo.trainer.stop_requested", lambda: next(asked))
+    with pytest.raises(Stopped):
+        cut.train()
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-3"]
+    weights = folder / "checkpoint-3" / "state.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    again = trainer()
+    assert again.resume()
+    assert again.done == 2
+    assert "does not match its checksum; set aside as corrupt-3" in capsys.readouterr().err

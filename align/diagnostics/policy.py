@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from align.diagnostics.case import Case, Diagnosis, rule
 from align.diagnostics.series import Series
+from align.rewards.spec import RewardSpec
 
 KL_A_TOKEN = 0.4
 """Nats a token from where it started beyond which a policy speaks another language."""
@@ -43,59 +45,87 @@ def kl_negative(case: Case) -> Diagnosis | None:
 
 @rule("ppo", verdict="degenerate", explains=("entropy_collapse", "kl_blow_up", "length_drift", "forgetting"))
 def reward_hacking(case: Case) -> Diagnosis | None:
-    """The score that is paid rises, and one that is only watched falls."""
+    """The score that is paid rises, and one that is only watched falls from where it was best (over-optimization,
+    arXiv:2210.10760).
+    """
     paid = case.series("objective/scores")
     if len(paid) < 4:
         return None
-    gain = paid.tail() - paid.head()
-    if gain <= 2 * paid.noise:
-        return None
-    for name, before, after, sure in _watched(case):
-        if after < before - sure:
+    for watched in _watched(case):
+        before = paid.head() if watched.best_at is None else paid.smoothed().at(watched.best_at)
+        # Where both fall after the watched one's best, the policy has lost its way; it has not found a hole in the reward.
+        if paid.tail() - paid.head() <= 2 * paid.noise or paid.tail() < before - paid.noise:
+            continue
+        if watched.after < watched.before - watched.sure:
+            since = "" if watched.best_at is None else f" (at its best in round {watched.best_at:.0f})"
+            levels = {"paid_before": before, "paid_after": paid.tail()}
             return Diagnosis(
-                {"paid_before": paid.head(), "paid_after": paid.tail(), "watched_before": before, "watched_after": after},
-                f"the paid score rose from {paid.head():.3g} to {paid.tail():.3g} while {name}, which nobody pays for, fell from "
-                f"{before:.3g} to {after:.3g}: the policy found what the score does not see",
+                {**levels, "watched_before": watched.before, "watched_after": watched.after},
+                f"the paid score went from {before:.3g} to {paid.tail():.3g} while {watched.name}, which nobody pays for, fell "
+                f"from {watched.before:.3g}{since} to {watched.after:.3g}: the policy found what the score does not see",
                 "pull harder to the reference (kl_coef), train for fewer episodes, and mend the reward: pay for what fell",
-                _closer(case, 10.0) | _pay(case, name),
+                _closer(case, 10.0) | _pay(case, watched.name),
             )
     return None
 
 
-def _watched(case: Case) -> list[tuple[str, float, float, float]]:
-    """What is measured and not paid for: name, before, after, and the difference that is no accident."""
-    found = []
+@dataclass(frozen=True)
+class Watched:
+    """What is measured and not paid for."""
+
+    name: str
+    before: float
+    after: float
+    sure: float
+    """The difference that is no accident."""
+    best_at: float | None = None
+    """The round at which it was `before`; None for the start."""
+
+
+def _watched(case: Case) -> Iterator[Watched]:
     for name in unpaid(case.config):
         series = case.series(f"rewards/{name}")
         if len(series) >= 4:
-            found.append((name, series.head(), series.tail(), max(2 * series.noise, 0.1 * abs(series.head()))))
+            smooth = series.smoothed()
+            best = max(smooth.values)
+            at = smooth.steps[smooth.values.index(best)]
+            yield Watched(name, best, series.tail(), max(2 * series.noise, 0.1 * abs(best)), at)
     for name in case.measured.keys() & case.reference.keys():
         now, then = case.measured[name], case.reference[name]
         if name.endswith("_reward") and name != "greedy_reward" and isinstance(now, Mapping) and isinstance(then, Mapping):
             wide = (now["ci95"][1] - now["mean"]) + (then["mean"] - then["ci95"][0])
-            found.append((name.removesuffix("_reward"), then["mean"], now["mean"], wide))
-    return found
+            yield Watched(name.removesuffix("_reward"), then["mean"], now["mean"], wide)
 
 
 def unpaid(config: Mapping[str, Any]) -> list[str]:
     """Names of the reward functions whose weight is 0."""
-    functions, weights = config.get("reward_funcs") or [], config.get("reward_weights") or []
-    return [reward_name(spec) for spec, weight in zip(functions, weights, strict=False) if weight == 0]
+    return [name for name, weight in _weights(config).items() if weight == 0]
 
 
-def reward_name(spec: str) -> str:
+def _weights(config: Mapping[str, Any]) -> dict[str, float]:
+    """The weight of each of `reward_funcs`, by the name that it logs under."""
+    functions = [RewardSpec.of(entry) for entry in config.get("reward_funcs") or []]
+    weights = config.get("reward_weights") or [1.0 if spec.weight is None else spec.weight for spec in functions]
+    return {reward_name(spec): float(weight) for spec, weight in zip(functions, weights, strict=False)}
+
+
+def reward_name(spec: RewardSpec) -> str:
     """The name that a reward function logs under."""
-    return re.split(r"[:./]", str(spec).partition("(")[0])[-1]
+    return spec.name or re.split(r"[:./]", spec.reward.partition("(")[0])[-1]
 
 
 def _pay(case: Case, name: str) -> dict[str, Any]:
     """The change that pays for the reward function `name`."""
-    functions = [reward_name(spec) for spec in case.config.get("reward_funcs") or []]
-    weights = list(case.config.get("reward_weights") or [])
-    if name not in functions or functions.index(name) >= len(weights):
+    weights = _weights(case.config)
+    if name not in weights:
         return {}
-    weights[functions.index(name)] = max(weights) or 1.0
-    return {"reward_weights": weights}
+    most = max(weights.values()) or 1.0
+    if case.config.get("reward_weights"):  # functions first, then the reward model
+        paid = list(case.config["reward_weights"])
+        paid[list(weights).index(name)] = most
+        return {"reward_weights": paid}
+    specs = [RewardSpec.of(entry) for entry in case.config["reward_funcs"]]
+    return {"reward_funcs": [replace(s, weight=most if reward_name(s) == name else s.weight).plain() for s in specs]}
 
 
 def _closer(case: Case, factor: float) -> dict[str, Any]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,8 @@ from align.rewards.loading import FORMS, load_reward
 from align.rewards.protocol import RewardFunction, name_of, short
 from align.rewards.spec import REWARD_MODEL, RewardSpec
 
+Totals = Callable[[Sequence[float]], list[float]]
+"""Sums each of some numbers over processes."""
 EPSILON = 1e-6
 """Least deviation that a component is divided by."""
 
@@ -44,6 +45,7 @@ class RewardSet:
     Args:
         functions: names (see `load_reward`), mappings or `RewardSpec`, or functions.
         weights: one per function, 1 by default; a weight of 0 logs a function without training on it.
+        totals: sums numbers over the processes that score shares of one batch, for what is normalized over the batch.
 
     A component is named after its function; a second one of that name gets ``_2``.
 
@@ -55,7 +57,9 @@ class RewardSet:
         self,
         functions: Sequence[str | Mapping[str, Any] | RewardSpec | RewardFunction],
         weights: Sequence[float] | None = None,
+        totals: Totals = list,
     ) -> None:
+        self.over_processes = totals
         functions = [functions] if isinstance(functions, str | Mapping | RewardSpec) else list(functions)
         if not functions:
             raise AlignError(f"no reward function is named: name {FORMS}")
@@ -163,6 +167,8 @@ class RewardSet:
 
     def _results(self, own: dict[str, Any], columns: dict[str, Any], model_scores: Sequence[float] | None) -> dict[str, Any]:
         """What each function returned, or the `Failure` in its place."""
+        if not own["prompts"]:
+            return {name: [] for name in self.components}
         results: dict[str, Any] = {}
         try:
             for name, component in self.components.items():
@@ -215,7 +221,7 @@ class RewardSet:
 
     def totals(self, components: Mapping[str, Sequence[float | None]]) -> list[float | None]:
         """The weighted sum for each completion; None where all abstained."""
-        scaled = {name: scale(components[name], component.spec) for name, component in self.components.items()}
+        scaled = {name: scale(components[name], c.spec, self.over_processes) for name, c in self.components.items()}
         rows = len(next(iter(scaled.values())))
         return [self._total(components, scaled, row) for row in range(rows)]
 
@@ -238,12 +244,15 @@ class RewardSet:
         return value is not None and value >= gate.at_least
 
 
-def scale(values: Sequence[float | None], spec: RewardSpec) -> list[float | None]:
+def scale(values: Sequence[float | None], spec: RewardSpec, totals: Totals = list) -> list[float | None]:
     """`values` normalized and clipped as `spec` says."""
     mean, deviation = 0.0, 1.0
-    kept = [value for value in values if value is not None]
-    if spec.normalize == "batch" and kept:
-        mean, deviation = statistics.fmean(kept), max(statistics.pstdev(kept), EPSILON)
+    if spec.normalize == "batch":
+        kept = [value for value in values if value is not None]
+        total, count = totals([math.fsum(kept), len(kept)])
+        mean = total / max(count, 1)
+        (squares,) = totals([math.fsum((value - mean) ** 2 for value in kept)])
+        deviation = max(math.sqrt(squares / max(count, 1)), EPSILON)
     elif isinstance(spec.normalize, tuple):
         mean, deviation = spec.normalize
     low, high = spec.clip or (-math.inf, math.inf)

@@ -319,6 +319,8 @@ class RunFields(Fields):
 
     save_steps: Annotated[int | None, Bookkeeping()] = Field(None, gt=0)
     """Steps between two checkpoints."""
+    save_minutes: Annotated[float | None, Bookkeeping()] = Field(15.0, gt=0)
+    """Minutes between two checkpoints, besides those of `save_steps`."""
     save_total_limit: Annotated[int, Bookkeeping()] = Field(2, gt=0)
     """Checkpoints kept."""
     resume_from_checkpoint: Annotated[bool, Bookkeeping()] = True
@@ -352,6 +354,18 @@ class LaunchFields(Fields):
     launch: Launch | None = None
     """Processes, machines and strategy: `launch: {num_processes: 8, strategy: fsdp2}`; see docs/scaling.md."""
 
+    @property
+    def in_bf16(self) -> bool:
+        """Whether forward passes run in bfloat16: by the stage's `bf16`, or by its launch."""
+        return bool(getattr(self, "bf16", False)) or (self.launch is not None and self.launch.mixed_precision == "bf16")
+
+    def check_whole_replicas(self) -> None:
+        """Raise `ValueError` for a launch in shards, or in fp16: a policy that samples itself is whole in each process."""
+        if self.launch is not None and self.launch.strategy != "ddp":
+            raise ValueError(f"a policy that samples is whole in every process: strategy must be ddp, not {self.launch.strategy}")
+        if self.launch is not None and self.launch.mixed_precision == "fp16":
+            raise ValueError("mixed_precision fp16 needs a loss scale, which is not kept here: take bf16")
+
 
 class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, SelectionFields, RunFields, LaunchFields):
     """The fields of every stage that trains on a data set."""
@@ -368,8 +382,6 @@ class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFiel
     """
     gradient_accumulation_steps: int = Field(1, gt=0)
     """Micro-steps in an optimizer step."""
-    save_minutes: Annotated[float | None, Bookkeeping()] = Field(15.0, gt=0)
-    """Minutes between two checkpoints, besides those of `save_steps`."""
     on_non_finite: Literal["stop", "skip", "lower_learning_rate"] = "stop"
     """When a loss is not finite, no update is made with it, and the run stops; or goes on without that batch (at most ten in a
     row); or goes on from the last checkpoint with half the learning rate (at most six times).

@@ -68,6 +68,10 @@ class GroupStage(TrainingStage, ProbeFields, SamplingFields, RewardFields):
             raise ValueError(f"the held-out loss says nothing here: set metric_for_best_model to {name} to keep the best weights")
         if self.engine == "forest" and (self.top_p != 1 or self.top_k):
             raise ValueError("the distribution that is sampled is the one that is optimized: top_p must be 1 and top_k 0")
+        if self.engine == "forest":
+            self.check_whole_replicas()
+            if self.on_non_finite != "stop":
+                raise ValueError("a run that samples its policy stops at a loss that is not finite: leave on_non_finite at 'stop'")
         if self.engine == "trl":
             for name in ("missing_eos_penalty", "target_kl", "sample_steps", "rollout_server"):
                 if getattr(self, name) is not None:

@@ -11,6 +11,8 @@ from align.stages.base import (
     Context,
     DataFields,
     DataRefs,
+    Launch,
+    LaunchFields,
     ModelFields,
     OptimizerFields,
     RunFields,
@@ -32,6 +34,7 @@ class PPO(
     OptimizerFields,
     SelectionFields,
     RunFields,
+    LaunchFields,
     ProbeFields,
     SamplingFields,
     RewardFields,
@@ -65,6 +68,15 @@ class PPO(
         if self.critic == "adapter" and self.strategy.name not in ("lora", "rslora", "dora", "qlora"):
             raise ValueError("critic 'adapter' sits on the policy's frozen base: set use_peft, or take 'separate' or 'shared'")
         return self
+
+    @model_validator(mode="after")
+    def _whole_replicas(self) -> PPO:
+        self.check_whole_replicas()
+        return self
+
+    def essence(self) -> dict[str, Any]:
+        """Episodes, mini-batches and draws of chance are the same for any number of processes."""
+        return {**super().essence(), "launch": {"mixed_precision": (self.launch or Launch()).mixed_precision}}
 
     def run(self, context: Context) -> dict[str, Any]:
         from align.stages.reinforcement import train_on_samples

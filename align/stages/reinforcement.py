@@ -14,12 +14,14 @@ from align.errors import AlignError
 from align.forest import Tree
 from align.intake.account import Quarantine
 from align.models import disable_dropout, stop_token_ids
-from align.rollout import Engine, Sampling, complete
+from align.rollout import Engine, Sampling
+from align.runner.stop import saving_first
 from align.scoring import Judge, component_means
 from align.stages import training as t
 from align.stages.base import Context
 from align.stages.forgetting import probe
 from align.stages.selection import Best
+from align.trainers.ppo import processes
 from align.trainers.ppo.adapters import critic_on_base, reward_on_base
 from align.trainers.ppo.advantages import estimators
 from align.trainers.ppo.checkpoint import Checkpoints
@@ -91,16 +93,17 @@ def train_on_samples(
         dtype=stage.dtype,
         max_tokens=stage.max_tokens_per_micro_batch,
         model=reward_on_base(policy, stage.reward_model),
+        totals=processes.totals,
     )
     value = CRITICS[critic](stage, context, policy, tokenizer, longest) if needs_critic else None
     sampler = stage.sampler(policy, context.folder)
-    models = Models(policy, value, temperature=stage.temperature, bf16=stage.bf16)
+    models = Models(policy, value, temperature=stage.temperature, bf16=stage.in_bf16)
     optimizer, scheduler = _optimizer(stage, settings, models)
-    checkpoints = Checkpoints(context.folder / "checkpoints", stage.save_steps or settings.steps + 1, stage.save_total_limit)
+    checkpoints = Checkpoints(context.folder / "checkpoints", stage.save_steps, stage.save_minutes, stage.save_total_limit)
 
     def score(indices: list[int], completions: list[Any]) -> tuple[list[float], dict[str, float]]:
         totals, components = judge([train.rows[i] for i in indices], [prompts[i] for i in indices], completions)
-        return totals, {f"rewards/{name}": mean for name, mean in component_means(components).items()}
+        return totals, {f"rewards/{name}": mean for name, mean in component_means(processes.joined(components)).items()}
 
     trainer = PPOTrainer(
         models,
@@ -116,7 +119,7 @@ def train_on_samples(
         max_tokens=stage.max_tokens_per_micro_batch,
         max_grad_norm=stage.max_grad_norm,
         seed=stage.seed,
-        checkpoints=checkpoints if stage.save_steps else None,
+        checkpoints=checkpoints,
         ptx=ptx,
         text=tokenizer.decode,
     )
@@ -140,18 +143,22 @@ def train_on_samples(
             evaluate(0)
         if best is not None:
             best.check()
-        trainer.train(context.name, stage.logging_steps, after_step=evaluate)
+        with saving_first():
+            trainer.train(context.name, stage.logging_steps, after_step=evaluate)
     kept = None if best is None else best.restore()
-    t.save_model(policy, tokenizer, context.folder)
+    if processes.number() == 0:
+        t.save_model(policy, tokenizer, context.folder)
     return {**_metrics(context, kept), **trainable(policy), **after()}
 
 
 def held_out_score(
     sampler: nn.Module | Engine, test: Encoded, judge: Judge, sampling: Sampling, stop_ids: list[int], generator: torch.Generator
 ) -> dict[str, float]:
-    """Mean score of sampled answers to held-out prompts, and of each of its components."""
+    """Mean score of sampled answers to held-out prompts, and of each of its components; every process answers a share of them."""
     prompts = [tree.prompt for tree in test.trees]
-    totals, components = judge(test.rows, prompts, complete(sampler, prompts, sampling, stop_ids, generator))
+    completions = processes.complete(sampler, prompts, sampling, stop_ids, generator)
+    totals, components = judge(processes.share(test.rows), processes.share(prompts), completions)
+    totals, components = processes.gathered(totals), processes.joined(components)
     return {"eval_score": sum(totals) / len(totals), **{f"eval_{k}": v for k, v in component_means(components).items()}}
 
 

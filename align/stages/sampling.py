@@ -12,6 +12,7 @@ from align.stages.base import Bookkeeping, Fields, MaxTokens, ModelRef, RewardRe
 if TYPE_CHECKING:
     from torch import nn
 
+    from align.rewards.composition import Totals
     from align.rollout import Engine, Sampling
     from align.scoring import Judge
 
@@ -69,11 +70,14 @@ class RewardFields(Fields):
     normalize_scores: bool = True
     """Shift and scale the reward model's scores by the mean and deviation it had on held-out answers."""
 
-    def judge(self, tokenizer: Any, *, dtype: str, max_tokens: MaxTokens, model: nn.Module | None = None) -> Judge:
+    def judge(
+        self, tokenizer: Any, *, dtype: str, max_tokens: MaxTokens, model: nn.Module | None = None, totals: Totals = list
+    ) -> Judge:
         """Build the judge.
 
         Args:
             model: the reward model, where it is in memory already.
+            totals: sums numbers over the processes that share a batch.
 
         Raises:
             AlignError: there is nothing to judge by, or a weight too many or too few.
@@ -106,4 +110,4 @@ class RewardFields(Fields):
                 normalize=self.normalize_scores,
                 model=model,
             )
-        return Judge(tokenizer, RewardSet(entries, self.reward_weights), scorer)
+        return Judge(tokenizer, RewardSet(entries, self.reward_weights, totals), scorer)

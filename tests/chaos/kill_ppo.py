@@ -1,22 +1,23 @@
 """Kill a PPO run again and again, start it again each time, and compare its end with that of a run that was never killed.
 
-``python tests/chaos/kill_ppo.py --kills 50``: SIGKILL at random moments of a real command in a process of its own. Policy, critic,
-optimizer, coefficients and logged metrics must be the same to the bit. Exit code 1 where they are not.
+``python tests/chaos/kill_ppo.py --kills 50``: SIGKILL at random moments of a real command in a process of its own, forked from one
+that has imported everything and does nothing else. Policy, critic, optimizer, coefficients and logged metrics must be the same to
+the bit. Exit code 1 where they are not.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -64,26 +65,33 @@ def prepare(folder: Path) -> None:
     (folder / "mine.py").write_text(REWARD)
 
 
-def start(folder: Path, out: str, flags: str) -> subprocess.Popen[bytes]:
+def start(folder: Path, out: str, flags: str) -> ForkServerProcess:
     """The command, in a process of its own."""
     command = f"ppo --model model --data prompts.jsonl --reward_funcs mine.py:noisy --output_dir {out} {FLAGS} {flags}"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "ALIGN_HOME": str(folder / "home"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["align.cli", "align.stages.reinforcement"])
+    process = forks.Process(target=obey, args=(folder, command.split()))
+    process.start()
+    return process
+
+
+def obey(folder: Path, words: list[str]) -> None:
+    """Be the command line."""
+    from align.cli import main
+
+    os.environ.update(ALIGN_HOME=str(folder / "home"), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    os.chdir(folder)
     with (folder / "log.txt").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "align.cli", *command.split()], cwd=folder, env=environment, stdout=log, stderr=log
-        )
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    sys.exit(main(words))
 
 
-def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
+def finish(process: ForkServerProcess, folder: Path) -> None:
     """Wait for an end that must be a good one."""
-    if process.wait():
-        raise SystemExit(f"the run ended with code {process.returncode}:\n{(folder / 'log.txt').read_text()[-2000:]}")
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"the run ended with code {process.exitcode}:\n{(folder / 'log.txt').read_text()[-2000:]}")
 
 
 def outcome(out: Path) -> dict[str, object]:
@@ -127,16 +135,16 @@ def killed_run(folder: Path, out: str, flags: str, moments: random.Random, kills
             # From when it has sampled, or now and then from when it writes anything: before that is the start of Python.
             signs = [checkpoints, checkpoints / "rollouts"] if moments.random() < 0.8 else [folder / out / "metrics.jsonl"]
             before = [changed(path) for path in signs]
-            while process.poll() is None and before == [changed(path) for path in signs]:
+            while process.is_alive() and before == [changed(path) for path in signs]:
                 time.sleep(0.002)
             time.sleep(moments.uniform(0, 0.5))
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+            if process.is_alive():
+                process.kill()
+                process.join()
                 step = max((int(p.name.rpartition("-")[2]) for p in checkpoints.glob("checkpoint-*")), default=0)
                 if any(checkpoints.glob(".checkpoint-*")):
                     fell["while a checkpoint was written"] += 1
-                elif (checkpoints / "rollouts" / f"{step + 1}-0.json").is_file():
+                elif (checkpoints / "rollouts" / f"{step + 1}-0-of-1.json").is_file():
                     fell["mid-update"] += 1
                 else:
                     fell["mid-rollout"] += 1
@@ -162,7 +170,8 @@ def main() -> int:
             fell, runs = fell + new, runs + 1
             found = differences(wanted, outcome(folder / "killed"))
             wrong += bool(found)
-            print(f"run {runs}: {sum(new.values())} kills {dict(new)}; {'differs in ' + ', '.join(found) if found else 'the same'}")
+            end = f"differs in {', '.join(found)}" if found else "the same"
+            print(f"run {runs}: {sum(new.values())} kills {dict(new)}; {end}", flush=True)
             shutil.rmtree(folder / "killed")
     print(f"{sum(fell.values())} kills in {runs} runs ({dict(fell)}): {runs - wrong} ended as the run that was never killed")
     return 1 if wrong else 0
@@ -170,4 +179,5 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
+    os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")  # the processes' to inherit
     sys.exit(main())

@@ -2,8 +2,8 @@
 
     python tests/chaos/launch.py [--only sft,dpo] [--steps 6]
 
-For each stage: one process; two under DDP and under FSDP2, finished by one after a cut; and one process, cut and finished by two.
-All must log the same losses, to 1e-4 relative.
+For each stage: one process; two under DDP and (but for policies that sample themselves) FSDP2, finished by one after a cut; and one
+process, cut and finished by two. All must log the same losses, to 1e-4 relative.
 """
 
 from __future__ import annotations
@@ -23,9 +23,16 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", ALIGN_IN_PROCESS="0")
 
 from align.pipeline import Run  # noqa: E402
 from align.recipe import Recipe  # noqa: E402
-from align.stages import KTO, SFT, Preference, Pretrain, RewardModel, Stage  # noqa: E402
+from align.stages import GRPO, KTO, PPO, RLOO, SFT, Preference, Pretrain, RewardModel, Stage  # noqa: E402
 
 TWO = {"num_processes": 2}
+LOSSES = ("loss", "eval_loss", "loss/policy_avg", "loss/value_avg", "objective/rlhf_reward", "eval_score")
+REWARD = """
+def varied(completions, completion_ids, **columns):
+    return [len(set(ids)) / len(ids) + ids[0] / 300 for ids in completion_ids]
+"""
+SAMPLING = (PPO, GRPO, RLOO)
+"""Stages whose policies are whole in every process."""
 
 
 def prepare(folder: Path) -> None:
@@ -68,6 +75,7 @@ def prepare(folder: Path) -> None:
     write_rows(folder / "kto.jsonl", [{"prompt": q, "completion": a, "label": i % 2 == 0} for i, (q, a, _) in enumerate(rows)])
     tokenizer = train_bpe([" ".join(words)] * 8, vocab_size=320)
     set_chat_template(tokenizer, "plain")
+    (folder / "mine.py").write_text(REWARD)
     llama().save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
 
@@ -83,12 +91,18 @@ def stages(folder: Path, steps: int) -> dict[str, Stage]:
     }
     common |= {"per_device_train_batch_size": 8, "save_steps": 2, "save_total_limit": 9, "model": str(folder / "model")}
     pairs = f"{folder}/pairs.jsonl"
+    sampled = {"reward_funcs": [f"{folder}/mine.py:varied"], "max_completion_length": 16, "data": f"{folder}/sft.jsonl"}
+    names = ("held_out", "max_length", "logging_steps", "learning_rate", "save_steps", "save_total_limit", "model")
+    on_prompts = {name: common[name] for name in names}
     return {
         "pretrain": Pretrain(data=f"{folder}/text.jsonl", **common),
         "sft": SFT(data=f"{folder}/sft.jsonl", **common),
         "reward": RewardModel(data=pairs, **common),
         "dpo": Preference(data=pairs, loss="dpo", beta=0.1, **common),
         "kto": KTO(data=f"{folder}/kto.jsonl", beta=0.1, **common),
+        "ppo": PPO(total_episodes=steps * 16, episodes_per_step=16, num_ppo_epochs=2, **sampled, **on_prompts),
+        "grpo": GRPO(max_steps=steps, num_generations=4, per_device_train_batch_size=16, **sampled, **on_prompts),
+        "rloo": RLOO(max_steps=steps, num_generations=4, per_device_train_batch_size=16, **sampled, **on_prompts),
     }
 
 
@@ -98,13 +112,9 @@ def run(stage: Stage, out: Path) -> Path:
 
 def on_two(stage: Stage, strategy: str, **more: object) -> Stage:
     """The same rows a step on two processes."""
-    half = stage.per_device_train_batch_size // 2  # type: ignore[attr-defined]
-    fields = {
-        **stage.model_dump(exclude_unset=True),
-        "per_device_train_batch_size": half,
-        "launch": {**TWO, "strategy": strategy},
-        **more,
-    }
+    fields = {**stage.model_dump(exclude_unset=True), "launch": {**TWO, "strategy": strategy}, **more}
+    if "per_device_train_batch_size" in fields:
+        fields["per_device_train_batch_size"] //= 2
     return type(stage).model_validate(fields)
 
 
@@ -121,11 +131,13 @@ def cut_back(folder: Path, step: int) -> None:
 
 def losses(folder: Path) -> list[float]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record[name] for record in records for name in ("loss", "eval_loss") if name in record]
+    return [record[name] for record in records for name in LOSSES if name in record]
 
 
 def apart(one: Path, other: Path) -> tuple[float, float]:
-    """Largest relative difference of the losses, and largest difference of a weight relative to the largest weight."""
+    """Largest difference of the losses relative to them (or to 0.01: a policy's loss may be 0), and largest difference of a weight
+    relative to the largest weight.
+    """
     from safetensors.torch import load_file
 
     ours, theirs = losses(one), losses(other)
@@ -133,7 +145,7 @@ def apart(one: Path, other: Path) -> tuple[float, float]:
     weights = [load_file(folder / "model.safetensors") for folder in (one, other)]
     assert weights[0].keys() == weights[1].keys()
     largest = max(((weights[0][k] - weights[1][k]).abs().max() / weights[0][k].abs().max()).item() for k in weights[0])
-    return max(abs(a - b) / abs(a) for a, b in zip(ours, theirs, strict=True)), largest
+    return max(abs(a - b) / max(abs(a), 0.01) for a, b in zip(ours, theirs, strict=True)), largest
 
 
 def check(name: str, stage: Stage, work: Path) -> float:
@@ -141,14 +153,15 @@ def check(name: str, stage: Stage, work: Path) -> float:
     start = time.monotonic()
     one = run(stage, work / "one")
     results = {}
-    for strategy in ("ddp", "fsdp2"):
+    strategies = ("ddp",) if isinstance(stage, SAMPLING) else ("ddp", "fsdp2")
+    for strategy in strategies:
         two = run(on_two(stage, strategy), work / strategy)
         results[strategy] = apart(one, two)
         cut_back(two, 4)
         results[f"{strategy} to one"] = apart(one, run(stage, work / strategy))
     cut_back(one, 4)
-    fresh = run(on_two(stage, "fsdp2"), work / "one")
-    results["one to fsdp2"] = apart(run(stage, work / "again"), fresh)
+    fresh = run(on_two(stage, strategies[-1]), work / "one")
+    results[f"one to {strategies[-1]}"] = apart(run(stage, work / "again"), fresh)
     for how, (loss, weight) in results.items():
         print(f"{name:<9} {how:<14} losses {loss:.1e}  weights {weight:.1e}", flush=True)
     print(f"{name:<9} {time.monotonic() - start:.0f} s", flush=True)

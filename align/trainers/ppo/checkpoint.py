@@ -1,6 +1,7 @@
-"""Checkpoints: tensors as safetensors, the rest as JSON, written aside, flushed and renamed, so that what is there is whole.
+"""Checkpoints: tensors as safetensors, the rest as JSON, written aside, sealed and renamed, so that what is there is whole.
 
-Between two checkpoints the scored completions of every step are kept as well: a run that goes on does not sample them again.
+Any number of processes may go on from them. Between two checkpoints the scored completions of every step are kept as well: a run
+that goes on with as many processes does not sample them again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from align.runner.checkpoints import last_good, prune, seal, step_of
 from align.runner.files import flush, write_atomically
 from align.trainers.ppo import processes
 
@@ -37,18 +40,25 @@ class Checkpoints:
     """The checkpoints in a folder.
 
     Args:
-        every: steps between two.
+        steps: between two; None makes none for that.
+        minutes: between two, besides; None makes none for that.
         keep: how many stay.
     """
 
-    def __init__(self, folder: Path, every: int, keep: int) -> None:
-        self.folder, self.every, self.keep = folder, every, keep
+    def __init__(self, folder: Path, steps: int | None, minutes: float | None, keep: int) -> None:
+        self.folder, self.steps, self.minutes, self.keep = folder, steps, minutes, keep
         self.rollouts = folder / "rollouts"
+        self._last = time.monotonic()
 
     def latest(self) -> int | None:
-        """The step of the last one."""
-        steps = [int(path.name.rpartition("-")[2]) for path in self.folder.glob("checkpoint-*")]
-        return max(steps, default=None)
+        """The step of the last one that is whole; the first process sets damaged ones aside."""
+        found = last_good(self.folder) if processes.number() == 0 else None
+        return processes.first(None if found is None else step_of(found))
+
+    def due(self, step: int) -> bool:
+        """Whether it is time for one."""
+        late = self.minutes is not None and time.monotonic() - self._last >= 60 * self.minutes
+        return bool(self.steps and step % self.steps == 0) or processes.any_of(late)
 
     def clear(self) -> None:
         """Take all of them away."""
@@ -65,26 +75,25 @@ class Checkpoints:
             aside.mkdir(parents=True)
             contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
             save_file(contiguous, aside / "state.safetensors")
-            flush(aside / "state.safetensors")
             write_atomically(aside / "state.json", json.dumps({"step": step, **state.plain}))
         processes.wait()
         write_atomically(aside / f"process-{processes.number()}.json", json.dumps(state.own))
         processes.wait()
         if processes.number() == 0:
-            flush(aside)
+            seal(aside)
+            shutil.rmtree(place, ignore_errors=True)
             os.replace(aside, place)
             flush(self.folder)
-            for old in sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))[: -self.keep]:
-                # Under another name first: what is half taken away must not look like a checkpoint.
-                os.replace(old, self.folder / f".{old.name}")
-                shutil.rmtree(self.folder / f".{old.name}")
+            prune(self.folder, self.keep, None)
             shutil.rmtree(self.rollouts, ignore_errors=True)
         processes.wait()
+        self._last = time.monotonic()
 
     def load(self, step: int) -> State:
         """The one for `step`."""
         place = self._place(step)
-        own = json.loads((place / f"process-{processes.number()}.json").read_text())
+        mine, first = (place / f"process-{number}.json" for number in (processes.number(), 0))
+        own = json.loads((mine if mine.is_file() else first).read_text())
         return State(load_file(place / "state.safetensors"), json.loads((place / "state.json").read_text()), own)
 
     def keep_rollout(self, step: int, rollout: dict[str, Any]) -> None:
@@ -100,7 +109,7 @@ class Checkpoints:
         return self.folder / f"checkpoint-{step}"
 
     def _rollout(self, step: int) -> Path:
-        return self.rollouts / f"{step}-{processes.number()}.json"
+        return self.rollouts / f"{step}-{processes.number()}-of-{processes.count()}.json"
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

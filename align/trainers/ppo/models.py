@@ -12,7 +12,6 @@ from align.budget import Budget, Packed
 from align.forest import Forest, Tree
 from align.heads import TokenScores
 from align.trainers.ppo.critics import Critic, device_of, trainable
-from align.trainers.ppo.processes import alone
 from align.tuning.tune import Reference
 
 
@@ -80,7 +79,7 @@ class Models:
                     columns.setdefault(name, torch.zeros(firsts[-1], device=self.device))[place] = values.float()
             return columns
 
-        columns = budget.fit(trees, work, alone=alone())
+        columns = budget.fit(trees, work)
         matrices = {
             name: torch.zeros(mask.shape, device=self.device).masked_scatter_(mask, column) for name, column in columns.items()
         }

@@ -20,7 +20,8 @@ from align.errors import AlignError
 from align.forest import Tree
 from align.ops import kl_k1, masked_moments, masked_whiten
 from align.progress import History, bar, say, shown
-from align.rollout import Completion, Engine, Sampling, complete
+from align.rollout import Completion, Engine, Sampling
+from align.runner.stop import Stopped, stop_requested
 from align.trainers.ppo import processes
 from align.trainers.ppo.advantages import Rewarded, estimators, parameters
 from align.trainers.ppo.checkpoint import (
@@ -38,7 +39,8 @@ from align.trainers.ppo.update import Learner
 from align.trainers.settings import PPOSettings
 
 Scorer = Callable[[list[int], list[Completion]], tuple[list[float], dict[str, float]]]
-"""The index of each completion's prompt, and completions, to a score for each and a mean for each component of the reward."""
+"""The index of each completion's prompt, and completions, to a score for each and, for each component of the reward, its mean over
+all processes."""
 
 SAMPLES = 4
 """Completions that `sample_steps` leaves."""
@@ -86,8 +88,8 @@ class PPOTrainer:
         self.sampling, self.stop_ids, self.history, self.text = sampling, stop_ids, history, text
         self.sampler = models.policy if sampler is None else sampler
         self.checkpoints = checkpoints
-        self.generator = torch.Generator(models.device).manual_seed(seed + processes.number())
-        self.shuffle = torch.Generator().manual_seed(seed)  # the same on every process
+        self.generator = torch.Generator(models.device).manual_seed(seed)  # both are the same on every process
+        self.shuffle = torch.Generator().manual_seed(seed)
         self.order = Shuffled(len(prompts), self.shuffle)
         self.kl = KLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)
         self.budget = Budget(max_tokens)
@@ -107,7 +109,11 @@ class PPOTrainer:
         self._seconds: dict[str, float] = {}
 
     def train(self, label: str = "ppo", log_every: int = 1, after_step: Callable[[int], bool] = lambda step: False) -> None:
-        """Run what is left of all steps, or until `after_step` says that it is enough, logging means over each `log_every`."""
+        """Run what is left of all steps, or until `after_step` says that it is enough, logging means over each `log_every`.
+
+        Raises:
+            Stopped: the process was asked to end; what was done until then is kept.
+        """
         steps = self.settings.steps
         with bar(label, steps) as progress:
             progress.update(self.done)
@@ -122,21 +128,25 @@ class PPOTrainer:
                     progress.set_postfix_str(shown(metrics), refresh=False)
                     self._log(metrics)
                 enough = after_step(self.done)
-                if self.checkpoints is not None and self.done % self.checkpoints.every == 0:
+                stopping = processes.any_of(stop_requested())
+                if self.checkpoints is not None and (stopping or self.checkpoints.due(self.done)):
                     self.checkpoints.save(self.done, self.state())
+                if stopping:
+                    raise Stopped
                 if enough:
                     break
 
     def step(self) -> dict[str, float]:
         """One round; what it was like."""
         self._seconds = {}
-        indices = list(processes.share(self.order.take(self.settings.episodes_per_step // self.settings.num_generations)))
+        everyones = self.order.take(self.settings.episodes_per_step // self.settings.num_generations)
+        indices = list(processes.share(everyones))
         prompts = [self.prompts[i] for i in indices]
         sampled = self._kept()
         if sampled is None:
             # 1. Sample the policy.
             with self._timed("sample"):
-                completions = self.sample(prompts)
+                completions = self.sample([self.prompts[i] for i in everyones])
             # 2. Score what it said.
             with self._timed("score"):
                 sampled = Sampled(completions, *self.scorer(self._repeated(indices), completions))
@@ -148,14 +158,14 @@ class PPOTrainer:
         with self._timed("update"):
             update = self.learner.update(episodes, self.kl.coef, policy=self.done >= self.settings.critic_warmup_steps)
         # 5. Say what happened, and set the price for the next round.
-        said = processes.means({**self.describe(episodes), **sampled.components})
+        said = {**self.describe(episodes), **sampled.components}
         self.kl.update(said["objective/kl"], self.settings.episodes_per_step)
         self._show_samples(prompts, sampled)
         return {**said, **update, **self._seconds}
 
     def sample(self, prompts: Sequence[list[int]]) -> list[Completion]:
-        """`num_generations` completions for each of `prompts`, next to each other."""
-        return complete(self.sampler, self._repeated(prompts), self.sampling, self.stop_ids, generator=self.generator)
+        """`num_generations` completions for each of this process' share of `prompts`, next to each other."""
+        return processes.complete(self.sampler, self._repeated(prompts), self.sampling, self.stop_ids, self.generator)
 
     def _repeated(self, items: Sequence[Any]) -> list[Any]:
         return [item for item in items for _ in range(self.settings.num_generations)]
@@ -203,7 +213,7 @@ class PPOTrainer:
         )
 
     def describe(self, episodes: Episodes) -> dict[str, float]:
-        """What a batch of episodes looked like before it was trained on. Sums over tokens, means over episodes."""
+        """What the episodes of all processes looked like before they were trained on. Sums over tokens, means over episodes."""
         mask, kl = episodes.mask, kl_k1(episodes.old_logps, episodes.reference_logps)
         price = -self.kl.coef * episodes.kl.sum(1)
         said = {
@@ -226,7 +236,7 @@ class PPOTrainer:
         if episodes.sampled_logps is not None:
             gap = (episodes.sampled_logps - episodes.old_logps).abs()
             said["sampling/sampling_logp_difference/mean"] = masked_moments(gap, mask, processes.total)[0]
-        return {name: value.item() for name, value in said.items()}
+        return processes.means({name: value.item() for name, value in said.items()})
 
     # -- logs ---------------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from align.budget import Budget, Packed
-from align.errors import AlignError
+from align.errors import AlignError, NonFiniteLoss
 from align.forest import Forest, Tree, pack, plant
 from align.heads import TokenScores
 from align.losses import ppo_policy_loss, ppo_value_loss
@@ -27,9 +27,11 @@ class Batch:
     """A mini-batch over all processes: what its losses are means over."""
 
     tokens: float
-    completions: float
+    completions: int
     longest: int
     """The most tokens that a completion may have."""
+    ptx_tokens: float
+    """Tokens with a loss in the rows that are mixed in."""
 
 
 LOSS_WEIGHTS = {
@@ -76,7 +78,8 @@ class Learner:
             kl_coef: price of the divergence, where it is paid in the loss.
             policy: False trains the critic alone.
         """
-        trees = episodes.with_columns()
+        # Mini-batches are drawn from the episodes of all processes, and each then dealt to them: the same ones for any number.
+        trees = processes.gathered(episodes.with_columns())
         size = len(trees) // self.settings.num_mini_batches
         planned, done = self.settings.num_ppo_epochs * self.settings.num_mini_batches, 0
         sums: dict[str, Tensor] = {}
@@ -106,42 +109,40 @@ class Learner:
                 yield [trees[i] for i in order[start : start + size]]
 
     def _gradient(self, trees: list[Tree], kl_coef: float, policy: bool) -> dict[str, Tensor]:
-        """Leave the gradient of one mini-batch; its sums over tokens. However it is cut into forests, and dealt to processes."""
-        counts = torch.tensor([sum(t.targets for t in trees), sum(len(t.branches) for t in trees)], dtype=torch.float)
-        tokens, completions = processes.total(counts.to(self.models.device)).tolist()
-        batch = Batch(tokens, completions, self.longest)
+        """Leave the gradient of one mini-batch; its sums over tokens. However it is dealt to processes, and cut into forests."""
+        completions = sum(len(tree.branches) for tree in trees)
         ptx = self._ptx_batch(completions) if policy and self.settings.ptx_coef else []
-        work = partial(self._accumulate, batch, ptx, kl_coef, policy)
-        seen = self.budget.fit(trees, work, alone=processes.alone())
+        tokens, ptx_tokens = (float(sum(tree.targets for tree in every)) for every in (trees, ptx))
+        batch = Batch(tokens, completions, self.longest, ptx_tokens)
+        work = partial(self._accumulate, batch, processes.share(ptx), kl_coef, policy)
+        seen = self.budget.fit(processes.share(trees), work)
         if not policy:
             for parameter in self.roles["policy"]:
                 parameter.grad = None
         for parameters in self.roles.values():
             processes.sum_gradients(parameters)
         names = sorted(seen)
-        sums = processes.total(torch.stack([seen[name] for name in names]))
-        return dict(zip(names, sums, strict=True))
+        sums = dict(zip(names, processes.total(torch.stack([seen[name] for name in names])), strict=True))
+        if not torch.isfinite(loss := sums.pop("loss")):
+            raise NonFiniteLoss(f"PPO's loss is {loss.item()}; no update was made. Lower learning_rate or look at the rewards")
+        return sums
 
-    def _accumulate(self, batch: Batch, ptx: list[Tree], kl_coef: float, policy: bool, packed: Packed) -> dict[str, Tensor]:
+    def _accumulate(self, batch: Batch, ptx: Sequence[Tree], kl_coef: float, policy: bool, packed: Packed) -> dict[str, Tensor]:
         """The gradient from nothing: one loss after the other, so that no two hold their activations at a time."""
         self.optimizer.zero_grad()
-        sums: dict[str, Tensor] = {}
-        loss_so_far = torch.zeros((), device=self.models.device)
+        zero = torch.zeros((), device=self.models.device)
+        sums = {"loss": zero, **({"loss/ptx_avg": zero} if batch.ptx_tokens else {})}
 
         def learn(loss: Tensor, seen: dict[str, Tensor]) -> None:
-            nonlocal loss_so_far
             loss.backward()
-            loss_so_far = loss_so_far + loss.detach()
-            for name, values in seen.items():
-                sums[name] = sums.get(name, 0.0) + values.detach().sum()
+            for name, values in {"loss": loss, **seen}.items():
+                sums[name] = sums.get(name, zero) + values.detach().sum()
 
         for _, forest in packed:
             for loss, seen in self._losses(forest.to(self.models.device), batch, kl_coef, policy):
                 learn(loss, seen)
         for loss, seen in self._ptx_losses(ptx, batch):
             learn(loss, seen)
-        if not torch.isfinite(loss_so_far):
-            raise AlignError(f"PPO's loss is {loss_so_far.item()}; no update was made. Lower learning_rate or look at the rewards")
         return {**sums, "tokens": torch.tensor(float(sum(f.targets.numel() for _, f in packed)), device=self.models.device)}
 
     def _losses(self, forest: Forest, batch: Batch, kl_coef: float, policy: bool) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
@@ -195,20 +196,16 @@ class Learner:
         seen = {"loss/value_avg": clipped.loss, "val/clipfrac_avg": clipped.metrics["clipfrac"]}
         return self.settings.vf_coef * clipped.loss.sum() / batch.tokens, seen
 
-    def _ptx_batch(self, completions: float) -> list[Tree]:
-        wanted = self.settings.ptx_batch_size or int(completions)
-        everybodys = self.ptx_order.take(-(-wanted // processes.count()) * processes.count())
-        return [self.ptx[i] for i in processes.share(everybodys)]
+    def _ptx_batch(self, completions: int) -> list[Tree]:
+        wanted = self.settings.ptx_batch_size or completions
+        return [self.ptx[i] for i in self.ptx_order.take(wanted)]
 
-    def _ptx_losses(self, ptx: list[Tree], batch: Batch) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    def _ptx_losses(self, ptx: Sequence[Tree], batch: Batch) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Mean negative log-likelihood of the mixed-in rows' tokens, weighted."""
-        if not ptx:
-            return
-        tokens = processes.total(torch.tensor(float(sum(tree.targets for tree in ptx)), device=self.models.device))
         for indices in pack(ptx, self.budget.tokens):
             with self.models.precision():
                 logps = self.models.policy(forest=plant([ptx[i] for i in indices]).to(self.models.device)).logps
-            nll = -logps.sum() / tokens
+            nll = -logps.sum() / batch.ptx_tokens
             yield self.settings.ptx_coef * nll, {"loss/ptx_avg": nll * batch.tokens}
 
     def _step(self) -> None:
