@@ -82,7 +82,7 @@ def start(folder: Path, steps: int, rank: int | None = None, name: str = "") -> 
     """The run's command, on the machine `rank` in the namespace `name`, or in one process on this one."""
     words = [sys.executable, "-m", "align.cli", "run", str(RECIPE), "--out", str(folder / "run")]
     environment = {**os.environ, "ALIGN_HOME": str(folder), "ALIGN_QUICK_STEPS": str(steps), "HF_HUB_OFFLINE": "1"}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ALIGN_IN_PROCESS": "0"}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ALIGN_IN_PROCESS": "1" if rank is None else "0"}
     settings = {"sft.per_device_train_batch_size": 8}
     if rank is not None:
         end = f"al{os.getpid()}{'ab'[rank]}"
