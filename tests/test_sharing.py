@@ -489,6 +489,8 @@ def test_a_recipe_sets_the_launch_of_a_stage(tmp_path):
     path.write_text(yaml.safe_dump({"launch": {"num_processes": 4}, **content}))
     assert load_recipe(str(path)).stages["a"].launch == Launch(num_processes=2), "the stage's own"
     del content["stages"]["a"]["launch"]
+    path.write_text(yaml.safe_dump(content))
+    assert load_recipe(str(path), {"a.launch.num_processes": "3"}).stages["a"].launch == Launch(num_processes=3)
     path.write_text(yaml.safe_dump({"launch": {"num_processes": 4}, **content}))
     assert load_recipe(str(path)).stages["a"].launch == Launch(num_processes=4)
 
