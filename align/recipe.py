@@ -236,7 +236,9 @@ def _nested(stage: Stage, key: str, value: Any) -> dict[str, Any]:
     if not entry:
         return {name: value}
     inner = getattr(stage, name, None)
-    if isinstance(inner, BaseModel):
+    if inner is None:  # `launch`, say, where the recipe sets none
+        inner = {}
+    elif isinstance(inner, BaseModel):
         inner = inner.model_dump(exclude_unset=True)
     if not isinstance(inner, dict):
         raise AlignError(f"--set {key}: {name!r} is not a mapping")

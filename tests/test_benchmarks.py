@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from align.errors import AlignError  # noqa: E402
 from align.forest import Tree  # noqa: E402
-from benchmarks import gpu, probe, reward_kl, rollouts, run, theirs, work  # noqa: E402
+from benchmarks import gpu, probe, processes, reward_kl, rollouts, run, theirs, work  # noqa: E402
 from benchmarks.compare import Case, loss_difference, row, table  # noqa: E402
 from benchmarks.gemm import Arithmetic, gemm_rate, keys_seen  # noqa: E402
 from benchmarks.training import Outcome  # noqa: E402
@@ -278,3 +278,13 @@ def test_gpu_cases():
     assert max(tree.longest for tree in trees) <= 1024
     assert statistics.median(len(tree.prompt) for tree in trees) == pytest.approx(180, rel=0.05)
     assert statistics.median(len(tree.branches[0]) for tree in trees) == pytest.approx(300, rel=0.05)
+
+
+def test_fsdp2_halves_the_parameters_and_the_optimizer_state_of_a_process():
+    model = work.build(work.Job("sft", TINY, []))
+    whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    told = processes.measure(processes.WAYS["two, fsdp2"], 2, TINY)
+    assert [process["parameters"] for process in told] == [whole / 2] * 2
+    counters = 4 * len(list(model.parameters()))  # AdamW's, of steps
+    assert [process["optimizer"] for process in told] == [whole + counters] * 2
+    assert processes.table({"two": [told]})[-1].startswith("| two | ")

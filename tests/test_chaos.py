@@ -6,7 +6,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent / "chaos"))
 
 import kill
+import launch
+import pytest
 import soak
+import two_machines
 
 
 def test_a_pipeline_that_is_killed_ends_as_one_that_was_not(capsys):
@@ -18,3 +21,22 @@ def test_nothing_piles_up(tmp_path, monkeypatch, capsys):
     for name in ("ALIGN_HOME", "ALIGN_IN_PROCESS"):
         monkeypatch.setenv(name, "")  # to be taken back at the end
     soak.soak(12, 6, tmp_path)
+
+
+def test_shards_of_two_processes_resume_as_one(tmp_path, monkeypatch):
+    """FSDP2 on two processes until step 4, then one process: the losses of one."""
+    monkeypatch.setenv("ALIGN_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("ALIGN_IN_PROCESS", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    launch.prepare(tmp_path)
+    stage = launch.stages(tmp_path, 6)["reward"]
+    one = launch.run(stage, tmp_path / "one")
+    two = launch.run(launch.on_two(stage, "fsdp2"), tmp_path / "two")
+    assert max(launch.apart(one, two)) < 1e-4
+    launch.cut_back(two, 4)
+    assert max(launch.apart(one, launch.run(stage, tmp_path / "two"))) < 1e-4
+
+
+@pytest.mark.skipif(not two_machines.permitted(), reason="network namespaces cannot be made here")
+def test_two_machines_of_which_one_dies(tmp_path):
+    assert two_machines.check(tmp_path, steps=6) <= two_machines.CLOSE

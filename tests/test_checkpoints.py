@@ -4,18 +4,21 @@ import json
 import os
 import random
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
 from chaos.outcome import differences
 from helpers import llama
 
+from align.artifact import MANIFEST
 from align.data import write_rows
 from align.errors import AlignError, NonFiniteLoss
 from align.losses import preference_losses
 from align.pipeline import Run
 from align.recipe import Recipe
 from align.runner import checkpoints as c
+from align.runner.share import size
 from align.runner.stop import Stopped
 from align.stages import KTO, SFT, Preference, Pretrain, RewardModel
 
@@ -128,12 +131,12 @@ def saved(tmp_path):
 
 
 def truncate(checkpoint):
-    file = checkpoint / "model.safetensors"
+    (file,) = checkpoint.glob("*model.safetensors")
     os.truncate(file, file.stat().st_size // 2)
 
 
 def flip(checkpoint):
-    file = checkpoint / "model.safetensors"
+    (file,) = checkpoint.glob("*model.safetensors")
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
@@ -182,6 +185,45 @@ def test_the_newest_are_kept_and_the_best(saved):
         c.seal(saved / f"checkpoint-{step}")
     c.prune(saved, 1, but=str(saved / "checkpoint-10"))
     assert [c.step_of(path) for path in c.checkpoints(saved)] == [10, 12]
+
+
+@pytest.mark.parametrize("damage", [truncate, flip])
+def test_a_run_whose_last_checkpoint_is_damaged_ends_with_the_same_bits(damage, data, tmp_path, monkeypatch, capsys):
+    stage = stages(data)["sft_lora"].model_copy(update={"save_steps": 1})
+    whole = run(stage, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        stop_at(patched, 3)
+        with pytest.raises(Stopped):
+            run(stage, tmp_path / "cut")
+    (newest,) = tmp_path.glob("cut/x-*/checkpoints/checkpoint-3")
+    damage(newest)
+    cut = run(stage, tmp_path / "cut")
+    said = capsys.readouterr().err
+    assert "set aside as corrupt-3" in said
+    assert "x: going on from step 2" in said
+    assert differences(left(Path(cut.path)), left(Path(whole.path))) == []
+
+
+def test_a_disk_that_is_full_during_a_save_and_has_room_again(data, tmp_path):
+    stage = stages(data)["dpo"].model_copy(update={"save_steps": 2, "save_total_limit": 9})
+    whole = run(stage, tmp_path / "whole")
+    (first,) = Path(whole.path).glob("checkpoints/checkpoint-2")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    room = size(first) * 5 // 2
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        with pytest.raises(AlignError, match=r"^x: the disk of .* is full \(\d MB free\); make room"):
+            run(stage, disk / "out")
+        (folder,) = disk.glob("out/x-*")
+        assert [c.fault(checkpoint) for checkpoint in c.checkpoints(folder / "checkpoints")] == [None, None]
+        assert not (folder / MANIFEST).exists()
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        cut = run(stage, disk / "out")
+        assert differences(left(Path(cut.path)), left(Path(whole.path))) == []
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors"])

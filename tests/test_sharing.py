@@ -9,8 +9,10 @@ import struct
 import subprocess
 import sys
 import threading
+from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -112,7 +114,7 @@ def test_names_that_are_no_names(name, tmp_path):
     with pytest.raises(AlignError):
         Registry().add(Artifact(name, "act", "1", str(tmp_path), {}))
     with pytest.raises(AlignError):
-        pull(Registry(), tmp_path, name, tmp_path)
+        pull(Registry(), str(tmp_path), name, tmp_path)
     with pytest.raises(AlignError):
         delete(Registry(), f"{name}@1")
     assert main(["sft", "--name", name or "..", "--model", "x/y", "--data", "z", "--plan"]) == 2
@@ -134,7 +136,7 @@ def test_pushed_and_pulled_by_another_registry(tmp_path, monkeypatch):
     (Path(artifact.path) / "checkpoints").mkdir()
     shelf = tmp_path / "shelf"
     assert main(["models", "push", "r-a", str(shelf)]) == 0
-    assert push(Registry(), "r-a@1", shelf) == shelf / "r-a" / "1", "once more changes nothing"
+    assert push(Registry(), "r-a@1", str(shelf)) == str(shelf / "r-a" / "1"), "once more changes nothing"
     monkeypatch.setenv("ALIGN_HOME", str(tmp_path / "other"))
     assert main(["models", "pull", "r-a", str(shelf)]) == 0
     pulled = Registry().get("r-a@1")
@@ -143,7 +145,7 @@ def test_pushed_and_pulled_by_another_registry(tmp_path, monkeypatch):
     assert {path.name for path in Path(pulled.path).iterdir()} == {"artifact.json", "config.yaml", "metrics.jsonl", "text.txt"}
     assert Artifact.read(Path(pulled.path)) == pulled
     with pytest.raises(AlignError, match=r"has no 'r-a@7'; it has the versions: 1"):
-        pull(Registry(), shelf, "r-a@7", home())
+        pull(Registry(), str(shelf), "r-a@7", home())
 
 
 def link_out(place):
@@ -173,13 +175,112 @@ def other_name(place):
 )
 def test_a_folder_that_means_harm_is_not_pulled(harm, reason, tmp_path, monkeypatch, capsys):
     run({"a": Act(text="1")})
-    harm(push(Registry(), "r-a", tmp_path / "shelf"))
+    harm(Path(push(Registry(), "r-a", str(tmp_path / "shelf"))))
     monkeypatch.setenv("ALIGN_HOME", str(tmp_path / "other"))
     capsys.readouterr()
     assert main(["models", "pull", "r-a", str(tmp_path / "shelf")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert reason in line
     assert not (tmp_path / "other").exists()
+
+
+class Hub:
+    """What of `huggingface_hub.HfApi` is used, on a disk: every commit of a repository is a folder, and tags name them."""
+
+    def __init__(self, root):
+        self.root = root
+
+    def _commit(self, repository, revision):
+        folder = self.root / repository
+        name = (folder / "tags" / revision).read_text() if revision else max((p.name for p in folder.glob("[0-9]*")), default="")
+        return folder / name
+
+    def create_repo(self, repository, *, private, exist_ok):
+        assert private
+        (self.root / repository / "tags").mkdir(parents=True, exist_ok=exist_ok)
+        return f"https://hub.test/{repository}"
+
+    def revision_exists(self, repository, revision):
+        return (self.root / repository / "tags" / revision).exists()
+
+    def hf_hub_download(self, repository, name, *, revision):
+        return str(self._commit(repository, revision) / name)
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns, allow_patterns):
+        number = str(len(list((self.root / repo_id).glob("[0-9]*"))))
+        shutil.copytree(folder_path, self.root / repo_id / number)
+        return SimpleNamespace(oid=number)
+
+    def create_tag(self, repository, *, tag, revision):
+        (self.root / repository / "tags" / tag).write_text(revision)
+
+    def snapshot_download(self, repository, *, revision, local_dir, allow_patterns):
+        if not (self.root / repository).is_dir():
+            raise OSError(f"404: no {repository}\nRequest ID: 1")
+        for file in self._commit(repository, revision).rglob("*"):
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                local_dir.mkdir(exist_ok=True)
+                shutil.copy(file, local_dir)
+        (local_dir / ".cache").mkdir()
+        (local_dir / ".cache" / "lock").touch()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub(tmp_path / "hub"))
+    return tmp_path / "hub" / "me" / "mine"
+
+
+def test_pushed_to_the_hub_and_pulled_by_another_registry(hub, tmp_path, monkeypatch, capsys):
+    first = run({"a": Act(text="one")})["a"]
+    second = run({"a": Act(text="two")})["a"]
+    for reference in ("r-a@1", "r-a@2", "r-a@2"):
+        assert main(["models", "push", reference, "hub:me/mine"]) == 0
+    assert len(list(hub.glob("[0-9]*"))) == 2, "once more changes nothing"
+    monkeypatch.setenv("ALIGN_HOME", str(tmp_path / "other"))
+    for reference, artifact, text in (("r-a", second, "two"), ("r-a@1", first, "one")):
+        assert main(["models", "pull", reference, "hub:me/mine"]) == 0
+        pulled = Registry().get("r-a")
+        assert pulled.identity == artifact.identity
+        assert {path.name for path in Path(pulled.path).iterdir()} == {"artifact.json", "config.yaml", "metrics.jsonl", "text.txt"}
+        assert (Path(pulled.path) / "text.txt").read_text() == text
+    other = run({"a": Act(text="three")}, "elsewhere")["a"]
+    assert other.version == 3
+    (hub / "tags" / "v3").write_text("0")
+    capsys.readouterr()
+    assert main(["models", "push", "r-a@3", "hub:me/mine"]) == 2
+    assert "hub:me/mine has another v3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "reference", "source", "reason"),
+    [
+        (lambda commit: (commit / "text.txt").write_text("changed"), "r-a", "hub:me/mine", "text.txt does not match its checksum"),
+        (lambda commit: (commit / "checksums.json").unlink(), "r-a", "hub:me/mine", "has no checksums.json: it was not pushed"),
+        (other_name, "r-a", "hub:me/mine", "holds no artifact called 'r-a'"),
+        (lambda commit: None, "r-a", "hub:me/none", "hub:me/none: 404: no me/none; `hf auth login` logs in"),
+        (lambda commit: None, "r-a@../x", "hub:me/mine", "a version is a number"),
+        (lambda commit: None, "r-a", "hub:mine", "'hub:mine' should read hub:OWNER/NAME"),
+        (lambda commit: None, "r-a", "hub:../mine", "the name '..' must be letters"),
+    ],
+)  # fmt: skip
+def test_what_is_not_pulled_from_the_hub(change, reference, source, reason, hub, tmp_path, monkeypatch, capsys):
+    run({"a": Act(text="1")})
+    push(Registry(), "r-a", "hub:me/mine")
+    change(hub / "0")
+    monkeypatch.setenv("ALIGN_HOME", str(tmp_path / "other"))
+    capsys.readouterr()
+    assert main(["models", "pull", reference, source]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert reason in line
+    assert not (tmp_path / "other").exists()
+
+
+def test_pickles_stay_off_the_hub(hub, capsys):
+    (Path(run({"a": Act()})["a"].path) / "optimizer.pt").write_bytes(b"x")
+    assert main(["models", "push", "r-a", "hub:me/mine"]) == 2
+    assert "r-a@1 holds optimizer.pt; only safetensors and text are pushed to the hub" in capsys.readouterr().err
+    assert not hub.exists()
 
 
 # -- identity ------------------------------------------------------------------------------------------------------------------
@@ -388,6 +489,8 @@ def test_a_recipe_sets_the_launch_of_a_stage(tmp_path):
     path.write_text(yaml.safe_dump({"launch": {"num_processes": 4}, **content}))
     assert load_recipe(str(path)).stages["a"].launch == Launch(num_processes=2), "the stage's own"
     del content["stages"]["a"]["launch"]
+    path.write_text(yaml.safe_dump(content))
+    assert load_recipe(str(path), {"a.launch.num_processes": "3"}).stages["a"].launch == Launch(num_processes=3)
     path.write_text(yaml.safe_dump({"launch": {"num_processes": 4}, **content}))
     assert load_recipe(str(path)).stages["a"].launch == Launch(num_processes=4)
 

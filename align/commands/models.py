@@ -22,7 +22,7 @@ def add(verbs: Any) -> None:
     parser = verbs.add_parser(
         "models",
         help="the registry: list | show NAME | lineage NAME | alias NAME TARGET | delete NAME@VERSION | gc [FOLDER] | "
-        "push NAME FOLDER | pull NAME FOLDER",
+        "push NAME FOLDER|hub:OWNER/NAME | pull NAME FOLDER|hub:OWNER/NAME",
     )
     parser.add_argument("action", choices=tuple(ACTIONS))
     parser.add_argument("name", nargs="?")
@@ -38,7 +38,9 @@ def models(options: argparse.Namespace) -> int:
         raise AlignError(f"`align models {options.action}` needs a NAME")
     if options.action in ("alias", "push", "pull") and options.target is None:
         needed = {"alias": "a TARGET: a registered name, a path or a hub id"}
-        raise AlignError(f"`align models {options.action} NAME TARGET` needs {needed.get(options.action, 'a FOLDER')}")
+        raise AlignError(
+            f"`align models {options.action} NAME TARGET` needs {needed.get(options.action, 'a FOLDER or hub:OWNER/NAME')}"
+        )
     return ACTIONS[options.action](registry, options)
 
 
@@ -99,12 +101,12 @@ def _gc(registry: Registry, options: argparse.Namespace) -> int:
 
 
 def _push(registry: Registry, options: argparse.Namespace) -> int:
-    print(push(registry, options.name, Path(options.target)))
+    print(push(registry, options.name, options.target))
     return 0
 
 
 def _pull(registry: Registry, options: argparse.Namespace) -> int:
-    artifact = pull(registry, Path(options.target), options.name, home() / "pulled")
+    artifact = pull(registry, options.target, options.name, home() / "pulled")
     print(f"{artifact.reference}  {artifact.path}")
     return 0
 

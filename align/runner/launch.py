@@ -26,6 +26,11 @@ def launched(stage: Stage) -> bool:
     return getattr(stage, "launch", None) is not None
 
 
+def machines(stage: Stage) -> int:
+    """On how many machines the stage runs."""
+    return launch.num_machines if (launch := getattr(stage, "launch", None)) is not None else 1
+
+
 def is_main_process() -> bool:
     """Whether this is the only process of a stage, or the first of several."""
     return int(os.environ.get(RANK, 0)) == 0

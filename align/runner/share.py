@@ -1,10 +1,11 @@
-"""Artifacts from one registry to another by way of a folder, verified on the way; and what of a run can be thrown away."""
+"""Artifacts from one registry to another by way of a folder or the hub, verified; and what of a run can be thrown away."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,17 +14,40 @@ from align.errors import AlignError
 from align.progress import say
 from align.registry import Registry, check_name
 from align.runner.checkpoints import SEAL, fault, seal
+from align.runner.hub import download, is_hub, upload
 from align.runner.locks import is_locked, lock
+from align.runner.plan import read_artifact
 
 
-def push(registry: Registry, reference: str, target: Path) -> Path:
-    """Copy a registered artifact to ``TARGET/NAME/VERSION``, with checksums. Checkpoints stay behind.
+def push(registry: Registry, reference: str, target: str) -> str:
+    """Copy a registered artifact, with checksums, to the folder ``TARGET/NAME/VERSION`` or the repository ``hub:OWNER/NAME``;
+    returns where it is. Checkpoints stay behind.
 
     Raises:
-        AlignError: there is no such artifact, or its place is taken by another one.
+        AlignError: there is no such artifact, its place is taken by another one, or the hub refuses.
     """
     artifact = registry.get(reference)
-    place = target / artifact.name / str(artifact.version)
+    if is_hub(target):
+        with tempfile.TemporaryDirectory(prefix="align-push-") as shelf:
+            place = _put(artifact, Path(shelf))
+            where = upload(place, artifact, target)
+    else:
+        place = _put(artifact, Path(target))
+        where = str(place)
+    base = _base(Path(artifact.path))
+    if base is not None:
+        say(f"{artifact.reference} is an adapter: where it is pulled, its base {base} must be found as well")
+    return where
+
+
+def _base(folder: Path) -> str | None:
+    """What the adapter in `folder` was trained on; None where there is none."""
+    adapter = folder / "adapter_config.json"
+    return json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") if adapter.is_file() else None
+
+
+def _put(artifact: Artifact, shelf: Path) -> Path:
+    place = shelf / artifact.name / str(artifact.version)
     if place.exists():
         there = Artifact.read(place)
         if there is not None and there.identity == artifact.identity and fault(place) is None:
@@ -35,30 +59,43 @@ def push(registry: Registry, reference: str, target: Path) -> Path:
         shutil.copytree(artifact.path, aside, ignore=shutil.ignore_patterns("checkpoints", ".*"))
         seal(aside)
         os.replace(aside, place)
-    adapter = place / "adapter_config.json"
-    if adapter.is_file():
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        say(f"{artifact.reference} is an adapter: where it is pulled, its base {base} must be found as well")
     return place
 
 
-def pull(registry: Registry, source: Path, reference: str, into: Path) -> Artifact:
-    """Copy ``SOURCE/NAME/VERSION`` (the latest version by default) into the folder `into` and register it.
+def pull(registry: Registry, source: str, reference: str, into: Path) -> Artifact:
+    """Copy what `push` wrote (the latest version by default) into the folder `into` and register it.
 
     Raises:
         AlignError: it is not there, not whole, or not what it says.
     """
     name, _, version = reference.partition("@")
-    shelf = source / check_name(name)
+    check_name(name)
+    if not is_hub(source):
+        place = _on_shelf(Path(source), name, version)
+        return _take(registry, place, name, into, str(place))
+    if version and not version.isdigit():
+        raise AlignError(f"{reference!r}: a version is a number")
+    with tempfile.TemporaryDirectory(prefix="align-pull-") as folder:
+        download(source, version, Path(folder) / "model")
+        return _take(registry, Path(folder) / "model", name, into, source)
+
+
+def _on_shelf(source: Path, name: str, version: str) -> Path:
+    shelf = source / name
     known = sorted((int(path.name) for path in shelf.iterdir() if path.name.isdigit()), reverse=True) if shelf.is_dir() else []
     if not known or (version and version not in map(str, known)):
-        raise AlignError(f"{source} has no {reference!r}; it has the versions: {', '.join(map(str, known)) or 'none'}")
-    place = shelf / (version or str(known[0]))
+        wanted = f"{name}@{version}" if version else name
+        raise AlignError(f"{source} has no {wanted!r}; it has the versions: {', '.join(map(str, known)) or 'none'}")
+    return shelf / (version or str(known[0]))
+
+
+def _take(registry: Registry, place: Path, name: str, into: Path, where: str) -> Artifact:
+    """Verify the folder `place`, to be called `where`, then copy and register it."""
     if reason := fault(place):
-        raise AlignError(f"{place}: {reason}; it was not pulled")
-    artifact = Artifact.read(place)
+        raise AlignError(f"{where}: {reason}; it was not pulled")
+    artifact = read_artifact(place)
     if artifact is None or artifact.name != name:
-        raise AlignError(f"{place} holds no artifact called {name!r}; it was not pulled")
+        raise AlignError(f"{where} holds no artifact called {name!r}; it was not pulled")
     folder = (into / f"{name}-{check_name(artifact.identity)[:8]}").resolve()
     with lock(folder):
         if Artifact.read(folder) is None:

@@ -30,12 +30,15 @@ from align.progress import History, Status, report_progress, say
 from align.registry import Registry
 from align.runner.checkpoints import lower_learning_rate, remove_unsealed
 from align.runner.files import flush_tree
-from align.runner.launch import is_first_machine, is_main_process, launched, run_launched
+from align.runner.launch import is_first_machine, is_main_process, launched, machines, run_launched
 from align.runner.locks import lock
 from align.runner.plan import Step, read_artifact
 from align.runner.stop import Stopped, listen, saving_first
 from align.stages import Stage, stages
 from align.stages.base import Context
+
+NO_ROOM = ("No space left on device", "iostream error")
+"""What libraries say when a disk is full, without its error number; the second is torch.save."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ def work(task: Task, stage: Stage) -> Artifact:
     draft = Artifact(**task.draft)
     folder = Path(draft.path)
     if not is_first_machine():
-        run_launched(task, stage)
+        if machines(stage) > 1:
+            run_launched(task, stage)
         return _await(folder)
     with lock(folder, task.name, wait=task.wait):
         registry = Registry(Path(task.registry))
@@ -250,7 +254,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 def disk_is_full(error: BaseException | None) -> bool:
     """Whether `error` is, or comes from, a write that found no room."""
     while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in NO_ROOM):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -189,7 +190,7 @@ def run_trainer(trainer: Any, stage: TrainingStage, context: Context, *, has_eva
     """Train, resuming from the last checkpoint if there is one, and save; returns the metrics before and after."""
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
-    last = last_good(context.folder / "checkpoints") if stage.resume_from_checkpoint else None
+    last = _last_good(trainer, context.folder / "checkpoints") if stage.resume_from_checkpoint else None
     context.history.rewind(-1 if last is None else step_of(last))
     if last is None and has_eval:
         with precision(stage):  # the Trainer prepares the model for it no earlier than in `train`
@@ -214,6 +215,12 @@ def run_trainer(trainer: Any, stage: TrainingStage, context: Context, *, has_eva
         trainer.evaluate()
     save_trained(trainer, context.folder)
     return {**summary(context, best), **trainable(trainer.model)}
+
+
+def _last_good(trainer: Any, folder: Path) -> Path | None:
+    """What the first process finds: it alone may set a damaged checkpoint aside."""
+    found = [last_good(folder) if trainer.accelerator.is_main_process else None]
+    return broadcast_object_list(found)[0]
 
 
 def final_weights(checkpoint: Path) -> Path | None:

@@ -70,8 +70,20 @@ class ForestTrainer(SafeTrainer):
     ) -> tuple[list[list[Tree] | None], None]:
         """This process' trees of one optimizer step, all in the last of its micro-steps, the only one with something to do."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        mine = self._ready(self._share(gather_object([tree for batch in batches for tree in batch])))
+        mine = self._ready(self._share(self._rows_of_the_step(gather_object([batches]))))
         return [*repeat(None, len(batches) - 1), mine][: len(batches)], None
+
+    def _rows_of_the_step(self, batches: list[list[list[Tree]]]) -> list[Tree]:
+        """The trees of all processes' batches, without those that the last ones of an epoch were filled up with from its start.
+
+        Args:
+            batches: (processes, micro-steps, rows).
+        """
+        together = [[tree for batch in step for tree in batch] for step in zip(*batches, strict=True)]
+        epoch = self.accelerator.gradient_state
+        if together and epoch.end_of_dataloader and epoch.remainder > 0:
+            together[-1] = together[-1][: epoch.remainder]
+        return [tree for step in together for tree in step]
 
     def _share(self, trees: list[Tree]) -> list[Tree]:
         return deal(trees, self.accelerator.num_processes)[self.accelerator.process_index]

@@ -3,7 +3,8 @@
     python tests/chaos/launch.py [--only sft,dpo] [--steps 6]
 
 For each stage: one process; two under DDP and (but for policies that sample themselves) FSDP2, finished by one after a cut; and one
-process, cut and finished by two. All must log the same losses, to 1e-4 relative.
+process, cut and finished by two. All must log the same losses, to 1e-4 relative. An epoch is four steps, and the last of them has
+fewer rows than the others.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", ALIGN_IN_PROCESS="0")
 
 from align.pipeline import Run  # noqa: E402
 from align.recipe import Recipe  # noqa: E402
@@ -68,7 +68,7 @@ def prepare(folder: Path) -> None:
     def say(longest: int) -> str:
         return " ".join(draw.choice(words) for _ in range(draw.randint(1, longest)))
 
-    rows = [(say(9), say(9), say(9)) for _ in range(60)]
+    rows = [(say(9), say(9), say(9)) for _ in range(34)]
     write_rows(folder / "text.jsonl", [{"text": " ".join(row)} for row in rows])
     write_rows(folder / "sft.jsonl", [{"prompt": q, "completion": a} for q, a, _ in rows])
     write_rows(folder / "pairs.jsonl", [{"prompt": q, "chosen": a, "rejected": f"{b} no"} for q, a, b in rows])
@@ -173,6 +173,7 @@ def main() -> int:
     parser.add_argument("--only")
     parser.add_argument("--steps", type=int, default=6)
     options = parser.parse_args()
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", ALIGN_IN_PROCESS="0")
     with tempfile.TemporaryDirectory(prefix="align-launch-check-") as folder:
         prepare(Path(folder))
         chosen = {

@@ -1,0 +1,88 @@
+"""An artifact to a repository of the hub and back: the repository is the model's folder, each version a commit with a tag."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from align.artifact import MANIFEST, Artifact
+from align.errors import AlignError
+from align.registry import check_name
+from align.runner.checkpoints import SEAL
+
+HUB = "hub:"
+"""In front of a repository's name, OWNER/NAME; anything else is a folder."""
+KEPT = ("*.safetensors", "*.json", "*.jsonl", "*.yaml", "*.txt", "*.md", "*.csv", "*.jinja", "*.model")
+"""What goes to the hub and comes from it: weights as safetensors, and text. Pickles do neither."""
+
+
+def is_hub(target: str) -> bool:
+    return target.startswith(HUB)
+
+
+def upload(place: Path, artifact: Artifact, target: str) -> str:
+    """Make the sealed folder `place` the content of the private repository `target`, tagged ``vVERSION``; returns its address.
+
+    Raises:
+        AlignError: the tag is another artifact's, a file is none of `KEPT`, or the hub refuses or cannot be reached.
+    """
+    repository, tag, api = _repository(target), f"v{artifact.version}", _api()
+    strange = [file.name for file in sorted(place.rglob("*")) if file.is_file() and not any(fnmatch(file.name, p) for p in KEPT)]
+    if strange:
+        raise AlignError(f"{artifact.reference} holds {strange[0]}; only safetensors and text are pushed to the hub")
+    with _told(target):
+        address = str(api.create_repo(repository, private=True, exist_ok=True))
+        if api.revision_exists(repository, tag):
+            there = json.loads(Path(api.hf_hub_download(repository, MANIFEST, revision=tag)).read_text(encoding="utf-8"))
+            if there.get("identity") != artifact.identity:
+                raise AlignError(f"{target} has another {tag}; push {artifact.reference} to another repository")
+            return address
+        commit = api.upload_folder(
+            repo_id=repository, folder_path=place, commit_message=artifact.reference, delete_patterns="*", allow_patterns=[*KEPT]
+        )
+        api.create_tag(repository, tag=tag, revision=commit.oid)
+    return address
+
+
+def download(target: str, version: str, place: Path) -> None:
+    """Fetch the repository `target`, or its tag ``vVERSION``, into the new folder `place`. What comes is not to be trusted yet.
+
+    Raises:
+        AlignError: it is not there, or the hub cannot be reached.
+    """
+    revision = f"v{version}" if version else None
+    with _told(target):
+        _api().snapshot_download(_repository(target), revision=revision, local_dir=place, allow_patterns=[*KEPT])
+    shutil.rmtree(place / ".cache", ignore_errors=True)  # notes of the client
+    if not (place / SEAL).is_file():
+        raise AlignError(f"{target} has no {SEAL}: it was not pushed from here. Name it as a model, OWNER/NAME, and it is loaded")
+
+
+def _repository(target: str) -> str:
+    owner, slash, name = target.removeprefix(HUB).partition("/")
+    if not slash:
+        raise AlignError(f"{target!r} should read {HUB}OWNER/NAME")
+    return f"{check_name(owner)}/{check_name(name)}"
+
+
+def _api() -> Any:
+    from huggingface_hub import HfApi
+
+    return HfApi()
+
+
+@contextmanager
+def _told(target: str) -> Iterator[None]:
+    """What the hub's client raises, as one line."""
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
+    except (OSError, HFValidationError) as error:  # everything of the client is one of them: no network, no token, no such thing
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise AlignError(f"{target}: {first}; `hf auth login` logs in, and HF_HUB_OFFLINE must not be set") from error
