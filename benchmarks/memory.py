@@ -35,7 +35,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         **{"num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True, "max_position_embeddings": 2048},
     },
 }
-"""Of other shapes and vocabularies."""
+"""Of other shapes and vocabularies, measured where ``--only`` names them."""
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("sft", {"data": "pairs.jsonl", "max_steps": 2}),
     "dpo": ("preference", {"data": "pairs.jsonl", "max_steps": 2, "beta": 0.1}),
@@ -67,7 +67,7 @@ def prepare(folder: Path, size: str) -> None:
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7))) for _ in range(2000)]
     tokenizer = train_bpe([" ".join(words)], 4096)
     set_chat_template(tokenizer, "plain")
-    model = build_model(SIZES[size], tokenizer)
+    model = build_model({**SIZES, **OTHERS}[size], tokenizer)
     model.save_pretrained(folder / "model")  # type: ignore[operator]
     tokenizer.save_pretrained(folder / "model")
 
@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.measure:
         measure(*options.measure)
         return
-    sizes = [size for size in SIZES if size in options.only] or list(SIZES)
+    sizes = [size for size in (*SIZES, *OTHERS) if size in options.only] or list(SIZES)
     methods = [method for method in STAGES if method in options.only] or list(STAGES)
     print("| size | stage | trained | measured, MB | estimated, MB | off by | phase |\n|---|---|---|---|---|---|---|")
     for size in sizes:

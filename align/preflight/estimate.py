@@ -46,7 +46,8 @@ class Estimate:
     def line(self) -> str:
         """``peak memory 3.1 GB (training: weights 0.5, ...), about 12 min``."""
         phase = max(self.parts, key=lambda name: self.parts[name])
-        inside = ", ".join(f"{name} {size / GB:.2f}" for name, size in self.made_of.items() if size)
+        held = {**self.made_of, "libraries": LIBRARIES}
+        inside = ", ".join(f"{name} {size / GB:.2f}" for name, size in held.items() if size)
         duration = "" if self.seconds is None else f"; about {_duration(self.seconds)}"
         return f"on {self.machine}: peak memory {self.peak / GB:.2f} GB while {phase} ({inside}){duration}"
 

@@ -162,7 +162,7 @@ class Skeleton:
         auto: Any = AutoModelForSequenceClassification if self.score_head else AutoModelForCausalLM
         self.config.num_labels = 1
         with torch.device("meta"):
-            model = auto.from_config(self.config, dtype=DTYPES[self.dtype], attn_implementation=METER)
+            model: Any = auto.from_config(self.config, dtype=DTYPES[self.dtype], attn_implementation=METER)
             if self.tuning is None:
                 return model.requires_grad_(False)
             # What these do to the weights needs weights; what they add is what lora does.
