@@ -113,7 +113,7 @@ def _plain_scores(hidden: Tensor, targets: Tensor, head: Head, temperature: floa
         return chosen[:, 0], (chosen == log_p.amax(1, keepdim=True))[:, 0].detach(), entropy
 
     parts = [
-        checkpoint(scored, hidden[part], targets[part], use_reentrant=False) for part in chunks(len(targets), head.weight.shape[0])
+        checkpoint(scored, hidden[part], targets[part], use_reentrant=False) for part in _chunks(len(targets), head.weight.shape[0])
     ]
     logps, correct, entropy = zip(*parts, strict=True)
     return TokenScores(torch.cat(logps), torch.cat(correct), torch.cat(entropy) if with_entropy else None)
@@ -140,7 +140,7 @@ class _TokenScores(torch.autograd.Function):
         entropy = torch.empty_like(logps) if settings.with_entropy else None
         correct = torch.empty(n, dtype=torch.bool, device=hidden.device)
         with torch.autocast(device, enabled=False):
-            for part in chunks(n, weight.shape[0]):
+            for part in _chunks(n, weight.shape[0]):
                 logits = _tempered(head.logits(hidden[part].to(dtype)), settings.temperature)
                 chosen = logits.gather(1, targets[part, None])
                 highest = logits.amax(1, keepdim=True)
@@ -173,7 +173,7 @@ class _TokenScores(torch.autograd.Function):
         use_entropy = entropy is not None and grad_entropy is not None and bool(grad_entropy.any())
         assert grad_logps is not None
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in chunks(len(targets), weight.shape[0]):
+            for part in _chunks(len(targets), weight.shape[0]):
                 h = hidden[part].to(dtype)
                 logits = head.logits(h)
                 cap_slope = None if settings.softcap is None else 1 - (logits / settings.softcap) ** 2
@@ -206,6 +206,6 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
-def chunks(n: int, vocabulary: int) -> list[slice]:
+def _chunks(n: int, vocabulary: int) -> list[slice]:
     size = max(1, CHUNK_ELEMENTS // vocabulary)
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]

@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from align.attention import AttentionPlan
 from align.engine import base_model, trunk_of
 from align.forest import Forest
-from align.heads import chunks
+from align.heads import CHUNK_ELEMENTS
 from align.models import DTYPES
 from align.tuning.strategies import ADAPTERS, Tuning
 from align.tuning.tune import tune
@@ -123,18 +123,22 @@ class _Score(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, weight)
-        for part in chunks(len(hidden), len(weight)):
-            logits = (hidden[part] @ weight.T).float()  # noqa: F841  held until the next ones are made
+        for part in _parts(hidden, weight):
+            logits = (part @ weight.T).float()  # noqa: F841  held until the next ones are made
         return hidden.new_empty(len(hidden))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor | None]:
         hidden, weight = ctx.saved_tensors
         to_hidden, to_weight = torch.empty_like(hidden), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for part in chunks(len(hidden), len(weight)):
-            logits = (hidden[part] @ weight.T).float()
-            to_hidden[part] = logits.to(weight.dtype) @ weight
+        for part, place in zip(_parts(hidden, weight), _parts(to_hidden, weight), strict=True):
+            logits = (part @ weight.T).float()
+            place.copy_(logits.to(weight.dtype) @ weight)
         return to_hidden, to_weight
+
+
+def _parts(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return hidden.split(max(1, CHUNK_ELEMENTS // len(weight)))
 
 
 @dataclass
