@@ -19,11 +19,23 @@ from align.data import write_rows
 from align.errors import AlignError
 from benchmarks.probe import ROOT
 
-SIZES: dict[str, dict[str, int]] = {
-    "4M": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6},
-    "14M": {"hidden_size": 256, "intermediate_size": 1280, "num_hidden_layers": 8},
-    "35M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8},
+LLAMA = {
+    **{"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 8192},
+    "max_position_embeddings": 2048,
 }
+SIZES: dict[str, dict[str, Any]] = {
+    "4M": {**LLAMA, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6},
+    "14M": {**LLAMA, "hidden_size": 256, "intermediate_size": 1280, "num_hidden_layers": 8},
+    "35M": {**LLAMA, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8},
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt2": {"model_type": "gpt2", "n_embd": 384, "n_layer": 6, "n_head": 6, "n_positions": 2048, "vocab_size": 16384},
+    "qwen2": {
+        **{"model_type": "qwen2", "hidden_size": 320, "intermediate_size": 1024, "num_hidden_layers": 10, "vocab_size": 32768},
+        **{"num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True, "max_position_embeddings": 2048},
+    },
+}
+"""Of other shapes and vocabularies, measured where ``--only`` names them."""
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("sft", {"data": "pairs.jsonl", "max_steps": 2}),
     "dpo": ("preference", {"data": "pairs.jsonl", "max_steps": 2, "beta": 0.1}),
@@ -33,7 +45,7 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "data": "pairs.jsonl",
             "reward_funcs": ["length_band(low=10, high=90)"],
-            "total_episodes": 16,
+            "total_episodes": 32,
             "episodes_per_step": 16,
             "num_mini_batches": 1,
             "max_completion_length": 48,
@@ -48,15 +60,14 @@ BUDGET = 2048
 def prepare(folder: Path, size: str) -> None:
     """A model with random weights in ``folder/model``, and pairs of 60 to 100 words."""
     from align.encode import set_chat_template
-    from align.models import build_causal_lm
+    from align.models import build_model
     from align.tokenizers import train_bpe
 
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7))) for _ in range(2000)]
     tokenizer = train_bpe([" ".join(words)], 4096)
     set_chat_template(tokenizer, "plain")
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 2048}
-    model = build_causal_lm({"model_type": "llama", **SIZES[size], **heads, "vocab_size": 8192}, tokenizer)
+    model = build_model({**SIZES, **OTHERS}[size], tokenizer)
     model.save_pretrained(folder / "model")  # type: ignore[operator]
     tokenizer.save_pretrained(folder / "model")
 
@@ -138,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.measure:
         measure(*options.measure)
         return
-    sizes = [size for size in SIZES if size in options.only] or list(SIZES)
+    sizes = [size for size in (*SIZES, *OTHERS) if size in options.only] or list(SIZES)
     methods = [method for method in STAGES if method in options.only] or list(STAGES)
     print("| size | stage | trained | measured, MB | estimated, MB | off by | phase |\n|---|---|---|---|---|---|---|")
     for size in sizes:

@@ -3,23 +3,30 @@
 import copy
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import llama
 
 from align.cli import main
 from align.data import write_rows
+from align.engine import enable_forest
 from align.errors import AlignError
+from align.forest import Tree, plant
 from align.pipeline import Run
 from align.preflight.cards import card
 from align.preflight.checks import checks
 from align.preflight.inspect import inspect
 from align.preflight.labels import suspicious
+from align.preflight.memory import Ledger, Skeleton, peak
 from align.preflight.show import html, paths, terminal
 from align.recipe import Recipe
 from align.schema import PreferenceRow
 from align.stages import SFT, Evaluate, Preference
+from align.tuning.strategies import Tuning
+from align.tuning.tune import tune
 
 NOUNS = ["cat", "mat", "sea", "king", "letter", "harbour", "train", "garden", "lamp", "river", "teacher", "ship", "town", "song"]
 GOOD, BAD = ["thanks", "gladly", "certainly", "kindly"], ["whatever", "never", "nonsense", "shut"]
@@ -363,22 +370,52 @@ def test_a_model_too_large_for_a_card(folder):
         card("H10")
 
 
-def test_memory_is_counted_by_what_autograd_keeps():
-    """Weights, gradients and moments are exact, activations grow with the tokens, and
-    checkpointing, LoRA and 16 bits take less.
-    """
-    from dataclasses import replace
+def forest_of(pairs):
+    """`pairs` trees of a prompt of 10 tokens and two answers of 20 and 15: 45 tokens each."""
+    return plant([Tree([5] * 10, ([6] * 20, [7] * 15))] * pairs)
 
-    from align.preflight.memory import Skeleton
-    from align.tuning.strategies import Tuning
 
+def test_the_ledger_counts_what_is_alive():
+    """Of 10 and 20 fp32 numbers, 40 and 80 bytes; views and changes in place take nothing."""
+    with Ledger() as ledger:
+        x = torch.zeros(10)
+        y = torch.cat([x, x.view(2, 5).flatten()])
+        y.add_(1)[3:].mul_(2)
+        assert (ledger.held, ledger.peak) == (120, 120)
+        del y
+        assert (ledger.held, ledger.peak) == (40, 120)
+
+
+@pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", {"r": 2})], ids=["full", "lora"])
+def test_a_pass_without_data_takes_what_one_with_data_takes(tuning):
+    """The same ledger over the engine's own pass, with attention in buckets and the real head."""
+    forest = forest_of(40)
+    imagined = peak([Skeleton(llama().config, tuning=tuning, gpu=True)], forest)
+    cpu = Skeleton(llama().config, tuning=tuning)
+    with Ledger() as meant:
+        cpu.passes(forest)
+    model = tune(llama(), tuning)
+    assert enable_forest(model) is None
+    model.train()
+    with Ledger() as ledger:
+        (-model(forest=forest).logps.mean()).backward()
+    assert meant.peak == pytest.approx(ledger.peak, rel=0.1)
+    assert imagined < meant.peak  # FlashAttention shares keys between heads
+
+
+def test_what_memory_grows_with():
+    """Weights, gradients and moments are exact, activations grow with the tokens, and checkpointing, LoRA and 16 bits take less."""
     config = llama().config
     full = Skeleton(config, gpu=True)
     parameters = sum(p.numel() for p in llama().parameters())
     assert full.weights == full.gradients == 4 * parameters
-    assert 1.9 < full.activations(2048) / full.activations(1024) < 2.1
-    assert replace(full, checkpointing=True).activations(1024) < full.activations(1024)
-    assert replace(full, bf16=True).activations(1024) < full.activations(1024)
+    one = peak([full], forest_of(40))
+    assert 1.9 < peak([full], forest_of(80)) / one < 2.1
+    assert peak([full], forest_of(40), times=2) == pytest.approx(one + full.gradients, rel=0.05)
+    assert peak([full], forest_of(40), backward=False) < one / 2
+    assert peak([replace(full, checkpointing=True)], forest_of(40)) < one
+    assert peak([replace(full, bf16=True)], forest_of(40)) < one
+    assert peak([replace(full, gpu=False)], forest_of(40)) > one
     lora = replace(full, tuning=Tuning("lora", {"r": 2}))
     assert lora.gradients < full.gradients / 5
     assert lora.weights == full.weights + lora.gradients

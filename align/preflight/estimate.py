@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from align.budget import START
+from align.forest import Forest, Tree, plant
 from align.models import is_adapter
 from align.preflight.cards import GB, Machine
 from align.preflight.checks import Finding
-from align.preflight.memory import LIBRARIES, Skeleton
+from align.preflight.memory import LIBRARIES, Skeleton, peak
 from align.preflight.subject import Subject
 from align.tuning.strategies import SOFT
 
@@ -43,7 +46,8 @@ class Estimate:
     def line(self) -> str:
         """``peak memory 3.1 GB (training: weights 0.5, ...), about 12 min``."""
         phase = max(self.parts, key=lambda name: self.parts[name])
-        inside = ", ".join(f"{name} {size / GB:.2f}" for name, size in self.made_of.items() if size)
+        held = {**self.made_of, "libraries": LIBRARIES}
+        inside = ", ".join(f"{name} {size / GB:.2f}" for name, size in held.items() if size)
         duration = "" if self.seconds is None else f"; about {_duration(self.seconds)}"
         return f"on {self.machine}: peak memory {self.peak / GB:.2f} GB while {phase} ({inside}){duration}"
 
@@ -101,42 +105,45 @@ def _budget(stage: Any) -> int:
     return START if stage.max_tokens_per_micro_batch == "auto" else stage.max_tokens_per_micro_batch
 
 
-def _largest(tokens: list[int], rows: int, budget: int) -> tuple[int, bool]:
-    """Tokens in the largest pass over so many rows of a step, and whether the step takes several passes."""
+def _largest(trees: Sequence[Tree], rows: int, budget: int) -> tuple[Forest, bool]:
+    """A forest as large as the largest pass over so many rows of a step is likely to be, and whether the step takes several."""
+    tokens = [tree.tokens for tree in trees]
     together = statistics.fmean(tokens) * rows + 2 * statistics.pstdev(tokens) * math.sqrt(rows)
-    return max(min(budget, round(together)), max(tokens)), together > budget
+    return _filled(trees, round(min(budget, together))), together > budget
 
 
-def _training(model: Skeleton, tokens: int, targets: int, several: bool) -> dict[str, float]:
-    """What is held at the peak of an optimizer step."""
-    gradients, passing = float(model.gradients), model.activations(tokens) + model.head(targets)
-    held = {"weights": float(model.weights), "optimizer": 2 * gradients}
-    if gradients > passing and not several:
-        return {**held, "gradients": gradients}
-    return {**held, "gradients": gradients if several else 0.0, "activations": float(passing)}
+def _filled(trees: Sequence[Tree], tokens: int) -> Forest:
+    """The longest of `trees` and as many others, again and again, as `tokens` have room for."""
+    chosen = [max(trees, key=lambda tree: tree.tokens)]
+    left = tokens - chosen[0].tokens
+    for tree in cycle(trees):
+        left -= tree.tokens
+        if left < 0:
+            break
+        chosen.append(tree)
+    return plant(chosen)
 
 
 def _supervised(subject: Subject, config: Any, machine: Machine) -> Estimate:
     stage, trees = subject.stage, subject.encoded.trees
     model = _skeleton(subject, config, machine, score_head=stage.stage == "reward")
-    sizes, budget = [tree.tokens for tree in trees], _budget(stage)
+    budget, each = _budget(stage), statistics.fmean(tree.tokens for tree in trees)
     rows = stage.per_device_train_batch_size * stage.gradient_accumulation_steps
-    tokens, several = _largest(sizes, rows, budget)
-    share = sum(tree.targets for tree in trees) / sum(sizes)
-    training = _training(model, tokens, round(share * tokens), several)
+    forest, several = _largest(trees, rows, budget)
+    made = peak([model], forest, times=1 + several)
+    training = {"weights": float(model.weights), "optimizer": 2.0 * model.gradients, "gradients and activations": made}
     # Before training, the held-out rows are evaluated, and the reference says what it thinks of all rows.
     before = len(subject.held_out) + (len(subject.rows) if subject.kind in ("preference", "unpaired") else 0)
-    everything = statistics.fmean(sizes) * before
+    read = peak([model], _filled(trees, round(min(budget, each * before))), backward=False)
     parts = {
         "loading": 2.0 * model.weights,
-        "evaluating": float(model.weights + model.passing(round(min(budget, everything)))),
+        "evaluating": model.weights + read,
         "training": sum(training.values()),
     }
-    each = statistics.fmean(sizes)
     steps = math.ceil(len(subject.rows) / rows) * stage.num_train_epochs if stage.max_steps < 0 else stage.max_steps
     flops = steps * rows * each * model.parameters * (4 if model.adapted else 6)
     seconds = None if subject.capped and stage.max_steps < 0 else flops / (machine.flops_bf16 if stage.bf16 else machine.flops)
-    return Estimate(parts, training, model.weights + 3.0 * model.gradients, tokens, seconds, machine.name)
+    return Estimate(parts, training, model.weights + 3.0 * model.gradients, forest.tokens, seconds, machine.name)
 
 
 def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
@@ -151,10 +158,10 @@ def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
     has_critic = own == "separate" and getattr(stage, "advantage_estimator", "gae") == "gae"
     critic = _skeleton(subject, config, machine, score_head=True) if has_critic else None
     learners = [policy, critic] if critic else [policy]
-    prompts, episodes = [tree.tokens for tree in trees], getattr(stage, "episodes_per_step", 1)
-    sizes = [prompt + stage.max_completion_length for prompt in prompts]
-    tokens, several = _largest(sizes, max(1, episodes // getattr(stage, "num_mini_batches", 1)), _budget(stage))
-    targets = round(tokens * stage.max_completion_length / statistics.fmean(sizes))
+    episodes = getattr(stage, "episodes_per_step", 1)
+    answered = [replace(tree, branches=(tree.prompt[:1] * stage.max_completion_length,)) for tree in trees]
+    sizes = [tree.tokens for tree in answered]
+    forest, several = _largest(answered, max(1, episodes // getattr(stage, "num_mini_batches", 1)), _budget(stage))
 
     weights = {
         "weights": float(policy.weights),
@@ -163,18 +170,11 @@ def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
         "reward model": float(frozen.weights if stage.reward_model else 0),
     }
     standing, gradients = sum(weights.values()), float(sum(model.gradients for model in learners))
-    passes: list[float] = [policy.activations(tokens) + policy.head(targets)]
-    passes += [policy.gradients + critic.activations(tokens)] if critic else []
-    passes = [size + (critic.holes(tokens) if critic else 0) for size in passes]  # both models' adapters leave theirs
-    activations = float(max(passes)) if several or max(passes) > gradients else 0.0
-    training = {
-        **weights,
-        "optimizer": 2 * gradients,
-        "gradients": gradients if several or not activations else 0.0,
-        "activations": activations,
-    }
+    made = peak(learners, forest, times=1 + several)
+    training = {**weights, "optimizer": 2 * gradients, "gradients and activations": made}
     batch = min(getattr(stage, "rollout_batch_size", episodes), episodes)
-    sampling = policy.cache(batch * max(sizes)) + policy.passing(batch * max(prompts))
+    read = peak([policy], plant([max(trees, key=lambda tree: tree.tokens)] * batch), backward=False)
+    sampling = policy.cache(batch * max(sizes)) + read
     parts = {
         "loading": standing + policy.weights,
         "sampling": standing + 2 * gradients + sampling,
@@ -183,4 +183,6 @@ def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
     total = getattr(stage, "total_episodes", 0) * statistics.fmean(sizes)
     epochs = getattr(stage, "num_ppo_epochs", 1)
     flops = total * sum(model.parameters for model in learners) * (6 * epochs + 4)
-    return Estimate(parts, training, standing + 3 * gradients, tokens, flops / machine.flops if flops else None, machine.name)
+    return Estimate(
+        parts, training, standing + 3 * gradients, forest.tokens, flops / machine.flops if flops else None, machine.name
+    )

@@ -1,24 +1,30 @@
-"""How much memory a training step takes: weights, gradients, optimizer and activations, counted on the meta device.
+"""How much memory a pass takes: it runs without data, on torch's meta device, and a ledger is kept of the tensors it makes.
 
-Nothing is guessed about a model's layers: the model itself runs without data (torch's meta device) on as many tokens as a pass will
-have, and what autograd keeps for the backward pass is added up. The rest is arithmetic:
+Nothing is guessed about a model's layers. The model itself goes forward and backward over a forest of the stage's own rows, with an
+attention that keeps what ours keeps and a head in the same chunks. What does not depend on the rows is arithmetic:
 
-    training  = weights + optimizer + the larger of: gradients; activations (and gradients, if a step takes several passes)
+    training  = weights + optimizer + the most that is alive in a pass (gradients, activations, what is on its way)
     loading   = weights, and the file that they are read from
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.integrations.sdpa_attention import repeat_kv
 
+from align.attention import AttentionPlan
+from align.engine import base_model, trunk_of
+from align.forest import Forest
 from align.heads import CHUNK_ELEMENTS
 from align.models import DTYPES
 from align.tuning.strategies import ADAPTERS, Tuning
@@ -26,37 +32,113 @@ from align.tuning.tune import tune
 
 METER = "align_meter"
 """Name of the attention that stands for ours on the meta device."""
-CHUNKS = 4
-"""Tensors of the size of a chunk of logits that are held at a time, in the head's backward pass."""
-PASSING = 3
-"""Tensors of the size of the largest in a layer that are on their way, forward or backward."""
-HEAP = 1.32
-"""On a CPU: what the C library's heap takes for tensors of up to 32 MB, for what they take themselves (measured)."""
-MAPPED = 2**25
-"""Larger ones it maps, and gives back whole."""
-LIBRARIES = 30 * 2**20
+LIBRARIES = 85 * 2**20
 """What libraries take once a stage runs: workspaces, code that is loaded late (measured on a CPU)."""
-HOLES = 1.4
+HEAP = 1.06
+"""On a CPU: what the C library's heap takes for a pass, for what its tensors take (measured)."""
+HALF = 0.6
+"""What activations take with bf16: matrix products and what feeds them in 16 bits, norms and the residual stream in 32."""
+HOLES = 1.6
 """On a CPU: of each adapted layer's output, what its adapter makes unusable by a small tensor in a freed place (measured)."""
 
 
-class _Attention(torch.autograd.Function):
-    """Keeps what attention over a forest keeps: queries, keys and values gathered, and its result."""
+class Ledger(TorchDispatchMode):
+    """Bytes of the tensors made within, as long as they live, and the most at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for x in tree_leaves(made):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given | self._alive:  # no view, nor changed in place
+                self._enter(x.untyped_storage())
+        return made
+
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._alive.add(key)
+        self.held += size
+        self.peak = max(self.peak, self.held)
+        weakref.finalize(storage, self._leave, key, size)
+
+    def _leave(self, key: int, size: int) -> None:
+        self._alive.remove(key)
+        self.held -= size
+
+
+class _Attend(torch.autograd.Function):
+    """Keeps what an attention kernel keeps: queries, keys, values and its result."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out = torch.empty_like(query)
-        ctx.save_for_backward(query.clone(), key.clone(), value.clone(), out)
+        ctx.save_for_backward(query, key, value, out)
         return out
 
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
-def _meter(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    repeats = 1 if module.meter_shares else query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-    return _Attention.apply(query, key, value).transpose(1, 2).contiguous(), None
+
+@dataclass(frozen=True)
+class _Gathered:
+    """Which tokens an attention sees as queries and keys, and the way back; no queries where they stay in their places."""
+
+    queries: Tensor | None  # (padded queries,)
+    keys: Tensor  # (padded keys,)
+    restore: Tensor  # (tokens,)
+
+    @classmethod
+    def of(cls, forest: Forest, *, gpu: bool) -> _Gathered:
+        """FlashAttention shares keys between the heads of a group and takes queries as they lie; a CPU's attention does not."""
+        plan = AttentionPlan(forest)
+        if gpu:
+            return cls(None, plan.runs.key_index.to("meta"), forest.position_ids.to("meta"))
+        buckets = plan.buckets
+        return cls(buckets.query_index.to("meta"), buckets.key_index.to("meta"), buckets.restore.to("meta"))
+
+
+def _meter(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, forest: _Gathered, **kwargs: Any
+) -> tuple[Tensor, None]:
+    if forest.queries is not None:
+        key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    key, value = (x.index_select(1, forest.keys) for x in (key, value))
+    if forest.queries is None:
+        return _Attend.apply(query, key, value), None
+    return _Attend.apply(query.index_select(1, forest.queries), key, value).index_select(1, forest.restore), None
 
 
 AttentionInterface.register(METER, _meter)
+
+
+class _Score(torch.autograd.Function):
+    """The head of `align.heads`: logits in chunks, made again on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        for part in _parts(hidden, weight):
+            logits = (part @ weight.T).float()  # noqa: F841  held until the next ones are made
+        return hidden.new_empty(len(hidden))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor | None]:
+        hidden, weight = ctx.saved_tensors
+        to_hidden, to_weight = torch.empty_like(hidden), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for part, place in zip(_parts(hidden, weight), _parts(to_hidden, weight), strict=True):
+            logits = (part @ weight.T).float()
+            place.copy_(logits.to(weight.dtype) @ weight)
+        return to_hidden, to_weight
+
+
+def _parts(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return hidden.split(max(1, CHUNK_ELEMENTS // len(weight)))
 
 
 @dataclass
@@ -67,7 +149,8 @@ class Skeleton:
         config: transformers' config.
         dtype: type of its weights.
         tuning: what of it is trained; None for nothing.
-        gpu: FlashAttention shares keys and values between the heads of a group, a CPU's attention copies them for each.
+        bf16: passes in 16 bits over weights in 32.
+        gpu: which attention it runs.
     """
 
     config: Any
@@ -83,12 +166,15 @@ class Skeleton:
         auto: Any = AutoModelForSequenceClassification if self.score_head else AutoModelForCausalLM
         self.config.num_labels = 1
         with torch.device("meta"):
-            model = auto.from_config(self.config, dtype=DTYPES[self.dtype], attn_implementation=METER)
+            model: Any = auto.from_config(self.config, dtype=DTYPES[self.dtype], attn_implementation=METER)
             if self.tuning is None:
                 return model.requires_grad_(False)
             # What these do to the weights needs weights; what they add is what lora does.
             name = {"pissa": "lora", "qlora": "lora"}.get(self.tuning.name, self.tuning.name)
-            return tune(model, Tuning(name, self.tuning.arguments))
+            model = tune(model, Tuning(name, self.tuning.arguments))
+            if self.checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            return model
 
     @property
     def adapted(self) -> bool:
@@ -99,10 +185,8 @@ class Skeleton:
     def weights(self) -> float:
         """Bytes; the frozen matrices of qlora take 4 bits a number, and a little for their scales."""
         four_bits = self.tuning is not None and self.tuning.name == "qlora"
-        return sum(p.numel() * (0.55 if four_bits and _is_base(name, p) else p.element_size()) for name, p in self.named())
-
-    def named(self) -> list[tuple[str, nn.Parameter]]:
-        return list(self.model.named_parameters())
+        named = self.model.named_parameters()
+        return sum(p.numel() * (0.55 if four_bits and _is_base(name, p) else p.element_size()) for name, p in named)
 
     @cached_property
     def parameters(self) -> int:
@@ -113,58 +197,26 @@ class Skeleton:
         """Bytes of the gradients of everything that is trained; AdamW's two moments are twice that."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
 
-    def base(self) -> Any:
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-
-    def _forward(self, tokens: int) -> Callable[[], Any]:
-        base = self.base()
-        trunk = base.model if base.base_model is base else base.base_model
-        trunk.train()
-        for module in trunk.modules():
-            module.meter_shares = self.gpu
-        ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-        positions = torch.arange(tokens, device="meta")[None]
-        no_mask = torch.empty(1, 1, 0, 0, device="meta")
-        return lambda: trunk(input_ids=ids, position_ids=positions, attention_mask=no_mask, use_cache=False)
-
-    def _counted(self, tokens: int) -> tuple[int, int]:
-        """Bytes that autograd keeps of a forward pass on so many tokens, and those of the largest tensor among them."""
-        known = {p.untyped_storage()._cdata for p in self.model.parameters()}
-        kept: dict[int, Tensor] = {}
-
-        def note(x: Tensor) -> Tensor:
-            storage = x.untyped_storage()._cdata
-            if storage not in known:
-                kept[storage] = x
-            return x
-
-        with saved_tensors_hooks(note, lambda x: x):
-            self._forward(tokens)()
-        sizes = [x.untyped_storage().nbytes() for x in kept.values()]
-        total = sum(sizes) if self.gpu else sum(size * HEAP if size <= MAPPED else size for size in sizes)
-        return round(total + self.holes(tokens)), max(sizes, default=0)
-
-    def holes(self, tokens: int) -> float:
-        """Bytes of the heap that adapters make unusable."""
-        if not self.adapted or self.gpu:
-            return 0.0
-        outputs = [tokens * 4 * module.out_features for module in self.model.modules() if hasattr(module, "lora_A")]
-        return HOLES * sum(size for size in outputs if size <= MAPPED)
-
-    def activations(self, tokens: int) -> int:
-        """Bytes held when the backward pass of so many tokens begins, what is on its way included."""
-        kept, largest = self._counted(tokens)
-        if self.checkpointing:
-            layers = self.config.get_text_config().num_hidden_layers
-            kept = kept // layers + tokens * self.hidden * layers * (2 if self.bf16 else 4)
-        if self.bf16 and self.dtype == "float32":
-            kept, largest = int(0.6 * kept), largest // 2  # matrix products and what feeds them in 16 bits, norms in 32
-        return kept + PASSING * largest
-
-    def passing(self, tokens: int) -> int:
-        """Bytes of a forward pass that nothing is kept of."""
-        widest = max(getattr(self.config.get_text_config(), "intermediate_size", None) or 4 * self.hidden, self.hidden)
-        return tokens * (PASSING * widest + 4 * self.hidden) * (2 if self.bf16 else 4)
+    def passes(self, forest: Forest, *, backward: bool = True) -> None:
+        """One forward and backward pass over `forest`; its gradients stay."""
+        base, forest, gathered = base_model(self.model), forest.to("meta"), _Gathered.of(forest, gpu=self.gpu)
+        trunk = trunk_of(base)
+        trunk.train(backward)
+        with torch.set_grad_enabled(backward):
+            hidden = trunk(
+                input_ids=forest.input_ids[None],
+                position_ids=forest.position_ids[None],
+                attention_mask=torch.empty(1, 1, 0, 0, device="meta"),
+                use_cache=False,
+                forest=gathered,
+            ).last_hidden_state[0]
+            if self.score_head:
+                total = base.score(hidden[forest.ends]).sum()
+            else:
+                total = _Score.apply(hidden[forest.sources], base.get_output_embeddings().weight).sum()
+            del hidden  # as the engine, which hands on what the head says of it
+        if backward:
+            total.backward()
 
     def cache(self, tokens: int) -> float:
         """Bytes of keys and values of so many tokens, and of the longer copy that they are moved to."""
@@ -173,18 +225,22 @@ class Skeleton:
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return 1.5 * tokens * 2 * heads * size * text.num_hidden_layers * (2 if self.dtype != "float32" else 4)
 
-    @property
-    def hidden(self) -> int:
-        return self.config.get_text_config().hidden_size
 
-    def head(self, targets: int) -> int:
-        """Bytes of the head: logits in chunks, and the gradient of its weights before it is added to theirs."""
-        if self.score_head:
-            return 0
-        vocabulary = self.config.get_text_config().vocab_size
-        chunk = min(targets, max(1, CHUNK_ELEMENTS // vocabulary)) * vocabulary * 4
-        own = vocabulary * self.hidden * 4 if self.model.get_output_embeddings().weight.requires_grad else 0
-        return CHUNKS * chunk + own
+def peak(models: Sequence[Skeleton], forest: Forest, *, times: int = 1, backward: bool = True) -> float:
+    """Bytes taken at the worst moment while each of `models` goes `times` over `forest`, one after the other, gradients kept."""
+    with Ledger() as ledger:
+        for model in models:
+            for _ in range(times):
+                model.passes(forest, backward=backward)
+    for model in models:
+        model.model.zero_grad(set_to_none=True)
+    made, gradients = float(ledger.peak), sum(model.gradients for model in models)
+    if models[0].bf16 and models[0].dtype == "float32":
+        made = HALF * max(made - gradients, 0.0) + min(made, gradients)
+    if models[0].gpu:
+        return made
+    adapted = sum(module.out_features for each in models for module in each.model.modules() if hasattr(module, "lora_A"))
+    return HEAP * made + HOLES * 4 * forest.tokens * adapted * backward
 
 
 def _is_base(name: str, parameter: nn.Parameter) -> bool:

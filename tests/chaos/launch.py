@@ -43,27 +43,8 @@ def prepare(folder: Path) -> None:
     from align.tokenizers import train_bpe
 
     draw = random.Random(0)
-    words = [
-        "the",
-        "cat",
-        "sat",
-        "on",
-        "a",
-        "mat",
-        "and",
-        "said",
-        "hello",
-        "to",
-        "me",
-        "how",
-        "are",
-        "you",
-        "fine",
-        "thanks",
-        "one",
-        "two",
-        "three",
-    ]
+    vocabulary = "the cat sat on a mat and said hello to me how are you fine thanks one two three"
+    words = vocabulary.split()
 
     def say(longest: int) -> str:
         return " ".join(draw.choice(words) for _ in range(draw.randint(1, longest)))
