@@ -194,6 +194,18 @@ def test_a_side_alone_in_its_own_process(tmp_path):
     assert found.outcome.metric("loss")[0] == pytest.approx(0.6931, abs=1e-3)
 
 
+def test_memory_is_estimated_for_every_stage_that_is_measured(tmp_path, monkeypatch):
+    """A stage of the table with LoRA holds less besides activations than one that trains all weights."""
+    from benchmarks import memory
+
+    monkeypatch.setitem(memory.SIZES, "tiny", {**memory.LLAMA, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1})
+    memory.prepare(tmp_path, "tiny")
+    for method in memory.STAGES:
+        full, lora = (memory.estimated(tmp_path, method, lora) for lora in (False, True))
+        assert 1000 < full.tokens == lora.tokens <= memory.BUDGET
+        assert 0 < lora.made_of["optimizer"] < full.made_of["optimizer"] < full.peak
+
+
 def test_a_side_that_fails_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(AlignError, match="dpo, theirs: the process ended with code 1"):
@@ -288,15 +300,3 @@ def test_fsdp2_halves_the_parameters_and_the_optimizer_state_of_a_process():
     counters = 4 * len(list(model.parameters()))  # AdamW's, of steps
     assert [process["optimizer"] for process in told] == [whole + counters] * 2
     assert processes.table({"two": [told]})[-1].startswith("| two | ")
-
-
-def test_memory_is_estimated_for_every_stage_that_is_measured(tmp_path, monkeypatch):
-    """A stage of the table with LoRA holds less besides activations than one that trains all weights."""
-    from benchmarks import memory
-
-    monkeypatch.setitem(memory.SIZES, "tiny", {**memory.LLAMA, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1})
-    memory.prepare(tmp_path, "tiny")
-    for method in memory.STAGES:
-        full, lora = (memory.estimated(tmp_path, method, lora) for lora in (False, True))
-        assert 1000 < full.tokens == lora.tokens <= memory.BUDGET
-        assert 0 < lora.made_of["optimizer"] < full.made_of["optimizer"] < full.peak
