@@ -57,9 +57,10 @@ def training(surface: Any) -> None:
 
 
 def whole(surface: Any) -> None:
+    """A measurement with its default settings."""
     from align.diagnostics.curvature.measure import Settings, measure
 
-    measure(surface, Settings(steps=2, starts=1, probes=1, points=3))
+    measure(surface, Settings())
 
 
 def resident() -> float:

@@ -12,7 +12,7 @@ import pytest
 from align.artifact import Artifact
 from align.report import compare, draw, pages, tables, write_report
 from align.report.answers import payload
-from align.report.road import diagram, stops
+from align.report.road import Stop, diagram, stops
 
 EVIL = "<script>alert(1)</script>"
 HELD_OUT = {"mean": 0.5, "ci95": [0.4, 0.6], "n": 8}
@@ -389,6 +389,16 @@ def test_the_road_shows_what_is_not_finished(tmp_path, make):
     html, markdown = written(tmp_path)
     assert 'class="failed"' in html
     assert "| 3 | c | ppo | failed | – | 1.5 GB |" in markdown
+
+
+def test_an_arrow_goes_round_the_boxes_between():
+    """b and c are made from a, d from b, and e from c and d: the arrow from c passes the column of d beside it."""
+    made = {"a": (), "b": ("a",), "c": ("a",), "d": ("b",), "e": ("c", "d")}
+    drawn = diagram([Stop(name, "sft", "finished", None, None, needs) for name, needs in made.items()])
+    places = {stop.name: (x, y) for stop, x, y in drawn.boxes}
+    assert (places["d"][1], places["c"][1]) == (places["b"][1], 80), "d stands behind b"
+    (long,) = [arrow for arrow in drawn.arrows if "H" in arrow]
+    assert f"{places['d'][0]} {places['c'][1] + 31}H{places['d'][0] + 148}" in long
 
 
 def test_findings_are_in_the_report(tmp_path, make):

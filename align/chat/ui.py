@@ -91,13 +91,13 @@ def _shown(history: list[Message]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": html.escape(message.content)} for message in history]
 
 
-def _chatbot(label: str) -> gr.Chatbot:
-    return gr.Chatbot(label=label, render_markdown=False, feedback_options=None, buttons=[])
+def _chatbot(label: str, height: int) -> gr.Chatbot:
+    return gr.Chatbot(label=label, height=height, render_markdown=False, feedback_options=None, buttons=[])
 
 
 def _talk(names: list[str], speakers: Speakers, settings: list[Any]) -> None:
     model = gr.Dropdown(names, value=names[0], label="Model")
-    shown, turns = _chatbot("Conversation"), gr.State([])
+    shown, turns = _chatbot("Conversation", 340), gr.State([])
     said = gr.Textbox(label="You", placeholder="Ask something and press Enter", elem_id="talk-said")
     again = gr.Button("Begin anew", size="sm")
 
@@ -121,7 +121,7 @@ def _talk(names: list[str], speakers: Speakers, settings: list[Any]) -> None:
 def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: Path, draw: random.Random) -> None:
     with gr.Row():
         models = [gr.Dropdown(names, value=names[min(i, len(names) - 1)], label=f"Model {i + 1}") for i in range(2)]
-    shown, turns = _chatbot("Conversation so far"), gr.State([])
+    shown, turns = _chatbot("Conversation so far", 180), gr.State([])
     said = gr.Textbox(label="You", placeholder="Ask both and press Enter", elem_id="compare-said")
     with gr.Row():
         sides = [gr.Textbox(label=label, lines=4, interactive=False, elem_id=label.lower()) for label in ("Left", "Right")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,28 +81,42 @@ class Diagram:
 
 
 def diagram(road: list[Stop]) -> Diagram:
-    """A column for each number of steps from the beginning; arrows run from left to right."""
+    """A column for each number of steps from the beginning; arrows run from left to right, and pass the columns between on lanes of
+    their own, as if they were boxes.
+    """
     depth: dict[str, int] = {}
     for stop in _ordered(road):
         depth[stop.name] = 1 + max((depth[name] for name in stop.needs if name in depth), default=-1)
-    columns: dict[int, list[Stop]] = {}
-    for stop in road:
-        columns.setdefault(depth[stop.name], []).append(stop)
+    direct = {stop.name: [name for name in _direct(stop, road) if name in depth and name != stop.name] for stop in road}
+    columns: defaultdict[int, dict[str, list[str]]] = defaultdict(dict)  # who is in a column, and what it comes from
+    for name, sources in direct.items():
+        columns[depth[name]][name] = sources
+        for source in sources:
+            for column in range(depth[source] + 1, depth[name]):
+                columns[column][source] = [source]
     (width, height), (right, below) = BOX, GAP
     rows = max(map(len, columns.values()), default=0)
-    places: dict[str, tuple[int, int]] = {}
-    for column, held in columns.items():
-        top = (rows - len(held)) * (height + below) // 2
-        places |= {stop.name: (column * (width + right), top + row * (height + below)) for row, stop in enumerate(held)}
+    places: dict[tuple[str, int], tuple[int, int]] = {}
+    for column in sorted(columns):
+        levels = {
+            name: [places[source, column - 1][1] for source in sources if (source, column - 1) in places]
+            for name, sources in columns[column].items()
+        }
+        top = (rows - len(levels)) * (height + below) // 2
+        for row, name in enumerate(sorted(levels, key=lambda name: sum(levels[name]) / max(len(levels[name]), 1))):
+            places[name, column] = column * (width + right), top + row * (height + below)
     arrows = []
-    for stop in road:
-        x, y = places[stop.name]
-        for name in _direct(stop, road):
-            if name in places and name != stop.name:
-                start, level = places[name][0] + width, places[name][1] + height // 2
-                end, bend = y + height // 2, right // 2
-                arrows.append(f"M{start} {level}C{start + bend} {level} {x - bend} {end} {x} {end}")
-    boxes = [(stop, *places[stop.name]) for stop in road]
+    for name, sources in direct.items():
+        for source in sources:
+            x, y = places[source, depth[source]]
+            arrow = f"M{x + width} {y + height // 2}"
+            for stop_at in [(source, column) for column in range(depth[source] + 1, depth[name])] + [(name, depth[name])]:
+                start, level = x + width, y + height // 2
+                x, y = places[stop_at]
+                arrow += f"C{start + right // 2} {level} {x - right // 2} {y + height // 2} {x} {y + height // 2}"
+                arrow += f"H{x + width}" if stop_at[0] == source else ""
+            arrows.append(arrow)
+    boxes = [(stop, *places[stop.name, depth[stop.name]]) for stop in road]
     return Diagram(len(columns) * (width + right) - right, max(rows * (height + below) - below, 0), boxes, arrows)
 
 
