@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -146,6 +147,15 @@ def test_the_server_gets_the_weights_before_it_answers_and_none_twice(engine, st
     assert complete(engine, prompts, GREEDY, [2]) == complete(engine.model, prompts, GREEDY, [2])
     assert stub.paths.count("collective_rpc") == stub.paths.count("reset_prefix_cache") == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_several_processes_one_brings_the_weights(engine, stub, tmp_path):
+    """Here threads, each with a copy of the model, as processes have it."""
+    engines = [ServerEngine(engine.server.url, copy.deepcopy(engine.model), tmp_path) for _ in range(3)]
+    with ThreadPoolExecutor() as pool:
+        answers = list(pool.map(lambda one: complete(one, [[5, 6, 7]], GREEDY, [2]), engines))
+    assert answers == [complete(engine.model, [[5, 6, 7]], GREEDY, [2])] * 3
+    assert stub.paths.count("collective_rpc") == 1
 
 
 def test_a_server_that_was_started_anew_gets_the_weights_again(engine, stub):

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
@@ -29,6 +28,7 @@ from align.engine import base_model
 from align.errors import AlignError
 from align.progress import say
 from align.rollout.sampling import Completion, Sampling, chances
+from align.runner.locks import lock
 
 SECONDS = 1800.0
 """How long an answer may take."""
@@ -145,9 +145,8 @@ class ServerEngine:
 
     def bring(self, sampling: Sampling) -> str:
         """Make the server's weights those of the model, if they are not; returns their version."""
-        state = PartialState()
-        aside = self.folder / f".weights-{state.process_index}"
-        with state.main_process_first():  # the others find that it is done
+        aside = self.folder / "weights"
+        with lock(aside):  # of several processes the first brings them, and the others find that it is done
             shutil.rmtree(aside, ignore_errors=True)
             try:
                 version = write_weights(self.model, aside)
