@@ -147,7 +147,7 @@ def test_sampling_methods_reach_the_optimum(method, size, tmp_path):
 
 @pytest.mark.parametrize("size", TASKS)
 def test_dpo_on_preferences_of_the_reward_reaches_the_optimum(size):
-    """All pairs, weighted by how often Bradley-Terry prefers the first: no noise of a sample."""
+    """All pairs, weighted by how often the reference draws them and Bradley-Terry prefers the first: no noise of a sample."""
     task = TASKS[size]
     policy = model(task, 0)
     reference = copy.deepcopy(policy).requires_grad_(False)
@@ -164,7 +164,8 @@ def test_dpo_on_preferences_of_the_reward_reaches_the_optimum(size):
             rewards = torch.tensor([reward(task, number, tokens) for tokens in sequences(task)])
             pairs = PreferenceLogps(ours[first], ours[second], ones, ones, prior[first], prior[second])
             preferred = torch.sigmoid(rewards[first] - rewards[second])
-            (preferred * preference_losses["dpo"](pairs, beta=BETA).loss).mean().backward()
+            drawn = (prior[first] + prior[second]).exp()
+            (drawn * preferred * preference_losses["dpo"](pairs, beta=BETA).loss).sum().backward()
         optimizer.step()
         schedule.step()
     assert distance(policy, reference, task) <= 0.05
