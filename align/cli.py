@@ -5,6 +5,7 @@ exit code 2.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from typing import NoReturn
@@ -66,6 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print("align: error: the disk is full; make room, and the same command goes on from where it was", file=sys.stderr)
+        return 2
 
 
 def parser() -> argparse.ArgumentParser:

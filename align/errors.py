@@ -16,6 +16,10 @@ class NonFiniteLoss(AlignError):
     """A loss that is no number. No update was made with it."""
 
 
+class DiskFull(AlignError):
+    """A write found no room."""
+
+
 class StageFailed(AlignError):
     """A stage ended for another reason than a mistake in its input; its log tells more. Exit code 1."""
 

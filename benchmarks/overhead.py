@@ -2,7 +2,7 @@
 
 A recipe of eight stages that train tiny models for two steps: run by ``align run`` from nothing (the start of Python, hashing,
 processes, registry and report included), run again when it is finished, and its stages called directly in a process that has
-imported everything. In turns; the smallest time of each counts, as on a busy machine the others hold somebody else's work.
+imported everything. In turns; the least of each counts, by the clock and, for busy machines, by the time that a core worked for it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from align.data import write_rows
 from align.pipeline import Run
@@ -63,32 +65,49 @@ def write(folder: Path) -> None:
     write_rows(folder / "pairs.jsonl", [{"prompt": f"say {n}", "chosen": n, "rejected": f"no {n}"} for n in numbers])
 
 
-def by_the_runner(folder: Path, out: Path) -> float:
-    """Seconds of ``align run``."""
+class Spent(NamedTuple):
+    """Seconds by the clock, and seconds that a core worked."""
+
+    clock: float
+    core: float
+
+
+def now() -> Spent:
+    """Of this process and of all that it has waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return Spent(time.monotonic(), sum(usage.ru_utime + usage.ru_stime for usage in used))
+
+
+def since(start: Spent) -> Spent:
+    return Spent(*(after - before for after, before in zip(now(), start, strict=True)))
+
+
+def by_the_runner(folder: Path, out: Path) -> Spent:
+    """``align run``."""
     words = ["run", __file__, "--set", f"folder={folder}", "--out", str(out)]
     environment = {**os.environ, "ALIGN_HOME": str(out.parent), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    start = time.monotonic()
+    start = now()
     subprocess.run([sys.executable, "-m", "align.cli", *words], env=environment, check=True, capture_output=True)
-    return time.monotonic() - start
+    return since(start)
 
 
-def directly(folder: Path, out: Path, into: Path) -> float:
-    """Seconds of the same stages' `run`, in this process, on the inputs that the runner gave them."""
+def directly(folder: Path, out: Path, into: Path) -> Spent:
+    """The same stages' `run`, in this process, on the inputs that the runner gave them."""
     work = Run(load_recipe(__file__, {"folder": str(folder)}), out, registry=Registry(out.parent))
     steps = work.plan()
     assert not any(step.runs for step in steps)
-    start = time.monotonic()
+    start = now()
     for step in steps:
         (into / step.name).mkdir(parents=True)
         attempt(step.stage, step.name, into / step.name)
-    return time.monotonic() - start
+    return since(start)
 
 
-def measure(rounds: int) -> dict[str, float]:
-    """The smallest seconds of each way, and what the runner adds to a stage."""
+def measure(rounds: int) -> dict[str, Spent]:
+    """The least of each way."""
     for module in PRELOAD:
         importlib.import_module(module)
-    found: dict[str, list[float]] = {"runner": [], "again": [], "direct": []}
+    found: dict[str, list[Spent]] = {"runner": [], "direct": [], "again": []}
     with tempfile.TemporaryDirectory(prefix="align-overhead-") as name:
         work = Path(name)
         write(work)
@@ -97,18 +116,22 @@ def measure(rounds: int) -> dict[str, float]:
             found["runner"].append(by_the_runner(work, home / "run"))
             found["again"].append(by_the_runner(work, home / "run"))
             found["direct"].append(directly(work, home / "run", work / f"direct{number}"))
-    least = {way: min(times) for way, times in found.items()}
-    return {**least, "a stage": (least["runner"] - least["direct"]) / STAGES}
+    return {way: Spent(*map(min, zip(*spent, strict=True))) for way, spent in found.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     result = measure(parser.parse_args().rounds)
-    print(f"{STAGES} stages by the runner {result['runner']:6.2f} s")
-    print(f"called directly       {result['direct']:6.2f} s")
-    print(f"the runner adds       {result['a stage']:6.2f} s a stage")
-    print(f"finished, run again   {result['again']:6.2f} s")
+    result["a stage"] = Spent(*((a - b) / STAGES for a, b in zip(result["runner"], result["direct"], strict=True)))
+    names = {
+        "runner": f"{STAGES} stages by the runner",
+        "direct": "called directly",
+        "a stage": "the runner adds to a stage",
+        "again": "the finished run again",
+    }
+    for way, label in names.items():
+        print(f"{label:<28} {result[way].clock:7.2f} s {result[way].core:7.2f} s of a core")
 
 
 if __name__ == "__main__":

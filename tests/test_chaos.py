@@ -1,6 +1,7 @@
 """Short versions of the scripts in tests/chaos; docs/reliability.md has the results of the long ones."""
 
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "chaos"))
@@ -18,8 +19,9 @@ def test_a_pipeline_that_is_killed_ends_as_one_that_was_not(capsys):
 
 
 def test_nothing_piles_up(tmp_path, monkeypatch, capsys):
-    for name in ("ALIGN_HOME", "ALIGN_IN_PROCESS"):
+    for name in ("ALIGN_HOME", "ALIGN_IN_PROCESS", "TMPDIR"):
         monkeypatch.setenv(name, "")  # to be taken back at the end
+    monkeypatch.setattr(tempfile, "tempdir", None)
     soak.soak(12, 6, tmp_path)
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,17 @@ def test_a_full_disk_is_told_in_one_line_and_registers_nothing(processes, tmp_pa
             Run(Recipe("r", {"a": Act(does="fill"), "b": Act()}), disk / "out").execute()
         assert "\n" not in str(caught.value)
         assert Registry().names() == ["r-b"]
+        with suppress(OSError), (disk / "ballast").open("wb", buffering=0) as ballast:  # no room for a log or a status, either
+            while True:
+                ballast.write(bytes(2**10))
+        with pytest.raises(AlignError, match=r"^c: the disk of .* is full \(0 MB free\); make room"):
+            Run(Recipe("r", {"c": Act(text="c" * 2**16)}), disk / "out").execute()
+        recipe = tmp_path / "x.py"
+        lines = ["from align.recipe import Recipe", "from runner_stages import Act", "def recipe():"]
+        recipe.write_text("\n".join([*lines, "    return Recipe('x', {'a': Act(), 'b': Act()})"]))
+        assert main(["run", str(recipe), "--out", str(disk / "other")]) == 2
+        (disk / "ballast").unlink()
+        assert main(["run", str(recipe), "--out", str(disk / "other")]) == 0
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

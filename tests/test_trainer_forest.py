@@ -319,15 +319,18 @@ from align.engine import enable_forest
 from align.trainers.forest import ForestTrainer
 from align.trainers.objectives import LanguageModel
 
-model, processes = llama(), int(sys.argv[2])
-enable_forest(model)
+processes = int(sys.argv[2])
+folder = f"{sys.argv[1]}/{processes}"
 args = TrainingArguments(
-    sys.argv[1], max_steps=4, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=1e9, seed=5, use_cpu=True,
-    per_device_train_batch_size=4 // processes, gradient_accumulation_steps=2, report_to=[], save_strategy="no", logging_steps=1,
+    folder, max_steps=4, learning_rate=0.1, adam_epsilon=1.0, lr_scheduler_type="constant", max_grad_norm=1e9, seed=5, use_cpu=True,
+    per_device_train_batch_size=4 // processes, gradient_accumulation_steps=2, report_to=[], save_steps=2, logging_steps=1,
     remove_unused_columns=False, dataloader_pin_memory=False, disable_tqdm=True,
 )
-trainer = ForestTrainer(model, LanguageModel(), args, documents(1, 21), documents(2, 7), max_tokens=25)
-trainer.train()
+for resume in (None, f"{folder}/checkpoint-2"):
+    model = llama()
+    enable_forest(model)
+    trainer = ForestTrainer(model, LanguageModel(), args, documents(1, 21), documents(2, 7), max_tokens=25)
+    trainer.train(resume_from_checkpoint=resume)
 trainer.evaluate()
 if trainer.is_world_process_zero():
     logs = [{k: r[k] for k in r if k.endswith(("loss", "accuracy", "num_tokens"))} for r in trainer.state.log_history]
@@ -339,7 +342,7 @@ def test_two_processes_do_as_one(tmp_path, monkeypatch):
     """Each cuts its rows into a number of forests of its own; weights, logged means and the evaluation of 7 rows are the same.
 
     The third step is the end of an epoch, with 5 rows left instead of 8: accelerate fills up the processes' batches with rows from
-    the epoch's start, which must not count.
+    the epoch's start, which must not count, in a run that was resumed one step before either.
     """
     script = tmp_path / "script.py"
     script.write_text(TWO_PROCESSES)

@@ -15,16 +15,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from align.errors import AlignError, StageFailed
+from align.errors import AlignError, DiskFull, StageFailed
 from align.progress import say
 from align.recipe import Recipe
 from align.registry import Registry
 from align.runner.devices import devices, take
+from align.runner.files import no_room
 from align.runner.locks import clear
 from align.runner.plan import Step, read_artifact
 from align.runner.stop import Stopped
 from align.runner.view import View, read_status
-from align.runner.worker import Task, settle, work
+from align.runner.worker import FULL, Task, settle, work
 from align.runner.zygote import Zygote
 
 POLL = 0.2  # seconds between two looks at what the stages do
@@ -236,6 +237,8 @@ class Graph:
                 number = signal.Signals(os.WTERMSIG(code))
                 what = f"its process was ended by {number.name}{' (is memory short?)' if number is signal.SIGKILL else ''}"
             error: AlignError = StageFailed(f"{step.name}: {what}")
+        elif os.waitstatus_to_exitcode(code) == FULL:
+            error = DiskFull(status.get("error") or f"{step.name}: {no_room(step.folder)}")
         else:
             told = status.get("error") or f"{step.name}: its process ended with code {os.waitstatus_to_exitcode(code)}"
             error = AlignError(told) if status.get("kind") == "mistake" else StageFailed(f"{told}; {step.log} tells more")

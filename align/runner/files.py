@@ -1,10 +1,17 @@
-"""Files that are whole or not there: written aside, flushed, renamed."""
+"""Files that are whole or not there: written aside, flushed, renamed; and disks that are full."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import socket
 from pathlib import Path
+
+from align.errors import DiskFull
+
+NO_ROOM = ("No space left on device", "iostream error")
+"""What libraries say when a disk is full, without its error number; the second is torch.save."""
 
 
 def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
@@ -47,3 +54,20 @@ def flush_tree(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
         if not path.is_symlink() and (path.is_file() or path.is_dir()):
             flush(path)
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether `error` is, or comes from, a write that found no room."""
+    while error is not None:
+        full = isinstance(error, DiskFull) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(words in str(error) for words in NO_ROOM):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def no_room(folder: Path) -> DiskFull:
+    """What to tell of it."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free / 2**20
+    return DiskFull(f"the disk of {folder} is full ({free:.0f} MB free); make room, and the same command goes on from where it was")

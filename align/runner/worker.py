@@ -25,20 +25,17 @@ import yaml
 
 from align.artifact import MANIFEST, Artifact, library_versions
 from align.diagnostics.live import Watcher
-from align.errors import AlignError, NonFiniteLoss
+from align.errors import AlignError, DiskFull, NonFiniteLoss
 from align.progress import History, Status, report_progress, say
 from align.registry import Registry
 from align.runner.checkpoints import lower_learning_rate, remove_unsealed
-from align.runner.files import flush_tree
+from align.runner.files import disk_is_full, flush_tree, no_room
 from align.runner.launch import is_first_machine, is_main_process, launched, machines, run_launched
 from align.runner.locks import lock
 from align.runner.plan import Step, read_artifact
 from align.runner.stop import Stopped, listen, saving_first
 from align.stages import Stage, stages
 from align.stages.base import Context
-
-NO_ROOM = ("No space left on device", "iostream error")
-"""What libraries say when a disk is full, without its error number; the second is torch.save."""
 
 
 @dataclass(frozen=True)
@@ -213,8 +210,21 @@ def _remove_unfinished(folder: Path) -> None:
 # -- a process of its own -------------------------------------------------------------------------------------------------------
 
 
+FULL = errno.ENOSPC
+"""Exit code of a stage on a full disk, where neither its log nor its status file may have room to tell of it."""
+
+
 def main(task: Task) -> int:
     """Run `task` as the whole of a process whose output is its log; how it ended stands in its status file."""
+    try:
+        return _told(task)
+    except Exception as error:
+        if disk_is_full(error):
+            return FULL
+        raise
+
+
+def _told(task: Task) -> int:
     listen()
     status = Status(Path(task.status), name=task.name, state="running", folder=task.draft["path"])
     report_progress(status)
@@ -225,11 +235,16 @@ def main(task: Task) -> int:
     except Stopped:
         status.update(state="stopped")
         return 130
+    except DiskFull as error:
+        status.update(state="failed", kind="mistake", error=str(error))
+        return FULL
     except AlignError as error:
         print(f"align: error: {error}", file=sys.stderr)
         status.update(state="failed", kind="mistake", error=str(error))
         return 2
     except Exception as error:
+        if disk_is_full(error):
+            raise
         traceback.print_exc()
         kind = "transient" if is_transient(error) else "crash"
         status.update(state="failed", kind=kind, error=f"{task.name}: {type(error).__name__}: {error}")
@@ -243,21 +258,9 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         if disk_is_full(error):
-            free = shutil.disk_usage(folder).free / 2**20
             remove_unsealed(folder / "checkpoints")
-            raise AlignError(
-                f"the disk of {folder} is full ({free:.0f} MB free); make room, and the same command goes on from where it was"
-            ) from error
+            raise no_room(folder) from error
         raise
-
-
-def disk_is_full(error: BaseException | None) -> bool:
-    """Whether `error` is, or comes from, a write that found no room."""
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in NO_ROOM):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def is_transient(error: BaseException) -> bool:

@@ -164,10 +164,12 @@ def _become(request: dict[str, Any], zygote: int) -> None:
         code = main(Task(**request["task"]))
         atexit._run_exitfuncs()  # trackers end their runs there
     except BaseException:
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # a full disk
+            traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
 
 

@@ -80,9 +80,10 @@ class ForestTrainer(SafeTrainer):
             batches: (processes, micro-steps, rows).
         """
         together = [[tree for batch in step for tree in batch] for step in zip(*batches, strict=True)]
-        epoch = self.accelerator.gradient_state
-        if together and epoch.end_of_dataloader and epoch.remainder > 0:
-            together[-1] = together[-1][: epoch.remainder]
+        # accelerate's own `remainder` is not set in an epoch that is resumed.
+        remainder = len(self.train_dataset) % (self._train_batch_size * self.accelerator.num_processes)
+        if together and remainder and self.accelerator.gradient_state.end_of_dataloader:
+            together[-1] = together[-1][:remainder]
         return [tree for step in together for tree in step]
 
     def _share(self, trees: list[Tree]) -> list[Tree]:

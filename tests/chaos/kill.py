@@ -87,7 +87,8 @@ class Pipeline:
             return
         if target == "full disk":
             with self.full():
-                assert process.wait() in (0, 2), "a full disk is told in one line"
+                code = process.wait()
+            assert code in (0, 2), f"a full disk should be told in one line; see {self.log}"
         if target in ("stage", "zygote"):
             below = [pid for pid in processes(self.home) if pid != process.pid]
             parents = {pid: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in below}

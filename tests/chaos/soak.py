@@ -49,13 +49,16 @@ def state(home: Path) -> dict[str, float]:
         "zygote's handles": handles(zygote),
         "runner's MB": memory(os.getpid()),
         "zygote's MB": memory(zygote),
-        "temporary files": len(list(Path(tempfile.gettempdir()).glob("align-launch-*"))),
+        "temporary files": len(list(Path(tempfile.gettempdir()).iterdir())),
     }
 
 
 def soak(stages: int, jobs: int, work: Path) -> None:
     """Raises AssertionError where something grew."""
-    os.environ.update(ALIGN_HOME=str(work), ALIGN_IN_PROCESS="0")
+    temporary = work / "scratch"
+    temporary.mkdir()
+    tempfile.tempdir = str(temporary)
+    os.environ.update(ALIGN_HOME=str(work), ALIGN_IN_PROCESS="0", TMPDIR=str(temporary))
     Run(Recipe("warm", {"a": Act()}), work / "warm").execute()
     before, start = state(work), time.monotonic()
     chain = {"s0": Act()} | {f"s{i}": Act(model=f"s{i - 1}", text=str(i)) for i in range(1, stages)}
