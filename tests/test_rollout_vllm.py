@@ -487,8 +487,9 @@ def test_a_server_without_rollouts_takes_no_weights_and_answers_openais_client(f
         with pytest.raises(AlignError, match="knows no /weight_info"):
             complete(ServerEngine(url, llama_64(), folder), [[5]], GREEDY, [2])
     local = "".join(Speaker(str(folder / "model")).answer([Message(**asked[0])], Decoding(8, temperature=0)))
-    assert text.strip() == local.strip()
-    assert text.strip()
+    # Random weights say bytes: vLLM's stream keeps back a character that the limit cuts in two.
+    assert text.strip().rstrip("\ufffd") == local.strip().rstrip("\ufffd")
+    assert text.strip("\ufffd ")
 
 
 def test_the_tolerance_is_above_what_bfloat16_rounds_and_below_what_another_model_says():
