@@ -109,7 +109,7 @@ MISTAKES = {
     "unknown data set": (SFT + "owner/nothing", "owner/nothing: no such file or folder, and the hub gives no data set"),
     "bad_row": (SFT + "sft.jsonl --on_bad_row skip", "'on_bad_row' is 'skip': input should be 'raise' or 'quarantine'"),
     # the model and its tokenizer
-    "no chat template": ("sft --model no_template --data sft.jsonl", "the tokenizer has no chat template; set chat_template"),
+    "no chat template": ("sft --model no_template --data sft.jsonl", "the tokenizer has no chat template. Set chat_template"),
     "no such template": (SFT + "sft.jsonl --chat_template chatlm", "chat_template 'chatlm' is neither a file nor one of"),
     "template without end": (
         "sft --model no_stop --data sft.jsonl",

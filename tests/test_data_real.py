@@ -216,7 +216,7 @@ def test_real_data_set_used_for_another_stage() -> None:
     pairs = load_rows(REAL / "kto/kto_en_demo.jsonl", "preference")  # few prompts have answers of both labels
     assert pairs.account.used == 2 * len(pairs.rows)
     assert pairs.account.rows == 218 == pairs.account.used + sum(pairs.account.reasons.values())
-    with pytest.raises(AlignError, match="can be used as prompts"):
+    with pytest.raises(AlignError, match="of kind prompts, good for prompts"):
         load_rows(REAL / "rlvr/svamp.jsonl", "sft")
 
 

@@ -216,5 +216,5 @@ def _lacking(raw: Raw, kind: str | None) -> str:
         return f"found {', '.join(raw) or 'nothing'}"
     column = next((column for column in NATIVE[kind] if column not in raw), None)
     if column is None:
-        return f"for {kind} rows, {' and '.join(NATIVE[kind])} are there, but not as expected"
-    return f"for {kind} rows, column {column!r} is {missing(column, raw)}"
+        return f"columns {' and '.join(NATIVE[kind])} of {kind} rows are there, but not as expected"
+    return f"column {column!r} of {kind} rows is {missing(column, raw)}"
