@@ -163,7 +163,7 @@ def test_a_bad_first_row_does_not_decide_the_format(tmp_path: Path) -> None:
         (b"\n \n", "data.jsonl: no rows: it is empty"),
         (
             b'{"a": 1}\n{"a": 1,}\n',
-            "data.jsonl row 1, the columns fit no format; column 'chosen' of preference rows is missing; found a; formats: ",
+            "data.jsonl row 1, the columns fit no format of preference rows; column 'chosen' is missing; found a; formats: ",
         ),
         (
             lines([PAIRS[0]]) + b'{"prompt": "x" "y"}',
@@ -173,7 +173,10 @@ def test_a_bad_first_row_does_not_decide_the_format(tmp_path: Path) -> None:
             lines([{"prompt": "p", "chosen": "c", "rejectd": "r"}]),
             "column 'rejected' is missing; found prompt, chosen, rejectd (did you mean 'rejected'?)",
         ),
-        (lines([PAIRS[0], {"prompt": "p", "chosen": "c"}]), "data.jsonl row 2, column 'rejected' of preference rows is missing"),
+        (
+            lines([PAIRS[0], {"prompt": "p", "chosen": "c"}]),
+            "data.jsonl row 2, column 'rejected' is missing",
+        ),
         (
             lines([{"prompt": "p", "chosen": "c", "rejected": "c"}]),
             "as preference: 1 rows = 0 used + 1 set aside (1 identical",

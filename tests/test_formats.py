@@ -104,7 +104,7 @@ def test_every_sample_as_every_kind(name: str, kind: str) -> None:
     elif kind in gives:
         assert sample(name, kind)
     else:
-        with pytest.raises(AlignError, match=f"{name} row 1, column.* of {kind} rows .*, good for {' or '.join(gives)}; mend"):
+        with pytest.raises(AlignError, match=f"{name} row 1, column.*; no {kind} row; .*, good for {' or '.join(gives)}; mend"):
             load_rows(SAMPLES / name, kind)
 
 

@@ -102,7 +102,8 @@ def detect(raw: Raw, kind: str | None) -> str:
     """
     if (name := match(raw, kind)) is not None:
         return name
-    raise AlignError(f"the columns fit no format; {_lacking(raw, kind)}; formats: {', '.join(formats)}")
+    wanted = "no format" if kind is None else f"no format of {kind} rows"
+    raise AlignError(f"the columns fit {wanted}; {_lacking(raw, kind)}; formats: {', '.join(formats)}")
 
 
 def read(name: str, raw: Raw) -> Sequence[Fields | SetAside]:
@@ -157,7 +158,7 @@ def _as_kind(fields: Fields, kind: str, raw: Raw, name: str) -> list[Fields | Se
         return [fields]  # messages without an assistant's turn included: the schema says best what is wrong with them
     if kind not in GIVES[have]:
         usable = " or ".join(GIVES[have])
-        raise AlignError(f"{_lacking(raw, kind)}; read as format {name!r} it is a row of kind {have}, good for {usable}")
+        raise AlignError(f"{_lacking(raw, kind)}; no {kind} row; by format {name!r} it is of kind {have}, good for {usable}")
     if have == "qa":
         return [_asked(fields, kind)]
     if have == "unpaired" and not isinstance(fields["label"], bool):
@@ -216,5 +217,5 @@ def _lacking(raw: Raw, kind: str | None) -> str:
         return f"found {', '.join(raw) or 'nothing'}"
     column = next((column for column in NATIVE[kind] if column not in raw), None)
     if column is None:
-        return f"columns {' and '.join(NATIVE[kind])} of {kind} rows are there, but not as expected"
-    return f"column {column!r} of {kind} rows is {missing(column, raw)}"
+        return f"columns {' and '.join(NATIVE[kind])} are there, but not as expected"
+    return f"column {column!r} is {missing(column, raw)}"
