@@ -24,7 +24,7 @@ from align.preflight.memory import Ledger, Skeleton, peak
 from align.preflight.show import html, paths, terminal
 from align.recipe import Recipe
 from align.schema import PreferenceRow
-from align.stages import SFT, Evaluate, Preference
+from align.stages import SFT, Evaluate, Pairs, Preference
 from align.tuning.strategies import Tuning
 from align.tuning.tune import tune
 
@@ -284,6 +284,13 @@ def test_what_a_stage_makes_is_looked_at_before_the_next_one_uses_it(folder, cap
     finally:
         del stages._entries["repeats_rows"]
     assert capsys.readouterr().err.count("sft: warning: duplicates") == 1
+
+
+def test_a_parameter_of_another_loss_is_found_before_the_pairs_are_made(folder):
+    after = Preference(model="sft", data="pairs/preferences.jsonl", loss="orpo", beta=0.1)
+    assert findings(sft=sft(), pairs=Pairs(model="sft", data="sft.jsonl", reward_funcs=["repetition"]), orpo=after) == [
+        ("error", "input")
+    ]
 
 
 def test_a_model_that_is_yet_to_be_trained_speaks_through_its_base(folder):

@@ -303,5 +303,5 @@ def conversational(row: Any) -> bool:
 
 
 def broken(name: str, error: AlignError) -> Finding:
-    """The finding for a stage whose rows or tokenizer cannot be read."""
+    """The finding for a stage whose settings do not go together, or whose rows or tokenizer cannot be read."""
     return Finding("error", "input", str(error).rstrip("."), f"The stage {name!r} would stop there")

@@ -69,6 +69,7 @@ def inspect(
 
 def _inspect(step: Planned, plan: Sequence[Planned], machine: Machine | None, samples: int) -> Looked:
     try:
+        step.stage.check()
         seen = subject(step, plan)
     except NotYet as reason:
         return Looked(step.name, f"not looked at yet: {reason}")

@@ -98,6 +98,13 @@ class Stage(BaseModel):
         bookkeeping = bookkeeping_fields(type(self))
         return {name: value for name, value in self.model_dump(mode="json").items() if name not in bookkeeping}
 
+    def check(self) -> None:
+        """What takes libraries to judge and no data: the preflight asks before the first stage of a recipe runs.
+
+        Raises:
+            AlignError: the settings do not go together.
+        """
+
     def run(self, context: Context) -> dict[str, Any]:
         """Do the work, fill ``context.folder``, return the metrics to register.
 

@@ -79,13 +79,18 @@ class Preference(TrainingStage, ProbeFields):
                 raise ValueError("TRL's IPO loss averages log-probs over tokens; set average, or use engine 'forest'")
         return self
 
+    def check(self) -> None:
+        from align.losses import preference_losses
+
+        preference_losses.check_arguments(self.loss, self.loss_parameters)
+
     def run(self, context: Context) -> dict[str, Any]:
         from align.losses import preference_losses
         from align.models import disable_dropout
         from align.stages import training as t
         from align.trainers.objectives import Preference as Objective
 
-        preference_losses.check_arguments(self.loss, self.loss_parameters)
+        self.check()
         loss = preference_losses[self.loss]
         t.seed_everything(self)
         rows, held = t.rows_of(self, "preference", context)
