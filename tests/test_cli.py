@@ -271,13 +271,27 @@ def test_a_mistake_in_the_second_stage_is_found_before_the_first_runs(capsys, tm
     assert not (home() / "two").exists()
 
 
-def test_a_mistake_in_the_second_stage_keeps_the_first(capsys, tmp_path):
-    """One that only the stage itself can see: its loss has no beta."""
-    recipe = {"sft": {"stage": "sft", "model": "model", "data": "sft.jsonl", "max_steps": 1}}
-    recipe["dpo"] = {"stage": "preference", "model": "sft", "data": "pairs.jsonl"}
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump({"name": "two", "stages": recipe}))
-    assert main(["run", str(tmp_path / "two.yaml")]) == 2
-    assert "align: error: dpo: preference loss 'dpo' needs 'beta'" in capsys.readouterr().err
+def two_stages(folder, second):
+    """A recipe of SFT and a stage that goes on with its model."""
+    first = {"stage": "sft", "model": "model", "data": "sft.jsonl", "max_steps": 1}
+    stages = {"sft": first, "second": {"model": "sft", **second}}
+    (folder / "two.yaml").write_text(yaml.safe_dump({"name": "two", "stages": stages}))
+    return str(folder / "two.yaml")
+
+
+def test_a_missing_parameter_of_the_second_stage_is_found_before_the_first_runs(capsys, tmp_path):
+    """Its loss has no beta."""
+    assert main(["run", two_stages(tmp_path, {"stage": "preference", "data": "pairs.jsonl"})]) == 2
+    assert "align: error: second: preference loss 'dpo' needs 'beta'" in capsys.readouterr().err
+    assert not Registry().all()
+
+
+def test_a_mistake_that_only_the_second_stage_can_see_keeps_the_first(capsys, tmp_path):
+    """A reward that is not a number."""
+    (tmp_path / "words.py").write_text("def words(completions, **columns):\n    return ['many'] * len(completions)\n")
+    asks = {"stage": "pairs", "data": "prompts.jsonl", "max_completion_length": 4, "reward_funcs": [f"{tmp_path}/words.py:words"]}
+    assert main(["run", two_stages(tmp_path, asks)]) == 2
+    assert "align: error: second: " in capsys.readouterr().err
     assert [a.reference for a in Registry().all()] == ["two-sft@1"]
     assert [path.name.split("-")[0] for path in (home() / "two").iterdir()] == ["sft"]
 
