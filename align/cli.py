@@ -5,7 +5,6 @@ exit code 2.
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 from typing import NoReturn
@@ -28,6 +27,7 @@ from align.commands import (
     ui,
 )
 from align.errors import AlignError, StageFailed
+from align.runner.files import disk_is_full
 
 COMMANDS = (
     run,
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not disk_is_full(error):
             raise
         print("align: error: the disk is full; make room, and the same command goes on from where it was", file=sys.stderr)
         return 2

@@ -24,7 +24,7 @@ PARENTS = ("world", "base", "sft")
 def recipe(pairs: int, seed: int, rounds: int, kl_coef: float) -> Recipe:
     """The demo up to SFT, a reward model on the pairs of so many prompts, and PPO against it."""
     demo = load_recipe("demo", {"seed": str(seed)}).stages
-    sampled = demo["pairs"].model_copy(update={"max_rows": pairs, "label_noise": 0.0})
+    sampled = demo["pairs"].model_copy(update={"max_rows": pairs})
     files = {"data": ["pairs/preferences.jsonl"], "eval_data": ["pairs/held_out.jsonl"]}
     judge = demo["reward"].model_copy(update={**files, "num_train_epochs": 4.0})
     paid = {

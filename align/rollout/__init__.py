@@ -1,8 +1,7 @@
 """Prompts to completions.
 
 `complete` is what everything calls. Behind it stands an `Engine`: ours (`align.rollout.engine`), transformers' `generate` for
-models that ours cannot serve, a vLLM server
-(`align.rollout.server`), or another that has this one method.
+models that ours cannot serve, a vLLM server (`align.rollout.server`), or another that has this one method.
 """
 
 from __future__ import annotations
