@@ -12,7 +12,8 @@ Layout of one tree with two branches (every cell is one token, counted once)::
 The last prompt token predicts the first token of *each* branch, so what is predicted is kept as pairs (source, target): the hidden
 state at ``sources[i]`` predicts the token ``targets[i]``.
 
-Neighbours of one prompt (several pairs that answer one question) are laid as one tree: the prompt is stored once for all of them.
+Neighbours of one prompt (several pairs that answer one question) are laid as one tree: the prompt is stored once for all of them,
+and so is an answer that stands in several pairs.
 
 This module knows nothing of transformers: it is lists in, tensors out.
 """
@@ -113,7 +114,8 @@ class Forest:
 
 
 def plant(trees: Sequence[Tree]) -> Forest:
-    """Lay `trees` end to end. Sequences keep their order; a prompt that is the one of the tree before is not stored again.
+    """Lay `trees` end to end. Sequences keep their order; a prompt that is the one of the tree before is not stored again, nor is a
+    branch that this prompt has already.
 
     Raises:
         ValueError: a path without tokens, a mask of another length, or trees that carry different `values`.
@@ -126,6 +128,7 @@ def plant(trees: Sequence[Tree]) -> Forest:
     paths: list[tuple[int, int, int, int]] = []
     segments: list[Segment] = []
     root = 0
+    grown: dict[tuple[int, ...], int] = {}  # branches of the prompt at `root`, and where they start
 
     for before, tree in zip([None, *trees], trees, strict=False):
         if not tree.prompt and not all(tree.branches or [[]]):
@@ -133,7 +136,7 @@ def plant(trees: Sequence[Tree]) -> Forest:
         prompt_length = len(tree.prompt)
         shared = before is not None and before.shareable and tree.shareable and before.prompt == tree.prompt
         if not shared:
-            root = len(input_ids)
+            root, grown = len(input_ids), {}
             input_ids += tree.prompt
             position_ids += range(prompt_length)
         if tree.prompt_mask is not None:
@@ -147,9 +150,11 @@ def plant(trees: Sequence[Tree]) -> Forest:
             segments.append(Segment(root, prompt_length))
             paths.append((root, prompt_length, root + prompt_length, 0))
         for number, branch in enumerate(tree.branches):
-            start = len(input_ids)
-            input_ids += branch
-            position_ids += range(prompt_length, prompt_length + len(branch))
+            start = grown.setdefault(tuple(branch), len(input_ids))
+            new = start == len(input_ids)
+            if new:
+                input_ids += branch
+                position_ids += range(prompt_length, prompt_length + len(branch))
             if branch:
                 # The first token is predicted by the prompt's last one; with an empty prompt nothing predicts it.
                 sources += [*([root + prompt_length - 1] if prompt_length else []), *range(start, start + len(branch) - 1)]
@@ -159,7 +164,7 @@ def plant(trees: Sequence[Tree]) -> Forest:
             # The prompt and its first branch are one plain causal run.
             if number == 0 and not shared:
                 segments.append(Segment(root, prompt_length + len(branch)))
-            elif branch:
+            elif new and branch:
                 segments.append(Segment(start, len(branch), root, prompt_length))
             paths.append((root, prompt_length, start, len(branch)))
 
@@ -246,17 +251,19 @@ def deal(trees: Sequence[Tree], hands: int) -> list[list[Tree]]:
 def _by_size(trees: Sequence[Tree], indices: Iterable[int], max_tokens: int) -> list[tuple[int, list[int]]]:
     """`indices` in groups that share a prompt and have at most `max_tokens` unique tokens, with those tokens, the largest first."""
     groups: list[tuple[int, list[int]]] = []
-    latest: dict[tuple[int, ...], int] = {}
+    latest: dict[tuple[int, ...], tuple[int, set[tuple[int, ...]]]] = {}  # prompt -> its latest group, and that one's branches
     for index in indices:
         tree = trees[index]
         if tree.shareable:
-            prompt = tuple(tree.prompt)
-            size, group = groups[latest[prompt]] if prompt in latest else (0, [])
-            together = size + tree.tokens - len(prompt)
+            prompt, branches = tuple(tree.prompt), set(map(tuple, tree.branches))
+            number, known = latest.get(prompt, (len(groups), set()))
+            size, group = groups[number] if known else (len(prompt), [])
+            together = size + sum(map(len, branches - known))
             if group and together <= max_tokens:
-                groups[latest[prompt]] = (together, [*group, index])
+                groups[number] = (together, [*group, index])
+                known |= branches
                 continue
-            latest[prompt] = len(groups)
+            latest[prompt] = (len(groups), branches)
         groups.append((tree.tokens, [index]))
     return sorted(groups, key=lambda sized: -sized[0])
 

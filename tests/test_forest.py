@@ -185,10 +185,17 @@ class TestPacking:
 
     def test_trees_of_one_prompt_are_packed_together(self):
         """Prompts of 4, branches of 2: three trees of one prompt are 4 + 3 * 2 = 10 tokens, not 18."""
-        trees = [Tree([7 + i % 2] * 4, ([5, 5],)) for i in range(6)]
+        trees = [Tree([7 + i % 2] * 4, ([5, i],)) for i in range(6)]
         assert pack(trees, 10) == [[0, 2, 4], [1, 3, 5]]
         assert [plant([trees[i] for i in indices]).tokens for indices in pack(trees, 10)] == [10, 10]
         assert pack(trees, 8) == [[0, 2], [1, 3], [4], [5]]  # four tokens and two branches fit, a third does not
+
+    def test_an_answer_of_several_trees_counts_once(self):
+        """Prompt of 4, answers a, b, c of 2 in the three comparisons ab, ac, bc: 4 + 3 * 2 = 10 tokens."""
+        a, b, c = [5, 1], [5, 2], [5, 3]
+        trees = [Tree([7] * 4, pair) for pair in ((a, b), (a, c), (b, c))]
+        assert pack(trees, 10) == [[0, 1, 2]]
+        assert pack(trees, 9) == [[0], [1], [2]]  # two comparisons have all three answers
 
 
 class TestDealing:
@@ -207,9 +214,9 @@ class TestDealing:
         assert deal(trees, hands) == shares
 
     def test_trees_of_one_prompt_stay_together_up_to_a_fair_share(self):
-        trees = [Tree([7 + i % 2] * 4, ([5, 5],)) for i in range(6)]
+        trees = [Tree([7 + i % 2] * 4, ([5, i],)) for i in range(6)]
         assert deal(trees, 2) == [trees[::2], trees[1::2]]
-        same = [Tree([7] * 4, ([5, 5],)) for _ in range(6)]
+        same = [Tree([7] * 4, ([5, i],)) for i in range(6)]
         # 16 unique tokens, so a fair share is 8: two trees a group.
         assert [len(share) for share in deal(same, 2)] == [4, 2]
 
@@ -245,13 +252,25 @@ class TestSharing:
     def test_others_keep_a_prompt_of_their_own(self, other):
         first = Tree([7, 8, 9], ([10], [11, 12]))
         assert plant([first, other]).tokens == plant([other, first]).tokens == first.tokens + other.tokens
-        assert plant([other, other]).tokens == 2 * other.tokens - (len(other.prompt) if other.shareable else 0)
+        assert plant([other, other]).tokens == (1 if other.shareable else 2) * other.tokens
+
+    def test_an_answer_of_several_pairs_is_stored_once(self):
+        """Prompt 7 8, answers a = 10 11, b = 12, c = 13 in the pairs ab, cb, ca: the prompt, then each answer where it is first."""
+        a, b, c = [10, 11], [12], [13]
+        forest = plant([Tree([7, 8], pair) for pair in ((a, b), (c, b), (c, a))])
+        assert forest.input_ids.tolist() == [7, 8, *a, *b, *c]
+        assert forest.position_ids.tolist() == [0, 1, 2, 3, 2, 2]
+        assert forest.ends.tolist() == [3, 4, 5, 4, 5, 3]
+        assert forest.targets.tolist() == [*a, *b, *c, *b, *c, *a]
+        assert forest.sources.tolist() == [1, 2, 1, 1, 1, 1, 1, 2]
+        assert forest.segments == (Segment(0, 4), Segment(4, 1, 0, 2), Segment(5, 1, 0, 2))
 
     @pytest.mark.parametrize("seed", range(5))
     def test_shared_prompts_change_neither_targets_nor_what_sequences_see(self, seed):
         draw = random.Random(seed)
         prompts = [tokens(draw, n) for n in (1, 4, 9)]
-        trees = [Tree(draw.choice(prompts), (tokens(draw, draw.randint(0, 4)), tokens(draw, 3))) for _ in range(12)]
+        answers = [tokens(draw, n) for n in (0, 1, 3, 3)]
+        trees = [Tree(draw.choice(prompts), (tokens(draw, draw.randint(0, 4)), draw.choice(answers))) for _ in range(12)]
         shared, apart = plant(trees), pad(plant(trees))
         assert shared.tokens < sum(tree.tokens for tree in trees)
         wholes = [whole for tree in trees for whole, _ in sequences(tree)]

@@ -1,6 +1,7 @@
 """The trainer: one gradient for any cut of the batch, exact evaluation, exact resume, and it learns."""
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from align.losses import LossOutput, preference_losses
 from align.progress import History
 from align.scoring import branch_logps, branch_scores, mean_nll
 from align.trainers.callbacks import Watch
-from align.trainers.forest import ForestTrainer
+from align.trainers.forest import ForestTrainer, PromptSampler
 from align.trainers.objectives import LanguageModel, Preference, RewardModel, add_reference_logps
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -33,14 +34,15 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 def make(tmp_path):
     """Builds a trainer; what is not given is small, plain and quiet."""
 
-    def build_trainer(model, objective, trees, held=None, *, max_tokens=64, callbacks=None, **arguments):
+    def build_trainer(model, objective, trees, held=None, *, max_tokens=64, callbacks=None, group_by_prompt=False, **arguments):
         if not hasattr(model, "forest_padded"):
             assert enable_forest(model) is None
         defaults = {"output_dir": str(tmp_path / "out"), "learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_steps": 3}
         quiet = {"report_to": [], "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "use_cpu": True}
         quiet |= {"remove_unused_columns": False, "dataloader_pin_memory": False}
         args = TrainingArguments(**{**defaults, **quiet, **arguments})
-        return ForestTrainer(model, objective, args, trees, held, max_tokens=max_tokens, callbacks=callbacks)
+        others = {"max_tokens": max_tokens, "callbacks": callbacks, "group_by_prompt": group_by_prompt}
+        return ForestTrainer(model, objective, args, trees, held, **others)
 
     return build_trainer
 
@@ -67,6 +69,16 @@ def repeated(seed, count, prompts=3):
     return [replace(tree, prompt=trees[i % prompts].prompt) for i, tree in enumerate(trees)]
 
 
+def comparisons(seed, prompts=8):
+    """All comparisons of three answers to each of a few prompts, in no order."""
+    draw = random.Random(seed)
+    trees = []
+    for _ in range(prompts):
+        prompt, answers = tokens(draw, draw.randint(1, 6)), [tokens(draw, n) for n in (4, 6, 10)]
+        trees += [Tree(prompt, pair, values={"margin": [draw.random()]}) for pair in itertools.combinations(answers, 2)]
+    return draw.sample(trees, len(trees))
+
+
 def referenced(count):
     """`repeated` with made-up log-probs of the reference, so that a value that went to another row would show."""
     draw = random.Random(count)
@@ -83,6 +95,7 @@ GOALS = {
         RewardModel(center_rewards_coefficient=0.1, use_margin=True),
         repeated(1, 24),
     ),
+    "comparisons": (lambda: build("llama", score_head=True, **SIZES), RewardModel(), comparisons(1)),
 }
 CUTS = {
     "8 x 1, one forest": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_tokens": 10_000},
@@ -123,9 +136,10 @@ def test_the_gradient_is_that_of_the_mean_over_the_batch(make, goal):
         assert_close(spy.seen[name], gradient, what=name)
     logged = trainer.state.log_history[0]
     assert logged["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
-    prompts = {tuple(tree.prompt): len(tree.prompt) for tree in trees} if "few prompts" in goal else {}
-    stored = [sum(map(len, tree.branches)) if prompts else tree.tokens for tree in trees]
-    assert logged["num_tokens"] == sum(stored) + sum(prompts.values())
+    prompts = {tuple(tree.prompt) for tree in trees if tree.branches}
+    answers = {(tuple(tree.prompt), tuple(branch)) for tree in trees for branch in tree.branches}
+    texts = sum(len(tree.prompt) for tree in trees if not tree.branches)
+    assert logged["num_tokens"] == texts + sum(map(len, prompts)) + sum(len(branch) for _, branch in answers)
 
 
 class Scarce:
@@ -287,20 +301,53 @@ def test_evaluation_of_pairs_is_a_mean_over_pairs(make):
     assert "eval_perplexity" not in found
 
 
-def test_resume_is_bit_for_bit(make, tmp_path):
+def test_prompts_are_drawn_whole_and_in_another_order_each_epoch():
+    trees = comparisons(1)
+    sampler = PromptSampler(trees, seed=0)
+    first, again = list(sampler), list(PromptSampler(trees, seed=0))
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert first == again != second
+    assert sorted(first) == sorted(second) == list(range(len(sampler)))
+    for order in (first, second):
+        prompts = [tuple(trees[i].prompt) for i in order]
+        assert len(list(itertools.groupby(prompts))) == len(set(prompts)) == 8
+
+
+def test_comparisons_drawn_by_prompt_cost_less_and_come_to_the_same(make):
+    """A batch of 12 comparisons: 4 prompts with 3 answers each, 20 tokens of answers a prompt instead of 40."""
+    trees = comparisons(1)
+    trainer = make(
+        build("llama", score_head=True, **SIZES),
+        RewardModel(),
+        trees,
+        max_steps=2,
+        per_device_train_batch_size=12,
+        group_by_prompt=True,
+        max_tokens=10_000,
+    )
+    trainer.train()
+    prompts = {tuple(tree.prompt) for tree in trees}
+    assert trainer.state.log_history[1]["num_tokens"] == sum(map(len, prompts)) + 8 * 20
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["rows", "prompts"])
+def test_resume_is_bit_for_bit(make, tmp_path, grouped):
     """6 steps at once, and 3 steps, a checkpoint, a new process' worth of objects, 3 more: the same weights and losses.
 
     The batches are shuffled, the learning rate falls, AdamW has moments: each must be picked up where it was.
     """
-    trees = documents(1, 16)
+    trees = comparisons(1, 6) if grouped else documents(1, 16)
+    objective = Preference(preference_losses["orpo"], {"lam": 0.1}) if grouped else LanguageModel()
     fields = {"max_steps": 6, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 4, "warmup_steps": 2, "seed": 3}
+    fields["group_by_prompt"] = grouped
 
-    whole = make(llama(), LanguageModel(), trees, output_dir=str(tmp_path / "whole"), **fields)
+    whole = make(llama(), objective, trees, output_dir=str(tmp_path / "whole"), **fields)
     whole.train()
     saving = {"output_dir": str(tmp_path / "cut"), "save_strategy": "steps", "save_steps": 3}
-    make(llama(), LanguageModel(), trees, **saving, **fields).train()
+    make(llama(), objective, trees, **saving, **fields).train()
     torch.manual_seed(77)
-    resumed = make(llama(seed=8), LanguageModel(), trees, **saving, **fields)
+    resumed = make(llama(seed=8), objective, trees, **saving, **fields)
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
 
     for (name, ours), theirs in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):

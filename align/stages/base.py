@@ -427,5 +427,20 @@ class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFiel
         return self
 
 
+class ComparingStage(TrainingStage):
+    """The fields of every stage that trains on pairs of answers."""
+
+    group_by_prompt: bool = False
+    """Draw prompts instead of rows, so that all comparisons of a prompt's answers come together: each answer is then computed once
+    however many comparisons it stands in, and a model over-fits less to the answers that stand in many.
+    """
+
+    @model_validator(mode="after")
+    def _trl_draws_rows(self) -> Self:
+        if self.engine == "trl" and self.group_by_prompt:
+            raise ValueError("group_by_prompt runs on engine 'forest' only")
+        return self
+
+
 TRL_STRATEGIES = ("full", "freeze", "ffn", "attention", "bias_norm", "lora", "rslora", "dora", "ia3")
 """Strategies whose start TRL's trainers take for the reference."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from align.stages.base import Context, TrainingStage, stage
+from align.stages.base import ComparingStage, Context, stage
 from align.stages.forgetting import ProbeFields, probe
 
 TRL_LOSSES = {
@@ -23,7 +23,7 @@ TRL_LOSSES = {
 
 
 @stage("preference")
-class Preference(TrainingStage, ProbeFields):
+class Preference(ComparingStage, ProbeFields):
     """Train a policy directly on preference pairs. Parameters of the losses are named as in their papers and have no default."""
 
     reads = "preference"
@@ -116,5 +116,8 @@ class Preference(TrainingStage, ProbeFields):
         if loss.needs_reference:
             trees, held_trees = t.with_reference(self, context.name, model, trees, held_trees, common=loss.needs_common)
         after = probe(self, context, encoder, model)
-        metrics = t.train_on_forest(self, context, model, tokenizer, Objective(loss, self.loss_parameters), trees, held_trees)
+        objective = Objective(loss, self.loss_parameters)
+        metrics = t.train_on_forest(
+            self, context, model, tokenizer, objective, trees, held_trees, group_by_prompt=self.group_by_prompt
+        )
         return {**metrics, **after()}

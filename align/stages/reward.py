@@ -6,11 +6,11 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from align.stages.base import Context, TrainingStage, stage
+from align.stages.base import ComparingStage, Context, stage
 
 
 @stage("reward")
-class RewardModel(TrainingStage):
+class RewardModel(ComparingStage):
     """Train a score head on a language model, from preference pairs."""
 
     reads = "preference"
@@ -53,5 +53,7 @@ class RewardModel(TrainingStage):
             t.enable_forest(model)
         else:
             objective = Objective(self.center_rewards_coefficient, self.use_margin)
-            metrics = t.train_on_forest(self, context, model, tokenizer, objective, trees, held_trees)
+            metrics = t.train_on_forest(
+                self, context, model, tokenizer, objective, trees, held_trees, group_by_prompt=self.group_by_prompt
+            )
         return {**metrics, **t.store_score_scale(self, context, model, held_trees or trees)}

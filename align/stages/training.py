@@ -270,6 +270,8 @@ def train_on_forest(
     objective: Objective,
     trees: Sequence[Tree],
     held: Sequence[Tree],
+    *,
+    group_by_prompt: bool = False,
 ) -> dict[str, Any]:
     """Run the forest trainer."""
     trainer = ForestTrainer(
@@ -282,6 +284,7 @@ def train_on_forest(
         tokenizer=tokenizer,
         callbacks=callbacks_of(stage, context),
         skip_non_finite=stage.on_non_finite == "skip",
+        group_by_prompt=group_by_prompt,
     )
     return run_trainer(trainer, stage, context, has_eval=bool(held))
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from align.budget import Budget, MaxTokens, Packed
@@ -24,6 +25,33 @@ from align.trainers.objectives import Objective
 
 MOST_SKIPPED = 10
 """Steps in a row that may be left out because their loss is not finite."""
+
+
+class PromptSampler(Sampler[int]):
+    """Indices of `trees`, those of one prompt next to each other, the prompts in a new order each epoch.
+
+    Comparisons of one prompt's answers then fall into one batch, where each answer is computed once however many comparisons it
+    stands in (InstructGPT, arXiv:2203.02155, Sect. 3.5).
+    """
+
+    def __init__(self, trees: Sequence[Tree], seed: int) -> None:
+        groups: dict[int, list[int]] = defaultdict(list)
+        for index, tree in enumerate(trees):
+            groups[hash(tuple(tree.prompt))].append(index)
+        self.groups = list(groups.values())
+        self.rows, self.seed, self.epoch = len(trees), seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate at the start of each epoch, of a resumed one too."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        for number in torch.randperm(len(self.groups), generator=generator).tolist():
+            yield from self.groups[number]
 
 
 class ForestTrainer(SafeTrainer):
@@ -47,8 +75,10 @@ class ForestTrainer(SafeTrainer):
         tokenizer: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         skip_non_finite: bool = False,
+        group_by_prompt: bool = False,
     ) -> None:
         self.objective = objective
+        self.group_by_prompt = group_by_prompt
         self.skip_non_finite = skip_non_finite
         self._skipped = 0  # steps in a row
         # Evaluation needs less memory than training, so what it learns of memory must not be used for training.
@@ -85,6 +115,11 @@ class ForestTrainer(SafeTrainer):
         if together and remainder and self.accelerator.gradient_state.end_of_dataloader:
             together[-1] = together[-1][:remainder]
         return [tree for step in together for tree in step]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if self.group_by_prompt:
+            return PromptSampler(self.train_dataset, self.args.seed)
+        return super()._get_train_sampler(train_dataset)
 
     def _share(self, trees: list[Tree]) -> list[Tree]:
         return deal(trees, self.accelerator.num_processes)[self.accelerator.process_index]
