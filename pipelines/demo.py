@@ -104,9 +104,10 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
             ),
             "reward": RewardModel(
                 model="sft",
-                num_train_epochs=1,
-                per_device_train_batch_size=16,
-                learning_rate=4e-4,
+                group_by_prompt=True,
+                num_train_epochs=3,
+                per_device_train_batch_size=32,
+                learning_rate=5e-4,
                 **comparisons,
                 **common,
                 **schedule,
