@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-UNSHARED = {"seconds", "created", "path", "version"}
+UNSHARED = ("seconds", "created", "path", "version")
+CLOCK = "time/"
 LEFTOVER = re.compile(r"\.tmp$|\.lock$|^tmp")
 
 
@@ -41,7 +42,7 @@ def _content(file: Path, out: Path) -> Any:
 
 
 def _plain(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in UNSHARED}
+    return {key: value for key, value in record.items() if key not in UNSHARED and not key.startswith(CLOCK)}
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
