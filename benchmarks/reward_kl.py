@@ -2,8 +2,9 @@
 ``python -m benchmarks.reward_kl [--seeds 0 1 2] [--plot docs/images/reward_kl.png]``.
 
 The reward counts how often a story says "happy". Every round of a training is a point: the mean reward of its 64 answers at their
-mean log π/π_ref. Best-of-n needs no training: the expected reward of the best of n answers of the start, and the divergence
-log n − (n − 1)/n, which ties make smaller (arXiv:2401.01879).
+mean log π/π_ref. Where ALIGN_TRL_112 names the folder of a TRL 1.12, its PPO does the same work. Best-of-n needs no training: the
+expected reward of the best of n answers of the start, and the divergence log n − (n − 1)/n, which ties make smaller
+(arXiv:2401.01879).
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Sequence
 from operator import mul
 from pathlib import Path
@@ -27,9 +31,11 @@ from align.pipeline import Run
 from align.recipe import Recipe
 from align.rollout import Sampling, complete
 from align.stages import PPO
+from benchmarks.ppo import ROOT, trl_112
 from benchmarks.tasks import REAL
 
-TOKENS, OPENINGS = 48, 64
+TOKENS, OPENINGS, EPISODES = 48, 64, 64
+SETTINGS: dict[str, Any] = {"learning_rate": 3e-4, "lr_scheduler_type": "constant_with_warmup", "kl_coef": 0.02}
 GROUPS = {"num_generations": 4, "whiten_advantages": False}
 METHODS: dict[str, dict[str, Any]] = {
     "PPO": {"critic_learning_rate": 1e-3},
@@ -65,13 +71,11 @@ def trained(model: str, prompts: Path, folder: Path, seeds: Sequence[int], round
             data=str(prompts),
             reward_funcs=[happy],
             held_out=0.0,
-            total_episodes=rounds * 64,
-            episodes_per_step=64,
+            total_episodes=rounds * EPISODES,
+            episodes_per_step=EPISODES,
             max_completion_length=TOKENS,
-            learning_rate=3e-4,
-            lr_scheduler_type="constant_with_warmup",
-            kl_coef=0.02,
             seed=seed,
+            **SETTINGS,
             **settings,
         )
         for seed in seeds
@@ -87,11 +91,34 @@ def curve(folder: Path) -> Curve:
     return [(r["objective/kl"], r["objective/scores"]) for r in records if "objective/kl" in r]
 
 
+def of_trl(model: str, prompts: Path, folder: Path, seed: int, rounds: int) -> Curve:
+    """The rounds of TRL 1.12's PPO: its defaults, and the learning rate, price of divergence, mini-batches and passes of ours."""
+    job = {
+        "model": model,
+        "prompts": encoded(model, prompts),
+        "seed": seed,
+        "episodes": EPISODES,
+        "rounds": rounds,
+        "new_tokens": TOKENS,
+        "settings": {**SETTINGS, "num_mini_batches": 4, "num_ppo_epochs": 1},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "job.json").write_text(json.dumps(job))
+    environment = {**os.environ, "PYTHONPATH": f"{trl_112()}:{ROOT}"}
+    subprocess.run([sys.executable, "-m", "benchmarks.reward_kl_trl", str(folder / "job.json")], env=environment, check=True)
+    return [(kl, reward) for kl, reward in json.loads((folder / "curve.json").read_text())]
+
+
+def encoded(model: str, prompts: Path) -> list[list[int]]:
+    """The prompts as token ids."""
+    return [tree.prompt for tree in Encoder(load_tokenizer(model), 512).prompts(load_rows(prompts, "prompts").rows).trees]
+
+
 def best_of(model_path: str, prompts: Path, seed: int) -> Curve:
     """The expected reward of the best of n out of 64 answers to each prompt."""
     tokenizer, model = load_tokenizer(model_path), load_causal_lm(model_path)
     enable_forest(model)
-    ids = [tree.prompt for tree in Encoder(tokenizer, 512).prompts(load_rows(prompts, "prompts").rows).trees]
+    ids = encoded(model_path, prompts)
     most, generator = NUMBERS[-1], torch.Generator().manual_seed(seed)
     asked = [prompt for prompt in ids for _ in range(most)]
     answers = complete(model, asked, Sampling(TOKENS), stop_token_ids(model, tokenizer), generator)
@@ -152,6 +179,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     prompts = openings(REAL, options.out / "openings.jsonl")
     curves = trained(model, prompts, options.out, options.seeds, options.rounds)
+    if trl_112():
+        folders = {seed: options.out / f"trl{seed}" for seed in options.seeds}
+        curves["PPO of TRL 1.12"] = [of_trl(model, prompts, folder, seed, options.rounds) for seed, folder in folders.items()]
     curves["best of n"] = [best_of(model, prompts, seed) for seed in options.seeds]
     draw(curves, options.plot)
     print(table(curves))
