@@ -12,7 +12,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 setup: $(VENV)/.installed
 
-# Two stages at a time, each on a core of its own: what is this small gains nothing from a second thread.
+# Two stages at a time, each on a core of its own: what is this small gains little from a second thread.
 demo: setup
 	HF_HUB_OFFLINE=1 $(BIN)/align run pipelines/demo.py --jobs 2 --out runs/demo
 

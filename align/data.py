@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from align.intake.account import Account, Quarantine
 from align.intake.catalog import SetAside
 from align.intake.files import Item, Raw, Unreadable
 from align.intake.kinds import UNMATCHED, convert, detect, pair, read, recognise
+from align.runner.files import written_aside
 from align.schema import LabelledRow, LabelledText, Message, PromptRow, QARow, Row, TaggedTokens, TextRow, row_class, validate
 from align.sources import fingerprint as fingerprint
 from align.sources import read_source
@@ -279,14 +279,8 @@ def write_rows(path: str | Path, rows: Iterable[Row | Raw]) -> None:
     path = Path(path)
     if path.suffix != ".jsonl":
         raise AlignError(f"{path}: rows are written as .jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("w", encoding="utf-8", newline="\n") as stream:
-            stream.writelines(f"{_line(row)}\n" for row in rows)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with written_aside(path) as file:
+        file.writelines(f"{_line(row)}\n" for row in rows)
 
 
 def plain_fields(row: Row | Raw) -> Raw:

@@ -274,6 +274,27 @@ def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
         write_rows(tmp_path / "rows.csv", [])
 
 
+KILLED = """
+import os, signal, sys
+from align.data import write_rows
+
+def rows():
+    yield {"text": "one"}
+    os.kill(os.getpid(), signal.SIGKILL)
+
+write_rows(sys.argv[1], rows())
+"""
+
+
+def test_what_a_killed_writer_left_is_gone_after_the_next(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    assert killed.returncode == -9
+    assert [left.suffix for left in tmp_path.iterdir()] == [".tmp"]
+    write_rows(path, [TextRow(text="one")])
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def prompts(rows: list[Any]) -> set[str]:
     return {prompt_key(row) for row in rows}
 

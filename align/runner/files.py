@@ -6,7 +6,10 @@ import errno
 import os
 import shutil
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from align.errors import DiskFull
 
@@ -14,8 +17,9 @@ NO_ROOM = ("No space left on device", "iostream error")
 """What libraries say when a disk is full, without its error number; the second is torch.save."""
 
 
-def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
-    """Write `text` to `path` so that a reader sees the old file or the new one, never half of it.
+@contextmanager
+def written_aside(path: Path, *, durable: bool = True) -> Iterator[IO[str]]:
+    """A text file that becomes `path` at the end of the block: a reader sees the old file or the new one, never half of it.
 
     Args:
         durable: have it on the disk before returning, so that it also survives a power cut.
@@ -24,8 +28,8 @@ def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
     host = socket.gethostname()
     aside = path.with_name(f".{path.name}.{host}.{os.getpid()}.tmp")
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with aside.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
             file.flush()
             if durable:
                 os.fsync(file.fileno())
@@ -38,6 +42,12 @@ def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
         for left in path.parent.glob(f".{path.name}.{host}.*.tmp"):  # by a process that was killed while it wrote
             if not Path(f"/proc/{left.name.split('.')[-2]}").exists() and Path("/proc/self").exists():
                 left.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write `text` to `path`, as `written_aside` does."""
+    with written_aside(path, durable=durable) as file:
+        file.write(text)
 
 
 def flush(path: Path) -> None:
