@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -100,7 +101,7 @@ def _instability(case: Case) -> tuple[str | None, dict[str, float]]:
     if (
         case.kind in LANGUAGE
         and len(norms)
-        and norms.tail() < DEAD * max(norms.values)
+        and statistics.median(norms.part(0.8)) < DEAD * max(norms.values)  # a single wobble does not revive it
         and case.start > 0
         and case.end > HIGH * case.start
     ):
