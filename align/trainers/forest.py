@@ -37,7 +37,7 @@ class PromptSampler(Sampler[int]):
     def __init__(self, trees: Sequence[Tree], seed: int) -> None:
         groups: dict[int, list[int]] = defaultdict(list)
         for index, tree in enumerate(trees):
-            groups[hash(tuple(tree.prompt))].append(index)
+            groups[hash(tuple(tree.prompt))].append(index)  # where two hashes are one, two prompts come together, no more
         self.groups = list(groups.values())
         self.rows, self.seed, self.epoch = len(trees), seed, 0
 
