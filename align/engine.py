@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from align.attention import FOREST, AttentionPlan
 from align.errors import AlignError
 from align.forest import Forest, Tree, pad, plant
-from align.heads import TokenScores, head_of, token_scores
+from align.heads import Head, TokenScores, head_of, token_scores
 from align.ops import at_least_fp32
 
 PROBE_TOLERANCE = 2.0
@@ -91,27 +91,29 @@ def _forward(
     temperature: float = 1.0,
     with_entropy: bool = False,
     score_head: nn.Module | None = None,
+    language_head: Head | None = None,
     with_logps: bool = True,
     **kwargs: Any,
 ) -> Any:
     """The forward of an enabled model. Bound to the outermost module so that DDP's and FSDP's hooks see every call.
 
     A causal language model reads a `score_head` of somebody else's (hidden to 1) besides its own head, from one pass through its
-    trunk; with ``with_logps=False`` in place of it, and then answers as a model with a score head does.
+    trunk; with ``with_logps=False`` in place of it, and then answers as a model with a score head does. A model with a score head
+    reads a `language_head` besides it. Who reads two answers with `TokenScores` that have the scores as `values`.
     """
     if forest is None:
         return type(self).forward(self, *args, **kwargs)
     base = base_model(self)
     hidden, sources, ends = _hidden_states(base, forest, padded=bool(self.forest_padded))
     if score_head is None and hasattr(base, "score"):
-        score_head, with_logps = base.score, False
+        score_head, with_logps = base.score, language_head is not None
+    values = None if score_head is None else score_head(hidden[sources if read == "sources" else ends]).squeeze(-1).float()
     if not with_logps:
-        assert score_head is not None
-        return score_head(hidden[sources if read == "sources" else ends]).squeeze(-1).float()
+        return values
     # The head reads back whether there is a gradient of the entropy, which a compiled graph cannot.
     score = torch.compiler.disable(token_scores) if torch.compiler.is_compiling() else token_scores
-    scores = score(hidden[sources], forest.targets, head_of(base), temperature, with_entropy=with_entropy)
-    return scores if score_head is None else replace(scores, values=score_head(hidden[sources]).squeeze(-1).float())
+    scores = score(hidden[sources], forest.targets, language_head or head_of(base), temperature, with_entropy=with_entropy)
+    return replace(scores, values=values)
 
 
 def trunk_of(base: Any) -> Any:

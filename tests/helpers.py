@@ -68,9 +68,20 @@ class Alone:
     def __init__(self, model: Any, trees: Sequence[Tree]) -> None:
         self.model, self.trees = model, trees
 
-    def __call__(self, forest: Any = None, read: str = "ends", temperature: float = 1.0, with_entropy: bool = True) -> Any:
+    def __call__(
+        self,
+        forest: Any = None,
+        read: str = "ends",
+        temperature: float = 1.0,
+        with_entropy: bool = True,
+        language_head: Any = None,
+    ) -> Any:
         if hasattr(self.model, "score"):
-            return torch.stack([value for tree in self.trees for value in self._scores(tree, read)])
+            scores = torch.stack([value for tree in self.trees for value in self._scores(tree, read)])
+            if language_head is None:
+                return scores
+            logps = torch.cat([part for tree in self.trees for part in self._under(language_head, tree)])
+            return TokenScores(logps, logps > 0, values=scores)
         parts = [part for tree in self.trees for part in self._sequences(tree, temperature)]
         return TokenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
@@ -82,6 +93,13 @@ class Alone:
             rows = log_p[[i - 1 for i in wanted]]
             target = torch.tensor([whole[i] for i in wanted], dtype=torch.long)
             yield rows.gather(1, target[:, None])[:, 0], rows.argmax(1) == target, -(rows.exp() * rows).sum(1)
+
+    def _under(self, head: Any, tree: Tree) -> Iterator[Tensor]:
+        """Log-probs of the answers' tokens under a head that is not the model's own."""
+        for whole, wanted in sequences(tree):
+            hidden = self.model.base_model(input_ids=torch.tensor([whole])).last_hidden_state[0]
+            log_p = (hidden @ head.weight.T).log_softmax(1)
+            yield log_p[[i - 1 for i in wanted], [whole[i] for i in wanted]]
 
     def _scores(self, tree: Tree, read: str) -> Iterator[Tensor]:
         for whole, wanted in sequences(tree):

@@ -52,6 +52,9 @@ def stages(data):
         "pretrain": Pretrain(model=model, data=f"{data}/text.jsonl", **common),
         "sft_lora": SFT(model=model, data=f"{data}/sft.jsonl", use_peft=True, lora_r=2, lora_dropout=0.3, **common),
         "reward": RewardModel(model=model, data=f"{data}/pairs.jsonl", gradient_accumulation_steps=2, **common),
+        "reward_by_prompt": RewardModel(
+            model=model, data=f"{data}/pairs.jsonl", group_by_prompt=True, sft_coef=0.5, gradient_accumulation_steps=2, **common
+        ),
         "dpo": Preference(model=model, data=f"{data}/pairs.jsonl", loss="dpo", beta=0.1, **common),
         "kto": KTO(model=model, data=f"{data}/kto.jsonl", beta=0.1, **common),
         "early_stopping": SFT(
@@ -80,7 +83,7 @@ def stop_at(monkeypatch, step):
     monkeypatch.setattr("align.trainers.callbacks.stop_requested", lambda: next(asked) == step)
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sft_lora", "reward", "dpo", "kto", "early_stopping", "trl"])
+@pytest.mark.parametrize("name", ["pretrain", "sft_lora", "reward", "reward_by_prompt", "dpo", "kto", "early_stopping", "trl"])
 def test_a_stage_that_was_stopped_twice_ends_with_the_same_bits(name, data, tmp_path, monkeypatch):
     stage = stages(data)[name]
     whole = run(stage, tmp_path / "whole")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from align.cli import main
 from align.data import load_rows, write_rows
 from align.pipeline import Run
 from align.recipe import Recipe
@@ -293,6 +294,24 @@ def test_a_reloaded_policy_has_the_loss_that_training_ended_with(name, road):
         model = PeftModel.from_pretrained(model, path(road, "lora")).eval()
     tokenizer = AutoTokenizer.from_pretrained(path(road, name))
     assert mean_loss(model, tokenizer, data) == pytest.approx(artifacts[name].metrics["eval_loss"], rel=1e-5)
+
+
+def test_a_reward_model_that_keeps_its_language_keeps_more_of_it(road, tmp_path):
+    """Held-out answers under the head of the model that it came from: where that counts, they stay likelier."""
+    kept = {}
+    for coef in (0.01, 10.0):
+        stage = RewardModel(
+            model=path(road, "sft"), data=f"{road[2]}/pairs.jsonl", sft_coef=coef, held_out=0.25, max_steps=12, learning_rate=1e-2
+        )
+        kept[coef] = Run(Recipe("kept", {"reward": stage}), tmp_path / str(coef)).execute()["reward"].metrics
+    assert kept[10.0]["eval_nll"] < kept[0.01]["eval_nll"]
+    assert kept[10.0]["eval_nll_before"] == pytest.approx(kept[0.01]["eval_nll_before"])
+
+
+@pytest.mark.parametrize("field", ["sft_coef 1.0", "use_margin true", "group_by_prompt true"])
+def test_what_trl_cannot_do_for_a_reward_model_is_refused(field, capsys):
+    assert main(f"reward --model x --data y.jsonl --engine trl --{field}".split()) == 2
+    assert f"{field.split()[0]} runs on engine 'forest' only" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["reward", "lora_reward"])

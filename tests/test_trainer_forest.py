@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 from align.engine import enable_forest
 from align.errors import AlignError
 from align.forest import Tree
+from align.heads import Head
 from align.losses import LossOutput, preference_losses
 from align.progress import History
 from align.scoring import branch_logps, branch_scores, mean_nll
@@ -94,6 +95,11 @@ GOALS = {
         lambda: build("llama", score_head=True, **SIZES),
         RewardModel(center_rewards_coefficient=0.1, use_margin=True),
         repeated(1, 24),
+    ),
+    "rewards beside a language model": (
+        lambda: build("llama", score_head=True, **SIZES),
+        RewardModel(sft_coef=0.5, language_head=Head(torch.randn(320, 32, generator=torch.Generator().manual_seed(3)))),
+        pairs(1, 24),
     ),
     "comparisons": (lambda: build("llama", score_head=True, **SIZES), RewardModel(), comparisons(1)),
 }

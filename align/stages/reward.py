@@ -21,11 +21,16 @@ class RewardModel(ComparingStage):
     """Weight of the term that keeps the mean of chosen and rejected scores at zero (arXiv:2312.09244)."""
     use_margin: bool = False
     """Ask for a score difference of at least the row's `margin` (Llama 2, arXiv:2307.09288)."""
+    sft_coef: float = Field(0.0, ge=0)
+    """Weight of the chosen answer's negative log-likelihood (nats, mean over tokens) under the head of the language model that the
+    stage starts from. It keeps what the model knows, on which its judgement rests (GRM, arXiv:2406.10216).
+    """
 
     @model_validator(mode="after")
-    def _margin_needs_the_forest(self) -> RewardModel:
-        if self.engine == "trl" and self.use_margin:
-            raise ValueError("use_margin runs on engine 'forest' only")
+    def _trl_knows_neither_margin_nor_language_model(self) -> RewardModel:
+        for name in ("use_margin", "sft_coef"):
+            if self.engine == "trl" and getattr(self, name):
+                raise ValueError(f"{name} runs on engine 'forest' only")
         return self
 
     def run(self, context: Context) -> dict[str, Any]:
@@ -38,6 +43,7 @@ class RewardModel(ComparingStage):
         tokenizer, encoder = t.tokenizer_of(self)
         trees = t.encoded(encoder.preference, rows, context.name)
         held_trees = t.encoded(encoder.preference, held, f"{context.name} (held out)")
+        head = t.language_head(self, tokenizer) if self.sft_coef else None
         model = t.reward_model(self)
         disable_dropout(model)
         model = t.make_ready(self, context.name, model, tokenizer, t.longest(trees, held_trees), context.folder)
@@ -52,7 +58,7 @@ class RewardModel(ComparingStage):
             metrics = t.run_trainer(trainer, self, context, has_eval=bool(held_trees))
             t.enable_forest(model)
         else:
-            objective = Objective(self.center_rewards_coefficient, self.use_margin)
+            objective = Objective(self.center_rewards_coefficient, self.use_margin, self.sft_coef, head)
             metrics = t.train_on_forest(
                 self, context, model, tokenizer, objective, trees, held_trees, group_by_prompt=self.group_by_prompt
             )

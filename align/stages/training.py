@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from align.encode import Encoder, set_chat_template
-from align.engine import enable_forest
+from align.engine import base_model, enable_forest
 from align.errors import AlignError, near_miss
 from align.forest import Tree
+from align.heads import Head, head_of
 from align.intake.store import TreeFile
 from align.models import ensure_pad_token, load_causal_lm, load_language_model, load_reward_model, load_tokenizer, save_model
 from align.progress import say
@@ -63,6 +65,21 @@ def reward_model(stage: Any, path: str | None = None) -> nn.Module:
     """The model that the stage starts from, with a score head; or the one at `path`, merged."""
     options = loading(stage) if path is None else {**loading(stage), "on_adapter": "merge"}
     return load_reward_model(path or stage.model, **options)
+
+
+def language_head(stage: Any, tokenizer: PreTrainedTokenizerBase) -> Head:
+    """The output layer of the language model that the stage starts from, as it is now and stays.
+
+    Raises:
+        AlignError: it has none, or none for the tokenizer's new tokens.
+    """
+    head = head_of(base_model(causal_lm(stage)))
+    if len(tokenizer) > len(head.weight):
+        raise AlignError(f"sft_coef: the language model knows {len(head.weight)} tokens, and the tokenizer {len(tokenizer)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weight = head.weight.detach().clone().to(device)
+    bias = None if head.bias is None else head.bias.detach().clone().to(device)
+    return replace(head, weight=weight, bias=bias)
 
 
 def loading(stage: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from align.budget import MaxTokens
 from align.forest import Forest, Tree
-from align.heads import TokenScores
+from align.heads import Head, TokenScores
 from align.losses import LossOutput, PreferenceLogps, PreferenceLoss, bradley_terry, kto
 from align.reference import reference_logps
 
@@ -126,19 +126,37 @@ class Unpaired:
 
 @dataclass(frozen=True)
 class RewardModel:
-    """Bradley-Terry on the scores at the ends of chosen and rejected; the unit is a pair."""
+    """Bradley-Terry on the scores at the ends of chosen and rejected; the unit is a pair.
+
+    With a `language_head` also the chosen answer's negative log-likelihood under it, a mean over tokens, at weight `sft_coef`
+    (arXiv:2406.10216, SFT regularization).
+    """
 
     center_rewards_coefficient: float = 0.0
     use_margin: bool = False
+    sft_coef: float = 0.0
+    language_head: Head | None = None
 
     def units(self, forest: Forest) -> int:
         return forest.trees
 
     def __call__(self, model: nn.Module, forest: Forest) -> LossOutput:
-        scores: Tensor = model(forest=forest, read="ends").view(-1, 2)
+        scores, nll = self._answers(model, forest)
+        chosen, rejected = scores.view(-1, 2).unbind(1)
         margin = forest.values["margin"] if self.use_margin else None
-        output = bradley_terry(scores[:, 0], scores[:, 1], margin, center_rewards_coefficient=self.center_rewards_coefficient)
-        return replace(output, metrics={**output.metrics, **_by_length(output.metrics["margin"], forest.target_counts())})
+        output = bradley_terry(chosen, rejected, margin, center_rewards_coefficient=self.center_rewards_coefficient)
+        metrics = {**output.metrics, **_by_length(output.metrics["margin"], forest.target_counts())}
+        if nll is None:
+            return LossOutput(output.loss, metrics)
+        return LossOutput(output.loss + self.sft_coef * nll, {**metrics, "nll": nll.detach()})
+
+    def _answers(self, model: nn.Module, forest: Forest) -> tuple[Tensor, Tensor | None]:
+        """Scores of the branches (2 x pairs,), and the chosen ones' negative log-likelihood a token (pairs,), where it counts."""
+        if self.language_head is None:
+            return model(forest=forest, read="ends"), None
+        read: TokenScores = model(forest=forest, read="ends", language_head=self.language_head)
+        assert read.values is not None
+        return read.values, -(forest.per_sequence(read.logps) / forest.target_counts())[::2]
 
 
 def add_reference_logps(

@@ -57,7 +57,7 @@ class Models:
     def answer(self, forest: Forest, *, with_entropy: bool) -> TokenScores:
         """The policy's, with values where the critic sits on its trunk."""
         head = None if self.critic is None else self.critic.on_policy_pass
-        return self.policy(forest=forest, temperature=self.temperature, with_entropy=with_entropy, score_head=head)
+        return self.policy(forest=forest, read="sources", temperature=self.temperature, with_entropy=with_entropy, score_head=head)
 
     def precision(self) -> torch.autocast:
         """Mixed precision where asked; sums and losses stay in fp32."""
