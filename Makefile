@@ -12,9 +12,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 setup: $(VENV)/.installed
 
-# Two stages at a time, each on a core of its own: what is this small gains little from a second thread.
 demo: setup
-	HF_HUB_OFFLINE=1 $(BIN)/align run pipelines/demo.py --jobs 2 --out runs/demo
+	HF_HUB_OFFLINE=1 $(BIN)/align run pipelines/demo.py --out runs/demo
 
 test: setup
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests

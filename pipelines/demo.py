@@ -106,7 +106,7 @@ def recipe(seed: int = 0, name: str = "demo") -> Recipe:
                 model="sft",
                 sft_coef=1.0,  # what it knows is what it judges facts by
                 group_by_prompt=True,
-                num_train_epochs=2,
+                num_train_epochs=3,
                 per_device_train_batch_size=32,
                 learning_rate=5e-4,
                 **comparisons,
