@@ -168,7 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--every", type=float, metavar="SECONDS", help="longest time to a kill (an eighth of an undisturbed run, at least 8)")
+    longest = "longest time to a kill (an eighth of an undisturbed run, at least 8)"
+    parser.add_argument("--every", type=float, metavar="SECONDS", help=longest)
     parser.add_argument("--recipe", default="tests/chaos/small.py")
     parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--minutes", type=float, help="stop, and report, after so long")
