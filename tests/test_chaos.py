@@ -14,7 +14,7 @@ import two_machines
 
 
 def test_a_pipeline_that_is_killed_ends_as_one_that_was_not(capsys):
-    assert kill.main(["--kills", "2", "--seed", "2", "--recipe", "tests/chaos/quick.py"]) == 0
+    assert kill.main(["--kills", "2", "--seed", "2", "--every", "2", "--recipe", "tests/chaos/quick.py"]) == 0
     assert "2 kills in" in capsys.readouterr().out
 
 

@@ -378,8 +378,8 @@ def test_a_model_too_large_for_a_card(folder):
 
 
 def forest_of(pairs):
-    """`pairs` trees of a prompt of 10 tokens and two answers of 20 and 15: 45 tokens each."""
-    return plant([Tree([5] * 10, ([6] * 20, [7] * 15))] * pairs)
+    """`pairs` trees of a prompt of 10 tokens and two answers of 20 and 15: 45 tokens each, none shared."""
+    return plant([Tree([5 + i] * 10, ([6] * 20, [7] * 15)) for i in range(pairs)])
 
 
 def test_the_ledger_counts_what_is_alive():
