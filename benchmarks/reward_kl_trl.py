@@ -19,7 +19,7 @@ from trl.experimental.ppo import PPOConfig, ppo_trainer
 
 from align.models import load_tokenizer
 from benchmarks.reward_kl import happy
-from benchmarks.trl_ppo import Listening
+from benchmarks.trl_ppo import QUIET, Listening
 
 
 class Function(nn.Module):
@@ -52,17 +52,10 @@ def main(file: Path) -> None:
         per_device_train_batch_size=job["episodes"],
         total_episodes=job["episodes"] * job["rounds"],
         local_rollout_forward_batch_size=job["episodes"],
-        num_sample_generations=0,
         response_length=job["new_tokens"],
         temperature=1.0,
         stop_token="eos",
-        optim="adamw_torch",
-        weight_decay=0.0,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
+        **QUIET,
         **job["settings"],
     )
     policy, reference = (AutoModelForCausalLM.from_pretrained(job["model"]) for _ in range(2))

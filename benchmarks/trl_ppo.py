@@ -26,6 +26,18 @@ from benchmarks.probe import peak_mb
 
 PAD, EOS = 0, 2
 
+QUIET: dict[str, Any] = {
+    "num_sample_generations": 0,
+    "optim": "adamw_torch",
+    "weight_decay": 0.0,
+    "save_strategy": "no",
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+}
+"""Plain AdamW in fp32 on a CPU, and nothing but training."""
+
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     """Pads ids; text never reaches it."""
@@ -68,17 +80,10 @@ def main(folder: Path) -> None:
         total_episodes=job["batch"] * job["rounds"],
         local_rollout_forward_batch_size=job["batch"],
         num_mini_batches=1,
-        num_sample_generations=0,
         response_length=job["new_tokens"],
         temperature=job["temperature"],
         lr_scheduler_type="constant",
-        optim="adamw_torch",
-        weight_decay=0.0,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
+        **QUIET,
         **job["settings"],
     )
     language_models = [AutoModelForCausalLM.from_pretrained(folder / name) for name in ("policy", "reference")]

@@ -308,6 +308,11 @@ def test_a_reward_model_that_keeps_its_language_keeps_more_of_it(road, tmp_path)
     assert kept[10.0]["eval_nll_before"] == pytest.approx(kept[0.01]["eval_nll_before"])
 
 
+def test_a_reward_model_has_no_language_to_keep(road, capsys):
+    assert main(f"reward --model {path(road, 'reward')} --data {road[2]}/pairs.jsonl --sft_coef 1".split()) == 2
+    assert "is a reward model and has no language head" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("field", ["sft_coef 1.0", "use_margin true", "group_by_prompt true"])
 def test_what_trl_cannot_do_for_a_reward_model_is_refused(field, capsys):
     assert main(f"reward --model x --data y.jsonl --engine trl --{field}".split()) == 2

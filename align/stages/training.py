@@ -73,7 +73,10 @@ def language_head(stage: Any, tokenizer: PreTrainedTokenizerBase) -> Head:
     Raises:
         AlignError: it has none, or none for the tokenizer's new tokens.
     """
-    head = head_of(base_model(causal_lm(stage)))
+    model = base_model(causal_lm(stage))
+    if any("SequenceClassification" in name for name in model.config.architectures or ()):  # transformers made its head anew
+        raise AlignError(f"sft_coef: {stage.model} is a reward model and has no language head; start from the language model")
+    head = head_of(model)
     if len(tokenizer) > len(head.weight):
         raise AlignError(f"sft_coef: the language model knows {len(head.weight)} tokens, and the tokenizer {len(tokenizer)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
