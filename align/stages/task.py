@@ -24,7 +24,7 @@ class TaskTraining(TrainingStage):
     shots: int | None = Field(None, gt=0)
     """Train on so many rows a label, drawn at random (few-shot); for classification and cloze."""
     learning_rate: float = Field(5e-5, gt=0)
-    """Peak learning rate: 2e-5 to 1e-4 for all weights of an encoder, 1e-3 for a head or an adapter."""
+    """Peak learning rate: 2e-5 to 1e-4 for all weights of an encoder, 1e-3 for a head or an adapter (3e-4 for entities)."""
     max_length: int = Field(256, gt=8)
     """Longest row in tokens."""
 

@@ -31,7 +31,7 @@ class Rows:
     kind: str = "sft"
     limit: int = 64
     max_length: int = 512
-    max_tokens: int = 512
+    max_tokens: int = 256
 
 
 def surface_of(path: str, rows: Rows) -> Surface:
