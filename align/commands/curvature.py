@@ -23,7 +23,7 @@ def add(verbs: Any) -> None:
         "--kind", default=None, choices=("sft", "text", "preference"), help="what the rows are (default: by the model)"
     )
     parser.add_argument("--checkpoints", action="store_true", help="measure the stage's checkpoints, too, in order")
-    parser.add_argument("--rows", type=int, default=64, help="rows used, the first ones")
+    parser.add_argument("--rows", type=int, default=32, help="rows used, the first ones")
     parser.add_argument("--max_length", type=int, default=512, help="longest row in tokens")
     parser.add_argument("--max_tokens_per_micro_batch", type=int, default=256, help="tokens in one pass")
     parser.add_argument("--steps", type=int, default=20, help="Lanczos steps")

@@ -29,7 +29,7 @@ class Rows:
 
     source: str
     kind: str = "sft"
-    limit: int = 64
+    limit: int = 32
     max_length: int = 512
     max_tokens: int = 256
 
