@@ -22,7 +22,7 @@ ADAM_EDGE = 38.0
 
 @dataclass(frozen=True)
 class Settings:
-    """How much work to put in. One Hessian-vector product costs about two to three gradients."""
+    """How much work to put in. One Hessian-vector product costs about three to five gradients."""
 
     steps: int = 20
     """Lanczos steps for each start."""
