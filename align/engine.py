@@ -20,7 +20,7 @@ from align.attention import FOREST, AttentionPlan
 from align.errors import AlignError
 from align.forest import Forest, Tree, pad, plant
 from align.heads import Head, TokenScores, head_of, token_scores
-from align.ops import at_least_fp32
+from align.ops import at_least_fp32, rows_at
 
 PROBE_TOLERANCE = 2.0
 """How many times the noise of a model's own rounding its answers may differ by (means over the targets of the probe)."""
@@ -107,12 +107,12 @@ def _forward(
     hidden, sources, ends = _hidden_states(base, forest, padded=bool(self.forest_padded))
     if score_head is None and hasattr(base, "score"):
         score_head, with_logps = base.score, language_head is not None
-    values = None if score_head is None else score_head(hidden[sources if read == "sources" else ends]).squeeze(-1).float()
+    values = None if score_head is None else score_head(rows_at(hidden, sources if read == "sources" else ends)).squeeze(-1).float()
     if not with_logps:
         return values
     # The head reads back whether there is a gradient of the entropy, which a compiled graph cannot.
     score = torch.compiler.disable(token_scores) if torch.compiler.is_compiling() else token_scores
-    scores = score(hidden[sources], forest.targets, language_head or head_of(base), temperature, with_entropy=with_entropy)
+    scores = score(rows_at(hidden, sources), forest.targets, language_head or head_of(base), temperature, with_entropy=with_entropy)
     return replace(scores, values=values)
 
 

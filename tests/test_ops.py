@@ -23,6 +23,27 @@ def double(values):
     return tensor(values, dtype=torch.float64)
 
 
+class TestRowsAt:
+    def test_a_row_taken_many_times_has_the_gradient_of_one_thread_on_several(self):
+        generator = torch.Generator().manual_seed(0)
+        x, weights = torch.randn(500, 128, generator=generator, requires_grad=True), torch.randn(1500, 128, generator=generator)
+        index = torch.randint(0, 500, (1500,), generator=generator)
+        index[::3] = 7  # at the end of a prompt with many answers
+
+        def gradient(taken):
+            return torch.autograd.grad((taken * weights).sum(), x)[0]
+
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            alone = gradient(x[index])
+            torch.set_num_threads(2)
+            assert all(torch.equal(gradient(ops.rows_at(x, index)), alone) for _ in range(20))
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(ops.rows_at(x, index), x[index])
+
+
 class TestMaskedStatistics:
     def test_mean_ignores_what_is_masked(self):
         values, mask = tensor([[1.0, 3.0, NAN], [8.0, NAN, NAN]]), tensor([[1, 1, 0], [1, 0, 0]])
