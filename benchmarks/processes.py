@@ -1,6 +1,6 @@
 """Two processes against one, each with a core of its own: ``python -m benchmarks.processes [--rounds 3]``.
 
-SFT of a model of 14 million parameters on the same batches of 32 rows: one process, two under DDP and two under FSDP2, in turns.
+SFT of a model of 14 million parameters on the same batches of 64 rows: one process, two under DDP and two under FSDP2, in turns.
 Throughput is of tokens by the clock, the best round counting, and by the time that the processes had a core, which others on the
 machine disturb less. Memory is what each process holds of parameters and of the optimizer's state.
 """
@@ -18,13 +18,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from align.engine import enable_forest
 from align.runner.launch import command
+from align.runner.rank import leave
 from align.stages.base import Launch
 from align.trainers.forest import ForestTrainer
 from align.trainers.objectives import LanguageModel
@@ -32,7 +32,7 @@ from benchmarks.ours import MAX_TOKENS
 from benchmarks.training import arguments
 from benchmarks.work import BATCH, DATA, LLAMA_14M, Job, batches, build, tokens_of
 
-ROWS = 32
+ROWS = 64
 """Of an optimizer step: enough for the exchange of gradients to be a small part of it."""
 
 WAYS = {
@@ -81,8 +81,6 @@ def work(folder: Path, steps: int, architecture: dict[str, Any]) -> None:
         "loss": trainer.state.log_history[-2]["loss"],
     }
     (folder / f"{args.process_index}.json").write_text(json.dumps(result))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def measure(way: Launch, steps: int, architecture: dict[str, Any]) -> list[dict[str, float]]:
@@ -118,13 +116,13 @@ def table(found: dict[str, list[list[dict[str, float]]]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--architecture", type=json.loads, default=LLAMA_14M, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work is not None:
         work(options.work, options.steps, options.architecture)
-        return
+        leave(0)
     found: dict[str, list[list[dict[str, float]]]] = defaultdict(list)
     for _ in range(options.rounds):
         for name, way in WAYS.items():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from align.errors import AlignError
 from align.progress import Status, report_progress
@@ -34,19 +35,26 @@ def main(task_file: str, outcome_file: str) -> int:
         outcome = {"mistake": str(error)}
     except Exception:
         traceback.print_exc(file=sys.__stderr__)
-        raise
+        return 1
     if os.environ.get("LOCAL_RANK", "0") == "0" or "mistake" in outcome:  # each machine's first tells its own runner
         Path(outcome_file).write_text(json.dumps(outcome), encoding="utf-8")
-    _leave()
     return 0
 
 
-def _leave() -> None:
+def leave(code: int) -> NoReturn:
+    """End the process, and run what was registered for its end, but no destructors: that of a process group holds the interpreter's
+    lock while it waits for a thread of its own, and where that thread waits for the lock, neither ever ends (torch 2.13).
+    """
     import torch
 
     if torch.distributed.is_initialized():
+        group = torch.distributed.group.WORLD  # noqa: F841 - lives as long as the process
         torch.distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(*sys.argv[1:]))
+    leave(main(*sys.argv[1:]))
