@@ -1,6 +1,7 @@
 """Two processes against one, each with a core of its own: ``python -m benchmarks.processes [--rounds 3]``.
 
-SFT of a model of 14 million parameters on the same batches of 64 rows: one process, two under DDP and two under FSDP2, in turns.
+SFT of a model of 14 million parameters on the same batches of 64 rows: one process, two under DDP, two under FSDP2, and two that do
+not know of each other, which shows what the machine itself takes from two at a time; in turns.
 Throughput is of tokens by the clock, the best round counting, and by the time that the processes had a core, which others on the
 machine disturb less. Memory is what each process holds of parameters and of the optimizer's state.
 """
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,9 @@ from benchmarks.work import BATCH, DATA, LLAMA_14M, Job, batches, build, tokens_
 ROWS = 64
 """Of an optimizer step: enough for the exchange of gradients to be a small part of it."""
 
+ONE = "one process"
 WAYS = {
-    "one process": Launch(cpu=True),
+    ONE: Launch(cpu=True),
     "two, ddp": Launch(cpu=True, num_processes=2),
     "two, fsdp2": Launch(cpu=True, num_processes=2, strategy="fsdp2"),
 }
@@ -77,7 +80,7 @@ def work(folder: Path, steps: int, architecture: dict[str, Any]) -> None:
         "core": clock.spent[1],
         "parameters": held(trainer.model_wrapped.parameters()),
         "optimizer": held(states),
-        "tokens": tokens_of(job.trees[ROWS:]),
+        "tokens": tokens_of(job.trees[ROWS:]) / args.world_size,
         "loss": trainer.state.log_history[-2]["loss"],
     }
     (folder / f"{args.process_index}.json").write_text(json.dumps(result))
@@ -93,9 +96,16 @@ def measure(way: Launch, steps: int, architecture: dict[str, Any]) -> list[dict[
         return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("?.json"))]
 
 
+def apart(steps: int, architecture: dict[str, Any]) -> list[dict[str, float]]:
+    """What two runs of one process tell that run at the same time."""
+    with ThreadPoolExecutor(2) as pool:
+        runs = pool.map(lambda way: measure(way, steps, architecture), [WAYS[ONE]] * 2)
+        return [process for run in runs for process in run]
+
+
 def rate(processes: list[dict[str, float]], clock: str) -> float:
-    """Tokens a second of one of the processes; `clock` is ``seconds`` or ``core``."""
-    return processes[0]["tokens"] / sum(process[clock] for process in processes)
+    """Tokens a second of a process; `clock` is ``seconds`` or ``core``."""
+    return sum(process["tokens"] for process in processes) / sum(process[clock] for process in processes)
 
 
 def table(found: dict[str, list[list[dict[str, float]]]]) -> list[str]:
@@ -127,6 +137,7 @@ def main() -> None:
     for _ in range(options.rounds):
         for name, way in WAYS.items():
             found[name].append(measure(way, options.steps, options.architecture))
+        found["two, apart"].append(apart(options.steps, options.architecture))
     print("\n".join(table(found)))
 
 
