@@ -1,5 +1,6 @@
 """Short versions of the scripts in tests/chaos; docs/reliability.md has the results of the long ones."""
 
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -37,6 +38,12 @@ def test_shards_of_two_processes_resume_as_one(tmp_path, monkeypatch):
     assert max(launch.apart(one, two)) < 1e-4
     launch.cut_back(two, 4)
     assert max(launch.apart(one, launch.run(stage, tmp_path / "two"))) < 1e-4
+
+
+def test_a_process_leaves_with_its_code_and_everything_said():
+    script = "import atexit; from align.runner.rank import leave; atexit.register(print, 'registered'); print('said'); leave(3)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "said\nregistered\n")
 
 
 @pytest.mark.skipif(not two_machines.permitted(), reason="network namespaces cannot be made here")
