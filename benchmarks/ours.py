@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from align.engine import enable_forest
@@ -52,7 +53,8 @@ def train(job: Job) -> Outcome:
     if needs_reference(job.method):
         start = time.perf_counter()
         # Not `add_reference_logps`: from the second run on it would find them on disk.
-        logps = branch_logps(model, trees, MAX_TOKENS)
+        with torch.autocast(job.device, torch.bfloat16, enabled=job.bf16):  # as the stages do
+            logps = branch_logps(model, trees, MAX_TOKENS)
         trees = [replace(tree, values={"reference_logps": values}) for tree, values in zip(trees, logps, strict=True)]
         synchronize(job.device)
         reference_seconds = time.perf_counter() - start

@@ -46,6 +46,35 @@ def test_a_process_leaves_with_its_code_and_everything_said():
     assert (done.returncode, done.stdout) == (3, "said\nregistered\n")
 
 
+@pytest.mark.parametrize(
+    ("raised", "code", "outcome"),
+    [
+        ("ValueError('no such thing')", 1, None),
+        ("AlignError('wrong field')", 0, '{"mistake": "wrong field"}'),
+        ("Stopped()", 130, None),
+    ],
+)
+def test_a_process_whose_stage_raises_ends_with_a_code_that_says_so(tmp_path, raised, code, outcome):
+    script = f"""
+import sys, types
+from align.errors import AlignError
+from align.runner import rank
+from align.runner.stop import Stopped
+
+def attempt(*_):
+    raise {raised}
+
+folder = sys.argv[1]
+task = types.SimpleNamespace(status=f"{{folder}}/status.json", name="one", stage=lambda: None, draft={{"path": folder}})
+rank.attempt, rank.read_task = attempt, lambda _: task
+rank.leave(rank.main("task.json", f"{{folder}}/outcome.json"))
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, "ValueError: no such thing" in done.stderr) == (code, code == 1)
+    found = tmp_path / "outcome.json"
+    assert (found.read_text() if found.exists() else None) == outcome
+
+
 @pytest.mark.skipif(not two_machines.permitted(), reason="network namespaces cannot be made here")
 def test_two_machines_of_which_one_dies(tmp_path):
     assert two_machines.check(tmp_path, steps=6) <= two_machines.CLOSE

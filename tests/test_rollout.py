@@ -123,6 +123,30 @@ def test_a_long_completion_outgrows_the_first_buffer():
     assert found.tokens == by_generate(model, prompt, None, max_new_tokens=150)
 
 
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}, "max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("family", [*FOREST, "llama, dynamic rotation"])
+def test_a_model_that_has_sampled_trains_on(family):
+    """What sampling leaves in the model, such as the frequencies of a rotation that has grown with the row, is what `generate`
+    leaves, and hinders no gradient.
+    """
+    (prompt,) = [prompt for prompt in prompts_of() if len(prompt) == 16]
+
+    def gradients(model):
+        ids = torch.tensor([tokens(random.Random(5), 30)])
+        model(ids, labels=ids).loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    def made():
+        return build(FOREST[family][0], **FOREST[family][1]) if family in FOREST else llama(**DYNAMIC)
+
+    ours, theirs = made(), made()
+    (found,) = complete(ours, [prompt], GREEDY, [])
+    assert found.tokens == by_generate(theirs, prompt, None)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(ours), gradients(theirs), strict=True))
+
+
 def test_adapters_are_sampled_with_the_adapter_on():
     model, prompts = tune(llama(), Tuning("lora", {"r": 4, "alpha": 16})), prompts_of(2)
     plain = complete(model, prompts, GREEDY, [2])

@@ -36,7 +36,7 @@ class Engine(Protocol):
         """As the function `complete`."""
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def complete(
     model: nn.Module | Engine,
     prompts: Sequence[list[int]],
