@@ -220,10 +220,10 @@ class Maker:
 
     def planted(self) -> list[Planted]:
         """The runs that fail, each in one way."""
-        lora = {"use_peft": True, "lora_r": 8}
-        held = {"held_out": 0.3}
-        forgets = {"metric": "perplexity", "more": self.remembers()}
-        unpaid = {"reward_weights": [1, 0], "kl_coef": 0.0}
+        lora: dict[str, Any] = {"use_peft": True, "lora_r": 8}
+        held: dict[str, Any] = {"held_out": 0.3}
+        forgets: dict[str, Any] = {"metric": "perplexity", "more": self.remembers()}
+        unpaid: dict[str, Any] = {"reward_weights": [1, 0], "kl_coef": 0.0}
         right, shorter = "eval_rewards/accuracies", "eval_accuracies/chosen_shorter"
         return [
             Planted("text_wild", self.text(80, 1.0, lr_scheduler_type="constant"), "learning_rate_too_high"),

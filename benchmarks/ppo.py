@@ -162,27 +162,28 @@ def _trees(rounds: int) -> list[Tree]:
 
 
 def _row(name: str, ours: list[Outcome], theirs: list[Outcome], rounds: int, rate: float, difference: float) -> Row:
-    speeds = [[BATCH * rounds / outcome.seconds for outcome in side] for side in (ours, theirs)]
-    memory = [statistics.median(outcome.peak_mb for outcome in side) for side in (ours, theirs)]
+    fast, slow = ([BATCH * rounds / outcome.seconds for outcome in side] for side in (ours, theirs))
+    lean, large = (statistics.median(outcome.peak_mb for outcome in side) for side in (ours, theirs))
     # The update alone: forward and backward of the policy, and of a critic that has a pass of its own, in each epoch.
     passes = ["dpo"] if name == "ppo_shared" else ["dpo", "reward"]
     needed = EPOCHS * sum(Arithmetic.of(Job(m, LLAMA_14M, [])).training(_trees(rounds + 1), reference=False) for m in passes)
     update = statistics.median(record["time/update"] for outcome in ours for record in outcome.log[1:])
     sample = statistics.median(record["time/sample"] for outcome in ours for record in outcome.log[1:])
-    medians = [statistics.median(side) for side in speeds]
     full = name != "ppo_lora"
     return Row(
         name,
         "episodes/s",
-        *medians,
-        medians[0] / medians[1],
-        *memory,
-        memory[0] / memory[1],
+        statistics.median(fast),
+        statistics.median(slow),
+        statistics.median(fast) / statistics.median(slow),
+        lean,
+        large,
+        lean / large,
         gemm_fraction=needed / update / rate if full else None,
         gemm_gflops=rate / 1e9,
         loss_difference=difference if name == NAMES[0] else None,
-        runs_ours=tuple(speeds[0]),
-        runs_theirs=tuple(speeds[1]),
+        runs_ours=tuple(fast),
+        runs_theirs=tuple(slow),
         note=f"Of a round, sampling takes {sample:.2f} s and the update {update:.2f} s; the GEMM fraction is the update's. "
         f"TRL 1.12 holds four full models. Our forests have at most {MAX_TOKENS[name]:,} tokens.",
     )
@@ -203,11 +204,11 @@ def _models(folder: Path, name: str) -> tuple[Models, Any]:
 
     policy = load(AutoModelForCausalLM, "policy")
     if name == "ppo_lora":
-        policy = tune(policy, Tuning("lora", {"r": 16}))
-        enable_forest(policy)
-        policy.add_adapter(REWARD, policy.peft_config[POLICY])
-        reward, critic = AdapterReward(policy, ValueHead(policy)), critic_on_base(policy, None)
-        return Models(policy, critic, temperature=TEMPERATURE), reward
+        tuned: Any = tune(policy, Tuning("lora", {"r": 16}))
+        enable_forest(tuned)
+        tuned.add_adapter(REWARD, tuned.peft_config[POLICY])
+        judge = AdapterReward(tuned, ValueHead(tuned))
+        return Models(tuned, critic_on_base(tuned, None), temperature=TEMPERATURE), judge
     reward = load(AutoModelForSequenceClassification, "reward").requires_grad_(False)
     if name == "ppo_shared":
         return Models(policy, SharedCritic(ValueHead(policy)), temperature=TEMPERATURE), reward
@@ -221,9 +222,9 @@ def main(folder: Path, name: str) -> None:
     models, reward = _models(folder, name)
     settings = {key: value for key, value in job["settings"].items() if key != "learning_rate"}
     parameters = [p for named in models.parameters().values() for p in named.values()]
-    optimizer = torch.optim.AdamW(parameters, lr=job["settings"]["learning_rate"], weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=job["settings"]["learning_rate"], weight_decay=0.0, fused=True)
     max_tokens = MAX_TOKENS[name]
-    budget, ends = Budget(max_tokens), []
+    budget, ends = Budget(max_tokens), list[float]()
 
     def score(indices: list[int], completions: list[Completion]) -> tuple[list[float], dict[str, float]]:
         trees = [Tree(job["prompts"][i], (c.tokens,)) for i, c in zip(indices, completions, strict=True)]
@@ -246,7 +247,12 @@ def main(folder: Path, name: str) -> None:
     if job["completions"]:
         given = {tuple(p): Completion(c, False) for p, c in zip(job["prompts"], job["completions"], strict=True)}
         trainer.sample = lambda prompts: [given[tuple(prompt)] for prompt in prompts]  # type: ignore[method-assign]
-    trainer.train(after_step=lambda step: ends.append(time.perf_counter()))
+
+    def ended(step: int) -> bool:
+        ends.append(time.perf_counter())
+        return False
+
+    trainer.train(after_step=ended)
     log = [record for record in trainer.history.records if "episode" in record][-job["rounds"] :]
     result = {"seconds": ends[-1] - ends[0], "peak_mb": peak_mb(), "log": log}
     (folder / "result.json").write_text(json.dumps(result))

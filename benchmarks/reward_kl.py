@@ -50,7 +50,7 @@ Curve = list[tuple[float, float]]
 """Divergence and reward."""
 
 
-def happy(prompts, completions, **columns):  # type: ignore[no-untyped-def]
+def happy(prompts, completions, **columns):
     """How often a story says "happy", at most three times, from 0 to 1."""
     return [min(3, text.lower().count("happy")) / 3 for text in completions]
 

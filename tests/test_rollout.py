@@ -103,8 +103,8 @@ def test_prompts_that_repeat_are_filled_once(temperature, monkeypatch):
     """Three completions of each prompt in a batch of four: as from a batch that holds them all, and from `generate`'s cache."""
     model, prompts = llama(initializer_range=0.05), [prompt for prompt in prompts_of(3) for _ in range(3)]
     sampling, filled = replace(GREEDY, temperature=temperature, batch_size=4), []
-    pass_ = Batch._filling_pass
-    monkeypatch.setattr(Batch, "_filling_pass", lambda self, pack, rows: (filled.extend(pack), pass_(self, pack, rows)))
+    enter = Batch._prompts
+    monkeypatch.setattr(Batch, "_prompts", lambda self, rows_of: (filled.extend(rows_of), enter(self, rows_of))[1])
 
     def sample(engine):
         return engine.complete(prompts, sampling, [2, 3, 4], torch.Generator().manual_seed(0))

@@ -23,7 +23,9 @@ __all__ = ["CacheEngine", "Completion", "Engine", "GenerateEngine", "Sampling", 
 
 @runtime_checkable
 class Engine(Protocol):
-    """What answers prompts. One that does is passed in place of the model."""
+    """What answers prompts. One that does is passed in place of the model. It runs in torch's inference mode, and so does
+    `progress`: nothing can be trained on a tensor that is made there.
+    """
 
     def complete(
         self,

@@ -1,4 +1,4 @@
-"""A key-value cache of slots, and the attention of one new token a row over it."""
+"""A key-value cache of slots, and the attention of a pass: of prompts that enter it, and of one new token a row over it."""
 
 from __future__ import annotations
 
@@ -11,36 +11,65 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.masking_utils import sdpa_mask
 
-from align.attention import forest_attention
+from align.attention import AttentionPlan, forest_attention
+from align.forest import Forest
 from align.ops import at_least_fp32
 
 ROLLOUT = "align_rollout"
 """The name of the attention function in transformers' registry."""
 
 
-class Filling:
-    """The forward pass of a forest of prompts: where in the cache each token goes. A token may go to several rows."""
+class Prompts:
+    """Prompts on their way into the cache.
 
-    def __init__(self, rows: Tensor, columns: Tensor, tokens: Tensor) -> None:
-        self.rows, self.columns, self.tokens = rows, columns, tokens
+    Args:
+        forest: the prompts.
+        rows: the row of the cache for each entry (entries,); a token may go to several.
+        columns: the column (entries,).
+        tokens: which token of the forest it is (entries,).
+    """
+
+    def __init__(self, forest: Forest, rows: Tensor, columns: Tensor, tokens: Tensor) -> None:
+        self.forest, self.rows, self.columns, self.tokens = forest, rows, columns, tokens
+        self.plan = AttentionPlan(forest)
 
 
 Spans = Sequence[tuple[int, int, int]]
 """Neighbouring rows of similar length: first row, the row after the last, and the columns that hold all of theirs."""
 
 
-class Decoding:
-    """The forward pass of one new token in each of the first rows.
+class Pass:
+    """A forward pass over one line of tokens: those of prompts that arrive, which attend as a forest, and behind them a new token
+    for each of the first rows, which attends to its row of the cache. Every layer stores keys and values before it reads them, so
+    a prompt may arrive in the pass of its row's first new token.
 
     Args:
+        input_ids: the new tokens (n,).
         rows: 0, 1, 2 …: (n,).
         positions: column of each row's new token (n,).
         spans: all the rows; each span is one call of attention, which need not read more columns than it has.
+        arriving: the prompts.
     """
 
-    def __init__(self, rows: Tensor, positions: Tensor, spans: Spans) -> None:
-        self.rows, self.positions, self.spans = rows, positions, spans
-        self.width = max(width for _, _, width in spans)
+    def __init__(self, input_ids: Tensor, rows: Tensor, positions: Tensor, spans: Spans, arriving: Prompts | None = None) -> None:
+        self.positions, self.spans, self.arriving = positions, spans, arriving
+        self.count, self.width = len(rows), max(width for _, _, width in spans)
+        self.input_ids, self.position_ids, self.rows, self.columns = input_ids, positions, rows, positions
+        self.first = 0
+        """The number of prompts' tokens."""
+        self.tokens: Tensor | None = None
+        """Which of the line's tokens go to `rows` and `columns` of the cache (entries,); None is all, in order."""
+        if arriving is not None:
+            forest = arriving.forest
+            self.first = forest.input_ids.numel()
+            self.input_ids = torch.cat([forest.input_ids, input_ids])
+            self.position_ids = torch.cat([forest.position_ids, positions])
+            self.tokens = torch.cat([arriving.tokens, self.first + rows])
+            self.rows = torch.cat([arriving.rows, rows])
+            self.columns = torch.cat([arriving.columns, positions])
+        self.keys: Tensor
+        self.values: Tensor
+        """What the new tokens attend to in the layer that is at work: (n, key-value heads, width, head_dim)."""
         self._masks: dict[Any, Tensor] = {}
 
     def mask(self, window: int | None) -> Tensor:
@@ -67,7 +96,7 @@ class Decoding:
 class SlotCache(Cache):
     """Keys and values of rows, each in a slot of its own from column 0: (slots, columns, heads, head_dim) in every layer.
 
-    What a pass does with them is set in `now` beforehand. Columns double when they no longer suffice; nothing is copied otherwise.
+    The pass that comes is set in `now` beforehand. Columns double when they no longer suffice; nothing is copied otherwise.
     On a CPU they are fp32 at least, as attention over them is.
 
     Args:
@@ -78,25 +107,23 @@ class SlotCache(Cache):
     def __init__(self, slots: int, columns: int, most: int) -> None:
         super().__init__(layers=[])
         self.slots, self.columns, self.most = slots, columns, most
-        self.now: Filling | Decoding
+        self.now: Pass
         self._layers: list[tuple[Tensor, Tensor]] = []
         self.generation = 0
         """How often the buffers have moved: a CUDA graph lives no longer."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store what a layer computed; returns the keys and values that its queries attend to, heads before tokens."""
+        """Store what a layer computed, and show the pass what its new tokens attend to; returns what came."""
         if layer_idx >= len(self._layers):
             self._layers.append((self._buffer(key_states), self._buffer(value_states)))
-        keys, values = self._layers[layer_idx]
-        now = self.now
-        if isinstance(now, Filling):
-            for buffer, states in ((keys, key_states), (values, value_states)):
-                buffer[now.rows, now.columns] = states[0].transpose(0, 1)[now.tokens].to(buffer.dtype)
-            return key_states, value_states
-        keys[now.rows, now.positions] = key_states[:, :, 0].to(keys.dtype)
-        values[now.rows, now.positions] = value_states[:, :, 0].to(values.dtype)
-        count = len(now.rows)
-        return keys[:count, : now.width].transpose(1, 2), values[:count, : now.width].transpose(1, 2)
+        buffers, now = self._layers[layer_idx], self.now
+        for buffer, states in zip(buffers, (key_states, value_states), strict=True):
+            states = states[0].transpose(0, 1)
+            if now.tokens is not None:
+                states = states[now.tokens]
+            buffer[now.rows, now.columns] = states.to(buffer.dtype)
+        now.keys, now.values = (buffer[: now.count, : now.width].transpose(1, 2) for buffer in buffers)
+        return key_states, value_states
 
     def _buffer(self, states: Tensor) -> Tensor:
         dtype = at_least_fp32(states.dtype) if states.is_cpu else states.dtype
@@ -137,32 +164,48 @@ def rollout_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    decoding: Decoding | None = None,
+    *,
+    rollout: Pass,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function in transformers' protocol: with `decoding`, of one query a row (rows, heads, 1, head_dim) over the cache's
-    keys (rows, key-value heads, width, head_dim); else `forest_attention`.
-    """
-    if decoding is None:
-        return forest_attention(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, **kwargs)
-    window = kwargs.pop("sliding_window", None)
+    """Attention function in transformers' protocol: query (1, heads, tokens, head_dim) to output (1, tokens, heads, head_dim)."""
+    first, arriving = rollout.first, rollout.arriving
+    new = query[0, :, first:].transpose(0, 1)[:, :, None]
+    out = _of_new_tokens(module, new, rollout, scaling, **kwargs).transpose(0, 1)
+    if arriving is None:
+        return out, None
+    query, key, value = (x[:, :, :first] for x in (query, key, value))
+    before, _ = forest_attention(module, query, key, value, attention_mask, scaling, forest=arriving.plan, **kwargs)
+    return torch.cat([before, out], dim=1), None
+
+
+def _of_new_tokens(
+    module: nn.Module,
+    query: Tensor,
+    now: Pass,
+    scaling: float | None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention of one query a row (n, heads, 1, head_dim) over the row's columns of the cache: (n, 1, heads, head_dim)."""
+    key, value = now.keys, now.values
     if softcap is not None or s_aux is not None or kwargs.get("position_bias") is not None:
-        mask = decoding.mask(window)
-        return forest_attention(module, query, key, value, mask, scaling, softcap=softcap, s_aux=s_aux, **kwargs)
+        mask = now.mask(sliding_window)
+        return forest_attention(module, query, key, value, mask, scaling, softcap=softcap, s_aux=s_aux, **kwargs)[0]
     rows, heads, _, head_dim = query.shape
     # Heads that share keys are queries side by side: nothing is repeated.
     grouped = query.reshape(rows, key.shape[1], -1, head_dim).to(key.dtype)
-    bias = decoding.bias(window, key.dtype)
+    bias = now.bias(sliding_window, key.dtype)
     parts = [
         scaled_dot_product_attention(
             grouped[a:b], key[a:b, :, :width], value[a:b, :, :width], attn_mask=bias[a:b, ..., :width], scale=scaling
         )
-        for a, b, width in decoding.spans
+        for a, b, width in now.spans
     ]
     out = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return out.reshape(rows, 1, heads, value.shape[3]).to(query.dtype), None
+    return out.reshape(rows, 1, heads, value.shape[3]).to(query.dtype)
 
 
 AttentionInterface.register(ROLLOUT, rollout_attention)

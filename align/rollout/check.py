@@ -80,6 +80,6 @@ def _engine_logps(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
         for step in range(FORCED):
             found.append(batch.logits([(0, len(prompts), max(PROMPTS) + step)]).log_softmax(1))
             following = rows[order, torch.tensor(PROMPTS)[order] + step]
-            batch.token[:, 0] = following.to(batch.device)
+            batch.token[:] = following.to(batch.device)
             batch.position += 1
     return torch.stack(found, dim=1)[order.argsort()]

@@ -1,8 +1,8 @@
 """Our engine: continuous batching around a model's own forward, with a key-value cache of slots.
 
-Each row of the batch is a completion in progress. A prompt enters all but its last token by a *filling* pass (a forest, so without
-padding, and once for all rows that share it); its last token is the input of the row's first *decoding* pass, which is one new
-token for every row. A row that has ended gives its slot to the next prompt, so the batch stays full while prompts wait.
+Each row of the batch is a completion in progress, and a pass brings a new token for every row. A prompt comes in with the pass of
+its row's first token: all but its last token lie in front of the rows' tokens, as a forest, so without padding, and once for all
+rows that share it. A row that has ended gives its slot to the next prompt, so the batch stays full while prompts wait.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align.attention import AttentionPlan
-from align.engine import base_model, trunk_of
-from align.forest import Tree, cut, plant
-from align.rollout.cache import ROLLOUT, Decoding, Filling, SlotCache, Spans
+from align.engine import base_model
+from align.forest import Tree, plant
+from align.rollout.cache import ROLLOUT, Pass, Prompts, SlotCache, Spans
 from align.rollout.graphs import Graphs
 from align.rollout.sampling import Completion, Sampling, StopTable, StopText, chances, draw
 
 FILL_TOKENS = 4096
-"""Tokens in one filling pass."""
+"""Tokens of prompts in one pass."""
 
 ROUND = 16
 """Attention looks at a multiple of so many columns."""
@@ -108,7 +107,9 @@ class Batch:
         most = _rounded(longest + sampling.max_new_tokens)
         self.cache = SlotCache(self.slots, min(most, _rounded(longest + EXPECTED)), most)
         integers = {"dtype": torch.long, "device": self.device}
-        self.token = torch.zeros(self.slots, 1, **integers)
+        self.arriving: Prompts | None = None
+        """Prompts that the next pass brings in."""
+        self.token = torch.zeros(self.slots, **integers)
         self.position = torch.zeros(self.slots, **integers)
         self.count = torch.zeros(self.slots, **integers)
         self.alive = torch.zeros(self.slots, **integers)
@@ -126,12 +127,11 @@ class Batch:
         free = self.slots - len(self.live)
         if not self.waiting or (self.live and free < max(1, self.slots // 8)):
             return
-        start = len(self.live)
-        entering = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
+        start, entering = len(self.live), self._take(free)
         self._fill(entering, start)
         prompts = [self.prompts[i] for i in entering]
         rows = slice(start, start + len(entering))
-        self.token[rows, 0] = torch.tensor([prompt[-1] for prompt in prompts], device=self.device)
+        self.token[rows] = torch.tensor([prompt[-1] for prompt in prompts], device=self.device)
         self.position[rows] = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
         self.chance[rows] = self.chances[torch.tensor(entering, device=self.device)]
         self.count[rows] = 0
@@ -139,8 +139,22 @@ class Batch:
         self.live += entering
         self.entered += [self.steps] * len(entering)
 
+    def _take(self, count: int) -> list[int]:
+        """The next prompts, `count` at most and as many as one pass can bring in."""
+        taken: list[int] = []
+        known, tokens = {self.same[i] for i in self.live}, 0
+        while self.waiting and len(taken) < count:
+            i = self.waiting[-1]
+            if self.same[i] not in known:
+                known.add(self.same[i])
+                tokens += len(self.prompts[i])
+                if taken and tokens > FILL_TOKENS:
+                    break
+            taken.append(self.waiting.pop())
+        return taken
+
     def _fill(self, entering: Sequence[int], start: int) -> None:
-        """Bring the prompts, all but the last token, into the rows from `start`."""
+        """Have the prompts, all but the last token, brought into the rows from `start`."""
         self.cache.reach(max(len(self.prompts[i]) for i in entering))
         known = {self.same[i]: row for row, i in enumerate(self.live)}
         rows_of: dict[int, list[int]] = {}
@@ -149,27 +163,20 @@ class Batch:
                 rows_of.setdefault(self.same[i], []).append(row)
         for same in rows_of.keys() & known.keys():
             self.cache.copy(known[same], rows_of.pop(same), len(self.prompts[same]) - 1)
-        groups = iter(rows_of.values())
-        for pack in cut([Tree(self.prompts[same][:-1]) for same in rows_of], FILL_TOKENS):
-            self._filling_pass(pack, [next(groups) for _ in pack])
+        if rows_of:
+            self.arriving = self._prompts(rows_of)
 
-    def _filling_pass(self, pack: list[Tree], rows_of: list[list[int]]) -> None:
-        forest = plant(pack).to(self.device)
+    def _prompts(self, rows_of: dict[int, list[int]]) -> Prompts:
+        """The prompts by number, and the rows that each goes to."""
+        forest = plant([Tree(self.prompts[same][:-1]) for same in rows_of]).to(self.device)
         # One entry for each token and each row that it goes to.
-        places = [(row, start, length) for rows, (start, length, _, _) in zip(rows_of, forest.paths, strict=True) for row in rows]
+        paths = zip(rows_of.values(), forest.paths, strict=True)
+        places = [(row, start, length) for rows, (start, length, _, _) in paths for row in rows]
         lengths = torch.tensor([length for _, _, length in places])
         rows = torch.tensor([row for row, _, _ in places]).repeat_interleave(lengths)
         starts = torch.tensor([start for _, start, _ in places]).repeat_interleave(lengths)
         columns = torch.cat([torch.arange(length) for _, _, length in places])
-        self.cache.now = Filling(*(x.to(self.device) for x in (rows, columns, starts + columns)))
-        trunk_of(self.base)(
-            input_ids=forest.input_ids[None],
-            position_ids=forest.position_ids[None],
-            attention_mask=self._no_mask(),
-            past_key_values=self.cache,
-            use_cache=True,
-            forest=AttentionPlan(forest),
-        )
+        return Prompts(forest, *(x.to(self.device) for x in (rows, columns, starts + columns)))
 
     # -- one token for every row -------------------------------------------------------------------------------------------------
 
@@ -177,7 +184,7 @@ class Batch:
         """Draw a token for every live row."""
         lengths = [len(self.prompts[i]) + self.steps - before for i, before in zip(self.live, self.entered, strict=True)]
         self.cache.reach(_rounded(max(lengths)))
-        if self.graphs is not None:
+        if self.graphs is not None and self.arriving is None:
             self.graphs.run(self._pass, len(lengths), max(lengths))
         else:
             self._pass(spans_of(lengths))
@@ -190,27 +197,26 @@ class Batch:
         self.said[:rows].scatter_(1, count, tokens[:, None])
         self.logps[:rows].scatter_(1, count, logps[:, None])
         self.ended[:rows] = self.stops.of(tokens, logits.shape[1])
-        self.token[:rows, 0] = tokens
+        self.token[:rows] = tokens
         self.position[:rows] += self.alive[:rows]
         self.count[:rows] += self.alive[:rows]
 
     def logits(self, spans: Spans) -> Tensor:
         """What the model says of the next token of the rows in `spans` (rows, vocabulary), in fp32."""
         rows = spans[-1][1]
-        self.cache.now = decoding = Decoding(self.rows[:rows], self.position[:rows], spans)
+        self.cache.now = now = Pass(self.token[:rows], self.rows[:rows], self.position[:rows], spans, self.arriving)
+        self.arriving = None
         output = self.base(
-            input_ids=self.token[:rows],
-            position_ids=decoding.positions[:, None],
-            attention_mask=self._no_mask(),
+            input_ids=now.input_ids[None],
+            position_ids=now.position_ids[None],
+            # A four-dimensional mask is taken as ready-made by transformers, which would otherwise build one.
+            attention_mask=torch.empty(1, 1, 0, 0, device=self.device),
             past_key_values=self.cache,
             use_cache=True,
-            decoding=decoding,
+            logits_to_keep=rows,
+            rollout=now,
         )
-        return output.logits[:, -1].float()
-
-    def _no_mask(self) -> Tensor:
-        # A four-dimensional mask is taken as ready-made by transformers, which would otherwise build one.
-        return torch.empty(1, 1, 0, 0, device=self.device)
+        return output.logits[0, -rows:].float()
 
     # -- completions out ---------------------------------------------------------------------------------------------------------
 

@@ -178,7 +178,7 @@ def _optimizer(stage: Any, settings: PPOSettings, models: Models) -> tuple[Any, 
     """AdamW with a group for each role, and its schedule over the run."""
     rates = {"policy": stage.learning_rate, "critic": settings.critic_learning_rate or stage.learning_rate}
     groups = [{"params": list(named.values()), "lr": rates[role]} for role, named in models.parameters().items() if named]
-    optimizer = torch.optim.AdamW(groups, betas=(stage.adam_beta1, stage.adam_beta2), weight_decay=stage.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(stage.adam_beta1, stage.adam_beta2), weight_decay=stage.weight_decay, fused=True)
     updates = settings.steps * settings.num_ppo_epochs * settings.num_mini_batches
     scheduler = get_scheduler(
         stage.lr_scheduler_type,
