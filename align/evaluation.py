@@ -187,7 +187,7 @@ class Evaluation:
         result: dict[str, Any] = {}
         for mode in ("sampled", "greedy") if stage.greedy else ("sampled",):
             sampling = stage.sampling(tokenizer) if mode == "sampled" else stage.sampling(tokenizer, temperature=0.0)
-            generator = torch.Generator(next(model.parameters()).device).manual_seed(stage.seed)
+            generator = torch.Generator().manual_seed(stage.seed)
             with bar(f"{name} {mode}", len(prompts), "answer") as progress:
                 answers = complete(model, prompts, sampling, sorted(stops), generator, progress.update)
             totals, components = judge(encoded.rows, prompts, answers) if judge else ([], {})

@@ -300,13 +300,15 @@ def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list
 
 def disable_dropout(model: nn.Module) -> None:
     """Switch dropout off for good: the probabilities compared in preference losses and PPO must come from one and the same
-    network.
+    network. (Falcon alone reads its shares from the config, where published models have 0.)
     """
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        # Many families drop out by a function, with a share of their own: `dropout`, `hidden_dropout`, `attn_pdrop` …
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+                setattr(module, name, 0.0)
 
 
 def save_model(

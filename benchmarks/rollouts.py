@@ -67,7 +67,7 @@ def stop_ids(vocabulary: int) -> list[int]:
 def ours(model: Any, asked: Sequence[list[int]], batch: int, temperature: float = 1.0, seed: int = 0) -> list[list[int]]:
     """Our engine's completions."""
     sampling = Sampling(MAX_NEW_TOKENS, temperature=temperature, batch_size=batch)
-    generator = torch.Generator(model.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     stops = stop_ids(model.config.vocab_size)
     return [found.tokens for found in complete(model, asked, sampling, stops, generator)]
 

@@ -257,7 +257,9 @@ def test_a_checkpoint_of_another_shape_is_refused_in_one_line(file, data, tmp_pa
 
 @pytest.fixture
 def bad(data, monkeypatch):
-    """DPO whose loss is NaN in the steps `bad.at`, counted over all attempts, evaluations left out."""
+    """DPO whose loss is NaN in the steps `bad.at`, counted over all attempts, evaluations left out; or, in place of it, its
+    gradient.
+    """
     import torch
 
     whole = preference_losses["dpo"]
@@ -265,6 +267,7 @@ def bad(data, monkeypatch):
     class Bad:
         at: tuple[int, ...] = ()
         calls = 0
+        finite_loss = False
 
         def stage(self, policy, **fields):
             fields = {
@@ -281,6 +284,8 @@ def bad(data, monkeypatch):
         output = whole(x, **parameters)
         if torch.is_grad_enabled():
             watch.calls += 1
+            if watch.calls in watch.at and watch.finite_loss:
+                return type(output)(output.loss + (0 * output.loss).sqrt(), output.metrics)
             if watch.calls in watch.at:
                 return type(output)(output.loss * float("nan"), output.metrics)
         return output
@@ -302,8 +307,16 @@ def test_stop(bad, tmp_path):
         run(bad.stage("stop"), tmp_path)
 
 
-def test_skip_a_batch(bad, tmp_path, capsys):
-    bad.at = (3,)
+def test_a_gradient_that_is_no_number_stops_too(bad, tmp_path):
+    """The loss is finite; without a look at the gradient the weights would be NaN, and the checkpoint of that step with them."""
+    bad.at, bad.finite_loss = (3,), True
+    with pytest.raises(NonFiniteLoss, match="x: the gradient's norm is nan at step 3; no update was made"):
+        run(bad.stage("stop"), tmp_path)
+
+
+@pytest.mark.parametrize("finite_loss", [False, True])
+def test_skip_a_batch(finite_loss, bad, tmp_path, capsys):
+    bad.at, bad.finite_loss = (3,), finite_loss
     artifact = run(bad.stage("skip"), tmp_path)
     assert "step 3 is skipped" in capsys.readouterr().err
     assert len(rates(artifact)) == 6

@@ -251,7 +251,14 @@ def test_random_weights(tokenizer):
 
 
 def test_disable_dropout_makes_training_mode_deterministic():
-    for family, fields in (("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}), ("llama", {**SIZES, "attention_dropout": 0.5})):
+    opt = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64, "word_embed_proj_dim": 32}
+    for family, fields in (
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
+        ("llama", {**SIZES, "attention_dropout": 0.5}),
+        ("opt", {**opt, "attention_dropout": 0.5}),
+        ("biogpt", SIZES),
+        ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 2, "hidden_dropout": 0.5, "attention_dropout": 0.5}),
+    ):
         model = build(family, **fields)
         expected = logits(model)
         model.train()

@@ -15,7 +15,8 @@ from align.pipeline import Run
 from align.recipe import Recipe
 from align.reference import reference_logps
 from align.scoring import branch_logps
-from align.stages import Preference
+from align.stages import SFT, Preference
+from align.stages.training import precision
 from align.tuning.strategies import Tuning
 from align.tuning.tune import tune
 
@@ -223,3 +224,10 @@ def test_in_bf16_the_reference_and_every_evaluation_are_in_bf16(tokenizer, tmp_p
     for when in ("", "_before"):
         assert metrics[f"eval_loss{when}"] == pytest.approx(math.log(2), abs=1e-6)
         assert metrics[f"eval_rewards/margins{when}"] == pytest.approx(0, abs=1e-6)
+
+
+def test_passes_outside_of_training_are_as_precise_as_those_within():
+    """Bfloat16 by the stage's own field, or by its launch."""
+    for fields, expected in (({}, False), ({"bf16": True}, True), ({"launch": {"mixed_precision": "bf16"}}, True)):
+        with precision(SFT(model="m", data="d", **fields)):
+            assert torch.is_autocast_enabled("cpu") is expected

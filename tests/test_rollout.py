@@ -15,7 +15,7 @@ from align.models import load_causal_lm, load_tokenizer
 from align.rollout import CacheEngine, Completion, GenerateEngine, Sampling, complete, engine_for
 from align.rollout.engine import Batch, serving, spans_of
 from align.rollout.graphs import Graphs, sizes
-from align.rollout.sampling import draw
+from align.rollout.sampling import chances, draw
 from align.tuning.strategies import Tuning
 from align.tuning.tune import tune
 
@@ -379,6 +379,15 @@ def test_a_seed_gives_the_same_tokens_again():
 # -- ends ----------------------------------------------------------------------------------------------------------------------
 
 
+def test_two_halves_of_chance_are_the_whole():
+    """So that several processes, each of which passes over the others' numbers, draw as one does."""
+    whole, halves = (torch.Generator().manual_seed(0) for _ in range(2))
+    sampling = Sampling(7)
+    parts = [chances(count, sampling, halves) for count in (3, 5)]
+    assert torch.equal(torch.cat(parts), chances(8, sampling, whole))
+    assert torch.equal(whole.get_state(), halves.get_state())
+
+
 def test_stop_tokens_are_included_and_the_limit_holds():
     """Token 2 always comes first: one token and finished. Without it as a stop: five tokens and not finished."""
     model = one_step(torch.tensor([0.0, 0.0, 9.0]))
@@ -485,7 +494,7 @@ def test_cuda_graphs_draw_the_same_tokens():
 
     def sample(graphs):
         with torch.no_grad(), serving(model) as base:
-            batch = Batch(base, prompts, sampling, [2, 3, 4], torch.Generator("cuda").manual_seed(0))
+            batch = Batch(base, prompts, sampling, [2, 3, 4], torch.Generator().manual_seed(0))
             batch.graphs = batch.graphs if graphs else None
             while batch.waiting or batch.live:
                 batch.admit()

@@ -13,8 +13,11 @@ from align.data import write_rows
 from align.errors import AlignError
 from align.models import load_causal_lm, save_model
 from align.pipeline import Run
+from align.progress import History
 from align.recipe import Recipe
 from align.stages import GRPO, KTO, PPO, SFT, Preference, Pretrain, RewardModel
+from align.stages.base import Context
+from align.stages.selection import Best
 
 STAGES = {
     "pretrain": (Pretrain, "text", {}, "perplexity", min),
@@ -145,12 +148,80 @@ def test_a_stage_that_samples_stops_early_too(kind, tuning, ground, capsys):
     assert artifact.metrics["best_step"] == 1
     assert artifact.metrics["eval_score"] == values[1] > values[2] > values[3]
     assert "kept the weights of step 1, of 3" in capsys.readouterr().err
-    saw = load_file(Path(artifact.path) / "checkpoints" / "best.safetensors")
+    saw = load_file(Path(artifact.path) / "checkpoints" / "best-1.safetensors")
     found = load_causal_lm(artifact.path).state_dict()
     assert tuning == "lora" or all(torch.equal(found[name], tensor) for name, tensor in saw.items())
     wrong = cls(**{**common, "metric_for_best_model": "scroe"}, load_best_model_at_end=True)
     with pytest.raises(AlignError, match=r"metric_for_best_model 'scroe' is not measured here \(did you mean 'score'"):
         Run(Recipe("q", {"q": wrong}), ground / "out").execute()
+
+
+@pytest.fixture
+def cut_behind_training(monkeypatch):
+    """Training ends, and what follows it fails."""
+
+    def fail(*args):
+        raise RuntimeError("cut")
+
+    monkeypatch.setattr("align.stages.training.save_model", fail)
+    return monkeypatch
+
+
+def test_an_early_stop_is_remembered(ground, cut_behind_training):
+    """Cut between its early stop and its end, a run that goes on trains no further."""
+    (ground / "calls.py").write_text(
+        "count = [0]\n"
+        "def falls(completions, **columns):\n"
+        "    count[0] += 1\n"
+        "    return [-float(count[0]) + 0.1 * (i % 2) for i in range(len(completions))]\n"
+    )
+    write_rows(ground / "prompts.jsonl", [{"prompt": words} for words in ("How are you?", "hello to me", "one two", "and said")])
+    stage = PPO(
+        model=str(ground / "base"),
+        data=str(ground / "prompts.jsonl"),
+        eval_data=str(ground / "prompts.jsonl"),
+        reward_funcs=[f"{ground / 'calls.py'}:falls"],
+        max_completion_length=3,
+        max_length=64,
+        eval_steps=1,
+        save_steps=1,
+        chat_template="plain",
+        metric_for_best_model="score",
+        early_stopping_patience=2,
+        **SAMPLED["ppo"][1],
+    )
+    run = Run(Recipe("p", {"p": stage}), ground / "out")
+    with pytest.raises(RuntimeError, match="cut"):
+        run.execute()
+    cut_behind_training.undo()
+    artifact = Run(Recipe("p", {"p": stage}), ground / "out").execute()["p"]
+    assert list(history(artifact, "eval_score")) == [1, 2, 3]
+    assert artifact.metrics["best_step"] == 1
+
+
+def test_the_best_weights_are_those_of_the_run_that_went_on(tmp_path):
+    """Cut after step 2, which was better than step 1 but has no checkpoint; the second time step 2 is worse."""
+
+    def evaluated(step, score):
+        history.add(step, {"eval_score": score})
+        model.weight.data.fill_(10 * step + score)
+        best.see(step)
+
+    history, model = History(tmp_path / "metrics.jsonl"), torch.nn.Linear(2, 2, bias=False)
+    context = Context("x", tmp_path, history)
+    stage = PPO(model="m", data="d", reward_funcs=["length"], metric_for_best_model="score", load_best_model_at_end=True)
+    best = Best(stage, context, model)
+    evaluated(1, 1.0)
+    (tmp_path / "checkpoints" / "checkpoint-1").mkdir()
+    evaluated(2, 2.0)
+    history.rewind(1)
+    evaluated(2, 0.5)
+    assert best.restore() == 1
+    assert model.weight.unique().tolist() == [11.0]
+    evaluated(3, 3.0)
+    (tmp_path / "checkpoints" / "checkpoint-1").rmdir()
+    evaluated(4, 4.0)
+    assert [file.name for file in (tmp_path / "checkpoints").iterdir()] == ["best-4.safetensors"]
 
 
 def test_the_direction_follows_from_the_name():

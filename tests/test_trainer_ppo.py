@@ -13,7 +13,7 @@ from helpers import Alone, assert_close, build, llama, tokens
 from pydantic import ValidationError
 
 from align.engine import enable_forest
-from align.errors import AlignError
+from align.errors import AlignError, NonFiniteLoss
 from align.progress import History
 from align.rollout import Completion, Sampling
 from align.runner.checkpoints import checkpoints
@@ -364,3 +364,14 @@ def test_asked_to_stop_it_keeps_the_step_and_a_damaged_checkpoint_is_set_aside(m
     assert again.resume()
     assert again.done == 2
     assert "does not match its checksum; set aside as corrupt-3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("role", ["policy", "critic"])
+def test_a_gradient_that_is_no_number_stops_before_the_update(make, role):
+    """Clipping would make NaN of the weights."""
+    ppo = make()
+    before = {name: weight.clone() for name, weight in ppo.models.parameters()[role].items()}
+    next(iter(ppo.models.parameters()[role].values())).register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(NonFiniteLoss, match=f"the norm of the {role}'s gradient is (inf|nan); no update was made"):
+        ppo.step()
+    assert all(torch.equal(weight, before[name]) for name, weight in ppo.models.parameters()[role].items())

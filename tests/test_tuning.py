@@ -248,6 +248,21 @@ def test_the_reference_is_the_base_and_no_second_copy(name):
     assert kept == (0 if name in ("lora", "rslora", "dora", "ia3", *SOFT) else trainable(model)["trainable_parameters"])
 
 
+def test_the_reference_keeps_its_weights_under_autocast():
+    """Autocast keeps 16-bit copies by parameter, and the reference's weights are others in the same parameters."""
+    model = tuned("full")
+    reference = Reference(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        start = logits(model)
+    shaken(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = logits(model)
+        with reference() as same:
+            assert torch.equal(logits(same), start)
+        assert torch.equal(logits(model), trained)
+    assert not torch.equal(trained, start)
+
+
 # -- from stage to stage -----------------------------------------------------------------------------------------------------------
 
 

@@ -148,7 +148,7 @@ def _sampled(options: argparse.Namespace) -> tuple[list[Any], list[Any], list[li
     conversational = not isinstance(rows[0].prompt, str)
     stops = {*stop_token_ids(model, tokenizer), encoder.end_of_turn if conversational else encoder.end_of_text}
     sampling = Sampling(options.max_completion_length, temperature=options.temperature)
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(options.seed)
     with bar("sampling", len(encoded.trees), "answer") as progress:
         found = complete(model, [tree.prompt for tree in encoded.trees], sampling, sorted(stops), generator, progress.update)
     texts = [text.strip() for text in tokenizer.batch_decode([one.tokens for one in found], skip_special_tokens=True)]

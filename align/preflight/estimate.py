@@ -97,7 +97,12 @@ def _config(subject: Subject) -> Any:
 
 def _skeleton(subject: Subject, config: Any, machine: Machine, **changes: Any) -> Skeleton:
     stage = subject.stage
-    settings = {"dtype": stage.dtype, "tuning": stage.strategy, "bf16": stage.bf16, "checkpointing": stage.gradient_checkpointing}
+    settings = {
+        "dtype": stage.dtype,
+        "tuning": stage.strategy,
+        "bf16": stage.in_bf16,
+        "checkpointing": stage.gradient_checkpointing,
+    }
     return Skeleton(config, **{**settings, "gpu": machine.gpu, **changes})
 
 
@@ -142,7 +147,7 @@ def _supervised(subject: Subject, config: Any, machine: Machine) -> Estimate:
     }
     steps = math.ceil(len(subject.rows) / rows) * stage.num_train_epochs if stage.max_steps < 0 else stage.max_steps
     flops = steps * rows * each * model.parameters * (4 if model.adapted else 6)
-    seconds = None if subject.capped and stage.max_steps < 0 else flops / (machine.flops_bf16 if stage.bf16 else machine.flops)
+    seconds = None if subject.capped and stage.max_steps < 0 else flops / (machine.flops_bf16 if stage.in_bf16 else machine.flops)
     return Estimate(parts, training, model.weights + 3.0 * model.gradients, forest.tokens, seconds, machine.name)
 
 

@@ -53,7 +53,7 @@ def complete(
 
     Args:
         stop_ids: a completion ends with, and includes, the first of these.
-        generator: source of randomness; one on the model's device.
+        generator: source of randomness; one of the CPU.
         progress: called with the number of completions that have just ended.
     """
     if not prompts:

@@ -93,7 +93,7 @@ class Batch:
         self.same = [first.setdefault(tuple(prompt), i) for i, prompt in enumerate(prompts)]
         # The longest are taken first, from the end; those that are the same follow each other.
         self.waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), -self.same[i], -i))
-        self.chances = chances(len(prompts), sampling, self.device, generator)
+        self.chances = chances(len(prompts), sampling, generator).to(self.device)
         self.stops, self.stop_text = StopTable(stop_ids, self.device), StopText(sampling)
         self.completions: dict[int, Completion] = {}
 

@@ -33,7 +33,7 @@ class GenerateEngine:
     ) -> list[Completion]:
         """See `align.rollout.complete`."""
         device = next(self.model.parameters()).device
-        chance = chances(len(prompts), sampling, device, generator)
+        chance = chances(len(prompts), sampling, generator).to(device)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         completions: dict[int, Completion] = {}
         was_training = self.model.training

@@ -47,13 +47,16 @@ class Completion:
     """Log-probs (nats) of the tokens: at the sampling temperature (1 where greedy), before top-k and top-p."""
 
 
-def chances(count: int, sampling: Sampling, device: torch.device, generator: torch.Generator | None) -> Tensor:
+def chances(count: int, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
     """The numbers in [0, 1) that tokens are drawn with (count, max_new_tokens), all at once: a completion's draws depend on its
     place among the prompts alone, not on the batch that it runs in.
+
+    They are made on the CPU, where a generator goes on by as many numbers as were drawn: a GPU's goes on by calls, so that two
+    halves would not be the whole.
     """
     if sampling.temperature == 0:
-        return torch.zeros(1, 1, device=device).expand(count, sampling.max_new_tokens)
-    return torch.rand((count, sampling.max_new_tokens), generator=generator, device=device)
+        return torch.zeros(1, 1).expand(count, sampling.max_new_tokens)
+    return torch.rand((count, sampling.max_new_tokens), generator=generator)
 
 
 def draw(logits: Tensor, sampling: Sampling, chance: Tensor) -> tuple[Tensor, Tensor]:

@@ -124,9 +124,8 @@ class ServerEngine:
             AlignError: there is no server, it is another's, or it does not take the weights.
         """
         version = self.bring(sampling)
-        device = None if generator is None else generator.device
         # As many numbers as our engine would draw, so that the generator goes on as with it.
-        first = chances(len(prompts), sampling, device or torch.device("cpu"), generator)[:, 0]
+        first = chances(len(prompts), sampling, generator)[:, 0]
         completions = self._answers(prompts, [int(chance * 2**24) for chance in first.tolist()], sampling, stop_ids, progress)
         if self.version() != version:
             raise AlignError(

@@ -54,7 +54,7 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         stops = sorted({*stop_token_ids(model, tokenizer), t.end_token(encoder, rows)})
         sampler = self.sampler(model, context.folder)
-        generator = torch.Generator(next(model.parameters()).device).manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed)
         noise = random.Random(self.seed)
 
         metrics: dict[str, Any] = {}

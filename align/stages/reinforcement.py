@@ -134,7 +134,7 @@ def train_on_samples(
         """Where it is time to. Returns whether it is also time to stop."""
         if not test.trees or not (step in (0, settings.steps) or (stage.eval_steps and step % stage.eval_steps == 0)):
             return False
-        generator = torch.Generator(models.device).manual_seed(stage.seed)  # the same draws of chance every time
+        generator = torch.Generator().manual_seed(stage.seed)  # the same draws of chance every time
         context.history.add(step, held_out_score(sampler, test, judge, sampling, stop_ids, generator))
         return best is not None and step > 0 and best.see(step)
 
@@ -144,7 +144,8 @@ def train_on_samples(
         if best is not None:
             best.check()
         with saving_first():
-            trainer.train(context.name, stage.logging_steps, after_step=evaluate)
+            if not (resumed and best is not None and best.enough()):  # it may have been cut between its early stop and its end
+                trainer.train(context.name, stage.logging_steps, after_step=evaluate)
     kept = None if best is None else best.restore()
     if processes.number() == 0:
         t.save_model(policy, tokenizer, context.folder)

@@ -1,7 +1,8 @@
-"""The best weights of a run that is not transformers' Trainer's: kept in a file, so that a run that goes on has them as well."""
+"""The best weights of a run that is not transformers' Trainer's: kept in files, so that a run that goes on has them as well."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -9,6 +10,7 @@ from torch import nn
 
 from align.errors import AlignError, near_miss
 from align.progress import say
+from align.runner.checkpoints import checkpoints, step_of
 from align.stages.base import Context, SelectionFields
 from align.trainers.ppo import processes
 
@@ -23,7 +25,7 @@ class Best:
     def __init__(self, stage: SelectionFields, context: Context, model: nn.Module) -> None:
         self.stage, self.context, self.model = stage, context, model
         self.name = f"eval_{stage.metric_for_best_model.removeprefix('eval_')}"
-        self.file = context.folder / "checkpoints" / "best.safetensors"
+        self.folder = context.folder / "checkpoints"
 
     def check(self) -> None:
         """Raise `AlignError` unless the evaluation before training measured the metric."""
@@ -39,22 +41,43 @@ class Best:
         values = self._values()
         best = self._best(values)
         if best == step and processes.number() == 0:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            aside = self.file.with_suffix(".part")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            aside = self._file(step).with_suffix(".part")
             save_file({name: p.detach().cpu().contiguous() for name, p in self._trained().items()}, aside)
-            aside.replace(self.file)
+            aside.replace(self._file(step))
+            self._prune(values)
         processes.wait()
-        patience = self.stage.early_stopping_patience
-        return patience is not None and sum(later > best for later in values) >= patience
+        return self.enough()
+
+    def enough(self) -> bool:
+        """Whether it is time to stop, by what was evaluated."""
+        patience, values = self.stage.early_stopping_patience, self._values()
+        if patience is None or not values:
+            return False
+        best = self._best(values)
+        return sum(later > best for later in values) >= patience
 
     def restore(self) -> int:
         """Give the model its best weights back; returns their step."""
-        kept = load_file(self.file)
+        values = self._values()
+        best = self._best(values)
+        kept = load_file(self._file(best))
         for name, parameter in self._trained().items():
             parameter.data.copy_(kept[name])
-        values = self._values()
-        say(f"{self.context.name}: kept the weights of step {self._best(values)}, of {max(values)}")
-        return self._best(values)
+        say(f"{self.context.name}: kept the weights of step {best}, of {max(values)}")
+        return best
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"best-{step}.safetensors"
+
+    def _prune(self, values: dict[int, float]) -> None:
+        """Leave the best of all, and the best until each checkpoint, from which a run that was cut goes on."""
+        ends = [max(values), *map(step_of, checkpoints(self.folder))]
+        until = [{step: value for step, value in values.items() if step <= end} for end in ends]
+        needed = {self._file(self._best(some)) for some in until if some}
+        for file in self.folder.glob("best-*.safetensors"):
+            if file not in needed:
+                file.unlink()
 
     def _values(self) -> dict[int, float]:
         """The metric by step."""

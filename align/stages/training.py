@@ -27,7 +27,7 @@ from align.progress import say
 from align.runner.checkpoints import last_good, step_of
 from align.runner.stop import saving_first
 from align.scoring import SCORE_SCALE, branch_scores
-from align.stages.base import Context, OptimizerFields, TrainingStage
+from align.stages.base import Context, LaunchFields, OptimizerFields, TrainingStage
 from align.stages.rows import encoded as encoded
 from align.stages.rows import longest as longest
 from align.stages.rows import read_rows as read_rows
@@ -119,9 +119,9 @@ def make_ready(
     return model
 
 
-def precision(stage: OptimizerFields) -> AbstractContextManager[None]:
+def precision(stage: LaunchFields) -> AbstractContextManager[None]:
     """Within, forward passes are as precise as those of training."""
-    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=stage.bf16)
+    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=stage.in_bf16)
 
 
 def teach_end_token(model: nn.Module, end: int) -> None:

@@ -80,7 +80,7 @@ class ForestTrainer(SafeTrainer):
         self.objective = objective
         self.group_by_prompt = group_by_prompt
         self.skip_non_finite = skip_non_finite
-        self._skipped = 0  # steps in a row
+        self._skipped, self._last_skipped = 0, -1  # steps in a row, and the last of them
         # Evaluation needs less memory than training, so what it learns of memory must not be used for training.
         self.budget, self.eval_budget = Budget(max_tokens), Budget(max_tokens)
         self._sums: dict[str, float] = defaultdict(float)
@@ -139,7 +139,6 @@ class ForestTrainer(SafeTrainer):
         except NonFiniteLoss as error:
             self._skip(model, error)
             return torch.zeros((), device=self.args.device)
-        self._skipped = 0
         for name, value in sums.items():
             self._sums[name] += value
         return total
@@ -189,13 +188,26 @@ class ForestTrainer(SafeTrainer):
                 "Lower learning_rate, set max_grad_norm, or look at the rows"
             )
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """A finite loss can have a gradient that is not, and clipping makes NaN of it."""
+        norm = super()._clip_grad_norm(model)
+        if norm is not None and self.accelerator.scaler is None and not math.isfinite(norm):  # a scaler leaves such steps out
+            error = NonFiniteLoss(
+                f"the gradient's norm is {float(norm)} at step {self.state.global_step + 1}; no update was made. "
+                "Lower learning_rate or look at the rows"
+            )
+            self._skip(model, error)
+        return norm
+
     def _skip(self, model: nn.Module, error: NonFiniteLoss) -> None:
         """Leave the step out where that is asked for: without gradients the optimizer changes nothing."""
-        self._skipped += 1
+        step = self.state.global_step
+        self._skipped = self._skipped + 1 if self._last_skipped == step - 1 else 1
+        self._last_skipped = step
         if not self.skip_non_finite or self._skipped > MOST_SKIPPED:
             raise error
         model.zero_grad(set_to_none=True)
-        say(f"step {self.state.global_step + 1} is skipped: its loss is not finite")
+        say(f"step {step + 1} is skipped: its loss or gradient is not finite")
 
     def progress(self) -> dict[str, Any]:
         return {**super().progress(), "sums": self._over_processes(self._sums), "tokens_seen": self._tokens_seen}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from align.errors import AlignError
 from align.tuning.strategies import ADAPTERS, Tuning, strategies
@@ -86,10 +87,13 @@ class Reference:
                 yield self.model
             return
         trained = [p.data for p, _ in self.start]
-        for parameter, start in self.start:
-            parameter.data = start
+        self._put([start for _, start in self.start])
         try:
             yield self.model
         finally:
-            for (parameter, _), data in zip(self.start, trained, strict=True):
-                parameter.data = data
+            self._put(trained)
+
+    def _put(self, weights: Sequence[Tensor]) -> None:
+        for (parameter, _), data in zip(self.start, weights, strict=True):
+            parameter.data = data
+        torch.clear_autocast_cache()  # autocast keeps 16-bit copies of parameters, and does not see that their data are others

@@ -132,7 +132,7 @@ def random_state(*generators: torch.Generator) -> dict[str, Any]:
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "torch": _text(torch.get_rng_state()),
-        "cuda": [_text(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        "cuda": _text(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,  # of the process' own device
         "python": random.getstate(),
         "numpy": [name, keys.tolist(), *rest],  # type: ignore[union-attr]
         "own": [_text(generator.get_state()) for generator in generators],
@@ -142,8 +142,8 @@ def random_state(*generators: torch.Generator) -> dict[str, Any]:
 def restore_random_state(state: dict[str, Any], *generators: torch.Generator) -> None:
     """The inverse of `random_state`."""
     torch.set_rng_state(_tensor(state["torch"]))
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all([_tensor(text) for text in state["cuda"]])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_tensor(state["cuda"]))
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]

@@ -93,25 +93,29 @@ def complete(
 ) -> list[Completion]:
     """This process' `share` of `prompts`, completed.
 
-    The draws of chance of the other processes are passed over, so that on a CPU a completion is the same for any number of them.
+    The draws of chance of the other processes are passed over, so that they are the same for any number of them.
 
     Args:
         generator: in the same state on every process, before and after.
     """
     mine = share(prompts)
     before = _border(len(prompts), number())
-    chances(before, sampling, generator.device, generator)
+    chances(before, sampling, generator)
     completions = rollout.complete(model, mine, sampling, stop_ids, generator)
-    chances(len(prompts) - before - len(mine), sampling, generator.device, generator)
+    chances(len(prompts) - before - len(mine), sampling, generator)
     return completions
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
     """Each process holds the gradient of its part of a sum; afterwards each holds that of the whole sum."""
-    if not alone():
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad = total(parameter.grad)
+    if alone():
+        return
+    parameters = list(parameters)
+    # An expert that no token of this process came to has no gradient here, and may have one elsewhere.
+    held = total(torch.tensor([float(p.grad is not None) for p in parameters], device=_state().device))
+    for parameter, count in zip(parameters, held.tolist(), strict=True):
+        if count:
+            parameter.grad = total(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
 
 
 def means(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -88,7 +88,7 @@ class PPOTrainer:
         self.sampling, self.stop_ids, self.history, self.text = sampling, stop_ids, history, text
         self.sampler = models.policy if sampler is None else sampler
         self.checkpoints = checkpoints
-        self.generator = torch.Generator(models.device).manual_seed(seed)  # both are the same on every process
+        self.generator = torch.Generator().manual_seed(seed)  # both are the same on every process
         self.shuffle = torch.Generator().manual_seed(seed)
         self.order = Shuffled(len(prompts), self.shuffle)
         self.kl = KLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)

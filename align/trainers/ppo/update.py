@@ -209,7 +209,9 @@ class Learner:
             yield self.settings.ptx_coef * nll, {"loss/ptx_avg": nll * batch.tokens}
 
     def _step(self) -> None:
-        for parameters in self.roles.values():
-            clip_grad_norm_(parameters, self.max_grad_norm)
+        norms = {role: clip_grad_norm_(parameters, self.max_grad_norm) for role, parameters in self.roles.items()}
+        for role, norm in norms.items():
+            if not torch.isfinite(norm):
+                raise NonFiniteLoss(f"the norm of the {role}'s gradient is {norm.item()}; no update was made. Lower learning_rate")
         self.optimizer.step()
         self.scheduler.step()
