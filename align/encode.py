@@ -118,8 +118,8 @@ class Encoder:
             special = [i for i in self._ids(tail) if i in added or i in self.tokenizer.all_special_ids]
             if not special:
                 raise AlignError(
-                    f"the chat template puts no end token behind an assistant turn (it puts {tail!r}), so the model would "
-                    "never learn to stop; add {{ eos_token }} there"
+                    f"the chat template puts no end token of this tokenizer behind an assistant turn (it puts {tail!r}), so the "
+                    "model would never learn to stop; set chat_template to 'plain', or to a template with {{ eos_token }} there"
                 )
             self._end_of_turn = special[0]
         return self._end_of_turn
@@ -147,8 +147,8 @@ class Encoder:
             return known
         if not self.tokenizer.chat_template:
             raise AlignError(
-                "the data are conversations, but the tokenizer has no chat template; set chat_template to 'plain', 'chatml' "
-                "or a .jinja file"
+                "the data are conversations, but the tokenizer has no chat template; set chat_template to 'plain' (or 'chatml' for "
+                "a tokenizer that has its tokens) or a .jinja file"
             )
         plain = [message.model_dump(exclude_none=True) for message in messages]
         try:

@@ -59,6 +59,16 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
         raise AlignError(_not_loadable("tokenizer", path, error)) from error
 
 
+CLASSIFIERS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "SEQ_CLS",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+)
+"""How transformers' classes and peft's types end that answer with scores."""
+
 OnAdapter = Literal["merge", "continue"]
 """What becomes of an adapter that is loaded: a part of the weights, or what is trained further."""
 
@@ -109,6 +119,15 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
         raise AlignError(_not_loadable("config", path, error)) from error
 
 
+def is_classifier(path: str, *, trust_remote_code: bool = False) -> bool:
+    """Whether the model or adapter at `path` answers with scores (a reward model or a classifier), not with words."""
+    if is_adapter(path):
+        kinds = [json.loads((Path(path) / "adapter_config.json").read_text())["task_type"] or ""]
+    else:
+        kinds = load_config(path, trust_remote_code=trust_remote_code).architectures
+    return any(kind.endswith(CLASSIFIERS) for kind in kinds or ())
+
+
 def load_reward_model(
     path: str, *, dtype: str = "float32", trust_remote_code: bool = False, on_adapter: OnAdapter = "merge", four_bits: bool = False
 ) -> nn.Module:
@@ -147,7 +166,7 @@ def load_model(
         kwargs: fields of its config. The other arguments are those of `load_causal_lm`.
 
     Raises:
-        AlignError: there is no such model, or its family has no such class.
+        AlignError: there is no such model, its family has no such class, or a language model is wanted and it is a classifier.
     """
     if dtype not in DTYPES:
         raise AlignError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -176,6 +195,11 @@ def load_model(
             model = _with_adapter(model, path, adapter["peft_type"], on_adapter)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise AlignError(_not_loadable("model", path, error)) from error
+    # Transformers gives a classifier a language head of random weights.
+    if auto in LANGUAGE_MODELS.values() and is_classifier(path, trust_remote_code=trust_remote_code):
+        raise AlignError(
+            f"{path} is a reward model or a classifier and has no language head; take the language model that it was made from"
+        )
     return model
 
 

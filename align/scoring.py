@@ -16,7 +16,7 @@ from align.budget import Budget, MaxTokens, Packed
 from align.engine import enable_forest
 from align.errors import AlignError
 from align.forest import WINDOW, Forest, Tree
-from align.models import load_reward_model, load_tokenizer
+from align.models import is_classifier, load_reward_model, load_tokenizer
 from align.rewards import RewardSet
 from align.rollout import Completion
 from align.schema import PromptRow, Text
@@ -84,7 +84,7 @@ class RewardScorer:
         model: answers as an enabled model of `path` would; None loads that.
 
     Raises:
-        AlignError: its tokenizer differs from the policy's, or there is no stored scale to normalize by.
+        AlignError: it is none, its tokenizer differs from the policy's, or there is no stored scale to normalize by.
     """
 
     def __init__(
@@ -97,6 +97,8 @@ class RewardScorer:
         normalize: bool,
         model: nn.Module | None = None,
     ) -> None:
+        if not is_classifier(path):
+            raise AlignError(f"{path} is a language model, not a reward model: train one with `align reward`")
         if load_tokenizer(path).get_vocab() != vocabulary:
             raise AlignError(f"the reward model {path} has another tokenizer than the policy; train both from one base")
         if model is None:

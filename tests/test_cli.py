@@ -113,7 +113,7 @@ MISTAKES = {
     "no such template": (SFT + "sft.jsonl --chat_template chatlm", "chat_template 'chatlm' is neither a file nor one of"),
     "template without end": (
         "sft --model no_stop --data sft.jsonl",
-        "the chat template puts no end token behind an assistant turn",
+        "the chat template puts no end token of this tokenizer behind an assistant turn .* Set chat_template to 'plain'",
     ),
     "no end token": ("sft --model no_eos --data raw.jsonl", r"the tokenizer has no end token \(eos_token\)"),
     "no such model": ("sft --model modle --data sft.jsonl", "no model 'modle'"),

@@ -310,7 +310,36 @@ def test_a_reward_model_that_keeps_its_language_keeps_more_of_it(road, tmp_path)
 
 def test_a_reward_model_has_no_language_to_keep(road, capsys):
     assert main(f"reward --model {path(road, 'reward')} --data {road[2]}/pairs.jsonl --sft_coef 1".split()) == 2
-    assert "is a reward model and has no language head" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "sft_coef: " in said
+    assert "is a reward model or a classifier and has no language head" in said
+
+
+@pytest.mark.parametrize("reward", ["reward", "lora_reward"])
+@pytest.mark.parametrize("verb", ["sft --data sft.jsonl", "dpo --data pairs.jsonl --beta 0.1", "eval --data prompts.jsonl"])
+def test_a_reward_model_does_not_speak(verb, reward, road, capsys, monkeypatch):
+    monkeypatch.chdir(road[2])
+    assert main([*verb.split(), "--models.it" if verb.startswith("eval") else "--model", path(road, reward)]) == 2
+    assert "is a reward model or a classifier and has no language head" in capsys.readouterr().err
+
+
+def test_a_language_model_does_not_score(road, capsys, monkeypatch):
+    monkeypatch.chdir(road[2])
+    words = ["ppo", "--model", path(road, "sft"), "--reward_model", path(road, "dpo"), "--data", "prompts.jsonl"]
+    assert main([*words, "--normalize_scores", "false"]) == 2
+    assert "is a language model, not a reward model: train one with `align reward`" in capsys.readouterr().err
+
+
+def test_the_last_step_is_logged_whatever_its_number(road, tmp_path, monkeypatch):
+    """Else the training loss of a short run would be that of its first step."""
+    monkeypatch.chdir(road[2])
+    fields = {"max_steps": 3, "logging_steps": 10, "learning_rate": 1e-3, "chat_template": "plain"}
+    stage = SFT(model=path(road, "base"), data="sft.jsonl", **fields)
+    artifact = Run(Recipe("last", {"last": stage}), tmp_path).execute()["last"]
+    logged = [json.loads(line) for line in (Path(artifact.path) / "metrics.jsonl").read_text().splitlines()]
+    losses = {record["step"]: record["loss"] for record in logged if "loss" in record}
+    assert list(losses) == [1, 3]
+    assert artifact.metrics["train_loss"] == losses[3] < losses[1]
 
 
 @pytest.mark.parametrize("field", ["sft_coef 1.0", "use_margin true", "group_by_prompt true"])

@@ -47,10 +47,11 @@ def curvature(options: argparse.Namespace) -> int:
         print("\n".join(f"measure  {name:<16} {place}" for name, place in places) + f"\nwrite    {out}")
         return 0
     from align.diagnostics.curvature.draw import draw
-    from align.diagnostics.curvature.load import Rows, is_reward_model
+    from align.diagnostics.curvature.load import Rows
+    from align.models import is_classifier
     from align.runner.files import write_atomically
 
-    kind = options.kind or ("preference" if is_reward_model(path) else "sft")
+    kind = options.kind or ("preference" if is_classifier(path) else "sft")
     rows = Rows(options.data, kind, options.rows, options.max_length, options.max_tokens_per_micro_batch)
     measured = [_measure(name, place, rows, options) for name, place in places]
     result = {**measured[-1], "checkpoints": measured[:-1]}

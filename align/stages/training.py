@@ -73,10 +73,10 @@ def language_head(stage: Any, tokenizer: PreTrainedTokenizerBase) -> Head:
     Raises:
         AlignError: it has none, or none for the tokenizer's new tokens.
     """
-    model = base_model(causal_lm(stage))
-    if any("SequenceClassification" in name for name in model.config.architectures or ()):  # transformers made its head anew
-        raise AlignError(f"sft_coef: {stage.model} is a reward model and has no language head; start from the language model")
-    head = head_of(model)
+    try:
+        head = head_of(base_model(causal_lm(stage)))
+    except AlignError as error:
+        raise AlignError(f"sft_coef: {error}") from error
     if len(tokenizer) > len(head.weight):
         raise AlignError(f"sft_coef: the language model knows {len(head.weight)} tokens, and the tokenizer {len(tokenizer)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -274,7 +274,8 @@ def check_metric(stage: TrainingStage, measured: dict[str, float]) -> None:
 def summary(context: Context, best: int | None = None) -> dict[str, Any]:
     """First and last of every held-out metric, and the last training loss; up to the step `best`, whose weights are kept."""
     records = [record for record in context.history.records if best is None or record["step"] <= best]
-    metrics: dict[str, Any] = {"train_loss": context.history.last("loss"), **({} if best is None else {"best_step": best})}
+    train_loss = next((record["loss"] for record in reversed(records) if "loss" in record), None)
+    metrics: dict[str, Any] = {"train_loss": train_loss, **({} if best is None else {"best_step": best})}
     for name in {key: None for record in records for key in record if key.startswith("eval_") and not key.endswith(TIMING)}:
         values = [record[name] for record in records if name in record]
         metrics[name] = values[-1]

@@ -16,7 +16,7 @@ from align.runner.stop import Stopped, stop_requested
 
 
 class Watch(TrainerCallback):
-    """A bar with the time left, and every log appended to the history."""
+    """A bar with the time left, and every log appended to the history; the last step is logged whatever its number."""
 
     def __init__(self, label: str, history: History) -> None:
         self.label = label
@@ -29,6 +29,7 @@ class Watch(TrainerCallback):
             self.bar.update(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_log |= state.global_step >= state.max_steps
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from align.data import load_rows
 from align.diagnostics.curvature.surface import Surface
@@ -15,7 +13,16 @@ from align.encode import Encoder, set_chat_template
 from align.engine import enable_forest
 from align.errors import AlignError
 from align.forest import Tree
-from align.models import OnAdapter, disable_dropout, ensure_pad_token, is_adapter, load_causal_lm, load_reward_model, load_tokenizer
+from align.models import (
+    OnAdapter,
+    disable_dropout,
+    ensure_pad_token,
+    is_adapter,
+    is_classifier,
+    load_causal_lm,
+    load_reward_model,
+    load_tokenizer,
+)
 from align.progress import say
 from align.trainers.objectives import LanguageModel, RewardModel
 
@@ -42,7 +49,7 @@ def surface_of(path: str, rows: Rows) -> Surface:
     Raises:
         AlignError: the rows do not fit the model.
     """
-    judge = is_reward_model(path)
+    judge = is_classifier(path)
     if judge != (rows.kind == "preference"):
         wanted = "preference pairs (--kind preference)" if judge else "demonstrations or texts (--kind sft or text)"
         raise AlignError(f"{path} is a {'reward' if judge else 'language'} model: its loss is measured on {wanted}")
@@ -56,13 +63,6 @@ def surface_of(path: str, rows: Rows) -> Surface:
     if reason := enable_forest(model, max(tree.longest for tree in trees)):
         say(f"{path}: measured on padded rows, as {reason}")
     return Surface(model, RewardModel() if judge else LanguageModel(), trees, rows.max_tokens)
-
-
-def is_reward_model(path: str) -> bool:
-    """Whether the weights in `path` have a score head."""
-    if is_adapter(path):
-        return '"SEQ_CLS"' in (Path(path) / "adapter_config.json").read_text(encoding="utf-8")
-    return any("SequenceClassification" in name for name in AutoConfig.from_pretrained(path).architectures or ())
 
 
 def _trainable(path: str, judge: bool) -> Any:
