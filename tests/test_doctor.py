@@ -147,6 +147,7 @@ FAULTS = {
     "entropy_collapse": case("ppo", ppo(**{"policy/entropy_avg": lambda t: 0.02 + (1 - t) ** 4})),
     "kl_blow_up": case("ppo", ppo(**{"objective/kl": lambda t: 60 * t})),
     "value_blind": case("ppo", ppo(**{"val/explained_variance": lambda t: 0.0, "val/mean_value": lambda t: 0.0})),
+    "score_flat": case("ppo", [{**record, "objective/scores": 0.0} for record in ppo(**{"objective/kl": lambda t: 0.0})]),
     "policy_stands_still": case("ppo", ppo(**{"objective/kl": lambda t: 0.0, "objective/scores": lambda t: 0.2})),
     "score_falls": case("ppo", ppo(**{"objective/scores": lambda t: 0.8 - 0.5 * t})),
 }

@@ -29,6 +29,21 @@ STILL = 0.02
 """Divergence (nats an answer) of a policy that has not moved."""
 
 
+@rule("ppo", verdict="failed", live=True, explains=("policy_stands_still", "score_falls", "value_blind", "entropy_collapse"))
+def score_flat(case: Case) -> Diagnosis | None:
+    """Every answer gets the same score."""
+    score = case.series("objective/scores")
+    if len(score) < 4 or max(score.values) > min(score.values):
+        return None
+    return Diagnosis(
+        {"score": score.tail()},
+        f"the score was {score.tail():.3g} in each of {len(score)} rounds: no answer was better than another, so there was "
+        "nothing to learn from",
+        "try the reward on the model's own answers (`align reward test`): it must tell some of them apart; if it does for a better "
+        "model alone, start from one, or pay for parts of what is wanted",
+    )
+
+
 @rule("ppo", verdict="failed", live=True)
 def kl_negative(case: Case) -> Diagnosis | None:
     """The divergence from the reference is below zero."""
@@ -269,7 +284,7 @@ def score_falls(case: Case) -> Diagnosis | None:
     if len(score) < 6:
         return None
     change, error = score.slope()
-    if change > -3 * error or score.tail() > score.head():
+    if change >= -3 * error or score.tail() > score.head():
         return None
     return Diagnosis(
         {"score_before": score.head(), "score_after": score.tail()},
