@@ -45,15 +45,7 @@ class Recipe:
         Raises:
             AlignError: stages need each other in a circle.
         """
-        order: list[str] = []
-        waiting = dict.fromkeys(self.stages)
-        while waiting:
-            ready = [name for name in waiting if not (self.needs(name) - set(order))]
-            if not ready:
-                raise AlignError(f"recipe {self.name!r}: these stages need each other in a circle: {', '.join(waiting)}")
-            order.append(ready[0])
-            del waiting[ready[0]]
-        return order
+        return in_order({name: self.needs(name) for name in self.stages}, self.name)
 
     def needs(self, name: str) -> set[str]:
         """Stages whose output the stage `name` uses."""
@@ -66,6 +58,23 @@ class Recipe:
         """The stage that `reference` speaks of: all of it for a model, its first part for data. Alone it speaks of none."""
         owner = reference.split("/", 1)[0] if kind == "data" else reference
         return owner if kind != "reward" and owner in self.stages and len(self.stages) > 1 else None
+
+
+def in_order(needs: Mapping[str, set[str]], recipe: str) -> list[str]:
+    """The stages of `needs`, each after those that it needs.
+
+    Raises:
+        AlignError: stages need each other in a circle.
+    """
+    order: list[str] = []
+    waiting = dict.fromkeys(needs)
+    while waiting:
+        ready = [name for name in waiting if not needs[name] & waiting.keys()]
+        if not ready:
+            raise AlignError(f"recipe {recipe!r}: these stages need each other in a circle: {', '.join(waiting)}")
+        order.append(ready[0])
+        del waiting[ready[0]]
+    return order
 
 
 def references(stage: Stage) -> Iterator[tuple[str, str]]:

@@ -30,7 +30,7 @@ from align.runner.launch import command, slurm_script
 from align.runner.notify import notify
 from align.runner.share import delete, pull, push
 from align.runner.sweep import expand
-from align.stages import SFT, Evaluate, Preference, stages
+from align.stages import PPO, SFT, Evaluate, Preference, stages
 from align.stages.base import Launch
 
 ROOT = Path(__file__).parent.parent
@@ -406,9 +406,40 @@ def test_sweeps_of_two_stages_do_not_multiply():
     assert list(recipe.stages) == ["a-seed-0", "a-seed-1", "b-seed-2", "b-seed-3", "c"]
 
 
+def test_a_sweep_over_what_a_stage_refers_to():
+    two = Recipe("two", {name: tune().stages[name] for name in ("sft", "dpo")})
+    recipe = expand(two, {"sft.model": ["gpt2", "owner/name"], "dpo.data": ["pairs.jsonl", "more.jsonl"]})
+    assert [recipe.stages[f"sft-model-{name}"].model for name in ("gpt2", "owner_name")] == ["gpt2", "owner/name"]
+    dpo = recipe.stages["dpo-data-more.jsonl-model-gpt2"]
+    assert (dpo.model, dpo.data) == ("sft-model-gpt2", ["more.jsonl"])
+    ppo = {"ppo": PPO(model="gpt2", data="prompts.jsonl", reward_funcs="length")}
+    recipe = expand(Recipe("r", ppo), {"ppo.reward_funcs": ["repetition", "json_valid"]})
+    assert [stage.reward_funcs for stage in recipe.stages.values()] == [["repetition"], ["json_valid"]]
+
+
+def test_a_sweep_over_the_stage_that_another_follows():
+    """`b` comes before `c` in the recipe and after it in one of its branches, which alone is one for each seed of `c`."""
+    recipe = Recipe("r", {"a": Act(), "b": Act(model="a"), "c": Act(text="c"), "d": Act(model="b")})
+    recipe = expand(recipe, {"b.model": ["a", "c"], "c.seed": ["0", "1"]})
+    follows = {name: stage.model for name, stage in recipe.stages.items() if stage.model}
+    branches = {"-model-a": "a", "-model-c-seed-0": "c-seed-0", "-model-c-seed-1": "c-seed-1"}
+    assert follows == {f"b{b}": model for b, model in branches.items()} | {f"d{b}": f"b{b}" for b in branches}
+
+
+def test_values_that_differ_in_a_sign_are_two_branches():
+    recipe = expand(Recipe("r", {"sft": SFT(model="gpt2", data="x")}), {"sft.learning_rate": ["1.0e-5", "1.0e+5"]})
+    assert {name: stage.learning_rate for name, stage in recipe.stages.items()} == {
+        "sft-learning_rate-1.0e_5": 1e-5,
+        "sft-learning_rate-1.0e5": 1e5,
+    }
+
+
 @pytest.mark.parametrize(
     ("sweeps", "seeds", "message"),
     [
+        ({"sft.model": ["a/b", "a_b"]}, 1, "two branches would be called 'sft-model-a_b'"),
+        ({"sft.model": ["gpt2", "after"]}, 1, "these stages need each other in a circle: sft, dpo, after, evaluate"),
+        ({"sft.model": ["gpt2", "sft"]}, 1, "stage 'sft' needs its own output"),
         ({}, 3, "--seeds needs to know of what"),
         ({"dop.beta": ["1"]}, 1, r"has no stage 'dop' \(did you mean 'dpo'\?\)"),
         ({"dpo.bta": ["1"]}, 1, r"stage 'dpo' has no field 'bta' \(did you mean 'beta'\?\)"),

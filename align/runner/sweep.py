@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from align.errors import AlignError, near_miss
-from align.recipe import Recipe, make_stage, parse_value, reference_fields
+from align.recipe import Recipe, in_order, make_stage, parse_value, reference_fields
 from align.stages import Stage
 
 Variant = dict[str, str]
@@ -25,43 +26,52 @@ def expand(recipe: Recipe, sweeps: Mapping[str, Sequence[str]], seeds: int = 1) 
         sweeps: ``stage.field`` to values, written as YAML.
 
     Raises:
-        AlignError: no such stage or field, a value that does not fit, or seeds without a stage to vary.
+        AlignError: no such stage or field, a value that does not fit, two branches of one name, or seeds without a stage to vary.
     """
     if not sweeps:
         raise AlignError("--seeds needs to know of what: add --sweep STAGE.FIELD=VALUES, or write --sweep STAGE.seed=0,1,2 instead")
-    choices: dict[str, dict[str, dict[str, Any]]] = {}
-    for swept, options in _by_stage(recipe, sweeps).items():
-        if seeds > 1 and "seed" not in options:
-            first = getattr(recipe.stages[swept], "seed", None)
+    options: dict[str, list[tuple[str, Stage]]] = {name: [("", stage)] for name, stage in recipe.stages.items()}
+    for swept, fields in _by_stage(recipe, sweeps).items():
+        stage = recipe.stages[swept]
+        if seeds > 1 and "seed" not in fields:
+            first = getattr(stage, "seed", None)
             if first is None:
                 raise AlignError(f"--seeds: stage {swept!r} has no seed")
-            options["seed"] = [str(first + i) for i in range(seeds)]
-        choices[swept] = {}
-        for values in itertools.product(*options.values()):
-            suffix = "".join(f"-{field}-{_plain(value)}" for field, value in zip(options, values, strict=True))
-            choices[swept][suffix] = {field: parse_value(value) for field, value in zip(options, values, strict=True)}
+            fields["seed"] = [str(first + i) for i in range(seeds)]
+        options[swept] = []
+        for values in itertools.product(*fields.values()):
+            suffix = "".join(f"-{field}-{_plain(value)}" for field, value in zip(fields, values, strict=True))
+            changed = {field: parse_value(value) for field, value in zip(fields, values, strict=True)}
+            whole = {**stage.model_dump(exclude_unset=True), **changed}
+            options[swept].append((suffix, make_stage(type(stage), whole, f"--sweep, stage {swept + suffix!r}")))
+
+    def needs(name: str) -> set[str]:
+        """With all values: a swept field may name other stages than the recipe does."""
+        each = (replace(recipe, stages={**recipe.stages, name: stage}).needs(name) for _, stage in options[name])
+        return set().union(*each)
 
     built: dict[str, Stage] = {}
     variants: dict[str, list[tuple[str, Variant]]] = {}
-    for name in recipe.ordered():
-        stage, mapped = (
-            recipe.stages[name],
-            {field for field, _, value in reference_fields(recipe.stages[name]) if isinstance(value, dict)},
-        )
-        origins = {name} & choices.keys()
-        for field, kind, value in reference_fields(stage):
-            for reference in [value] if isinstance(value, str) else [] if field in mapped else value:
-                if owner := recipe.stage_of(kind, reference):
-                    origins |= {origin for _, variant in variants[owner] for origin in variant}
+    for name in in_order({name: needs(name) for name in recipe.stages}, recipe.name):
         variants[name] = []
-        for suffixes in itertools.product(*(choices[origin] for origin in sorted(origins))):
-            variant = dict(zip(sorted(origins), suffixes, strict=True))
-            branch = name + "".join(variant.values())
-            fields = {**stage.model_dump(exclude_unset=True), **choices.get(name, {}).get(variant.get(name, ""), {})}
-            for field, kind, value in reference_fields(stage):
-                fields[field] = _follow(recipe, kind, value, variant, variants)
-            built[branch] = make_stage(type(stage), fields, f"--sweep, stage {branch!r}")
-            variants[name].append((branch, variant))
+        for suffix, stage in options[name]:
+            joint: list[Variant] = [{name: suffix} if suffix else {}]
+            for _, kind, value in reference_fields(stage):
+                for reference in [value] if isinstance(value, str) else [] if isinstance(value, dict) else value:
+                    if owner := recipe.stage_of(kind, reference):
+                        joint = [{**one, **theirs} for one in joint for _, theirs in variants[owner] if _agree(one, theirs)]
+            for variant in joint:
+                branch = name + "".join(variant[origin] for origin in sorted(variant))
+                if branch in built:
+                    raise AlignError(
+                        f"--sweep: two branches would be called {branch!r}, for a name keeps only a value's letters, digits and "
+                        f"'.'; leave one out, or write it in another way"
+                    )
+                followed = stage.model_dump(exclude_unset=True)
+                for field, kind, value in reference_fields(stage):
+                    followed[field] = _follow(recipe, kind, value, variant, variants)
+                built[branch] = make_stage(type(stage), followed, f"--sweep, stage {branch!r}")
+                variants[name].append((branch, variant))
     return Recipe(recipe.name, built)
 
 
@@ -85,7 +95,7 @@ def _follow(recipe: Recipe, kind: str, value: Any, variant: Variant, variants: M
         owner = recipe.stage_of(kind, reference)
         if owner is None:
             return [reference]
-        agreeing = [name for name, theirs in variants[owner] if all(variant.get(key, v) == v for key, v in theirs.items())]
+        agreeing = [name for name, theirs in variants[owner] if _agree(variant, theirs)]
         return [name + reference[len(owner) :] for name in agreeing]
 
     if isinstance(value, str):
@@ -100,5 +110,11 @@ def _follow(recipe: Recipe, kind: str, value: Any, variant: Variant, variants: M
     return [branch for reference in value for branch in branches(reference)]
 
 
+def _agree(one: Variant, other: Variant) -> bool:
+    """Whether no swept stage has one value in `one` and another in `other`."""
+    return all(one.get(origin, suffix) == suffix for origin, suffix in other.items())
+
+
 def _plain(value: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "_", value)
+    """`value` as part of a name; 1e+5 and 1e-5 stay apart."""
+    return re.sub(r"[^A-Za-z0-9.]+", "_", value.replace("+", ""))
