@@ -183,10 +183,17 @@ def _json_array(path: Path) -> Iterator[Numbered]:
                 if position < len(buffer) or not more():
                     return position
 
+        def wrong(error: json.JSONDecodeError) -> AlignError:
+            line = lines + error.lineno - 1
+            return AlignError(f"{path.name} line {line}, column {error.colno}: invalid JSON: {error.msg}")
+
         position = skip(0) + 1  # behind the bracket
         while True:
             position = skip(position)
             if buffer[position : position + 1] == "]":
+                position = skip(position + 1)
+                if position < len(buffer):
+                    raise wrong(json.JSONDecodeError("extra data behind the array; put all rows into one", buffer, position))
                 return
             if number and buffer[position : position + 1] == ",":
                 position = skip(position + 1)
@@ -196,8 +203,7 @@ def _json_array(path: Path) -> Iterator[Numbered]:
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(buffer) - 16
                 if cut and more():
                     continue
-                line = lines + error.lineno - 1
-                raise AlignError(f"{path.name} line {line}, column {error.colno}: invalid JSON: {error.msg}") from error
+                raise wrong(error) from error
             number += 1
             yield number, _sound(value)
             if end > 1 << 20:
