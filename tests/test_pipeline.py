@@ -2,8 +2,11 @@
 
 import ast
 import graphlib
+import hashlib
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from align.artifact import MANIFEST, Artifact
 from align.errors import AlignError
 from align.pipeline import Run
 from align.recipe import Recipe, load_recipe, parse_value
-from align.registry import Registry
+from align.registry import Registry, home
 from align.stages import SFT, Preference, Stage
 from align.stages.base import Context, DataRefs, ModelRef, RewardRefs, stage
 
@@ -293,6 +296,41 @@ def test_a_model_folder_that_changed(tmp_path):
     run(recipe)
     (folder / "config.json").write_text("{ }")
     assert run(recipe)[0] == ["b", "c"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "modeling_own.py"])
+def test_a_byte_in_the_middle_of_a_model_s_file_changed(name, tmp_path, monkeypatch):
+    """Its size and its time of modification stay; the digest of what it was before is kept."""
+    file = tmp_path / "model" / name
+    file.parent.mkdir()
+    file.write_bytes(bytes(3 * 2**20))
+    times = os.stat(file)
+    later = time.time() + 60
+    monkeypatch.setattr(time, "time", lambda: later)
+    recipe = chain(b=Note(model=str(file.parent)))
+    run(recipe)
+    assert run(recipe)[0] == []
+    with file.open("r+b") as stream:
+        stream.seek(3 * 2**19)
+        stream.write(b"x")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert reasons(recipe)["b"] == f"its inputs changed: {file.parent}"
+
+
+def test_a_large_file_of_a_model_is_read_once(tmp_path, monkeypatch):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(2**20 + 1))
+    now = file.stat().st_ctime + 1
+    monkeypatch.setattr(time, "time", lambda: now)
+    recipe = chain(b=Note(model=str(tmp_path)))
+    run(recipe)
+    assert not (home() / "cache" / "sha256").exists(), "a file that was only just written may be written to again"
+    now += 2
+    assert run(recipe)[0] == []
+    (kept,) = (home() / "cache" / "sha256").iterdir()
+    assert kept.read_text() == hashlib.sha256(bytes(2**20 + 1)).hexdigest()
+    monkeypatch.setattr(hashlib, "file_digest", lambda *arguments: pytest.fail("it was read again"))
+    assert run(recipe)[0] == []
 
 
 def test_parents_are_handed_over_as_folders():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ from align.data import fingerprint
 from align.errors import AlignError
 from align.progress import say
 from align.recipe import Recipe, reference_fields, references
-from align.registry import Registry
+from align.registry import Registry, home
 from align.rewards import reward_fingerprint
 from align.runner.code import code_of
+from align.runner.files import write_atomically
 from align.stages import Stage
 
 FORCED = "forced"
@@ -115,7 +118,7 @@ class Planner:
             elif kind == "model":
                 resolved = self.registry.resolve(reference)
                 meaning[reference] = resolved.path
-                inputs[reference] = resolved.artifact.identity if resolved.artifact else _model_fingerprint(resolved.path)
+                inputs[reference] = resolved.artifact.identity if resolved.artifact else self._fingerprint(kind, resolved.path)
                 registered = resolved.artifact is not None and resolved.artifact.version > 0
                 parents[reference] = resolved.artifact.reference if resolved.artifact and registered else resolved.path
             elif kind == "data":
@@ -159,10 +162,10 @@ class Planner:
         return replace(step, reason=reason, last_seconds=seconds)
 
     def _fingerprint(self, kind: str, reference: str) -> str:
-        """Of a file or a reward; each is read once in a plan."""
+        """Of a model that no stage made, a file or a reward; each is read once in a plan."""
         key = (kind, reference)
         if key not in self._fingerprints:
-            self._fingerprints[key] = fingerprint(reference) if kind == "data" else reward_fingerprint(reference)
+            self._fingerprints[key] = FINGERPRINTS[kind](reference)
         return self._fingerprints[key]
 
     def _reason(self, draft: Artifact) -> tuple[str, float | None]:
@@ -200,17 +203,31 @@ def _hash(value: Any) -> str:
 
 
 def _model_fingerprint(path: str) -> str:
-    """Content of a model folder (large files by size and both ends), or the hub id itself."""
+    """Names and contents of a model folder's files, or the hub id itself."""
     folder = Path(path)
     if not folder.is_dir():
         return path
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.suffix in {".json", ".safetensors", ".model", ".jinja", ".txt"} and file.is_file():
-            size = file.stat().st_size
-            digest.update(f"{file.name}:{size}:".encode())
-            with file.open("rb") as stream:
-                digest.update(stream.read(2**20))
-                stream.seek(max(0, size - 2**20))
-                digest.update(stream.read())
+        if file.suffix in {".json", ".safetensors", ".model", ".jinja", ".txt", ".py"} and file.is_file():
+            digest.update(f"{file.name}:{_digest(file)}:".encode())
     return digest.hexdigest()
+
+
+def _digest(file: Path) -> str:
+    """SHA-256 of the whole file. That of a large one is kept in ``$ALIGN_HOME/cache/sha256``, until the file is written to."""
+    stat = file.stat()
+    key = _hash([str(file.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
+    kept = home() / "cache" / "sha256" / key
+    if kept.is_file():
+        return kept.read_text()
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    settled = time.time() - max(stat.st_mtime, stat.st_ctime) > 2  # sooner, another write could have the same time
+    if stat.st_size > 2**20 and settled:
+        with suppress(OSError):  # no room, or a home that is only read: it is computed again
+            write_atomically(kept, digest)
+    return digest
+
+
+FINGERPRINTS = {"model": _model_fingerprint, "data": fingerprint, "reward": reward_fingerprint}
