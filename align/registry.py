@@ -173,5 +173,7 @@ class Registry:
         if check_name(alias) in self.names():
             raise AlignError(f"{alias!r} is the name of a registered model; choose another alias")
         path = self.resolve(target).path
-        own = {name: value for name, value in self.aliases().items() if ALIASES.get(name) != value}
-        write_atomically(self.root / "aliases.json", json.dumps({**own, alias: path}, indent=1))
+        file = self.root / "aliases.json"
+        with lock(file):
+            own = {name: value for name, value in self.aliases().items() if ALIASES.get(name) != value}
+            write_atomically(file, json.dumps({**own, alias: path}, indent=1))

@@ -23,7 +23,7 @@ from align.cli import main
 from align.errors import AlignError
 from align.pipeline import Run
 from align.recipe import Recipe, load_recipe
-from align.registry import Registry, home
+from align.registry import ALIASES, Registry, home
 from align.runner.checkpoints import seal
 from align.runner.code import code_of
 from align.runner.launch import command, slurm_script
@@ -65,6 +65,22 @@ def test_versions_never_collide():
     assert [artifact.version for artifact in versions] == list(range(1, 81))
     assert len({artifact.identity for artifact in versions}) == 80
     assert not [path for path in Registry().root.rglob("*") if path.suffix in (".tmp", ".lock")]
+
+
+ALIAS = """
+import sys
+from align.registry import Registry
+for i in range(40):
+    Registry().add_alias(f"{sys.argv[1]}-{i}", "owner/name")
+"""
+
+
+def test_aliases_of_several_processes_are_all_kept():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    writers = [subprocess.Popen([sys.executable, "-c", ALIAS, f"w{i}"], env=environment) for i in range(4)]
+    assert [writer.wait(120) for writer in writers] == [0] * 4
+    assert Registry().aliases().keys() == ALIASES.keys() | {f"w{writer}-{i}" for writer in range(4) for i in range(40)}
+    assert [path.name for path in Registry().root.iterdir()] == ["aliases.json"]
 
 
 def test_what_others_descend_from_is_not_deleted(capsys):
