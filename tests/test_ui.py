@@ -47,7 +47,7 @@ def test_a_blind_vote_becomes_a_preference_row(page):
     _, shown, left, right, *_ = client.predict(*names, "How <b>are</b> you?", "Be brief.", 0.0, 1.0, 0, 8, api_name="/ask")
     assert left != right
     assert shown[0]["content"][0]["text"] == "How &lt;b&gt;are&lt;/b&gt; you?"
-    *_, verdict, _ = client.predict("Be brief.", api_name="/right")
+    *_, verdict, _ = client.predict(api_name="/right")
     (row,) = load_rows(votes, "preference").rows
     assert (row.chosen[0].content, row.rejected[0].content) == (right, left)
     assert [message.content for message in row.prompt] == ["Be brief.", "How <b>are</b> you?"]
@@ -81,7 +81,7 @@ def test_in_a_browser(page):
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("there is no chromium")
-    address, votes, _ = page
+    address, votes, names = page
     flags = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
     with playwright.sync_playwright() as engine:
         browser = engine.chromium.launch(executable_path=chromium, args=[*flags, "--disable-quic", "--disable-sync"])
@@ -99,6 +99,13 @@ def test_in_a_browser(page):
             tab.press("#compare-said textarea", "Enter")
             tab.click(f"#vote-{vote}:not([disabled])")
             tab.wait_for_selector('#verdict:has-text("Saved")')
+        tab.fill("#compare-said textarea", "How are you?")
+        tab.press("#compare-said textarea", "Enter")
+        tab.wait_for_selector("#vote-left:not([disabled])")
+        tab.get_by_label("Model 1").click()
+        tab.get_by_role("option", name=names[1]).click()
+        tab.wait_for_selector("#vote-left[disabled]")
+        assert tab.input_value("#left textarea") == "", "what the other model answered is not voted on"
         tab.get_by_role("tab", name="Reports").click()
         frame = tab.frame_locator("iframe")
         frame.locator("h1").wait_for()

@@ -129,7 +129,8 @@ def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: P
         choices = {"left": "Left is better", "right": "Right is better", "neither": "Neither"}
         buttons = [gr.Button(label, interactive=False, elem_id=f"vote-{side}") for side, label in choices.items()]
     verdict = gr.Markdown(f"Votes go to `{votes}` as preference rows.", elem_id="verdict")
-    answered = gr.State([])  # (name, answer) of left and right
+    answered = gr.State(([], []))  # what the models saw, and the (name, answer) of left and right
+    off = [gr.Button(interactive=False)] * len(choices)
 
     def ask(one: str, two: str, text: str, history: list[Message], system: str, *decoding: float) -> tuple[Any, ...]:
         if not text.strip():
@@ -144,26 +145,28 @@ def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: P
         prompt = _messages(system, history)
         answers = [(name, "".join(speakers[name].answer(prompt, _decoding(*decoding))).strip()) for name in order]
         ready = [gr.Button(interactive=True)] * len(choices)
-        return "", history, _shown(history), *(answer for _, answer in answers), *ready, "Which answer is better?", answers
+        return "", history, _shown(history), *(answer for _, answer in answers), *ready, "Which is better?", (prompt, answers)
 
     def vote(side: str) -> Any:
-        def record(answers: list[tuple[str, str]], history: list[Message], system: str) -> tuple[Any, ...]:
+        def record(seen: tuple[list[Message], list[tuple[str, str]]], history: list[Message]) -> tuple[Any, ...]:
+            prompt, answers = seen
             text = f"Left was **{_plain(answers[0][0])}**, right was **{_plain(answers[1][0])}**."
             kept = ["left", "right"].index(side) if side != "neither" else 0
             if side != "neither":
-                add_vote(votes, _messages(system, history), answers[kept], answers[1 - kept])
+                add_vote(votes, prompt, answers[kept], answers[1 - kept])
                 text += f" Saved to `{votes}`."
             history = [*history, Message(role="assistant", content=answers[kept][1])]
-            return *[gr.Button(interactive=False)] * len(choices), text, history, _shown(history)
+            return *off, text, history, _shown(history)
 
         return record
 
     outputs = [said, turns, shown, *sides, *buttons, verdict, answered]
     said.submit(ask, [*models, said, turns, *settings], outputs, api_name="ask")
     for side, button in zip(choices, buttons, strict=True):
-        button.click(vote(side), [answered, turns, settings[0]], [*buttons, verdict, turns, shown], api_name=side)
-    for model in models:
-        model.change(lambda: ([], []), None, [turns, shown], api_visibility="private")
+        button.click(vote(side), [answered, turns], [*buttons, verdict, turns, shown], api_name=side)
+    for model in models:  # what the others answered is no longer voted on
+        anew = [turns, shown, *sides, *buttons, answered]
+        model.change(lambda: ([], [], "", "", *off, ([], [])), None, anew, api_visibility="private")
 
 
 def _plain(name: str) -> str:
