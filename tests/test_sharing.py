@@ -572,6 +572,11 @@ def test_the_slurm_script_queues_up_again_when_it_is_told_to_end(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("hours", "time"), [(24, "24:00"), (1.995, "2:00"), (1.99, "1:59"), (0.001, "0:01")])
+def test_the_time_limit_is_in_whole_minutes(hours, time):
+    assert f"--time={time}:00\n" in slurm_script(["x"], nodes=1, gpus=1, hours=hours, partition=None, name="n")
+
+
 def test_without_preemption_the_script_ends_with_the_command_s_code(tmp_path):
     shutil.copy("/bin/true", tmp_path / "srun")
     script = slurm_script(["x"], nodes=1, gpus=1, hours=24, partition="gpu", name="n")

@@ -107,12 +107,13 @@ def run_launched(task: Any, stage: Stage) -> dict[str, Any]:
 
 def slurm_script(command: Sequence[str], *, nodes: int, gpus: int, hours: float, partition: str | None, name: str) -> str:
     """A batch script that runs `command` on each of `nodes`, is requeued when it is preempted or out of time, and then goes on."""
+    minutes = max(1, round(hours * 60))  # to Slurm, none is no limit
     options = {
         "job-name": name,
         "nodes": nodes,
         "ntasks-per-node": 1,
         "gpus-per-node": gpus,
-        "time": f"{int(hours)}:{round(hours % 1 * 60):02d}:00",
+        "time": f"{minutes // 60}:{minutes % 60:02d}:00",
         "output": f"{name}-%j.log",
         "open-mode": "append",
         "signal": "B:TERM@120",
