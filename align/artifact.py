@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from align import __version__
+from align.errors import AlignError
+from align.progress import say
 from align.runner.files import write_atomically
 
 MANIFEST = "artifact.json"
@@ -52,9 +54,33 @@ class Artifact:
 
     @classmethod
     def read(cls, folder: Path) -> Artifact | None:
-        """The artifact in `folder`, or None where it is missing or not complete."""
+        """The artifact in `folder`, or None where it is missing or not complete; see `load`."""
         manifest = folder / MANIFEST
-        return cls(**json.loads(manifest.read_text(encoding="utf-8"))) if manifest.is_file() else None
+        return cls.load(manifest) if manifest.is_file() else None
+
+    @classmethod
+    def load(cls, file: Path) -> Artifact:
+        """The artifact that a manifest or an entry of the registry tells of.
+
+        Raises:
+            AlignError: the file is damaged.
+        """
+        try:
+            return cls(**json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise AlignError(
+                f"{file} cannot be read ({error}); remove it, or restore it: an artifact's {MANIFEST} and its entry in the "
+                f"registry have the same content"
+            ) from error
+
+
+def read_artifact(folder: Path) -> Artifact | None:
+    """The finished artifact in `folder`. A manifest that cannot be read is none, and a line says so."""
+    try:
+        return Artifact.read(folder)
+    except AlignError as error:
+        say(f"{folder}: its manifest cannot be read ({error.__cause__}); the stage counts as unfinished")
+        return None
 
 
 def library_versions() -> dict[str, str]:

@@ -91,34 +91,39 @@ class Registry:
             return []
         return sorted(path.name for path in self.root.iterdir() if path.is_dir() and any(path.glob("[0-9]*.json")))
 
+    def entries(self, name: str) -> list[Path]:
+        """The files of all versions of `name`, oldest first."""
+        return sorted((self.root / name).glob("[0-9]*.json"), key=lambda path: int(path.stem))
+
     def versions(self, name: str) -> list[Artifact]:
-        """All versions of `name`, oldest first."""
-        files = sorted((self.root / name).glob("[0-9]*.json"), key=lambda path: int(path.stem))
-        return [Artifact(**json.loads(path.read_text(encoding="utf-8"))) for path in files]
+        """All versions of `name`, oldest first.
+
+        Raises:
+            AlignError: an entry is damaged.
+        """
+        return [Artifact.load(path) for path in self.entries(name)]
 
     def all(self) -> list[Artifact]:
-        """Everything, by name and version."""
+        """Everything, by name and version; see `versions`."""
         return [artifact for name in self.names() for artifact in self.versions(name)]
 
     def get(self, reference: str) -> Artifact:
         """The artifact ``NAME`` (its latest version) or ``NAME@VERSION``.
 
         Raises:
-            AlignError: there is none.
+            AlignError: there is none, or its entry is damaged.
         """
         name, _, version = reference.partition("@")
-        versions = self.versions(name) if NAME.fullmatch(name) else []
-        if not versions:
+        entries = self.entries(name) if NAME.fullmatch(name) else []
+        if not entries:
             known = self.names()
             raise AlignError(
                 f"no model {name!r} in the registry {self.root}{near_miss(name, known)}; `align models list` shows what there is"
             )
-        if not version:
-            return versions[-1]
-        found = next((a for a in versions if str(a.version) == version), None)
+        found = next((path for path in reversed(entries) if version in ("", path.stem)), None)
         if found is None:
-            raise AlignError(f"{name!r} has no version {version!r}; it has {', '.join(str(a.version) for a in versions)}")
-        return found
+            raise AlignError(f"{name!r} has no version {version!r}; it has {', '.join(path.stem for path in entries)}")
+        return Artifact.load(found)
 
     def resolve(self, reference: str) -> Resolved:
         """What ``model: REFERENCE`` means: a folder, a registered name, an alias or a hub id, in this order.

@@ -255,6 +255,20 @@ def test_a_damaged_manifest_counts_as_unfinished(content, capsys):
     assert (again.reference, again.identity) == (artifact.reference, artifact.identity)
 
 
+def test_a_report_is_written_without_the_stage_whose_manifest_is_damaged(capsys):
+    artifacts = run({"a": Act(), "b": Act(text="b")})
+    Path(artifacts["a"].path, MANIFEST).write_text('{"name": "r-a", "sta')
+    capsys.readouterr()
+    assert main(["report", "out"]) == 0
+    told = capsys.readouterr().err
+    assert f"{Path(artifacts['a'].path).name}: its manifest cannot be read (Unterminated string" in told
+    assert json.loads(Path("out/results.json").read_text())["stages"].keys() == {"b"}
+    assert main(["sft", "--model", artifacts["a"].path, "--data", "x", "--plan"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{artifacts['a'].path}/artifact.json cannot be read (Unterminated string" in line
+    assert "remove it, or restore it" in line
+
+
 def test_force_runs_a_stage_and_what_follows_again():
     stages = {"a": Act(), "b": Act(model="a"), "c": Act(text="c")}
     first = run(stages)

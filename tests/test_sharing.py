@@ -102,6 +102,21 @@ def test_what_others_descend_from_is_not_deleted(capsys):
     assert Registry().all() == []
 
 
+def test_a_damaged_entry_hides_no_other(capsys):
+    run({"a": Act()})
+    last = run({"a": Act(text="1")})["a"]
+    damaged = Registry().root / "r-a" / "1.json"
+    damaged.write_text("")
+    capsys.readouterr()
+    assert main(["models", "list"]) == 0
+    told = capsys.readouterr()
+    assert [line.split()[0] for line in told.out.splitlines()] == ["r-a@2"]
+    assert f"{damaged} cannot be read (Expecting value: line 1 column 1 (char 0)); remove it, or restore it" in told.err
+    assert Registry().get("r-a") == Registry().get("r-a@2") == last
+    assert main(["models", "show", "r-a@1"]) == 2
+    assert f"align: error: {damaged} cannot be read" in capsys.readouterr().err
+
+
 def test_gc_lists_and_then_removes_what_nothing_refers_to(capsys):
     done = Path(run({"a": Act()})["a"].path) / "checkpoints" / "checkpoint-3"
     unfinished = Path("out/b-12345678/checkpoints")

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from align.artifact import Artifact
 from align.commands.output import print_rows
 from align.errors import AlignError
 from align.progress import say
@@ -45,11 +46,16 @@ def models(options: argparse.Namespace) -> int:
 
 
 def _list(registry: Registry, options: argparse.Namespace) -> int:
-    rows = [asdict(artifact) for artifact in registry.all()]
+    rows = []
+    for entry in (entry for name in registry.names() for entry in registry.entries(name)):
+        try:
+            rows.append(asdict(Artifact.load(entry)))
+        except AlignError as error:
+            say(str(error))
     print_rows(
         rows, options.json, lambda a: f"{a['name'] + '@' + str(a['version']):<28} {a['stage']:<11} {a['created']}  {a['path']}"
     )
-    if not rows and not options.json:
+    if not registry.names() and not options.json:
         say(f"the registry {registry.root} is empty: every stage that finishes adds to it")
     return 0
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from align.artifact import Artifact
+from align.artifact import read_artifact
 from align.errors import AlignError
 
 
@@ -21,7 +21,7 @@ def report(options: argparse.Namespace) -> int:
 
     if not options.run.is_dir():
         raise AlignError(f"no run folder {options.run}")
-    found = [a for folder in options.run.iterdir() if folder.is_dir() and (a := Artifact.read(folder))]
+    found = [a for folder in options.run.iterdir() if folder.is_dir() and (a := read_artifact(folder))]
     artifacts = {a.name: a for a in sorted(found, key=lambda a: a.created)}
     if not artifacts:
         raise AlignError(f"{options.run} holds no finished stage")

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from align.artifact import Artifact
+from align.artifact import Artifact, read_artifact
 from align.diagnostics.case import Case, Finding, ask
 from align.errors import AlignError
 from align.recipe import make_stage, read_yaml
@@ -36,7 +36,7 @@ class Patient:
     @classmethod
     def read(cls, folder: Path) -> Patient | None:
         """The stage in `folder`; None where there is none."""
-        artifact = Artifact.read(folder)
+        artifact = read_artifact(folder)
         if artifact is not None:
             return cls(stage_name(folder, artifact), artifact.stage, artifact.config, folder, artifact)
         if not (folder / "config.yaml").is_file():

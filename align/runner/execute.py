@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from align.artifact import read_artifact
 from align.errors import AlignError, DiskFull, StageFailed
 from align.progress import say
 from align.recipe import Recipe
@@ -22,7 +23,7 @@ from align.registry import Registry
 from align.runner.devices import devices, take
 from align.runner.files import no_room
 from align.runner.locks import clear
-from align.runner.plan import Step, read_artifact
+from align.runner.plan import Step
 from align.runner.stop import Stopped
 from align.runner.view import View, read_status
 from align.runner.worker import FULL, Task, settle, work

@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from align.artifact import Artifact
+from align.artifact import Artifact, read_artifact
 from align.data import fingerprint
 from align.errors import AlignError
-from align.progress import say
 from align.recipe import Recipe, reference_fields, references
 from align.registry import Registry, home
 from align.rewards import reward_fingerprint
@@ -64,15 +63,6 @@ class Step:
     def status(self) -> Path:
         """What the stage is doing, or how it ended; see `align.progress.Status`."""
         return self.log.with_suffix(".json")
-
-
-def read_artifact(folder: Path) -> Artifact | None:
-    """The finished artifact in `folder`. A manifest that cannot be read is none, and a line says so."""
-    try:
-        return Artifact.read(folder)
-    except (ValueError, TypeError) as error:
-        say(f"{folder}: its manifest cannot be read ({error}); the stage counts as unfinished")
-        return None
 
 
 class Planner:

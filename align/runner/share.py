@@ -9,14 +9,13 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from align.artifact import MANIFEST, Artifact
+from align.artifact import MANIFEST, Artifact, read_artifact
 from align.errors import AlignError
 from align.progress import say
 from align.registry import Registry, check_name
 from align.runner.checkpoints import SEAL, fault, seal
 from align.runner.hub import download, is_hub, upload
 from align.runner.locks import is_locked, lock
-from align.runner.plan import read_artifact
 
 
 def push(registry: Registry, reference: str, target: str) -> str:

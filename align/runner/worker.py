@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from align.artifact import MANIFEST, Artifact, library_versions
+from align.artifact import MANIFEST, Artifact, library_versions, read_artifact
 from align.diagnostics.live import Watcher
 from align.errors import AlignError, DiskFull, NonFiniteLoss
 from align.progress import History, Status, report_progress, say
@@ -32,7 +32,7 @@ from align.runner.checkpoints import lower_learning_rate, remove_unsealed
 from align.runner.files import disk_is_full, flush_tree, no_room
 from align.runner.launch import is_first_machine, is_main_process, launched, machines, run_launched
 from align.runner.locks import lock
-from align.runner.plan import Step, read_artifact
+from align.runner.plan import Step
 from align.runner.stop import Stopped, listen, saving_first
 from align.stages import Stage, stages
 from align.stages.base import Context
