@@ -1,5 +1,6 @@
 """The runner's processes: what a stage's process is, what becomes of one that dies, who waits for whom, and what stays."""
 
+import fcntl
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -230,6 +232,62 @@ def test_the_second_run_refuses_or_waits():
     assert Artifact.read(step.folder).version == 1
     assert not is_locked(step.folder)
     assert not lock_file(step.folder).exists()
+
+
+def test_who_only_looks_whether_a_folder_is_locked_makes_nobody_refuse(tmp_path):
+    folder = tmp_path / "stage"
+    with lock_file(folder).open("w") as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        threading.Timer(0.2, fcntl.flock, (look, fcntl.LOCK_UN)).start()
+        with lock(folder, "a", wait=False):
+            assert is_locked(folder)
+
+
+# -- a second machine -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def second(monkeypatch):
+    """Does what machine 1 does, in this process."""
+
+    def start(stages, **options):
+        with monkeypatch.context() as patched:
+            patched.setenv("ALIGN_MACHINE_RANK", "1")
+            return run(stages, **options)
+
+    monkeypatch.setattr("align.runner.worker.PATIENCE", 0.3)
+    return start
+
+
+def test_a_stage_that_failed_on_machine_0_fails_on_the_others(processes, second, monkeypatch):
+    with pytest.raises(AlignError, match="a: row 3 is"):
+        run({"a": Act(does="mistake")})
+    monkeypatch.setenv("ALIGN_IN_PROCESS", "1")
+    with pytest.raises(StageFailed, match=r"the stage in \S+/a-\w+ ended on machine 0 without a result"):
+        second({"a": Act(does="mistake")})
+    monkeypatch.setenv("ALIGN_MACHINE_RANK", "1")
+    (step,) = Run(Recipe("r", {"a": Act(does="mistake")}), Path("out")).plan()
+    assert step.log.name == f"{step.folder.name}.machine-1.log", "what machine 0 says of the stage stays"
+
+
+def test_the_other_machines_wait_for_what_machine_0_runs_again(second):
+    stages = {"a": Act()}
+    old = run(stages)["a"]
+    status = Path("out/logs", f"{Path(old.path).name}.json")
+    status.parent.mkdir()
+    status.write_text('{"state": "running"}')
+    found = []
+    with lock(Path(old.path)):
+        waiting = threading.Thread(target=lambda: found.append(second(stages, force=["a"])["a"]))
+        waiting.start()
+        waiting.join(1.0)
+        assert not found
+        new = replace(old, created="later")
+        new.write()
+        waiting.join(10)
+    assert found == [new]
+    status.write_text('{"state": "done"}')
+    assert second(stages, force=["a"])["a"] == new, "machine 0 was done with it before"
 
 
 # -- what was cut ---------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ def lock(folder: Path, label: str | None = None, *, wait: bool = True) -> Iterat
         AlignError: another process holds it, and `wait` is off.
     """
     path = lock_file(folder)
-    file = _acquire(path, blocking=False)
+    while (file := _acquire(path, blocking=False)) is None and not is_locked(folder):
+        pass  # somebody only looked, as `is_locked` does
     if file is None:
         holder = f"{label}: {_holder(path)} works in {folder}"
         if not wait:

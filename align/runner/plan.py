@@ -19,6 +19,7 @@ from align.registry import Registry, home
 from align.rewards import reward_fingerprint
 from align.runner.code import code_of
 from align.runner.files import write_atomically
+from align.runner.launch import is_first_machine, machine_rank
 from align.stages import Stage
 
 FORCED = "forced"
@@ -56,8 +57,9 @@ class Step:
 
     @property
     def log(self) -> Path:
-        """What the stage's process printed."""
-        return self.folder.parent / "logs" / f"{self.folder.name}.log"
+        """What the stage's process on this machine printed."""
+        machine = "" if is_first_machine() else f".machine-{machine_rank()}"
+        return self.folder.parent / "logs" / f"{self.folder.name}{machine}.log"
 
     @property
     def status(self) -> Path:

@@ -25,17 +25,21 @@ import yaml
 
 from align.artifact import MANIFEST, Artifact, library_versions, read_artifact
 from align.diagnostics.live import Watcher
-from align.errors import AlignError, DiskFull, NonFiniteLoss
+from align.errors import AlignError, DiskFull, NonFiniteLoss, StageFailed
 from align.progress import History, Status, report_progress, say
 from align.registry import Registry
 from align.runner.checkpoints import lower_learning_rate, remove_unsealed
 from align.runner.files import disk_is_full, flush_tree, no_room
-from align.runner.launch import is_first_machine, is_main_process, launched, machines, run_launched
-from align.runner.locks import lock
+from align.runner.launch import is_first_machine, is_main_process, launched, machine_rank, machines, run_launched
+from align.runner.locks import is_locked, lock
 from align.runner.plan import Step
 from align.runner.stop import Stopped, listen, saving_first
+from align.runner.view import read_status
 from align.stages import Stage, stages
 from align.stages.base import Context
+
+PATIENCE = 60.0
+"""Seconds that the other machines give the first to begin a stage again: longer than it waits before another attempt."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +117,10 @@ def work(task: Task, stage: Stage) -> Artifact:
     draft = Artifact(**task.draft)
     folder = Path(draft.path)
     if not is_first_machine():
+        before = Artifact.read(folder) if task.again else None
         if machines(stage) > 1:
             run_launched(task, stage)
-        return _await(folder)
+        return _await(draft, before)
     with lock(folder, task.name, wait=task.wait):
         registry = Registry(Path(task.registry))
         done = read_artifact(folder)
@@ -151,11 +156,32 @@ def settle(artifact: Artifact, registry: Registry) -> Artifact:
     return artifact
 
 
-def _await(folder: Path) -> Artifact:
-    """The artifact that the first machine writes on the file system that all share."""
-    while (done := Artifact.read(folder)) is None:
-        time.sleep(1.0)
-    return done
+def _await(draft: Artifact, before: Artifact | None) -> Artifact:
+    """The artifact that the first machine writes on the file system that all share.
+
+    Args:
+        before: the one that it is to replace, where the stage is run again. Where none follows, that was it: same identity, same
+            result.
+
+    Raises:
+        StageFailed: the stage ended there without one, and did not begin again for `PATIENCE` seconds.
+    """
+    folder = Path(draft.path)
+    quiet_since = time.monotonic()
+    while True:
+        done = Artifact.read(folder)
+        if done is not None and done.identity != draft.identity:
+            done = None
+        if done is not None and done != before:
+            return done
+        state = read_status(folder.parent / "logs" / f"{folder.name}.json").get("state")
+        if state is None or (state == "running" and is_locked(folder)):
+            quiet_since = time.monotonic()
+        elif time.monotonic() - quiet_since > PATIENCE:
+            if done is not None:
+                return done
+            raise StageFailed(f"the stage in {folder} ended on machine 0 without a result; the same commands go on from there")
+        time.sleep(min(1.0, PATIENCE))
 
 
 def _filled(task: Task, stage: Stage, folder: Path) -> dict[str, Any]:
@@ -226,7 +252,8 @@ def main(task: Task) -> int:
 
 def _told(task: Task) -> int:
     listen()
-    status = Status(Path(task.status), name=task.name, state="running", folder=task.draft["path"])
+    name = task.name if is_first_machine() else f"{task.name}, machine {machine_rank()}"
+    status = Status(Path(task.status), name=name, state="running", folder=task.draft["path"])
     report_progress(status)
     try:
         artifact = work(task, task.stage())
