@@ -102,6 +102,25 @@ def test_what_others_descend_from_is_not_deleted(capsys):
     assert Registry().all() == []
 
 
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_deletion_that_was_cut_leaves_nothing_that_looks_finished(removed, monkeypatch):
+    """Killed as it tells the registry, or right after."""
+    remove = Registry.remove
+
+    def cut(registry, artifact):
+        if removed:
+            remove(registry, artifact)
+        raise KeyboardInterrupt
+
+    run({"a": Act()})
+    with monkeypatch.context() as patched:
+        patched.setattr(Registry, "remove", cut)
+        with pytest.raises(KeyboardInterrupt):
+            delete(Registry(), "r-a@1")
+    again = run({"a": Act()})["a"]
+    assert Registry().get(again.reference) == again
+
+
 def test_a_damaged_entry_hides_no_other(capsys):
     run({"a": Act()})
     last = run({"a": Act(text="1")})["a"]

@@ -123,12 +123,14 @@ def delete(registry: Registry, reference: str) -> Artifact:
     folder = Path(artifact.path)
     if is_locked(folder):
         raise AlignError(f"a run works in {folder}; wait until it is done")
-    registry.remove(artifact)
     held = Artifact.read(folder) if folder.is_dir() else None
-    if held is not None and held.identity == artifact.identity:
-        with lock(folder):
-            (folder / MANIFEST).unlink()
-            shutil.rmtree(folder)
+    if held is None or held.identity != artifact.identity:
+        registry.remove(artifact)
+        return artifact
+    with lock(folder):
+        (folder / MANIFEST).unlink()  # first: what the registry does not know must not look finished
+        registry.remove(artifact)
+        shutil.rmtree(folder)
     return artifact
 
 
