@@ -275,7 +275,10 @@ def test_the_address_is_checked_and_is_no_part_of_what_comes_out():
         PPO(**fields, rollout_server="file:///etc/passwd")
     with pytest.raises(ValidationError, match="rollout_server runs on engine 'forest' only"):
         GRPO(**fields, engine="trl", rollout_server="http://127.0.0.1:8000")
-    assert PPO(**fields).essence() == PPO(**fields, rollout_server="http://127.0.0.1:8000").essence()
+    own, here, there = (PPO(**fields, rollout_server=url).essence() for url in (None, "http://127.0.0.1:8000", "http://other:80"))
+    assert here == there
+    assert own != here, "a server draws another sample"
+    assert "rollout_server" not in own
 
 
 # -- the command -----------------------------------------------------------------------------------------------------------------

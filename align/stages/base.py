@@ -31,9 +31,14 @@ class Bookkeeping:
     """Marks a field that says how the work is done, kept and watched, not what comes out. It is no part of a stage's identity."""
 
 
-def bookkeeping_fields(cls: type[BaseModel]) -> set[str]:
-    """Names of the fields of `cls` that are marked so."""
-    return {name for name, info in cls.model_fields.items() if any(isinstance(mark, Bookkeeping) for mark in info.metadata)}
+@dataclass(frozen=True)
+class Address:
+    """Marks a field that says where somebody is who takes part. That there is one is part of a stage's identity; where, is not."""
+
+
+def marked_fields(cls: type[BaseModel], mark: type) -> set[str]:
+    """Names of the fields of `cls` that are marked with a `mark`."""
+    return {name for name, info in cls.model_fields.items() if any(isinstance(each, mark) for each in info.metadata)}
 
 
 def _reward_name(value: Any) -> Any:
@@ -95,8 +100,9 @@ class Stage(BaseModel):
 
     def essence(self) -> dict[str, Any]:
         """The fields that decide what comes out, as plain values: the config's part of the stage's identity."""
-        bookkeeping = bookkeeping_fields(type(self))
-        return {name: value for name, value in self.model_dump(mode="json").items() if name not in bookkeeping}
+        left_out = marked_fields(type(self), Bookkeeping) | marked_fields(type(self), Address)
+        there = {name: True for name in marked_fields(type(self), Address) if getattr(self, name) is not None}
+        return {name: value for name, value in self.model_dump(mode="json").items() if name not in left_out} | there
 
     def check(self) -> None:
         """What takes libraries to judge and no data: the preflight asks before the first stage of a recipe runs.

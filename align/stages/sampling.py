@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from align.stages.base import Bookkeeping, Fields, MaxTokens, ModelRef, RewardRefs
+from align.stages.base import Address, Fields, MaxTokens, ModelRef, RewardRefs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,7 +37,7 @@ class SamplingFields(DecodingFields):
     """Answers sampled side by side."""
     stop_strings: list[str] = Field(default_factory=list)
     """An answer also ends with the token that completes one of these in its text."""
-    rollout_server: Annotated[str | None, Bookkeeping()] = Field(None, pattern=r"^https?://[^/\s]+/?$")
+    rollout_server: Annotated[str | None, Address()] = Field(None, pattern=r"^https?://[^/\s]+/?$")
     """Address of a vLLM server that samples in place of our engine, with the policy's weights (docs/rollouts.md)."""
 
     def sampler(self, model: nn.Module, folder: Path) -> nn.Module | Engine:
