@@ -2,13 +2,14 @@
 
 import math
 import random
+import time
 
 import pytest
 
 from align.errors import AlignError
 from align.metrics import measure, metrics
 from align.metrics.generation import _NoWordNet
-from align.metrics.instructions import follows, instructions, sentences
+from align.metrics.instructions import followed, follows, instructions, sentences
 from align.metrics.preferences import length_controlled
 
 DOG = ["The dog bit the man.", "It wasn't surprising.", "The man had just bitten him."]
@@ -240,6 +241,24 @@ def test_loose_forgives_an_introduction_and_stars():
     found = measure("ifeval", predictions=['Sure, here:\n*"none here"*'], instruction_id_list=[ids], kwargs=[[{}, {}]])
     assert found["ifeval_prompt_strict"] == 0
     assert found["ifeval_prompt_loose"] == 1
+
+
+ENDLESS = {
+    "detectable_format:json_format": ("[", {}),
+    "detectable_format:title": ("<<", {}),
+    "detectable_format:number_bullet_lists": ("\n ", {"num_bullets": 1}),
+    "detectable_content:number_placeholders": ("[", {"num_placeholders": 1}),
+    "length_constraints:number_sentences": ("Mr. ", {"relation": "at least", "num_sentences": 2}),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_degenerate_answer_takes_no_time_and_raises_nothing(name):
+    """Time grows with an answer's length, not with its square."""
+    unit, arguments = ENDLESS[name]
+    started = time.perf_counter()
+    assert not followed(20_000 * unit + "a", name, arguments)
+    assert time.perf_counter() - started < 1
 
 
 def test_sentences():

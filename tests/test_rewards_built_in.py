@@ -1,7 +1,9 @@
 """The built-in rewards that need more than a line: JSON, math answers, sentence similarity."""
 
 import json
+import math
 import sys
+import time
 
 import pytest
 
@@ -23,6 +25,7 @@ def test_json_valid():
         1,
         1,
     ]
+    assert function(["[" * 100_000, "```\r\n\n {} \n\n```", "```json\n{}", "``` json\n{}\n```"]) == [0, 1, 0, 0]
     function = load_reward("json_valid(keys=['name', 'age'])")
     assert function(['{"name": "Ada", "age": 36, "x": 0}', '{"name": "Ada"}', '["name", "age"]']) == [1, 0, 0]
 
@@ -71,6 +74,28 @@ def test_math_answer_finds_the_final_number(text, wanted):
 )
 def test_math_answer_is_not_taken_in(text, wanted):
     assert load_reward("math_answer")([text], [wanted]) == [0]
+
+
+def test_math_answer_reads_whatever_a_model_says():
+    """A malformed fraction is no number, and one of thousands of digits is compared as text."""
+    function = load_reward("math_answer")
+    nines = "9" * 5000
+    said = [r"\frac{1..2}{3}", r"\boxed{\frac{1.}{.5}}", nines, f"#### {nines}", "2e" + nines, r"\frac{" + nines + "}{1}"]
+    assert function(said, ["1", "2", "1", nines, "2", "1"]) == [0, 1, 0, 1, 0, 0]
+
+
+def test_math_answer_compares_cells_that_are_no_numbers_as_text():
+    said = [r"\boxed{True}", "1", r"\boxed{nan}", "3", r"\boxed{inf}"]
+    assert load_reward("math_answer")(said, [True, True, math.nan, math.nan, math.inf]) == [1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("spec", ["json_valid", "math_answer", "exact_match", "keyword(words='a')", "repetition"])
+def test_a_degenerate_answer_takes_no_time(spec):
+    function, started = load_reward(spec), time.perf_counter()
+    for start in ("", "```\n", r"\boxed{", "answer:"):
+        for unit in ("\n", " ", "`", "1", "1,111", "[", r"\frac{", "```\n", "answer: ", "####"):
+            function([start + 4000 * unit], answer=["1"])
+    assert time.perf_counter() - started < 5
 
 
 def test_math_answer_reads_numbers_messages_and_none():

@@ -93,7 +93,7 @@ def sentences(text: str) -> list[str]:
     found, start = [], 0
     for mark in re.finditer(r"[.!?…]+[\"'”’)\]*_]*(?=\s|$)|\n\s*\n", text):
         piece = text[start : mark.end()]
-        if not _ABBREVIATION.search(piece.rstrip()):
+        if not _ABBREVIATION.search(piece.rstrip()[-6:]):  # "Prof." and what stands before it
             found.append(piece.strip())
             start = mark.end()
     return [piece for piece in (*found, text[start:].strip()) if re.search(r"\w", piece)]
@@ -135,7 +135,7 @@ def _first_word(answer: str, *, num_paragraphs: int, nth_paragraph: int, first_w
 
 @_instruction("detectable_content:number_placeholders")
 def _placeholders(answer: str, *, num_placeholders: int) -> bool:
-    return len(re.findall(r"\[.*?\]", answer)) >= int(num_placeholders)
+    return len(re.findall(r"\[[^\[\]\n]*\]", answer)) >= int(num_placeholders)
 
 
 @_instruction("detectable_content:postscript")
@@ -146,7 +146,7 @@ def _postscript(answer: str, *, postscript_marker: str) -> bool:
 
 @_instruction("detectable_format:number_bullet_lists")
 def _bullets(answer: str, *, num_bullets: int) -> bool:
-    return len(re.findall(r"^\s*(?:\*[^*\n]|-).*$", answer, re.MULTILINE)) == int(num_bullets)
+    return len(re.findall(r"^[^\S\n]*(?:\*[^*\n]|-).*$", answer, re.MULTILINE)) == int(num_bullets)
 
 
 @_instruction("detectable_format:constrained_response")
@@ -170,14 +170,14 @@ def _json(answer: str) -> bool:
     text = re.sub(r"^```(?:json)?|```$", "", answer.strip(), flags=re.IGNORECASE).strip()
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # also of endless brackets
         return False
     return True
 
 
 @_instruction("detectable_format:title")
 def _title(answer: str) -> bool:
-    return any(text.strip(" <>") for text in re.findall(r"<<([^\n]+)>>", answer))
+    return any(line.partition("<<")[2].rpartition(">>")[0].strip(" <>") for line in answer.split("\n"))
 
 
 # -- combinations, beginnings and ends -----------------------------------------------------------------------------------------

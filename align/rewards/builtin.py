@@ -68,7 +68,7 @@ def repetition(completions: list, *, ngram: int = 3, penalty: float = 1.0, **col
     return [-penalty * repeated(text_of(completion).lower().split()) for completion in completions]
 
 
-FENCED = re.compile(r"```(?:json)?\s*\n(.*?)\n?\s*```", re.DOTALL)
+FENCED = re.compile(r"```(?:json)?[^\S\n]*\n(.*?)```", re.DOTALL)  # one way to match: answers may be endless newlines
 
 
 @rewards.add
@@ -78,8 +78,8 @@ def json_valid(completions: list, *, keys: Sequence[str] = (), **columns: Any) -
     def valid(text: str) -> bool:
         blocks = FENCED.findall(text)
         try:
-            value = json.loads(blocks[0] if len(blocks) == 1 else text)
-        except ValueError:
+            value = json.loads(blocks[0].strip() if len(blocks) == 1 else text)
+        except (ValueError, RecursionError):  # also of endless brackets
             return False
         return not keys or (isinstance(value, dict) and set(keys) <= value.keys())
 

@@ -12,7 +12,7 @@ NUMBER = re.compile(
     r"""(?<![\w.])                                  # not within a word, as the 3 of x3
     (?P<sign>[-+−]\s?)?
     [$€£]?
-    (?:\\d?t?frac\{\s*(?P<tex_top>-?[\d.]+)\s*\}\{\s*(?P<tex_bottom>[\d.]+)\s*\}
+    (?:\\d?t?frac\{\s*(?P<tex_top>-?(?:\d+(?:\.\d*)?|\.\d+))\s*\}\{\s*(?P<tex_bottom>\d+(?:\.\d*)?|\.\d+)\s*\}
       |(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)
        (?:[eE](?P<power>[-+]?\d+))?
        (?:\s?/\s?(?P<bottom>\d+(?:\.\d+)?))?
@@ -21,6 +21,8 @@ NUMBER = re.compile(
 )
 MARKED = (re.compile(r"####[ \t]*(.+)"), re.compile(r"\b(?:final answer|answer)\b(?:\s+is\b|\s*[:=])\s*(.+)", re.IGNORECASE))
 """What announces the final number: GSM8K's mark, then words."""
+LONGEST = 600
+"""Characters of a number. A longer one is compared as text: Python refuses to read a few thousand digits."""
 
 
 @rewards.add
@@ -29,13 +31,11 @@ def math_answer(completions: list, answer: list, *, tolerance: float = 1e-6, **c
 
     The final number is what ``#### N`` marks, else what stands in the last ``\\boxed{}``, else what follows the last "answer is" or
     "answer:", else the last number. Thousands commas, signs of currency and units around it do not count; fractions (3/4,
-    ``\\frac{3}{4}``) are numbers. A boxed answer that holds no number (x + 1) must be the same text, white space apart.
+    ``\\frac{3}{4}``) are numbers. A boxed answer that holds no number (x + 1) must be the same text as `answer`, white space apart;
+    so must a number of more than 600 characters.
 
     Args:
         tolerance: largest relative difference, for 0.333333 and 1/3.
-
-    Raises:
-        AlignError: an `answer` holds no number, and the completion is not to be compared as text either.
     """
     return [
         None if wanted is None else float(_same(final_answer(text_of(completion)), _wanted(wanted), tolerance))
@@ -44,7 +44,7 @@ def math_answer(completions: list, answer: list, *, tolerance: float = 1e-6, **c
 
 
 def final_answer(text: str) -> Fraction | str | None:
-    """The final number of `text`, what is boxed where that is no number, or None."""
+    """The final number of `text` (as text where it is very long), what is boxed where that is no number, or None."""
     hashes = MARKED[0].findall(text)
     if hashes and (numbers := _numbers(hashes[-1])):
         return numbers[0]
@@ -61,7 +61,7 @@ def final_answer(text: str) -> Fraction | str | None:
 
 
 def _wanted(answer: Any) -> Fraction | str:
-    found = Fraction(str(answer)) if isinstance(answer, int | float) else final_answer(str(answer))
+    found = final_answer(str(answer))
     return _squeezed(str(answer)) if found is None else found
 
 
@@ -71,9 +71,12 @@ def _same(found: Fraction | str | None, wanted: Fraction | str, tolerance: float
     return found == wanted
 
 
-def _numbers(text: str) -> list[Fraction]:
-    found = []
+def _numbers(text: str) -> list[Fraction | str]:
+    found: list[Fraction | str] = []
     for match in NUMBER.finditer(text):
+        if len(match[0]) > LONGEST:
+            found.append(_squeezed(match[0]))
+            continue
         top = Fraction((match["tex_top"] or match["number"]).replace(",", ""))
         power, bottom = int(match["power"] or 0), Fraction(match["tex_bottom"] or match["bottom"] or 1)
         if bottom and abs(power) <= 300:
