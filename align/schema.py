@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable
+from numbers import Real
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -241,6 +243,11 @@ def short(value: Any) -> str:
     """The repr of `value`, cut to a readable length."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:40]}...{text[-15:]}"
+
+
+def label_name(value: Any) -> str:
+    """What a class or an answer is called: a number as it is written (51.0 as 51), anything else as it is."""
+    return str(math.floor(value)) if isinstance(value, Real) and value == value // 1 else str(value)
 
 
 def missing(name: str, found: Iterable[str]) -> str:

@@ -100,6 +100,18 @@ def test_the_examples_of_scikit_learn():
 
 def test_labels_of_a_file_and_of_a_model_are_the_same():
     assert one("accuracy", predictions=["1", "0"], references=[1, 1]) == 0.5
+    assert one("accuracy", predictions=[1, 0, 2], references=[1.0, 0.0, 2.0]) == 1
+    assert one("accuracy", predictions=[True, False, True], references=[1, 0, 0]) == pytest.approx(2 / 3)
+    assert one("accuracy", predictions=["True", "False"], references=[True, False]) == 1
+    assert one("accuracy", predictions=[0.5, 1], references=["0.5", "1"]) == 1
+    assert one("accuracy", predictions=[None, "a"], references=["None", "a"]) == 1
+
+
+@pytest.mark.parametrize("positive", ["1", "'1'", "1.0"])
+@pytest.mark.parametrize(("ours", "theirs"), [(["1", "0"], [1, 1]), (["1", "0"], ["1", "1"]), ([1, 0], [1.0, 1.0])])
+def test_the_positive_label_is_found_however_it_is_written(ours, theirs, positive):
+    """One of two is found, none is wrong: F1 = 2/3."""
+    assert one(f"f1(positive={positive})", "f1", predictions=ours, references=theirs) == pytest.approx(2 / 3)
 
 
 def test_squads_normalization():

@@ -9,17 +9,15 @@ from typing import Any
 
 from align.errors import AlignError
 from align.intake.catalog import SetAside, data_format
-from align.schema import missing, problem, short
+from align.schema import label_name, missing, problem, short
 from align.turns import Fields, Raw, assistant, number, string, strings, user
 
 
 def _named(value: Any, column: str) -> str:
-    """The name of a class or an answer: a string, or a number as it is written (51.0 as 51)."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """The name of a class or an answer, which may be written as a number."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise AlignError(problem(column, value, "a name or a number"))
-    return str(int(value)) if value == value // 1 else str(value)
+    return label_name(value)
 
 
 @data_format("Body", "Question", prompt=("Body", "Question"))

@@ -7,13 +7,16 @@ from typing import Any
 
 from align.errors import AlignError
 from align.metrics.base import metrics, package
+from align.schema import label_name
 
 
 def _labels(predictions: Sequence[Any], references: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Both sides as labels of one type: a file's "1" is the label 1."""
-    if len({type(label) for label in (*predictions, *references)}) > 1:
-        return [str(label) for label in predictions], [str(label) for label in references]
-    return list(predictions), list(references)
+    """Both sides as labels of one type: 1, 1.0, True and a file's "1" are the same label. (Of words alone, "True" is True.)"""
+    types = {type(label) for label in (*predictions, *references)}
+    if len(types) < 2:
+        return list(predictions), list(references)
+    name = str if types == {bool, str} else label_name
+    return list(map(name, predictions)), list(map(name, references))
 
 
 @metrics.add
@@ -28,9 +31,10 @@ def _averages(name: str, predictions: Sequence[Any], references: Sequence[Any], 
     ours, theirs = _labels(predictions, references)
     result = {f"{name}_{average}": score(theirs, ours, average=average, zero_division=0) for average in ("micro", "macro")}
     if positive is not None:
-        if positive not in (*ours, *theirs):
+        named = [label for label in (*ours, *theirs) if label_name(label) in (label_name(positive), str(positive))]
+        if not named:
             raise AlignError(f"metric {name!r}: the positive label {positive!r} is none of {sorted({*ours, *theirs}, key=str)}")
-        result[name] = score(theirs, ours, labels=[positive], average="macro", zero_division=0)
+        result[name] = score(theirs, ours, labels=named[:1], average="macro", zero_division=0)
     return result
 
 
