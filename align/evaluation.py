@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from align.data import RowStream, load_rows, split_by_prompt
+from align.data import RowStream, is_held_out, refuse_empty
 from align.encode import Encoded, Encoder, set_chat_template
 from align.engine import enable_forest
 from align.errors import AlignError
 from align.forest import Tree
+from align.intake.kinds import replies
 from align.metrics import columns_of, measure
 from align.metrics.base import check
 from align.metrics.judge import JudgeModel
@@ -42,8 +43,14 @@ def summarize(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(values), "ci95": bootstrap_interval(values), "n": len(values)}
 
 
-REFERENCE_COLUMNS = ("references", "reference", "answers", "answer", "completion", "output", "response", "target", "chosen")
-"""Where reference answers are looked for, in this order."""
+REFERENCE_COLUMNS = ("references", "reference", "answers", "answer", "target")
+"""Where reference answers are looked for, in this order; then the row's own answer is one."""
+ANSWER_COLUMNS = ("completion", "output", "response", "chosen")
+"""Where a row's own answer is looked for, in this order, if its format has none."""
+
+
+Read = tuple[Any, Any, str]
+"""A row, the item of its source that it was read from, and as which format."""
 
 
 def reads_as(source: str, stage: Any) -> str:
@@ -54,12 +61,12 @@ def reads_as(source: str, stage: Any) -> str:
 
 
 def _reference_text(value: Any) -> Any:
-    """A reference answer as metrics take it: a string, or a list of strings."""
-    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-        return value
-    if isinstance(value, list) and value:
-        return text_of([item if isinstance(item, dict) else item.model_dump() for item in value])
-    return value if isinstance(value, str) else str(value)
+    """A reference answer as metrics take it: a string, or a list of strings. No accepted answer is the empty one (SQuAD 2)."""
+    if not isinstance(value, list):
+        return str(value)
+    if value and all(isinstance(item, dict) for item in value):
+        return text_of(value)
+    return [str(item) for item in value] or [""]
 
 
 class Evaluation:
@@ -71,19 +78,25 @@ class Evaluation:
         alone = bool(stage.metrics) and not (answered or stage.reward_funcs or stage.reward_model or stage.baseline)
         talks = not all(is_task_model(path) for path in stage.models.values())
         self.answer_metrics = answered
-        self.prompts = self._rows(stage.data, "prompts")[: stage.max_prompts] if talks and not alone else []
+        asked = self._read(stage.data, "prompts") if talks and not alone else []
+        self.references: list[Any] | None = None
+        if asked and self._needs_references():
+            asked, self.references = self._answered(asked)
+        self.prompts = [row for row, _, _ in asked[: stage.max_prompts]]
         self.demonstrations = self._readable(stage.perplexity_data or (stage.data if alone else None))
         self.pairs = self._rows(stage.preference_data, "preference")
         if self.prompts and not (stage.reward_funcs or stage.reward_model or stage.metrics):
             say(f"{context.name}: no reward and no metric is named, so answers are sampled but not scored")
-        self.references = self._references() if self.prompts and self._needs_references() else None
         self._answers: list[dict[str, Any]] = [{} for _ in self.prompts]
         self._reference: tuple[nn.Module, list[list[float]]] | None = None
 
     def _rows(self, sources: list[str] | None, kind: str) -> list[Any]:
-        rows = []
+        return [row for row, _, _ in self._read(sources, kind)]
+
+    def _read(self, sources: list[str] | None, kind: str) -> list[Read]:
+        rows: list[Read] = []
         for source in sources or []:
-            loaded = load_rows(
+            stream = RowStream(
                 source,
                 kind,
                 format=self.stage.data_format,
@@ -91,10 +104,11 @@ class Evaluation:
                 limit=self.stage.max_rows,
                 on_bad_row=self.stage.on_bad_row,
             )
-            say(f"{self.context.name}: {source}: {loaded.summary()}")
-            rows += loaded.rows
+            rows += [(row, stream.item, stream.read_as) for row in stream]
+            refuse_empty(stream)
+            say(f"{self.context.name}: {source}: {stream.account.summary()}")
         if self.stage.held_out and sources:
-            rows = split_by_prompt(rows, self.stage.held_out)[1]
+            rows = [each for each in rows if is_held_out(each[0], self.stage.held_out)]
             if not rows:
                 raise AlignError(
                     f"{', '.join(sources)}: held_out={self.stage.held_out} keeps no prompt apart; raise it or give more rows"
@@ -112,29 +126,43 @@ class Evaluation:
         names = [check(spec)[0] for spec in self.answer_metrics]
         return self.stage.baseline == "references" or any("references" in columns_of(name) for name in names)
 
-    def _references(self) -> list[Any]:
-        """The reference answer of each prompt: a column of its row, or the demonstration's answer.
+    def _answered(self, asked: list[Read]) -> tuple[list[Read], list[Any]]:
+        """The first `max_prompts` of `asked` that have a reference answer, and these: a column, or the row's own answer.
 
         Raises:
-            AlignError: there are none, or a row has none.
+            AlignError: there are none, or a row has none in the column.
         """
-        columns = self.prompts[0].columns
+        columns, most = asked[0][0].columns, self.stage.max_prompts
         column = self.stage.reference_column or next((name for name in REFERENCE_COLUMNS if columns.get(name) is not None), None)
         if column is not None:
-            found = [row.columns.get(column) for row in self.prompts]
+            found = [row.columns.get(column) for row, _, _ in asked[:most]]
             if None in found:
                 raise AlignError(f"row {found.index(None) + 1} has no reference answer in column {column!r}; set reference_column")
-            return [_reference_text(value) for value in found]
-        try:
-            rows = self._rows(self.stage.data, "sft")[: len(self.prompts)]
-        except AlignError as error:
+            return asked[:most], [_reference_text(value) for value in found]
+        kept: list[Read] = []
+        references: list[Any] = []
+        without, why = 0, "an unwanted answer, or none"
+        for row, item, read_as in asked:
+            try:
+                said: list[Any] = [text_of(reply) for reply in replies(read_as, item.raw, plain(row.prompt))]
+            except AlignError as error:  # its format knows of none
+                why = str(error)
+                said = [_reference_text(row.columns[name]) for name in ANSWER_COLUMNS if row.columns.get(name) is not None][:1]
+            if said:
+                kept.append((row, item, read_as))
+                references.append(said if len(said) > 1 else said[0])
+                if len(kept) == most:
+                    break
+            else:
+                without += 1
+        if not kept:
             raise AlignError(
                 f"no reference answers: none of the columns {', '.join(columns) or '(none)'} is called "
-                f"{', '.join(REFERENCE_COLUMNS)}; set reference_column, or give demonstrations ({error})"
-            ) from error
-        if len(rows) != len(self.prompts):
-            raise AlignError(f"{len(rows)} demonstrations to {len(self.prompts)} prompts; set reference_column")
-        return [_reference_text(row.completion if row.messages is None else [row.messages[-1]]) for row in rows]
+                f"{', '.join(REFERENCE_COLUMNS)}; set reference_column, or give demonstrations ({why})"
+            )
+        if without:
+            say(f"{self.context.name}: left out {without} prompts without a reference answer ({why})")
+        return kept, references
 
     def policy(self, name: str, path: str) -> dict[str, Any]:
         """Everything that is measured of a language model, or of a model that was trained for a task."""

@@ -14,11 +14,14 @@ from align.data import write_rows
 from align.encode import Encoder
 from align.engine import enable_forest
 from align.errors import AlignError
+from align.intake.kinds import replies
 from align.metrics import measure
 from align.models import load_causal_lm, load_tokenizer
 from align.registry import home
+from align.rewards import text_of
 from align.schema import TextRow
 from align.scoring import mean_nll
+from align.turns import assistant, user
 
 WORDS = ("the cat sat on a mat and said hello to me. " * 4).split()
 DOCUMENTS = [" ".join(WORDS[i : i + n]) for i, n in ((0, 3), (2, 11), (5, 30), (1, 1), (7, 17))]
@@ -35,6 +38,7 @@ def folder(tmp_path_factory, tokenizer):
     turns = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in asked]
     write_rows(folder / "chat.jsonl", [{"messages": turn} for turn in turns])
     write_rows(folder / "prompts.jsonl", [{"prompt": a, "wanted": [b, "or this"]} for a, b in asked])
+    write_rows(folder / "unwanted.jsonl", [{"prompt": a, "completion": b, "label": False} for a, b in asked])
     write_rows(folder / "texts.jsonl", [{"text": text} for text in DOCUMENTS])
     (folder / "mine.py").write_text("def long(completions, **columns): return [float(len(c[0]['content'])) for c in completions]\n")
     return folder
@@ -173,6 +177,69 @@ def test_win_rate_against_the_references(capsys):
     assert 0 <= found["one"]["win_rate_vs_references"]["mean"] <= 1
 
 
+PAIRED = {
+    "labelled messages": (
+        [
+            {"messages": [user(asked), assistant(said)], "label": good}
+            for asked, said, good in (("q1", "bad1", False), ("q2", "good2", True), ("q3", "good3", True), ("q4", "good4", True))
+        ],
+        [("q2", "good2"), ("q3", "good3")],
+        1,
+    ),
+    "native, labelled": (
+        [{"prompt": f"q{n}", "completion": f"a{n}", "label": n > 1} for n in (1, 2, 3)],
+        [("q2", "a2"), ("q3", "a3")],
+        1,
+    ),
+    "several good solutions": (
+        [
+            {
+                "question": f"q{n}",
+                "ground_truth": "1",
+                "a": {"solution": f"s{n}a", "is_correct": True},
+                "b": {"solution": f"s{n}b", "is_correct": n == 1},
+            }
+            for n in (1, 2)
+        ],
+        [("q1", "s1a"), ("q2", "s2a")],
+        0,
+    ),
+    "several prompts in a row": (
+        [{"instruction": "add", "instances": [{"input": "1 1", "output": "2"}, {"input": "2 2", "output": "4"}]}],
+        [("add\n\n1 1", "2"), ("add\n\n2 2", "4")],
+        0,
+    ),
+    "pairs that repeat the prompt": (
+        [{side: [user(f"q{n}"), assistant(f"{side}{n}")] for side in ("chosen", "rejected")} for n in (1, 2)],
+        [("q1", "chosen1"), ("q2", "chosen2")],
+        0,
+    ),
+    "a question without an answer": (
+        [{"question": "q1", "context": "", "answers": {"text": [], "answer_start": []}}, {"question": "q2", "answers": ["a", "b"]}],
+        [("q1", ""), ("q2", "a")],
+        0,
+    ),
+    "a column of the row": ([{"prompt": f"q{n}", "output": f"a{n}"} for n in (1, 2)], [("q1", "a1"), ("q2", "a2")], 0),
+}
+
+
+@pytest.mark.parametrize(("rows", "pairs", "without"), PAIRED.values(), ids=PAIRED)
+def test_a_prompt_meets_the_answer_of_its_own_row(capsys, folder, rows, pairs, without):
+    write_rows(folder / "paired.jsonl", rows)
+    reward = "--reward_funcs length_band(low=1,high=9)"
+    assert main(f"eval one --baseline references --data paired.jsonl {reward} --max_prompts 2{SHORT}".split()) == 0
+    assert (f"left out {without} prompts without a reference answer" in capsys.readouterr().err) == bool(without)
+    found = [(text_of(sample["prompt"]), sample["answers"]["references"]["greedy"]["text"]) for sample in samples()]
+    assert found == pairs
+
+
+def test_every_answer_that_is_labelled_as_wanted_is_a_reference():
+    rows, _, _ = PAIRED["several good solutions"]
+    assert replies("graded", rows[0], [user("q1")]) == [[assistant("s1a")], [assistant("s1b")]]
+    assert replies("graded", rows[1], [user("q2")]) == [[assistant("s2a")]]
+    assert replies("graded", rows[1], [user("q1")]) == []
+
+
 def test_a_local_judge_asks_in_both_orders(capsys, folder):
     """Its answer is a probability, and swapping the sides turns it around exactly."""
     from align.metrics.judge import JudgeModel
@@ -195,6 +262,7 @@ MISTAKES = {
     "no such metric": ("eval one --data alpaca.jsonl --metrics blue", "unknown metric 'blue' .did you mean 'bleu'"),
     "no such setting": ("eval one --data alpaca.jsonl --metrics bleu(order=2)", "'bleu' takes no 'order'"),
     "no references": ("eval one --data prompts.jsonl --metrics bleu", "no reference answers: none of the columns wanted is called"),
+    "no wanted answer": ("eval one --data unwanted.jsonl --metrics bleu", "no reference answers: .*an unwanted answer, or none"),
     "no such column": ("eval one --data alpaca.jsonl --metrics bleu --reference_column gold", "row 1 has no reference answer in"),
     "a column that a metric needs": ("eval one --data alpaca.jsonl --metrics ifeval", "'ifeval' needs 'instruction_id_list'"),
     "a baseline that is none": ("eval one --data alpaca.jsonl --baseline two", "baseline 'two' is neither `references` nor one of"),

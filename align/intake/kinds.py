@@ -182,6 +182,20 @@ def _as_kind(fields: Fields, kind: str, raw: Raw, name: str) -> list[Fields | Se
     return [{**shared, "completion": fields[side], "label": side == "chosen"} for side in ("chosen", "rejected")]
 
 
+def replies(name: str, raw: Raw, prompt: str | list[Fields]) -> list[str | list[Fields]]:
+    """What `raw`, read as format `name`, has as good answers to `prompt`, one of its prompts; none that is labelled as unwanted.
+
+    Raises:
+        AlignError: rows of that format have no answers. The message does not say where it stands.
+    """
+    found = []
+    for fields in convert(name, raw, "sft"):
+        if not isinstance(fields, SetAside):
+            asked, said = cut(fields["messages"]) if "messages" in fields else (fields["prompt"], fields["completion"])
+            found += [said] if asked == prompt and said else []
+    return found
+
+
 def _asked(fields: Fields, kind: str) -> Fields | SetAside:
     """A question about a context as a prompt with its reference answers, or as a demonstration of the first of them."""
     prompt = [user("\n\n".join(part for part in (fields["context"], fields["question"]) if part))]
