@@ -1,6 +1,7 @@
 import base64
 import hashlib
 import json
+import math
 import random
 import re
 import shutil
@@ -437,6 +438,16 @@ def test_answers_survive_their_way_into_the_page(make):
     assert not re.search("[<>&\u2028]", written)
     (read,) = json.loads(written)
     assert [row["turns"][0][1] for row in read["rows"]] == list(NASTY)
+
+
+def test_what_a_model_says_of_nan_is_kept_and_a_reward_that_is_none_is_null(make):
+    rewards = (math.nan, math.inf, -math.inf, 0.5)
+    rows = [{"answers": {"ppo": {"greedy": {"text": "np.isNaN, Infinity", "reward": reward}}}} for reward in rewards]
+    written = payload([(make("evaluate", "evaluate"), rows)])
+    found = json.loads(written, parse_constant=pytest.fail)[0]["rows"]  # JSON.parse knows no such constants
+    answers = [row["answers"]["ppo"]["greedy"] for row in found]
+    assert [answer["reward"] for answer in answers] == [None, None, None, 0.5]
+    assert {answer["text"] for answer in answers} == {"np.isNaN, Infinity"}
 
 
 def test_ten_thousand_answers_are_no_ten_thousand_elements(tmp_path, make):

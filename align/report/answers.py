@@ -9,6 +9,7 @@ from typing import Any
 
 from align.artifact import Artifact
 from align.report.curves import json_lines
+from align.report.results import finite
 
 MODES, NO_ANSWER = ("sampled", "greedy"), {"text": None, "reward": None}
 
@@ -35,7 +36,7 @@ def _said(turn: Mapping[str, Any]) -> str:
 def payload(answered: Iterable[tuple[Artifact, list[dict[str, Any]]]]) -> str:
     """All answers as JSON that can stand inside a ``<script>`` element whatever it holds: no ``<``, ``>`` or ``&``."""
     content = [{"name": artifact.name, "rows": rows} for artifact, rows in answered]
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("NaN", "null")
+    text = json.dumps(finite(content), ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text

@@ -41,7 +41,12 @@ def results_of(name: str, stages: Mapping[str, Artifact]) -> dict[str, Any]:
         "versions": {library: version for a in stages.values() for library, version in a.versions.items()},
         "digest": hashlib.sha256(json.dumps(basis).encode()).hexdigest(),
     }
-    return json.loads(json.dumps(content), parse_constant=lambda _: None)  # JSON has no infinity and no NaN
+    return finite(content)
+
+
+def finite(content: Any) -> Any:
+    """`content` as JSON can hold it: null for infinity and NaN."""
+    return json.loads(json.dumps(content), parse_constant=lambda _: None)
 
 
 def _scalars(metrics: Mapping[str, Any]) -> dict[str, Any]:
