@@ -28,18 +28,14 @@ def rows_at(x: Tensor, index: Tensor) -> Tensor:
     return embedding(index, x)
 
 
-def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of `values` where `mask` is true, over everything or over `dim`; NaN where nothing is, as for any empty mean."""
-    mask = mask.bool().expand_as(values)
-    kept = values.masked_fill(~mask, 0)
-    return kept.sum() / mask.sum() if dim is None else kept.sum(dim) / mask.sum(dim)
-
-
 def masked_moments(values: Tensor, mask: Tensor, total: Total = lambda part: part) -> tuple[Tensor, Tensor]:
-    """Mean and (population) variance of `values` where `mask` is true, over all processes that `total` sums over."""
+    """Mean and (population) variance of `values` where `mask` is true, over all processes that `total` sums over; NaN where nothing
+    is, as for any empty mean.
+    """
     mask = mask.bool().expand_as(values)
     kept, count = values.masked_fill(~mask, 0), total(mask.sum())
     mean = total(kept.sum()) / count
+    mean = mean + total((kept - mean).masked_fill(~mask, 0).sum()) / count  # what was rounded off, so equal values have variance 0
     return mean, total(((kept - mean).masked_fill(~mask, 0) ** 2).sum()) / count
 
 
@@ -49,7 +45,7 @@ def masked_whiten(
     """`values` scaled to mean 0 and (population) variance 1 over the mask; with ``shift_mean=False`` the mean stays what it was.
 
     Args:
-        eps: added to the variance, so equal values come out as 0 and not as NaN.
+        eps: added to the variance, so equal values come out as 0 and not as NaN. (Their mean is exact.)
         total: sums over the processes whose values are one batch.
     """
     mask = mask.bool()
@@ -126,15 +122,21 @@ def _grouped(rewards: Tensor, group_size: int) -> Tensor:
     return rewards.view(-1, group_size)
 
 
+def _equal(groups: Tensor) -> Tensor:
+    """The groups (n, 1) of equal rewards. Their mean is rounded, and a small deviation would blow up how far they are from it."""
+    return groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
+
+
 def group_advantages_rloo(rewards: Tensor, group_size: int) -> Tensor:
     """Each reward minus the mean of the others in its group (REINFORCE leave-one-out, arXiv:2402.14740).
 
     Args:
-        rewards: (episodes,), the completions of one prompt next to each other, `group_size` at a time.
+        rewards: (episodes,), the completions of one prompt next to each other, `group_size` at a time. A group of equal ones gets
+            advantages of 0.
     """
     groups = _grouped(rewards, group_size)
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
-    return (groups - others).flatten()
+    return (groups - others).masked_fill(_equal(groups), 0).flatten()
 
 
 def group_advantages_grpo(
@@ -151,6 +153,5 @@ def group_advantages_grpo(
     groups = _grouped(rewards, group_size)
     centred = groups - groups.mean(1, keepdim=True)
     if scale:
-        deviation = groups.std(1, keepdim=True, correction=correction) + eps
-        centred = torch.where(deviation > 0, centred / deviation, torch.zeros_like(centred))
-    return centred.flatten()
+        centred = centred / (groups.std(1, keepdim=True, correction=correction) + eps)
+    return centred.masked_fill(_equal(groups), 0).flatten()

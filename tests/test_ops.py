@@ -47,12 +47,11 @@ class TestRowsAt:
 class TestMaskedStatistics:
     def test_mean_ignores_what_is_masked(self):
         values, mask = tensor([[1.0, 3.0, NAN], [8.0, NAN, NAN]]), tensor([[1, 1, 0], [1, 0, 0]])
-        assert ops.masked_mean(values, mask) == 4
-        assert ops.masked_mean(values, mask, dim=1).tolist() == [2, 8]
-        assert ops.masked_mean(values[0], torch.zeros(3)).isnan()
+        assert ops.masked_moments(values, mask)[0] == 4
+        assert ops.masked_moments(values[0], torch.zeros(3))[0].isnan()
 
     def test_mean_counts_a_broadcast_mask_in_full(self):
-        assert ops.masked_mean(tensor([[1.0, 2.0, 9.0], [3.0, 4.0, 9.0]]), tensor([True, True, False])) == 2.5
+        assert ops.masked_moments(tensor([[1.0, 2.0, 9.0], [3.0, 4.0, 9.0]]), tensor([True, True, False]))[0] == 2.5
 
     def test_no_gradient_reaches_or_comes_from_the_padding(self):
         values, mask = tensor([1.0, 5.0, NAN, float("inf")], requires_grad=True), tensor([1, 1, 0, 0])
@@ -78,6 +77,14 @@ class TestMaskedStatistics:
     @pytest.mark.parametrize("mask", [[1, 1, 1], [1, 0, 0]])
     def test_whiten_of_equal_values_is_0(self, mask):
         assert ops.masked_whiten(tensor([2.0, 2.0, 2.0]), tensor(mask)).tolist() == [0, 0, 0]
+
+    @pytest.mark.parametrize("value", [0.1, 1000.1, -3333.3, 1e-30])
+    @pytest.mark.parametrize("count", [7, 1000, 99_991])
+    @pytest.mark.parametrize("processes", [1, 3])
+    def test_whiten_of_equal_values_is_0_also_where_their_sum_is_rounded(self, value, count, processes):
+        """All processes have the same values."""
+        values, mask = torch.full((count,), value), torch.ones(count)
+        assert not ops.masked_whiten(values, mask, total=lambda part: part * processes).any()
 
 
 class TestLog1mexp:
@@ -185,6 +192,17 @@ class TestGroupAdvantages:
         population = ops.group_advantages_grpo(rewards, 3, eps=0, correction=0)
         assert population[2].item() == pytest.approx(math.sqrt(1.5))
         assert ops.group_advantages_grpo(rewards, 3)[2].item() == pytest.approx(1 / 1.0001)
+
+    @pytest.mark.parametrize("reward", [0.1, 3333.3, -1e-3])
+    @pytest.mark.parametrize("eps", [0.0, 1e-4])
+    def test_equal_rewards_get_0_also_where_their_mean_is_rounded(self, reward, eps):
+        rewards = torch.full((14,), reward)
+        rewards[7] += 1
+        for correction in (0, 1):
+            assert ops.group_advantages_grpo(rewards, 7, eps=eps, correction=correction)[:7].tolist() == [0] * 7
+        advantages = ops.group_advantages_rloo(rewards, 7)
+        assert advantages[:7].tolist() == [0] * 7
+        assert advantages[7] == pytest.approx(1, rel=1e-3)
 
     @pytest.mark.parametrize("case", golden("rloo"))
     def test_golden_rloo(self, case):
