@@ -1,5 +1,6 @@
 """Sampling: greedy as transformers' `generate`, frequencies as the softmax says, whatever the batch."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -422,6 +423,27 @@ def test_stop_strings_need_a_tokenizer():
         Sampling(5, stop_strings=("\n",))
     with pytest.raises(AlignError, match="an empty string"):
         Sampling(5, stop_strings=("",), tokenizer="any")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("max_new_tokens", 0), ("temperature", -1.0), ("temperature", math.nan), ("top_p", 0), ("top_p", 1.1), ("top_k", -1)],
+)
+def test_sampling_that_cannot_work_is_refused(field, value):
+    with pytest.raises(AlignError, match=f"{field}: got {value}, expected"):
+        replace(GREEDY, **{field: value})
+
+
+@pytest.mark.parametrize("engine", [CacheEngine, GenerateEngine])
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, Sampling(4), Sampling(4, top_k=5), Sampling(4, top_p=0.9)], ids=["greedy", "all", "top_k", "top_p"]
+)
+def test_a_model_whose_logits_are_not_finite_is_named_as_such(engine, sampling):
+    model = build(FOREST["gpt2"][0], **FOREST["gpt2"][1])
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3] = math.nan
+    with pytest.raises(AlignError, match="the model's logits are not finite"):
+        complete(engine(model), prompts_of(), sampling, [2])
 
 
 def test_sampling_leaves_the_mode_as_it_was_and_runs_without_dropout():

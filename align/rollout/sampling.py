@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,15 @@ class Sampling:
     """Reads the text of tokens (``decode``), for `stop_strings`."""
 
     def __post_init__(self) -> None:
+        for name, possible, expected in (
+            ("max_new_tokens", self.max_new_tokens > 0, "at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or a number above"),
+            ("top_p", 0 < self.top_p <= 1, "a number above 0, at most 1 (off)"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("batch_size", self.batch_size > 0, "at least 1"),
+        ):
+            if not possible:
+                raise AlignError(f"{name}: got {getattr(self, name)}, expected {expected}")
         if self.stop_strings and self.tokenizer is None:
             raise AlignError("stop_strings are found in text: Sampling needs the tokenizer, too")
         if not all(self.stop_strings):
@@ -45,6 +55,13 @@ class Completion:
     """Whether it ended by a stop token or stop string, not by the limit."""
     logps: list[float] = field(default_factory=list, compare=False)
     """Log-probs (nats) of the tokens: at the sampling temperature (1 where greedy), before top-k and top-p."""
+
+    def __post_init__(self) -> None:
+        if math.isnan(sum(self.logps)):  # seen here and not where it was drawn, as a GPU would have to be waited for
+            raise AlignError(
+                "the model's logits are not finite, so no token can be drawn: its weights hold NaN, or overflow their precision; "
+                "set dtype to float32, or take an earlier checkpoint"
+            )
 
 
 def chances(count: int, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
@@ -89,7 +106,8 @@ def _transform(weights: Tensor, chance: Tensor) -> Tensor:
     total = cumulative[:, -1:]
     # Strictly below the total, so that the token found has a probability above zero.
     point = torch.minimum(total * chance[:, None], torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, point, right=True)
+    # Of weights that are NaN the search finds no column; see `Completion`.
+    return torch.searchsorted(cumulative, point, right=True).clamp_(max=weights.shape[1] - 1)
 
 
 def _likeliest(probabilities: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
