@@ -335,6 +335,10 @@ def test_other_mistakes_are_explained():
         measure("rouge", predictions=["a"], references=[[]])
     with pytest.raises(AlignError, match="sentence 1 has 1 predicted tags and 2"):
         measure("seqeval", predictions=[["O"], ["O"]], references=[["O"], ["O", "O"]])
+    with pytest.raises(AlignError, match=r"2 predictions, sample=1; expected at least 2"):
+        measure("self_bleu(sample=1)", predictions=["a", "b"])
+    with pytest.raises(AlignError, match=r"pair 1 has the scores 0.5 and nan, expected numbers"):
+        measure("calibration_error", chosen_scores=[1.0, 0.5], rejected_scores=[0.0, math.nan])
     with pytest.raises(AlignError, match="positive label 7"):
         measure("f1(positive=7)", predictions=[1], references=[1])
     with pytest.raises(AlignError, match="a row has 1 instruction ids and 2 kwargs"):

@@ -138,8 +138,8 @@ def self_bleu(predictions: Sequence[str], *, sample: int = 200, seed: int = 0) -
     arXiv:1802.01886). It takes time with the square of their number, so `sample` of them are drawn.
     """
     rows = texts(predictions, "self_bleu", "predictions")
-    if len(rows) < 2:
-        raise AlignError("metric 'self_bleu': 1 prediction, expected at least 2 to compare")
+    if min(len(rows), sample) < 2:
+        raise AlignError(f"metric 'self_bleu': {len(rows)} predictions, sample={sample}; expected at least 2 to compare")
     if len(rows) > sample:
         rows = random.Random(seed).sample(rows, sample)
     maker = package("sacrebleu.metrics").BLEU(effective_order=True)

@@ -25,7 +25,9 @@ def calibration_error(chosen_scores: Sequence[float], rejected_scores: Sequence[
     if bins < 1:
         raise AlignError(f"metric 'calibration_error': bins={bins}, expected at least 1")
     held: list[list[tuple[float, float]]] = [[] for _ in range(bins)]
-    for chosen, rejected in zip(chosen_scores, rejected_scores, strict=True):
+    for i, (chosen, rejected) in enumerate(zip(chosen_scores, rejected_scores, strict=True)):
+        if math.isnan(chosen - rejected):
+            raise AlignError(f"metric 'calibration_error': pair {i} has the scores {chosen} and {rejected}, expected numbers")
         confidence = 1 / (1 + math.exp(-min(abs(chosen - rejected), 700)))
         held[min(int((confidence - 0.5) * 2 * bins), bins - 1)].append((confidence, _preference(chosen, rejected)))
     gaps = [abs(sum(confidence - right for confidence, right in entries)) for entries in held]
