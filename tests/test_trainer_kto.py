@@ -59,9 +59,11 @@ def test_each_prompt_meets_the_answer_of_its_neighbour_in_the_batch():
         ([3] * 3, [4] * 2),
         ([4] * 3, [3] * 1),
         ([5] * 3, []),
-    ], "cut to 5 tokens with the prompt; a last row alone has only itself"
+    ], "cut to 5 tokens with the prompt"
     assert [tree.values for tree in found] == [tree.values for tree in trees]
     assert add_mismatched(trees[:2], answers, 2, None)[0].branches[1] == [2] * 3
+    assert add_mismatched(trees, answers, 2, None)[4].branches[1] == [4] * 3, "a row alone in the last batch"
+    assert add_mismatched(trees[:1], answers[:1], 2, None)[0].branches[1] == [1] * 3, "there is no other"
 
 
 class Gradients(TrainerCallback):

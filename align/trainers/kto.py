@@ -19,7 +19,8 @@ from align.trainers.forest import ForestTrainer
 
 def add_mismatched(trees: Sequence[Tree], answers: Sequence[list[int]], batch_size: int, max_length: int | None) -> list[Tree]:
     """The trees, each with a second branch: the answer of the tree before it among the `batch_size` of its batch (the first gets
-    the last one's). This is TRL's pairing, too.
+    the last one's). This is TRL's pairing, too, but for a tree alone in the last batch: it gets the answer of the tree before it,
+    not its own.
 
     Args:
         answers: each tree's answer in full length; it is cut to `max_length` tokens with its new prompt.
@@ -27,7 +28,8 @@ def add_mismatched(trees: Sequence[Tree], answers: Sequence[list[int]], batch_si
     paired = []
     for number, tree in enumerate(trees):
         start = number - number % batch_size
-        before = number - 1 if number > start else min(start + batch_size, len(trees)) - 1
+        last = min(start + batch_size, len(trees)) - 1
+        before = last if number == start < last else number - 1
         room = None if max_length is None else max_length - len(tree.prompt)
         paired.append(replace(tree, branches=(*tree.branches, answers[before][:room])))
     return paired
