@@ -14,6 +14,8 @@ from align.progress import say
 from align.runner.files import write_atomically
 
 MANIFEST = "artifact.json"
+BEGUN = "begun.json"
+"""In place of the manifest while the stage is not finished: whose checkpoints there are."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,14 @@ class Artifact:
     def reference(self) -> str:
         return f"{self.name}@{self.version}"
 
+    def begin(self) -> None:
+        """Say in the artifact's folder that this is to be made there."""
+        write_atomically(Path(self.path) / BEGUN, json.dumps(asdict(self), indent=1))
+
     def write(self) -> None:
         """Write the manifest into the artifact's folder."""
         write_atomically(Path(self.path) / MANIFEST, json.dumps(asdict(self), indent=1))
+        (Path(self.path) / BEGUN).unlink(missing_ok=True)
 
     @classmethod
     def read(cls, folder: Path) -> Artifact | None:

@@ -103,6 +103,25 @@ def test_a_stage_that_was_stopped_twice_ends_with_the_same_bits(name, data, tmp_
     assert name == "trl" or cut.metrics == whole.metrics
 
 
+def test_another_runs_checkpoints_are_not_gone_on_from(data, tmp_path, monkeypatch):
+    """In a folder of one's own choice (`--output_dir`), whose name says nothing of what is made there."""
+    stage = stages(data)["dpo"]
+
+    def execute(changed=stage):
+        return Run(Recipe("x", {"x": changed}), tmp_path, tmp_path / "mine").execute()["x"]
+
+    with monkeypatch.context() as patched:
+        stop_at(patched, 2)
+        with pytest.raises(Stopped):
+            execute()
+    with pytest.raises(
+        AlignError, match=r"mine holds what was begun of another run \(changed: learning_rate, seed\); choose another"
+    ):
+        execute(stage.model_copy(update={"learning_rate": 1e-6, "seed": 7}))
+    assert execute().metrics == run(stage, tmp_path / "whole").metrics
+    assert not (tmp_path / "mine" / "begun.json").exists()
+
+
 @pytest.mark.parametrize("step", [4, 6])
 def test_stopped_at_the_end_of_an_epoch_and_at_the_last_step(step, data, tmp_path, monkeypatch):
     """Four batches are an epoch, and six steps all."""

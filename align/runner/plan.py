@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from align.artifact import Artifact, read_artifact
+from align.artifact import BEGUN, Artifact, read_artifact
 from align.data import fingerprint
 from align.errors import AlignError
 from align.recipe import Recipe, reference_fields, references
@@ -142,6 +142,8 @@ class Planner:
             inputs=inputs,
             code=code,
         )
+        if done is None and name not in self.forced:
+            _refuse_anothers(draft)
         step = Step(name, resolved_stage, draft, done, "up to date")
         if done is not None:
             above = [owner for owner in self.recipe.needs(name) if earlier[owner].reason.startswith(FORCED)]
@@ -167,14 +169,30 @@ class Planner:
         if not before:
             return "never ran", None
         latest = max(before, key=lambda artifact: artifact.created)
-        parts = []
-        if fields := _differ(draft.config, latest.config):
-            parts.append(f"changed: {', '.join(fields)}")
-        if not fields and (inputs := _differ(draft.inputs, latest.inputs)):
-            parts.append(f"its inputs changed: {', '.join(inputs)}")
-        if code := _differ(draft.code, latest.code):
-            parts.append(f"code changed: {', '.join(code)}")
-        return "; ".join(parts) or "its inputs changed", latest.seconds
+        return _changed(draft, latest), latest.seconds
+
+
+def _refuse_anothers(draft: Artifact) -> None:
+    """Raise `AlignError` where the checkpoints in the folder of `draft` are those of something else that was begun there."""
+    begun, folder = Path(draft.path) / BEGUN, Path(draft.path)
+    if not begun.is_file() or not (folder / "checkpoints").is_dir():
+        return
+    other = Artifact.load(begun)
+    if other.identity != draft.identity:
+        raise AlignError(
+            f"{folder} holds what was begun of another run ({_changed(draft, other)}); choose another output_dir, or remove it"
+        )
+
+
+def _changed(now: Artifact, before: Artifact) -> str:
+    parts = []
+    if fields := _differ(now.config, before.config):
+        parts.append(f"changed: {', '.join(fields)}")
+    if not fields and (inputs := _differ(now.inputs, before.inputs)):
+        parts.append(f"its inputs changed: {', '.join(inputs)}")
+    if code := _differ(now.code, before.code):
+        parts.append(f"code changed: {', '.join(code)}")
+    return "; ".join(parts) or "its inputs changed"
 
 
 def _differ(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:

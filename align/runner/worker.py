@@ -195,6 +195,7 @@ def _filled(task: Task, stage: Stage, folder: Path) -> dict[str, Any]:
         (folder / "metrics.jsonl").unlink(missing_ok=True)
     try:
         with _disk_errors(folder):
+            Artifact(**task.draft).begin()
             config = yaml.safe_dump({"stage": task.draft["stage"], **task.draft["config"]}, sort_keys=False)
             (folder / "config.yaml").write_text(config, encoding="utf-8")
             return run_launched(task, stage) if launched(stage) else attempt(stage, task.name, folder)
