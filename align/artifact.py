@@ -54,6 +54,11 @@ class Artifact:
         """Say in the artifact's folder that this is to be made there."""
         write_atomically(Path(self.path) / BEGUN, json.dumps(asdict(self), indent=1))
 
+    def name_in(self, folder: Path) -> str | None:
+        """The stage's name in its recipe, which the runner puts into the name of its folder; None where it made no such folder."""
+        stem, _, tail = folder.name.rpartition("-")
+        return stem if stem and tail == self.identity[:8] else None
+
     def write(self) -> None:
         """Write the manifest into the artifact's folder."""
         write_atomically(Path(self.path) / MANIFEST, json.dumps(asdict(self), indent=1))

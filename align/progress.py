@@ -7,15 +7,13 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm.auto import tqdm
 
-from align.runner.files import write_atomically
-
-Item = TypeVar("Item")
+from align.runner.files import json_lines, write_atomically
 
 SHOWN = ("loss", "eval_loss", "rewards/accuracies", "accuracy", "objective/scores", "reward", "objective/kl", "mean_token_accuracy")
 """Metrics worth a place beside the progress bar."""
@@ -79,14 +77,6 @@ class _Nowhere:
     def flush(self) -> None: ...
 
 
-def track(items: Sequence[Item], label: str, unit: str = "pack") -> Iterable[Item]:
-    """Iterate over `items` behind a progress bar."""
-    with bar(label, len(items), unit) as progress:
-        for item in items:
-            yield item
-            progress.update()
-
-
 class History:
     """The metrics of one stage, appended to a file as they come. What the file holds already belongs to a run that was cut.
 
@@ -102,8 +92,7 @@ class History:
         self.writes = writes
         self.watchers = [] if watcher is None else [watcher]
         path.touch()
-        whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a kill may have cut the last one
-        self.records: list[dict[str, Any]] = [json.loads(line) for line in whole_lines]
+        self.records = json_lines(path)
         self._start = time.monotonic() - (self.records[-1]["seconds"] if self.records else 0.0)
 
     def rewind(self, step: int) -> None:
@@ -130,3 +119,11 @@ class History:
 def shown(metrics: dict[str, Any]) -> str:
     """The few metrics that fit beside a progress bar."""
     return " ".join(f"{name.rsplit('/', 1)[-1]} {metrics[name]:.3f}" for name in SHOWN if name in metrics)
+
+
+def duration(seconds: float) -> str:
+    """``41 s``, ``6 min 38 s`` or ``2 h 05 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60:02} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02} min"

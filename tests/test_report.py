@@ -7,12 +7,15 @@ import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from align.artifact import Artifact
+from align.progress import duration
 from align.report import compare, draw, pages, tables, write_report
 from align.report.answers import payload
+from align.report.curves import panels
 from align.report.road import Stop, diagram, stops
 
 EVIL = "<script>alert(1)</script>"
@@ -297,8 +300,16 @@ def test_a_run_without_evaluation(tmp_path, make, capsys):
     assert "No stage of this run measures models." in markdown
 
 
+def test_a_history_that_a_kill_has_cut_is_read_up_to_there(tmp_path, make):
+    artifact = make("sft", "sft", history=LOSSES)
+    with (Path(artifact.path) / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "lo')
+    assert panels(Path(artifact.path)) == panels(Path(make("again", "sft", history=LOSSES).path))
+    write_report(tmp_path, "demo", {"sft": artifact})
+
+
 def test_duration():
-    assert [tables.duration(s) for s in (0.4, 59.4, 59.6, 398, 3599.9, 7500)] == [
+    assert [duration(s) for s in (0.4, 59.4, 59.6, 398, 3599.9, 7500)] == [
         "0 s",
         "59 s",
         "1 min 00 s",

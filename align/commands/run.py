@@ -12,10 +12,10 @@ from typing import Any
 from align.commands.output import print_rows
 from align.errors import AlignError
 from align.pipeline import Options, Run, default_out
+from align.progress import duration
 from align.recipe import load_recipe
 from align.runner.notify import notify
 from align.runner.sweep import expand
-from align.runner.view import duration
 
 
 def add(verbs: Any) -> None:

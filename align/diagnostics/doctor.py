@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from align.diagnostics.case import Case, Finding, ask
 from align.errors import AlignError
 from align.recipe import make_stage, read_yaml
 from align.registry import Registry
-from align.runner.files import write_atomically
+from align.runner.files import json_lines, write_atomically
 from align.stages import stages
 
 CURVATURE = "curvature/curvature.json"
@@ -38,7 +38,7 @@ class Patient:
         """The stage in `folder`; None where there is none."""
         artifact = read_artifact(folder)
         if artifact is not None:
-            return cls(stage_name(folder, artifact), artifact.stage, artifact.config, folder, artifact)
+            return cls(artifact.name_in(folder) or artifact.name, artifact.stage, artifact.config, folder, artifact)
         if not (folder / "config.yaml").is_file():
             return None
         config = read_yaml(folder / "config.yaml")
@@ -47,12 +47,6 @@ class Patient:
         stem, _, tail = folder.name.rpartition("-")
         name = stem if stem and len(tail) == 8 else folder.name
         return cls(name, config.pop("stage"), config, folder, None)
-
-
-def stage_name(folder: Path, artifact: Artifact) -> str:
-    """The name in the recipe, which the runner puts into the folder's name; otherwise the artifact's."""
-    stem, _, tail = folder.name.rpartition("-")
-    return stem if stem and tail == artifact.identity[:8] else artifact.name
 
 
 def patients(reference: str, registry: Registry | None = None) -> list[Patient]:
@@ -94,7 +88,7 @@ def cases(found: Sequence[Patient]) -> list[Case]:
             patient.name,
             patient.kind,
             patient.config,
-            list(_records(patient.folder / "metrics.jsonl")),
+            json_lines(patient.folder / "metrics.jsonl"),
             patient.folder,
             metrics=patient.artifact.metrics if patient.artifact is not None else {},
             measured=measured.get(patient.name, {}),
@@ -114,12 +108,6 @@ def _evaluations(found: Sequence[Patient]) -> tuple[dict[str, Any], dict[str, An
             for label, reference in (patient.config.get("models") or {}).items():
                 measured[reference] = {**measured.get(reference, {}), **models.get(label, {})}
     return measured, measured
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # a kill may have cut the last one
-            yield json.loads(line)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -211,8 +199,3 @@ def write_prescription(path: Path, name: str, found: Sequence[Patient], findings
         raise AlignError(f"--apply {path}: a recipe's file ends in .yaml")
     text, _ = prescription(name, found, findings)
     write_atomically(path, text)
-
-
-def with_running(case: Case, records: Sequence[Mapping[str, Any]]) -> Case:
-    """`case` with the records of a training that goes on."""
-    return replace(case, records=records, running=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from align.artifact import Artifact
 from align.report import pages
-from align.report.results import PAGES, RESULTS, results_of, stage_name, up_to_date
+from align.report.results import PAGES, RESULTS, results_of, up_to_date
 from align.report.tables import as_text
 from align.runner.files import write_atomically
 
@@ -24,7 +24,7 @@ def write_report(out: Path, name: str, artifacts: Mapping[str, Artifact], as_jso
         artifacts: in the order of the stages.
         as_json: print the content of ``results.json`` instead.
     """
-    stages = {stage_name(key, artifact): artifact for key, artifact in artifacts.items()}
+    stages = {artifact.name_in(Path(artifact.path)) or key: artifact for key, artifact in artifacts.items()}
     results = results_of(name, stages)
     if not up_to_date(out, results["digest"]):
         pages.write_pages(out, results, stages)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from align.artifact import Artifact
-from align.report.curves import json_lines
 from align.report.results import finite
+from align.runner.files import json_lines
 
 MODES, NO_ANSWER = ("sampled", "greedy"), {"text": None, "reward": None}
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from align.report.tables import number
+from align.runner.files import json_lines
 
 PANELS = (
     ("loss", "loss", "eval_loss"),
@@ -70,7 +70,3 @@ def journeys(folder: Path) -> list[Journey]:
 
 def points_of(records: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
     return [(record["step"], record[key]) for record in records if isinstance(record.get(key), int | float)]
-
-
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.is_file() else []

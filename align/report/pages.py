@@ -16,12 +16,13 @@ import yaml
 
 from align.artifact import Artifact
 from align.diagnostics.doctor import Patient, diagnose, verdict
+from align.progress import duration
 from align.report import compare, draw
 from align.report.answers import payload, samples
 from align.report.curves import journeys, panels
 from align.report.results import PAGES, evaluations
 from align.report.road import diagram, stops
-from align.report.tables import duration, number, parts_table, results_table, rewards_of
+from align.report.tables import number, parts_table, results_table, rewards_of
 from align.runner.files import write_atomically
 
 SAMPLES_SHOWN = 20

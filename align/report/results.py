@@ -15,12 +15,6 @@ from align.diagnostics.doctor import CURVATURE
 RESULTS, PAGES = "results.json", ("report.md", "report.html")
 
 
-def stage_name(key: str, artifact: Artifact) -> str:
-    """The name in the recipe, which the runner puts into the folder's name; otherwise `key`."""
-    stem, _, tail = Path(artifact.path).name.rpartition("-")
-    return stem if stem and tail == artifact.identity[:8] else key
-
-
 def results_of(name: str, stages: Mapping[str, Artifact]) -> dict[str, Any]:
     """The content of ``results.json``."""
     models: dict[str, dict[str, Any]] = {}

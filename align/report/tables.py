@@ -102,11 +102,3 @@ def as_text(models: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _aligned(cells: Sequence[str], side: str) -> list[str]:
     return [f"{cell:{side}{max(map(len, cells))}}" for cell in cells]
-
-
-def duration(seconds: float) -> str:
-    """``41 s``, ``6 min 38 s`` or ``2 h 05 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min {whole % 60:02} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02} min"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from align.errors import DiskFull
 
@@ -48,6 +49,12 @@ def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
     """Write `text` to `path`, as `written_aside` does."""
     with written_aside(path, durable=durable) as file:
         file.write(text)
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file that is appended to; none without it. A kill may have cut the last line, which is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines if line]
 
 
 def flush(path: Path) -> None:

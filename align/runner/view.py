@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from align.progress import duration
 from align.runner.locks import is_locked
 
 
@@ -89,11 +90,3 @@ def as_line(status: dict[str, Any]) -> str:
     if status["state"] == "running":
         line += f"  {status['memory_gb']:.1f} GB  for {duration(time.time() - status['started'])}"
     return line
-
-
-def duration(seconds: float) -> str:
-    """``42 s``, ``3 min``, ``1 h 05``."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d}"
