@@ -157,6 +157,7 @@ class RowStream:
             self._put_aside(other_item, fields.reason)
             return
         self.account.use(item.rows + other_item.rows, [])
+        self.item = item
         yield validate("preference", fields)
 
     def _put_aside(self, item: Item, reason: str) -> None:
@@ -178,6 +179,8 @@ class Rows:
     account: Account = field(default_factory=Account)
     set_aside: list[tuple[str, str]] = field(default_factory=list)
     """Place (file and row) and reason of the first 1,000 rows that were set aside."""
+    places: list[tuple[str, int]] = field(default_factory=list)
+    """File and number there of each row, where the reader kept them."""
 
     def summary(self) -> str:
         """``697 rows = 690 used + 7 set aside (7 identical chosen and rejected)``: one line that adds up."""
@@ -215,7 +218,8 @@ def refuse_empty(stream: RowStream) -> None:
     """Raise `AlignError` if `stream`, read to its end, gave no row."""
     account = stream.account
     if not account.gave:
-        why = f" to use as {stream.kind}: {account.summary()}" if account.rows else ": it is empty"
+        wanted = f" to use as {stream.kind}" if stream.kind else " that can be used"
+        why = f"{wanted}: {account.summary()}" if account.rows else ": it is empty"
         raise AlignError(f"{stream.source}: no rows{why}")
 
 
@@ -292,9 +296,11 @@ def plain_fields(row: Row | Raw) -> Raw:
 
 
 def _line(row: Row | Raw) -> str:
-    """One line of JSON. The line ends of Unicode are escaped, for readers that split lines at them."""
+    """One line of JSON. Escaped are the line ends of Unicode, for readers that split lines at them, and halves of surrogate pairs,
+    which UTF-8 cannot write.
+    """
     return re.sub(
-        "[\x85\u2028\u2029]",
+        "[\x85\u2028\u2029\ud800-\udfff]",
         lambda match: f"\\u{ord(match[0]):04x}",
         json.dumps(plain_fields(row), ensure_ascii=False, default=str),
     )

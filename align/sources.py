@@ -44,6 +44,15 @@ def _entry_rows(entry: Entry, split: str) -> Iterator[Item]:
             return
 
 
+def files_of(source: str) -> list[Path]:
+    """The files that `source` may be read from; none for a data set of the hub."""
+    entry = entry_of(source)
+    if entry is not None:
+        return files_of(entry.source)
+    path = Path(source).expanduser()
+    return [path] if path.is_file() else _files(path) if path.is_dir() else []
+
+
 def fingerprint(source: str) -> str:
     """SHA-256 (hex) of the content of a file, of the names and contents of a folder's files, or of a hub id.
 

@@ -226,6 +226,34 @@ def test_show(tmp_path, capsys, tokenizer):
     assert ("2 \\x1b[31mred" in page, "0 \\x1b" in page, "\x1b" in page) == (True, False, False)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--rows", "0"], "--rows is at least 1"),
+        (["--rows", "-1"], "--rows is at least 1"),
+        (["--skip", "-1"], "--skip at least 0"),
+        (["--skip", "5"], "--skip 5 leaves nothing to show of 5 rows"),
+    ],
+)
+def test_nothing_to_show_is_one_line(tmp_path, capsys, arguments, said):
+    write_rows(tmp_path / "a.jsonl", [{"text": str(i)} for i in range(5)])
+    assert main(["data", "show", str(tmp_path / "a.jsonl"), *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_rows_of_no_kind_are_told_without_one(tmp_path, capsys):
+    (tmp_path / "pretty.jsonl").write_text(json.dumps([{"text": "a"}], indent=1))
+    assert main(["data", "show", str(tmp_path / "pretty.jsonl")]) == 2
+    assert "pretty.jsonl: no rows that can be used: 5 rows = 0 used + 5 set aside (" in capsys.readouterr().err
+
+
+def test_a_pair_of_two_rows_is_shown_where_it_was_completed(tmp_path, capsys):
+    rows = [{"prompt": "q", "completion": text, "label": text == "good"} for text in ("good", "bad")]
+    write_rows(tmp_path / "a.jsonl", rows)
+    assert main(["data", "show", str(tmp_path / "a.jsonl"), "--kind", "preference"]) == 0
+    assert "--- a.jsonl row 2 (" in capsys.readouterr().out
+
+
 # -- derivations ---------------------------------------------------------------------------------------------------------------
 
 

@@ -119,7 +119,7 @@ def test_wrong_language():
 def test_each_rule_sees_what_is_left_and_everything_adds_up():
     rows = [sft("a", ""), sft("a", ""), *FINE]
     cleaned = clean(rows, ["empty", "exact_duplicates"])
-    assert cleaned.account()["rules"]["exact_duplicates"]["count"] == 0
+    assert cleaned.account([("a.jsonl", n) for n in range(1, 10)])["rules"]["exact_duplicates"]["count"] == 0
     assert cleaned.kept == FINE
     assert cleaned.summary() == "5 rows = 3 kept + 2 removed (2 empty)"
 
@@ -274,7 +274,7 @@ def test_nothing_is_written_without_an_output(dirty, capsys):
     assert main(["data", "clean", "dirty.jsonl"]) == 0
     page = capsys.readouterr().out
     assert "7 rows = 5 kept + 2 removed" in page
-    assert "row 6: chosen has 'â€œ'" in page
+    assert "dirty.jsonl row 6: chosen has 'â€œ'" in page
     assert "nothing was written" in page
     assert sorted(dirty.iterdir()) == before
 
@@ -293,6 +293,52 @@ def test_clean_writes_what_is_kept_and_what_is_not(dirty, capsys):
     assert "[EMAIL]" in (dirty / "clean.jsonl").read_text()
     aside = [json.loads(line) for line in (dirty / "clean.removed.jsonl").read_text().splitlines()]
     assert [(row["number"], row["rule"]) for row in aside] == [(6, "mojibake_rows"), (5, "exact_duplicates"), (7, "contaminated")]
+
+
+def test_rows_that_cannot_be_read_count_and_are_kept_with_the_removed(dirty, capsys):
+    """Row 3 has half of a surrogate pair, row 5 is cut off; the mojibake of row 6 is the eighth row then."""
+    lines = (dirty / "dirty.jsonl").read_text().splitlines()
+    lines[2:2] = ['{"prompt": "p", "chosen": "\\ud800", "rejected": 5}']
+    lines[4:4] = ['{"prompt": "cut']
+    (dirty / "dirty.jsonl").write_text("\n".join(lines))
+    assert main(["data", "clean", "dirty.jsonl", "--rules", "mojibake_rows", "--output", "clean.jsonl", "--json"]) == 0
+    (example,) = json.loads(capsys.readouterr().out)["rules"]["mojibake_rows"]["examples"]
+    assert (example["file"], example["row"]) == ("dirty.jsonl", 8)
+    aside = [json.loads(line) for line in (dirty / "clean.removed.jsonl").read_text().splitlines()]
+    assert [(row["file"], row["number"], row["rule"]) for row in aside] == [
+        ("dirty.jsonl", 3, "reading"),
+        ("dirty.jsonl", 5, "reading"),
+        ("dirty.jsonl", 8, "mojibake_rows"),
+    ]
+    assert [row["row"] for row in aside[:2]] == [json.loads(lines[2]), lines[4]]
+    assert "expected" in aside[0]["why"]
+    assert len((dirty / "clean.jsonl").read_text().splitlines()) + len(aside) == len(lines)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["clean", "train.jsonl", "--output", "train.jsonl"],
+        ["clean", "train.removed.jsonl", "--output", "train.jsonl"],
+        ["clean", "eval.jsonl", "--against", "train.jsonl", "--output", "train.jsonl"],
+        ["clean", ".", "--output", "train.jsonl"],
+        ["split", "train.jsonl", "--output_dir", "."],
+        ["convert", "link.jsonl", "--to", "openai", "--out", "train.jsonl"],
+        ["convert", "train.quarantine.jsonl", "--to", "openai", "--out", "train.jsonl", "--on_bad_row", "quarantine"],
+        ["augment", "train.jsonl", "--how", "paraphrases", "--output", "./train.jsonl"],
+        ["check", "eval.jsonl", "train.jsonl", "--quarantine", "train.jsonl"],
+    ],
+)
+def test_no_command_writes_over_what_it_reads(dirty, capsys, arguments):
+    for name in ("train.jsonl", "train.removed.jsonl", "train.quarantine.jsonl"):
+        (dirty / name).write_text((dirty / "dirty.jsonl").read_text() + "no row\n")
+    (dirty / "link.jsonl").symlink_to("train.jsonl")
+    before = {path.name: path.read_text() for path in dirty.iterdir()}
+    assert main(["data", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "is what is read, and would be overwritten" in error
+    assert error.count("\n") == 1
+    assert {path.name: path.read_text() for path in dirty.iterdir()} == before
 
 
 def test_split_writes_two_files(dirty, capsys):

@@ -39,14 +39,19 @@ class Cleaned:
         reasons = f" ({', '.join(f'{count:,} {rule}' for rule, count in counts.most_common())})" if counts else ""
         return f"{total:,} rows = {len(self.kept):,} kept + {len(self.removed):,} removed{reasons}"
 
-    def account(self) -> dict[str, Any]:
-        """Counts and examples of every rule, for programs."""
+    def account(self, places: Sequence[tuple[str, int]]) -> dict[str, Any]:
+        """Counts and examples of every rule, for programs.
+
+        Args:
+            places: file and number there of the rows given.
+        """
         by_rule: dict[str, dict[str, Any]] = {rule: {"count": 0, "examples": []} for rule in self.asked}
         for number, rule, why, row in self.removed:
             entry = by_rule[rule]
             entry["count"] += 1
             if len(entry["examples"]) < EXAMPLES:
-                entry["examples"].append({"row": number, "why": why, "text": excerpt(row)})
+                file, there = places[number - 1]
+                entry["examples"].append({"file": file, "row": there, "why": why, "text": excerpt(row)})
         masked = {"counts": dict(self.masked), "rows": len(self.masked_rows)}
         return {"rows": len(self.kept) + len(self.removed), "kept": len(self.kept), "rules": by_rule, "masked": masked}
 
@@ -73,7 +78,7 @@ def clean(rows: Sequence[Row], specs: Sequence[str] = DEFAULT, masks: Sequence[s
     removed: list[tuple[int, str, str, Row]] = []
     for name, arguments in chosen:
         problems = dict(rules[name]([row for _, row in left], **arguments))
-        # A rule counts the rows that it saw; people count those of the file.
+        # A rule counts the rows that it saw; people count those that were given.
         removed += [(left[i][0], name, why, left[i][1]) for i, why in problems.items()]
         left = [numbered for i, numbered in enumerate(left) if i not in problems]
     cleaned = Cleaned([], removed, asked=[name for name, _ in chosen])

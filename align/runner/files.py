@@ -7,12 +7,13 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from align.errors import DiskFull
+from align.errors import AlignError, DiskFull
 
 NO_ROOM = ("No space left on device", "iostream error")
 """What libraries say when a disk is full, without its error number; the second is torch.save."""
@@ -55,6 +56,24 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a .jsonl file that is appended to; none without it. A kill may have cut the last line, which is left out."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines if line]
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Find out before any work whether files can be written into `folder`, which need not be there yet. Nothing is left of it.
+
+    Raises:
+        AlignError: a file is in the way, or nothing can be made there.
+    """
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # False also where one may not look
+    if not there.is_dir():
+        raise AlignError(f"{there} is a file, not a folder: name another place for the output")
+    try:
+        tempfile.TemporaryDirectory(dir=there, prefix=".align-").cleanup()  # of /proc, permissions alone tell nothing
+    except OSError as error:
+        if not disk_is_full(error):  # that is told where it is met
+            raise AlignError(
+                f"nothing can be written into {there} ({error.strerror}): name another place for the output"
+            ) from error
 
 
 def flush(path: Path) -> None:

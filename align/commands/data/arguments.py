@@ -1,8 +1,12 @@
-"""The arguments of every verb that reads rows and writes others."""
+"""What the verbs that read rows and write others share."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+from align.errors import AlignError
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
@@ -13,3 +17,19 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", help="name of the data's format; recognised by default")
     parser.add_argument("--split", default="train", help="split of a folder or hub data set")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def check_outputs(sources: Iterable[str], *outputs: Path) -> None:
+    """Look, before any work, whether files can be written to `outputs`.
+
+    Raises:
+        AlignError: one of them is among what is read, whose other rows would be lost; or its folder cannot be made.
+    """
+    from align.runner.files import refuse_unwritable
+    from align.sources import files_of
+
+    read = [file for source in sources for file in files_of(source)]
+    for output in outputs:
+        if output.exists() and any(output.samefile(file) for file in read):
+            raise AlignError(f"{output} is what is read, and would be overwritten: name another file for the output")
+        refuse_unwritable(output.parent)

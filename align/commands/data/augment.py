@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align.commands.data.arguments import add_reading
+from align.commands.data.arguments import add_reading, check_outputs
 
 
 def add(actions: Any) -> None:
@@ -27,6 +27,7 @@ def run(options: argparse.Namespace) -> int:
     from align.quality.augment import augment
     from align.quality.reading import read
 
+    check_outputs([options.file], options.output)
     loaded = read(options.file, options.kind, format=options.format, split=options.split)
     rows = augment(loaded.rows, options.how, options.seed)
     write_rows(options.output, rows)

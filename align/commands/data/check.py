@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from align.commands.data.arguments import check_outputs
 from align.errors import AlignError
 from align.schema import KINDS
 
@@ -27,6 +28,8 @@ def check(options: argparse.Namespace) -> int:
     from align.data import Quarantine, RowStream
     from align.progress import say
 
+    if options.quarantine is not None:
+        check_outputs(options.files, options.quarantine)
     quarantine = Quarantine(options.quarantine)
     read = clean = 0
     for file in options.files:

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align.commands.data.arguments import add_reading
+from align.commands.data.arguments import add_reading, check_outputs
 from align.errors import AlignError
+from align.intake.account import Quarantine
 
 
 def add(actions: Any) -> None:
@@ -30,30 +31,50 @@ def run(options: argparse.Namespace) -> int:
     from align.quality.reading import read
     from align.quality.rules import DEFAULT
 
-    if options.output is not None and options.output.suffix != ".jsonl":
-        raise AlignError(f"--output {options.output}: rows are written as .jsonl")
-    loaded = read(options.file, options.kind, format=options.format, split=options.split)
+    if options.output is not None:
+        if options.output.suffix != ".jsonl":
+            raise AlignError(f"--output {options.output}: rows are written as .jsonl")
+        aside = options.output.with_suffix(".removed.jsonl")
+        check_outputs([options.file, *options.against], options.output, aside)
+    unread = _Unread()
+    loaded = read(options.file, options.kind, format=options.format, split=options.split, quarantine=unread)
     specs = [*(options.rules or DEFAULT), *options.also]
     if options.against:
         specs.append(f"contaminated(against={tuple(options.against)!r})")
     cleaned = clean(loaded.rows, specs, list(patterns) if options.mask == ["all"] else options.mask)
     written = []
     if options.output is not None:
-        aside = options.output.with_suffix(".removed.jsonl")
-        removed = [{"number": n, "rule": rule, "why": why, "row": plain_fields(row)} for n, rule, why, row in cleaned.removed]
+        removed = [_removed(*loaded.places[n - 1], rule, why, plain_fields(row)) for n, rule, why, row in cleaned.removed]
         write_rows(options.output, cleaned.kept)
-        write_rows(aside, removed)
+        write_rows(aside, [*unread.rows, *removed])
         written = [str(options.output), str(aside)]
-    account = {"file": options.file, "loaded": loaded.summary(), **cleaned.account(), "written": written}
+    account = {"file": options.file, "loaded": loaded.summary(), **cleaned.account(loaded.places), "written": written}
     print(json.dumps(account, indent=1, ensure_ascii=False) if options.json else _page(account, cleaned.summary()))
     return 0
+
+
+class _Unread(Quarantine):
+    """Keeps rows that are set aside while they are read, to be written beside those that a rule takes away."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, file: str, row: int, reason: str, content: Any) -> None:
+        self.rows.append(_removed(file, row, "reading", reason, content))
+
+
+def _removed(file: str, number: int, rule: str, why: str, row: Any) -> dict[str, Any]:
+    return {"file": file, "number": number, "rule": rule, "why": why, "row": row}
 
 
 def _page(account: dict[str, Any], summary: str) -> str:
     lines = [f"{account['file']}: {account['loaded']}", f"cleaning: {summary}"]
     for rule, found in account["rules"].items():
         lines.append(f"  {rule:<20} {found['count']:>8,}")
-        lines += [f"      row {example['row']}: {example['why']}: {example['text']}" for example in found["examples"]]
+        lines += [
+            f"      {example['file']} row {example['row']}: {example['why']}: {example['text']}" for example in found["examples"]
+        ]
     if account["masked"]["counts"]:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in account["masked"]["counts"].items())
         lines.append(f"  masked in {account['masked']['rows']:,} rows: {kinds}")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from align.commands.data.arguments import check_outputs
 from align.errors import AlignError
 from align.schema import KINDS
 
@@ -30,7 +31,9 @@ def convert(options: argparse.Namespace) -> int:
     from align.progress import say
 
     writers[options.to]
-    quarantine = Quarantine(options.out.with_suffix(".quarantine.jsonl") if options.on_bad_row == "quarantine" else None)
+    aside = options.out.with_suffix(".quarantine.jsonl") if options.on_bad_row == "quarantine" else None
+    check_outputs([options.file], options.out, *([aside] if aside else []))
+    quarantine = Quarantine(aside)
     stream = RowStream(
         options.file,
         options.kind,

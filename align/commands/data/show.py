@@ -7,6 +7,7 @@ import json
 from itertools import islice
 from typing import Any
 
+from align.errors import AlignError
 from align.registry import Registry
 from align.schema import KINDS
 
@@ -28,9 +29,13 @@ def add(actions: Any) -> None:
 def show(options: argparse.Namespace) -> int:
     from align.data import RowStream, refuse_empty
 
+    if options.rows < 1 or options.skip < 0:
+        raise AlignError("--rows is at least 1, --skip at least 0")
     render = _renderer(options.model, options.chat_template) if options.model else _plain
     stream = RowStream(options.file, options.kind, format=options.format, split=options.split, on_bad_row="quarantine")
+    shown = 0
     for row in islice(stream, options.skip, options.skip + options.rows):
+        shown += 1
         if options.json:
             print(json.dumps(row.model_dump(exclude_none=True), ensure_ascii=False, default=str))
             continue
@@ -39,8 +44,9 @@ def show(options: argparse.Namespace) -> int:
         for name, value in row.__dict__.items():
             if value is not None and value != {}:
                 print(f"{name}:\n{_indented(render(name, value, row))}")
-    if options.skip == 0:
+    if not shown:
         refuse_empty(stream)
+        raise AlignError(f"{options.file}: --skip {options.skip} leaves nothing to show of {stream.account.gave:,} rows")
     return 0
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align.commands.data.arguments import add_reading
+from align.commands.data.arguments import add_reading, check_outputs
 
 
 def add(actions: Any) -> None:
@@ -27,12 +27,14 @@ def run(options: argparse.Namespace) -> int:
     from align.quality.reading import read
     from align.quality.splits import split_rows
 
+    files = {name: options.output_dir / f"{name}.jsonl" for name in ("train", "test", "between")}
+    check_outputs([options.file], *files.values())
     loaded = read(options.file, options.kind, format=options.format, split=options.split)
     split = split_rows(loaded.rows, options.held_out, options.seed, options.threshold or THRESHOLD)
     parts = {"train": split.train, "test": split.held_out, "between": split.between}
     for name, rows in parts.items():
         if rows or name != "between":
-            write_rows(options.output_dir / f"{name}.jsonl", rows)
+            write_rows(files[name], rows)
     account = {"file": options.file, "rows": len(loaded.rows), **{name: len(rows) for name, rows in parts.items()}}
     if options.json:
         print(json.dumps(account))
