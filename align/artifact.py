@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -68,7 +69,7 @@ class Artifact:
     def read(cls, folder: Path) -> Artifact | None:
         """The artifact in `folder`, or None where it is missing or not complete; see `load`."""
         manifest = folder / MANIFEST
-        return cls.load(manifest) if manifest.is_file() else None
+        return cls.load(manifest) if os.path.isfile(manifest) else None
 
     @classmethod
     def load(cls, file: Path) -> Artifact:

@@ -11,7 +11,9 @@ from align.errors import AlignError, near_miss
 from align.recipe import Recipe
 from align.registry import Registry, home
 from align.runner.execute import Graph, Options, look
+from align.runner.files import refuse_unwritable
 from align.runner.plan import Planner, Step
+from align.runner.worker import refuse_foreign
 
 __all__ = ["Options", "Run", "Step", "default_out"]
 
@@ -41,14 +43,21 @@ class Run:
         """Run what is not up to date, register it, and return the artifact of every finished stage.
 
         Raises:
-            AlignError: `only` names no stage or needs one that has not run; or stages failed, after the others have run.
+            AlignError: `only` names no stage or needs one that has not run; a stage's folder cannot be made, or holds what is no
+                stage's; or stages failed, after the others have run.
         """
         if only is not None:
             self._check(only)
         planner = self._planner()
         plan = planner.plan()  # every reference is checked before anything runs
         notes = self.out / "preflight.json" if len(self.recipe.stages) > 1 else None  # single stages share their folder
-        looked = look([step.name for step in plan if step.runs and only in (None, step.name)], plan, notes)
+        due = [step for step in plan if step.runs and only in (None, step.name)]
+        for step in due:
+            refuse_unwritable(step.folder)
+            refuse_unwritable(step.folder.parent)  # where its lock and its log lie
+        if due and self.folder is not None:
+            refuse_foreign(self.folder)
+        looked = look([step.name for step in due], plan, notes)
         steps = Graph(self.recipe, planner.resolve, self.registry, self.options, looked, notes).run(only)
         return {name: step.done for name, step in steps.items() if step.done is not None}
 

@@ -10,6 +10,7 @@ import errno
 import importlib
 import importlib.util
 import json
+import os
 import shutil
 import sys
 import time
@@ -23,13 +24,13 @@ from typing import Any
 
 import yaml
 
-from align.artifact import MANIFEST, Artifact, library_versions, read_artifact
+from align.artifact import BEGUN, MANIFEST, Artifact, library_versions, read_artifact
 from align.diagnostics.live import Watcher
 from align.errors import AlignError, DiskFull, NonFiniteLoss, StageFailed
 from align.progress import History, Status, report_progress, say
 from align.registry import Registry
 from align.runner.checkpoints import lower_learning_rate, remove_unsealed
-from align.runner.files import disk_is_full, flush_tree, no_room
+from align.runner.files import disk_is_full, flush_tree, no_room, write_atomically
 from align.runner.launch import is_first_machine, is_main_process, launched, machine_rank, machines, run_launched
 from align.runner.locks import is_locked, lock
 from align.runner.plan import Step
@@ -156,6 +157,14 @@ def settle(artifact: Artifact, registry: Registry) -> Artifact:
     return artifact
 
 
+def refuse_foreign(folder: Path) -> None:
+    """Raise `AlignError` where a folder of somebody's choice holds what is no stage's."""
+    if not folder.is_dir() or any((folder / name).is_file() for name in (BEGUN, MANIFEST)):
+        return
+    if not all(path.name.startswith(f".{BEGUN}.") for path in folder.iterdir()):  # what a cut leaves of the first file
+        raise AlignError(f"{folder} is not empty and no folder of align's; choose another output_dir, or empty it")
+
+
 def _await(draft: Artifact, before: Artifact | None) -> Artifact:
     """The artifact that the first machine writes on the file system that all share.
 
@@ -188,16 +197,16 @@ def _filled(task: Task, stage: Stage, folder: Path) -> dict[str, Any]:
     """Have the stage fill its folder; returns its metrics."""
     existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
-    if task.again:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    if not (folder / "checkpoints").is_dir():  # nothing to go on from, so no history either
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
     try:
         with _disk_errors(folder):
             Artifact(**task.draft).begin()
+            (folder / MANIFEST).unlink(missing_ok=True)
+            if task.again:
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            if not (folder / "checkpoints").is_dir():  # nothing to go on from, so no history either
+                (folder / "metrics.jsonl").unlink(missing_ok=True)
             config = yaml.safe_dump({"stage": task.draft["stage"], **task.draft["config"]}, sort_keys=False)
-            (folder / "config.yaml").write_text(config, encoding="utf-8")
+            write_atomically(folder / "config.yaml", config)
             return run_launched(task, stage) if launched(stage) else attempt(stage, task.name, folder)
     except AlignError as error:
         if not existed:
