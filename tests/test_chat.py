@@ -212,6 +212,15 @@ def test_the_served_answer_is_the_local_greedy_one(folders, name):
     assert text.strip() == expected(folders / name, [Message(**asked[0])])
 
 
+def test_a_model_that_is_not_there_is_not_served(capsys):
+    pytest.importorskip("openai")
+    pytest.importorskip("uvicorn")
+    assert main(["serve", "owner/nothing"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("align: error: cannot load a config from 'owner/nothing': no folder of that name")
+    assert error.count("\n") == 1
+
+
 def test_vllm_that_is_not_there_is_one_line(folders, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("ALIGN_VLLM", raising=False)

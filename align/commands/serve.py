@@ -39,6 +39,10 @@ def serve(options: argparse.Namespace) -> int:
     if options.engine != "vllm" and (options.rollouts or options.engine_args):
         raise AlignError("--rollouts and --engine_args are for --engine vllm")
     resolved = Registry().resolve(options.model)
+    if options.engine == "transformers":  # the environment of vLLM may know models that this one does not
+        from align.models import load_config
+
+        load_config(resolved.path, trust_remote_code=options.trust_remote_code)
     with tempfile.TemporaryDirectory(prefix="align-serve-") as folder:
         name = resolved.path  # a hub id
         if Path(resolved.path).is_dir():

@@ -10,7 +10,6 @@ import errno
 import importlib
 import importlib.util
 import json
-import os
 import shutil
 import sys
 import time

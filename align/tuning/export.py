@@ -15,11 +15,11 @@ import torch
 import yaml
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from align.artifact import Artifact, library_versions
 from align.errors import AlignError
-from align.models import DTYPES, is_adapter, load_causal_lm, load_reward_model
+from align.models import DTYPES, is_adapter, load_causal_lm, load_config, load_reward_model
 from align.progress import say
 from align.registry import Registry
 
@@ -104,7 +104,7 @@ def export(
 def _load(path: str, adapter: bool) -> tuple[Any, str]:
     """The model in fp32, its adapter not merged, and the type that its weights are stored in."""
     if not adapter:
-        config = AutoConfig.from_pretrained(path)
+        config = load_config(path)
         scores = (config.architectures or [""])[0].endswith("ForSequenceClassification")
         return (load_reward_model if scores else load_causal_lm)(path), _type_of(config)
     described = json.loads((Path(path) / "adapter_config.json").read_text())
@@ -117,7 +117,7 @@ def _load(path: str, adapter: bool) -> tuple[Any, str]:
             f"{path} are virtual tokens ({described['peft_type']}), which are no part of the weights: use the folder as it is, "
             "with peft, on the model that it names"
         )
-    return model, _type_of(AutoConfig.from_pretrained(described["base_model_name_or_path"]))
+    return model, _type_of(load_config(path))
 
 
 def _type_of(config: Any) -> str:
