@@ -392,6 +392,12 @@ def test_chance_is_seen(capsys):
     assert report["difference"] == "chance, row 0 (prompt 'q0'): 1.0 and then 2.0"
 
 
+def test_what_a_reward_prints_is_no_part_of_the_report(tmp_path, capsys):
+    write_rows("pairs.jsonl", PAIRS)
+    (tmp_path / "loud.py").write_text(f"print('loaded')\n{TWO.replace(': return', ': print(1); return')}")
+    assert report_of(capsys, "loud.py:words", "--data", "pairs.jsonl")["completions"] == 8
+
+
 def test_the_report_for_people(capsys):
     write_rows("pairs.jsonl", PAIRS)
     assert main(["reward", "test", "length_band(low=1, high=1)", "--data", "pairs.jsonl"]) == 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -59,11 +61,19 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: list[str]) -> int:
     """Returns the exit code; a broken function is an `AlignError`."""
     options = parser().parse_args(arguments)
-    rewards = RewardSet([_spec(text, options) for text in options.rewards])
+    with redirect_stdout(sys.stderr):  # what a reward function's file prints is no part of the report
+        rewards = RewardSet([_spec(text, options) for text in options.rewards])
     if options.plan:
         source = "their own completions" if options.model is None else f"completions sampled from {options.model}"
         print(f"would score up to {options.max_rows} rows of {options.data}, {source}, by {', '.join(rewards.components)}")
         return 0
+    with redirect_stdout(sys.stderr):
+        trial = _trial(rewards, options)
+    print(json.dumps(asdict(trial), indent=1) if options.json else shown(trial))
+    return 0
+
+
+def _trial(rewards: RewardSet, options: argparse.Namespace) -> Trial:
     from align.rewards.trial import run_trial
 
     rows, completions, ids, pairs = _sampled(options) if options.model else _given(options)
@@ -71,9 +81,7 @@ def run(arguments: list[str]) -> int:
 
     prompts = [plain(row.prompt) for row in rows]
     more = {"completion_ids": ids, "model_scores": _model_scores(options, rows, completions, ids)}
-    trial = run_trial(rewards, prompts, completions, columns_of(rows), pairs=pairs, **more)
-    print(json.dumps(asdict(trial), indent=1) if options.json else shown(trial))
-    return 0
+    return run_trial(rewards, prompts, completions, columns_of(rows), pairs=pairs, **more)
 
 
 def _spec(text: str, options: argparse.Namespace) -> RewardSpec:
