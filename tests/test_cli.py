@@ -108,6 +108,13 @@ MISTAKES = {
     "too long": (SFT + "sft.jsonl --max_length 2", "none of the rows can be used|end token"),
     "unknown data set": (SFT + "owner/nothing", "owner/nothing: no such file or folder, and the hub gives no data set"),
     "bad_row": (SFT + "sft.jsonl --on_bad_row skip", "'on_bad_row' is 'skip': input should be 'raise' or 'quarantine'"),
+    # what is written
+    "an output that is a file": (SFT + "sft.jsonl --output_dir sft.jsonl", r"sft\.jsonl is a file, not a folder"),
+    "an output below a file": (SFT + "sft.jsonl --output_dir sft.jsonl/a/b", r"sft\.jsonl is a file, not a folder"),
+    "an output that cannot be made": (SFT + "sft.jsonl --output_dir /proc/x", r"nothing can be written into /proc \("),
+    "an output among other files": (SFT + "sft.jsonl --output_dir .", "is not empty and no folder of align's"),
+    "a run's output that is a file": (RUN + "--out sft.jsonl", r"sft\.jsonl is a file, not a folder"),
+    "parts below a file": ("data split sft.jsonl --output_dir raw.jsonl", r"raw\.jsonl is a file, not a folder"),
     # the model and its tokenizer
     "no chat template": ("sft --model no_template --data sft.jsonl", "the tokenizer has no chat template. Set chat_template"),
     "no such template": (SFT + "sft.jsonl --chat_template chatlm", "chat_template 'chatlm' is neither a file nor one of"),
@@ -119,6 +126,8 @@ MISTAKES = {
     "no such model": ("sft --model modle --data sft.jsonl", "no model 'modle'"),
     "no such folder": ("sft --model ./modle --data sft.jsonl", r"no model folder '\./modle'"),
     "no such hub id": ("sft --model owner/nothing --data sft.jsonl", "cannot load a tokenizer from 'owner/nothing'"),
+    "nothing to export": ("export owner/nothing --to there", "cannot load a config from 'owner/nothing'"),
+    "nothing to measure": ("curvature owner/nothing --data sft.jsonl", "cannot load a config from 'owner/nothing'"),
     "no such version": ("sft --model model@3 --data sft.jsonl", "no model 'model' in the registry"),
     "a folder that is no model": ("sft --model . --data sft.jsonl", "cannot load a tokenizer from"),
     "no such layer": (SFT + "sft.jsonl --use_peft --lora_target_modules q_porj", "target_modules"),
@@ -236,6 +245,7 @@ MISTAKES = {
     "a bad alias": ("models alias ../mine owner/name", r"the name '\.\./mine' must be letters"),
     "no such run": ("report nothing", "no run folder nothing"),
     "a folder that is no run": ("report model", "model holds no finished stage"),
+    "a run that has not begun": ("status model", "no run folder model: no stage has begun there"),
 }
 
 
@@ -448,6 +458,15 @@ def test_a_stage_for_people(capsys):
     assert [line.split()[0] for line in metrics] == list(Registry().get("mine").metrics)
 
 
+def test_an_evaluation_for_people_is_a_table(capsys):
+    command = "eval --models.first model --models.second model --data prompts.jsonl --max_completion_length 4"
+    assert main([*command.split(), "--greedy", "false", "--reward_funcs", "repetition"]) == 0
+    reference, header, *rows = capsys.readouterr().out.splitlines()
+    assert reference.startswith("evaluate@1  ")
+    assert header.split() == ["model", "repetition", "reward", "tokens", "per", "answer"]
+    assert [row.split()[0] for row in rows] == ["first", "second"]
+
+
 def test_an_evaluation_without_a_reward_keeps_what_was_said(capsys):
     command = "eval --models.first model --data prompts.jsonl --max_completion_length 4 --greedy false --json"
     artifact = run_json(command, capsys)
@@ -489,6 +508,14 @@ def test_a_report_can_be_written_again(capsys, tmp_path):
     assert f"{tmp_path}/out/report.md" in capsys.readouterr().out
     assert (tmp_path / "out" / "report.md").exists()
     assert "mine-sft@1" in written
+
+
+def test_one_stage_has_no_report(capsys, tmp_path):
+    run_json(f"{SFT}sft.jsonl --output_dir {tmp_path}/out --json", capsys)
+    before = sorted((tmp_path / "out").iterdir())
+    assert main(["report", f"{tmp_path}/out"]) == 2
+    assert "is the folder of one stage" in capsys.readouterr().err
+    assert sorted((tmp_path / "out").iterdir()) == before
 
 
 def test_a_script_is_the_same_command(capsys, tmp_path, monkeypatch):

@@ -151,6 +151,43 @@ def test_a_full_disk_is_told_in_one_line_and_registers_nothing(processes, tmp_pa
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def test_one_stage_stands_in_its_own_folder(processes, capsys):
+    folder = run({"a": Act(), "b": Act(text="b")})["a"].path
+    assert main(["status", folder]) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [["a", "done"]]
+
+
+# -- what lies in the way --------------------------------------------------------------------------------------------------------
+
+
+def into(folder, **fields):
+    """The artifact of a stage that writes into exactly this folder."""
+    return Run(Recipe("a", {"a": Act(**fields)}), folder.parent, folder, options=Options(retries=0)).execute()["a"]
+
+
+def test_what_is_no_stages_is_left_as_it_is(processes):
+    Path("file").touch()
+    Path("mine").mkdir()
+    Path("mine/config.yaml").write_text('{"mine": 1}')
+    Path("mine/metrics.jsonl").write_text("old\n")
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(AlignError, match="file is a file, not a folder"):
+        into(Path("file"))
+    with pytest.raises(AlignError, match="mine is not empty and no folder of align's; choose another output_dir"):
+        into(Path("mine"))
+    assert sorted(Path().rglob("*")) == before, "no log, either"
+    assert Path("mine/config.yaml").read_text() == '{"mine": 1}'
+
+
+def test_a_stage_goes_on_in_the_folder_of_one_that_was_killed(processes):
+    with pytest.raises(StageFailed, match="SIGKILL"):
+        into(Path("out"), does="die")
+    assert into(Path("out")).reference == "a@1"
+    Path("at_its_first_file").mkdir()
+    Path("at_its_first_file/.config.yaml.host.1.tmp").touch()
+    assert into(Path("at_its_first_file")).reference == "a@2"
+
+
 # -- stopping ------------------------------------------------------------------------------------------------------------------
 
 

@@ -17,12 +17,18 @@ def add(verbs: Any) -> None:
 
 
 def report(options: argparse.Namespace) -> int:
+    from align.diagnostics.doctor import Patient
     from align.report import write_report
 
     if not options.run.is_dir():
         raise AlignError(f"no run folder {options.run}")
     found = [a for folder in options.run.iterdir() if folder.is_dir() and (a := read_artifact(folder))]
     artifacts = {a.name: a for a in sorted(found, key=lambda a: a.created)}
+    if not artifacts and Patient.read(options.run) is not None:
+        raise AlignError(
+            f"{options.run} is the folder of one stage, and a report is about a run of `align run`; `align doctor {options.run}` "
+            "reads the history of one stage"
+        )
     if not artifacts:
         raise AlignError(f"{options.run} holds no finished stage")
     write_report(options.run, options.run.name, artifacts)

@@ -80,7 +80,13 @@ def _show_result(artifact: Artifact, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(artifact), indent=1))
         return
+    from align.report.results import evaluations
+    from align.report.tables import as_text
+
     print(f"{artifact.reference}  {artifact.path}")
+    if evaluations({artifact.name: artifact}):
+        print(as_text(artifact.metrics["models"]))
+        return
     for name, value in artifact.metrics.items():
         print(f"  {name:<28} {value:.4g}" if isinstance(value, float) else f"  {name:<28} {value}")
 

@@ -1,4 +1,4 @@
-"""``align status RUN``: how a run stands, from any terminal."""
+"""``align status RUN``: how a run, or one stage, stands, from any terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ CLEAR = "\x1b[H\x1b[J"
 
 def add(verbs: Any) -> None:
     parser = verbs.add_parser("status", help="how the stages of a run stand: running, done, failed, interrupted")
-    parser.add_argument("run", type=Path, metavar="RUN", help="output folder of a run, or its name under the home folder")
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="output folder of a run or a stage, or its name under the home folder"
+    )
     parser.add_argument("--watch", action="store_true", help="show it again every two seconds, until nothing runs")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(handler=status)
@@ -26,13 +28,21 @@ def add(verbs: Any) -> None:
 
 def status(options: argparse.Namespace) -> int:
     folder = options.run if options.run.is_dir() else home() / options.run
-    if not (folder / "logs").is_dir():
+    found = _standing(folder)
+    if not found:
         raise AlignError(f"no run folder {options.run}: no stage has begun there")
     while True:
-        found = statuses(folder)
         if options.watch and sys.stdout.isatty():
             print(CLEAR, end="")
         print_rows(found, options.json, as_line)
         if not options.watch or not any(one["state"] == "running" for one in found):
             return 0
         time.sleep(2.0)
+        found = _standing(folder)
+
+
+def _standing(folder: Path) -> list[dict[str, Any]]:
+    """The stages of the run in `folder`; or the one whose own folder it is, and whose log lies beside it."""
+    if (folder / "logs").is_dir():
+        return statuses(folder)
+    return [status for status in statuses(folder.parent) if Path(status["folder"]) == folder.resolve()]
