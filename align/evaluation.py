@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,6 +70,16 @@ def _reference_text(value: Any) -> Any:
     return [str(item) for item in value] or [""]
 
 
+@dataclass(frozen=True)
+class Reference:
+    """The model that others are measured from."""
+
+    model: nn.Module
+    vocabulary: dict[str, int]
+    gaps: dict[int, float]
+    """By pair, what its log-prob (nats) of the chosen answer is above that of the rejected one."""
+
+
 class Evaluation:
     """The measurements of an `Evaluate` stage. Rows are read when the first model is measured."""
 
@@ -88,7 +99,7 @@ class Evaluation:
         if self.prompts and not (stage.reward_funcs or stage.reward_model or stage.metrics):
             say(f"{context.name}: no reward and no metric is named, so answers are sampled but not scored")
         self._answers: list[dict[str, Any]] = [{} for _ in self.prompts]
-        self._reference: tuple[nn.Module, list[list[float]]] | None = None
+        self._reference: Reference | None = None
 
     def _rows(self, sources: list[str] | None, kind: str) -> list[Any]:
         return [row for row, _, _ in self._read(sources, kind)]
@@ -188,16 +199,17 @@ class Evaluation:
             result["perplexity"] = math.exp(min(mean_nll(model, trees, stage.max_tokens_per_micro_batch), 700))
         if self.prompts:
             result.update(self._answer(name, model, Encoder(tokenizer, stage.max_length - stage.max_completion_length)))
+        gaps: dict[int, float] = {}
         if self.pairs:
-            trees = self._trees(name, encoder.preference(self.pairs))
-            logps = branch_logps(model, trees, stage.max_tokens_per_micro_batch)
-            if name == stage.reference:
-                self._reference = (model, logps)
-            elif self._reference is not None:
-                margins = [(c - rc) - (r - rr) for (c, r), (rc, rr) in zip(logps, self._reference[1], strict=True)]
+            encoded = encoder.preference(self.pairs)
+            logps = branch_logps(model, self._trees(name, encoded), stage.max_tokens_per_micro_batch)
+            gaps = {id(row): chosen - rejected for row, (chosen, rejected) in zip(encoded.rows, logps, strict=True)}
+            if self._reference is not None:
+                # Another tokenizer may have set other rows aside.
+                margins = [gap - self._reference.gaps[row] for row, gap in gaps.items() if row in self._reference.gaps]
                 result["preference_accuracy"] = summarize([float(margin > 0) for margin in margins])
-        if name == stage.reference and self._reference is None:
-            self._reference = (model, [])
+        if name == stage.reference:
+            self._reference = Reference(model, tokenizer.get_vocab(), gaps)
         self.context.history.add(0, {"model": name, **{key: value for key, value in result.items() if isinstance(value, float)}})
         return result
 
@@ -213,14 +225,15 @@ class Evaluation:
         if stage.reward_funcs or stage.reward_model:
             judge = stage.judge(tokenizer, dtype=stage.dtype, max_tokens=stage.max_tokens_per_micro_batch)
         result: dict[str, Any] = {}
+        sampler = stage.sampler(model, self.context.folder)
         for mode in ("sampled", "greedy") if stage.greedy else ("sampled",):
             sampling = stage.sampling(tokenizer) if mode == "sampled" else stage.sampling(tokenizer, temperature=0.0)
             generator = torch.Generator().manual_seed(stage.seed)
             with bar(f"{name} {mode}", len(prompts), "answer") as progress:
-                answers = complete(model, prompts, sampling, sorted(stops), generator, progress.update)
+                answers = complete(sampler, prompts, sampling, sorted(stops), generator, progress.update)
             totals, components = judge(encoded.rows, prompts, answers) if judge else ([], {})
             if mode == "sampled":
-                result.update(self._sampled(model, prompts, answers, totals, components))
+                result.update(self._sampled(model, tokenizer.get_vocab(), prompts, answers, totals, components))
             elif totals:
                 result["greedy_reward"] = summarize(self._headline(totals, components))
             decoded = tokenizer.batch_decode([answer.tokens for answer in answers], skip_special_tokens=True)
@@ -293,7 +306,13 @@ class Evaluation:
         return encoded.trees
 
     def _sampled(
-        self, model: nn.Module, prompts: list[list[int]], answers: list[Completion], totals: list[float], components: dict[str, Any]
+        self,
+        model: nn.Module,
+        vocabulary: dict[str, int],
+        prompts: list[list[int]],
+        answers: list[Completion],
+        totals: list[float],
+        components: dict[str, Any],
     ) -> dict[str, Any]:
         stage = self.stage
         result: dict[str, Any] = {}
@@ -302,12 +321,14 @@ class Evaluation:
             result["parts"] = component_means(components)
         result["mean_completion_tokens"] = statistics.fmean(len(answer.tokens) for answer in answers)
         result["finished_share"] = statistics.fmean(answer.finished for answer in answers)
-        if stage.reference is not None:
+        if self._reference is not None and self._reference.vocabulary != vocabulary:
+            say(f"{self.context.name}: no divergence from {stage.reference}, as its tokenizer is another")
+        elif stage.reference is not None:
             trees = [Tree(prompt, (answer.tokens,)) for prompt, answer in zip(prompts, answers, strict=True)]
             budget = stage.max_tokens_per_micro_batch
             temperature = stage.temperature or 1.0
             own = branch_logps(model, trees, budget, temperature)
-            other = branch_logps(self._reference[0], trees, budget, temperature) if self._reference else own
+            other = branch_logps(self._reference.model, trees, budget, temperature) if self._reference else own
             result[f"kl_to_{stage.reference}"] = statistics.fmean(a - b for (a,), (b,) in zip(own, other, strict=True))
         return result
 

@@ -1,5 +1,6 @@
 """What an evaluation measures: perplexity against the direct computation, metrics against references, pairs against a baseline."""
 
+import copy
 import json
 import math
 import re
@@ -300,3 +301,31 @@ def test_reward_models_are_measured_for_calibration_and_length(folder, tmp_path,
     assert 0 <= found["calibration_error"] <= 1
     assert -1 <= found["length_correlation"] <= 1
     assert found["longer_chosen"] == 0
+
+
+# -- models that do not go together --------------------------------------------------------------------------------------------
+
+
+def test_nothing_to_measure_is_told(capsys):
+    assert main(["eval", "one", "two"]) == 2
+    assert re.search(r"[Nn]othing to measure: set data \(prompts\), perplexity_data", capsys.readouterr().err)
+
+
+def test_a_reference_with_another_tokenizer(folder, tokenizer, capsys):
+    """Pairs are ranked against it where both have them; tokens of one say nothing to the other, so there is no divergence."""
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["the cat sat on a mat and said hello to me"])
+    model = llama(7)
+    model.resize_token_embeddings(len(other), mean_resizing=False)
+    model.save_pretrained(folder / "other")
+    other.save_pretrained(folder / "other")
+    long = "the cat sat on a mat and said hello to me " * 3
+    pairs = [{"prompt": "say", "chosen": "one", "rejected": "two"}, {"prompt": long, "chosen": "one", "rejected": "two"}]
+    write_rows(folder / "pairs.jsonl", pairs)
+    command = (
+        "eval one other --reference one --data alpaca.jsonl --preference_data pairs.jsonl --max_length 24 --max_completion_length 4"
+    )
+    found = results(capsys, f"{command} --chat_template plain")
+    assert found["other"]["preference_accuracy"]["n"] == 1
+    assert "kl_to_one" in found["one"]
+    assert "kl_to_one" not in found["other"]

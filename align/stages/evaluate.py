@@ -83,6 +83,8 @@ class Evaluate(Stage, SamplingFields, RewardFields):
             raise ValueError("baseline needs something that judges answers: set judge_model, reward_model or reward_funcs")
         if self.reference is not None and self.reference not in self.models:
             raise ValueError(f"reference {self.reference!r} is none of the models: {', '.join(self.models)}")
+        if not (self.data or self.perplexity_data or self.preference_data):
+            raise ValueError("nothing to measure: set data (prompts), perplexity_data (demonstrations) or preference_data (pairs)")
         return self
 
     def run(self, context: Context) -> dict[str, Any]:
