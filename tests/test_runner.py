@@ -184,7 +184,7 @@ def test_a_stage_goes_on_in_the_folder_of_one_that_was_killed(processes):
         into(Path("out"), does="die")
     assert into(Path("out")).reference == "a@1"
     Path("at_its_first_file").mkdir()
-    Path("at_its_first_file/.config.yaml.host.1.tmp").touch()
+    Path("at_its_first_file/.begun.json.host.1.tmp").touch()
     assert into(Path("at_its_first_file")).reference == "a@2"
 
 

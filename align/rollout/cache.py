@@ -116,13 +116,15 @@ class SlotCache(Cache):
         """Store what a layer computed, and show the pass what its new tokens attend to; returns what came."""
         if layer_idx >= len(self._layers):
             self._layers.append((self._buffer(key_states), self._buffer(value_states)))
-        buffers, now = self._layers[layer_idx], self.now
-        for buffer, states in zip(buffers, (key_states, value_states), strict=True):
-            states = states[0].transpose(0, 1)
-            if now.tokens is not None:
-                states = states[now.tokens]
-            buffer[now.rows, now.columns] = states.to(buffer.dtype)
-        now.keys, now.values = (buffer[: now.count, : now.width].transpose(1, 2) for buffer in buffers)
+        keys, values = self._layers[layer_idx]
+        now = self.now
+        key, value = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
+        if now.tokens is not None:
+            key, value = key[now.tokens], value[now.tokens]
+        keys[now.rows, now.columns] = key.to(keys.dtype)
+        values[now.rows, now.columns] = value.to(values.dtype)
+        now.keys = keys[: now.count, : now.width].transpose(1, 2)
+        now.values = values[: now.count, : now.width].transpose(1, 2)
         return key_states, value_states
 
     def _buffer(self, states: Tensor) -> Tensor:
@@ -170,8 +172,7 @@ def rollout_attention(
 ) -> tuple[Tensor, None]:
     """Attention function in transformers' protocol: query (1, heads, tokens, head_dim) to output (1, tokens, heads, head_dim)."""
     first, arriving = rollout.first, rollout.arriving
-    new = query[0, :, first:].transpose(0, 1)[:, :, None]
-    out = _of_new_tokens(module, new, rollout, scaling, **kwargs).transpose(0, 1)
+    out = _of_new_tokens(module, query[0, :, first:].transpose(0, 1), rollout, scaling, **kwargs)
     if arriving is None:
         return out, None
     query, key, value = (x[:, :, :first] for x in (query, key, value))
@@ -189,14 +190,14 @@ def _of_new_tokens(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Attention of one query a row (n, heads, 1, head_dim) over the row's columns of the cache: (n, 1, heads, head_dim)."""
+    """Attention of one query a row (n, heads, head_dim) over the row's columns of the cache: (1, n, heads, head_dim)."""
     key, value = now.keys, now.values
     if softcap is not None or s_aux is not None or kwargs.get("position_bias") is not None:
         mask = now.mask(sliding_window)
-        return forest_attention(module, query, key, value, mask, scaling, softcap=softcap, s_aux=s_aux, **kwargs)[0]
-    rows, heads, _, head_dim = query.shape
+        out, _ = forest_attention(module, query[:, :, None], key, value, mask, scaling, softcap=softcap, s_aux=s_aux, **kwargs)
+        return out.transpose(0, 1)
     # Heads that share keys are queries side by side: nothing is repeated.
-    grouped = query.reshape(rows, key.shape[1], -1, head_dim).to(key.dtype)
+    grouped = query.reshape(now.count, key.shape[1], -1, query.shape[2]).to(key.dtype)
     bias = now.bias(sliding_window, key.dtype)
     parts = [
         scaled_dot_product_attention(
@@ -205,7 +206,7 @@ def _of_new_tokens(
         for a, b, width in now.spans
     ]
     out = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return out.reshape(rows, 1, heads, value.shape[3]).to(query.dtype)
+    return out.reshape(1, now.count, -1, value.shape[3]).to(query.dtype)
 
 
 AttentionInterface.register(ROLLOUT, rollout_attention)
