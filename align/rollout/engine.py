@@ -123,7 +123,7 @@ class Batch:
     # -- prompts in --------------------------------------------------------------------------------------------------------------
 
     def admit(self) -> None:
-        """Let prompts into free slots, once an eighth of them is free: a pass that brings some in is longer, and on a GPU no graph."""
+        """Fill free slots, once an eighth of them is free: a pass that brings prompts in is longer, and on a GPU no graph."""
         free = self.slots - len(self.live)
         if not self.waiting or (self.live and free < max(1, self.slots // 8)):
             return
