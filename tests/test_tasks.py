@@ -200,8 +200,8 @@ def test_a_cut_run_resumes(capsys, folder):
     base += " --max_steps 8 --save_steps 4 --save_total_limit 9"
     whole = run(capsys, f"{base} --output_dir {folder}/whole")
     cut = Path(folder / "whole")
-    for name in ("artifact.json", "model.safetensors"):
-        (cut / name).unlink()
+    (cut / "artifact.json").rename(cut / "begun.json")
+    (cut / "model.safetensors").unlink()
     import shutil
 
     shutil.rmtree(cut / "checkpoints" / "checkpoint-8")
