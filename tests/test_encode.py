@@ -153,7 +153,7 @@ class TestChat:
     def test_a_template_without_an_end_token_is_refused(self, tokenizer):
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-        with pytest.raises(AlignError, match=r"no end token of this tokenizer behind an assistant turn \(it puts '\\n'\).*never learn to stop"):
+        with pytest.raises(AlignError, match=r"puts no end token of this tokenizer .* \(it puts '\\n'\).*never learn to stop"):
             Encoder(tokenizer).sft([SFTRow(messages=chat("user: hello", "assistant: one"))])
 
     def test_a_template_that_rewrites_the_past_is_refused(self, tokenizer):
