@@ -98,6 +98,7 @@ def test_a_policy_that_samples_is_not_sharded(cls):
 
 UNEVEN = """
 import torch
+from align.runner.rank import leave
 from align.trainers.ppo import processes
 
 one, both, none = (torch.zeros(2, requires_grad=True) for _ in range(3))
@@ -107,6 +108,7 @@ if processes.number() == 1:
 processes.sum_gradients([one, both, none])
 assert one.grad.tolist() == [1, 1] and both.grad.tolist() == [3, 3] and none.grad is None
 processes.wait()
+leave(0)
 """
 
 
