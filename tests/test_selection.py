@@ -114,13 +114,9 @@ SAMPLED = {
 }
 
 
-@pytest.mark.parametrize("kind", SAMPLED)
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_a_stage_that_samples_stops_early_too(kind, tuning, ground, capsys):
-    """The reward on held-out prompts falls with every step of the calls, so the first evaluation is the best, and the weights are
-    those that it saw."""
-    calls = ground / "calls.py"
-    calls.write_text(
+def sampled(ground, kind, **more):
+    """A stage whose reward on held-out prompts falls with every call, so that the first evaluation is the best."""
+    (ground / "calls.py").write_text(
         "count = [0]\n"
         "def falls(completions, **columns):\n"
         "    count[0] += 1\n"
@@ -132,17 +128,23 @@ def test_a_stage_that_samples_stops_early_too(kind, tuning, ground, capsys):
         "model": str(ground / "base"),
         "data": str(ground / "prompts.jsonl"),
         "eval_data": str(ground / "prompts.jsonl"),
-        "reward_funcs": [f"{calls}:falls"],
+        "reward_funcs": [f"{ground / 'calls.py'}:falls"],
         "learning_rate": 1e-3,
         "max_completion_length": 3,
         "max_length": 64,
         "eval_steps": 1,
         "chat_template": "plain",
-        "tuning": tuning,
         "metric_for_best_model": "score",
-        **fields,
     }
-    artifact = Run(Recipe("p", {"p": cls(**common, early_stopping_patience=2)}), ground / "out").execute()["p"]
+    return cls(**{**common, **fields, **more})
+
+
+@pytest.mark.parametrize("kind", SAMPLED)
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_stage_that_samples_stops_early_too(kind, tuning, ground, capsys):
+    """The weights are those that the first evaluation saw."""
+    stage = sampled(ground, kind, tuning=tuning, early_stopping_patience=2)
+    artifact = Run(Recipe("p", {"p": stage}), ground / "out").execute()["p"]
     values = history(artifact, "eval_score")
     assert list(values) == [1, 2, 3]
     assert artifact.metrics["best_step"] == 1
@@ -151,7 +153,7 @@ def test_a_stage_that_samples_stops_early_too(kind, tuning, ground, capsys):
     saw = load_file(Path(artifact.path) / "checkpoints" / "best-1.safetensors")
     found = load_causal_lm(artifact.path).state_dict()
     assert tuning == "lora" or all(torch.equal(found[name], tensor) for name, tensor in saw.items())
-    wrong = cls(**{**common, "metric_for_best_model": "scroe"}, load_best_model_at_end=True)
+    wrong = sampled(ground, kind, tuning=tuning, metric_for_best_model="scroe", load_best_model_at_end=True)
     with pytest.raises(AlignError, match=r"metric_for_best_model 'scroe' is not measured here \(did you mean 'score'"):
         Run(Recipe("q", {"q": wrong}), ground / "out").execute()
 
@@ -169,27 +171,7 @@ def cut_behind_training(monkeypatch):
 
 def test_an_early_stop_is_remembered(ground, cut_behind_training):
     """Cut between its early stop and its end, a run that goes on trains no further."""
-    (ground / "calls.py").write_text(
-        "count = [0]\n"
-        "def falls(completions, **columns):\n"
-        "    count[0] += 1\n"
-        "    return [-float(count[0]) + 0.1 * (i % 2) for i in range(len(completions))]\n"
-    )
-    write_rows(ground / "prompts.jsonl", [{"prompt": words} for words in ("How are you?", "hello to me", "one two", "and said")])
-    stage = PPO(
-        model=str(ground / "base"),
-        data=str(ground / "prompts.jsonl"),
-        eval_data=str(ground / "prompts.jsonl"),
-        reward_funcs=[f"{ground / 'calls.py'}:falls"],
-        max_completion_length=3,
-        max_length=64,
-        eval_steps=1,
-        save_steps=1,
-        chat_template="plain",
-        metric_for_best_model="score",
-        early_stopping_patience=2,
-        **SAMPLED["ppo"][1],
-    )
+    stage = sampled(ground, "ppo", save_steps=1, early_stopping_patience=2)
     run = Run(Recipe("p", {"p": stage}), ground / "out")
     with pytest.raises(RuntimeError, match="cut"):
         run.execute()
