@@ -98,6 +98,16 @@ def falling(to, rate=12):
     return lambda t: to + (3 - to) * 2 ** (-rate * t)
 
 
+def by_length(longer, shorter):
+    """A reward model's healthy run, with the shares of pairs that it ranks right by which of the answers is the longer one."""
+    last = HEALTHY["reward"][-1]["step"]
+    return [
+        {**r, **{f"{'eval_' * ('eval_loss' in r)}accuracies/chosen_{side}": value(r["step"] / last) for side, value in sides}}
+        for sides in [(("longer", longer), ("shorter", shorter))]
+        for r in HEALTHY["reward"]
+    ]
+
+
 FAULTS = {
     "learning_rate_too_high": case(records=history(loss=lambda t: 3 + 2 * t, eval_loss=lambda t: 3 + 2 * t)),
     "batch_too_small": case(
@@ -118,14 +128,7 @@ FAULTS = {
     "chance": case(
         "reward", history(loss=coin, eval_loss=coin, accuracy=lambda t: 0.5, eval_accuracy=lambda t: 0.5, margin=lambda t: 0.0)
     ),
-    "length_biased": case(
-        "reward",
-        [
-            {**record, **{f"{'eval_' if 'eval_loss' in record else ''}accuracies/chosen_{side}": value for side, value in sides}}
-            for sides in [(("longer", 0.95), ("shorter", 0.1))]
-            for record in HEALTHY["reward"]
-        ],
-    ),
+    "length_biased": case("reward", by_length(lambda t: 0.5 + 0.45 * t**0.01, lambda t: 0.5 - 0.4 * t**0.01)),
     "both_logps_fall": case(
         "preference",
         [{**r, **({"eval_logps/chosen": -20 - r["step"] / 3} if "eval_loss" in r else {})} for r in HEALTHY["preference"]]
@@ -161,6 +164,35 @@ def test_a_rule_speaks(name):
     assert first.diagnosis.cause
     assert first.diagnosis.advice
     json.dumps(first.as_dict(), allow_nan=False)
+
+
+def rules_of(patient):
+    return [finding.rule for finding in ask(patient)]
+
+
+def test_a_bias_that_was_there_before_training_was_not_learned():
+    """Without a reference the likelier answer is ranked first, and that is often the shorter one."""
+    assert rules_of(case("reward", by_length(lambda t: 0.95, lambda t: 0.1))) == []
+
+
+def test_a_timid_run_is_not_called_one_without_anything_to_learn():
+    timid = case(records=history(loss=lambda t: 3 - 0.02 * t, eval_loss=lambda t: 3 - 0.02 * t))
+    assert rules_of(timid) == ["learning_rate_too_low"]
+
+
+def test_a_critic_at_the_policys_rate_is_not_blamed_where_both_stand_still():
+    still = ppo(**{"objective/kl": lambda t: 0.0, "objective/scores": lambda t: 0.2, "val/explained_variance": lambda t: 0.0})
+    still = [{**record, "val/mean_value": 0.0} for record in still]
+    assert rules_of(case("ppo", still)) == ["policy_stands_still"]
+    assert rules_of(case("ppo", still, config={"critic_learning_rate": 1e-9})) == ["value_blind"]
+
+
+def test_nobody_is_told_to_start_the_critic_from_the_reward_model_that_did():
+    advice = [
+        ask(case("ppo", FAULTS["value_blind"].records, config=config))[0].diagnosis.advice
+        for config in ({}, {"reward_model": "judge"}, {"reward_model": "judge", "critic": "shared"})
+    ]
+    assert ["reward model" in each for each in advice] == [True, False, True]
 
 
 def test_a_watched_reward_that_rises_and_turns():

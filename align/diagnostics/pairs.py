@@ -60,6 +60,8 @@ def length_biased(case: Case) -> Diagnosis | None:
     liked, disliked = (0, 1) if side == "longer" else (1, 0)
     if min(pair[liked] for pair in seen) < LENGTH_RIGHT or max(pair[disliked] for pair in seen) > LENGTH_WRONG:
         return None
+    if held[liked].first >= LENGTH_RIGHT and held[disliked].first <= LENGTH_WRONG:
+        return None  # it was so before training: without a reference, the shorter answer is often the likelier one
     reward = case.kind == "reward"
     loss = case.config.get("loss", "dpo")
     beta = float(case.config.get("beta") or 0.1)

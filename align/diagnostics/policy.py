@@ -246,7 +246,10 @@ def value_blind(case: Case) -> Diagnosis | None:
     off = abs(value.tail() - paid.tail()) / max(abs(paid.tail()), 1e-9)
     if off < FAR_OFF:
         return None  # it knows the level of the returns; what it cannot explain may be chance
+    if case.config.get("critic_learning_rate") is None and policy_stands_still(case) is not None:
+        return None  # both learn at the same rate, and neither does
     rate = float(case.config.get("critic_learning_rate") or case.learning_rate)
+    from_judge = case.config.get("reward_model") is not None and case.config.get("critic", "separate") != "shared"
     changes = {"critic_learning_rate": float(f"{max(rate, case.learning_rate) * 10:.1e}")}
     return Diagnosis(
         {
@@ -257,7 +260,8 @@ def value_blind(case: Case) -> Diagnosis | None:
         },
         f"the critic explains {late.tail(0.5):.0%} of the returns' variance and says {value.tail():.2g} where {paid.tail():.2g} "
         "is paid: the advantages are the bare scores, with all their noise",
-        f"raise critic_learning_rate to {changes['critic_learning_rate']:.1e}; start the critic from the reward model",
+        f"raise critic_learning_rate to {changes['critic_learning_rate']:.1e}"
+        + ("" if from_judge else "; start the critic from a reward model"),
         changes,
     )
 

@@ -207,7 +207,7 @@ def overfit(case: Case) -> Diagnosis | None:
     )
 
 
-@rule(*SUPERVISED, verdict="failed", explains=("too_few_epochs", "rank_too_low", "chance"))
+@rule(*SUPERVISED, verdict="failed", explains=("too_few_epochs", "rank_too_low", "chance", "loss_flat"))
 def learning_rate_too_low(case: Case) -> Diagnosis | None:
     """After many steps the loss has hardly moved, and it is still on its way down."""
     loss = case.loss
@@ -244,7 +244,8 @@ def loss_flat(case: Case) -> Diagnosis | None:
         return None
     return Diagnosis(
         {"loss_before": case.start, "loss_after": case.end, "relative_fall": fall},
-        "the loss is where it was: nothing in the rows can be learned by this model, or the model knew it already",
+        f"the loss is where it was: steps of {case.learning_rate:.1e} are far too small or far too large for this model, nothing "
+        "in the rows can be learned by it, or it knew it already",
         "look at rows and labels (`align check`); try a ten times higher and a ten times lower learning_rate",
     )
 
