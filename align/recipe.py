@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,12 +120,18 @@ def load_recipe(source: str, assignments: Mapping[str, str] | None = None) -> Re
 
 def find_recipe(source: str) -> Path:
     """The file of a recipe: a path, or a name in ``pipelines/``."""
-    shipped = Path(__file__).resolve().parent.parent / "pipelines"
+    shipped = _root() / "pipelines"
     for path in (Path(source), shipped / f"{source}.py"):
         if path.is_file() and path.suffix in {".py", ".yaml", ".yml"}:
             return path
     names = sorted(path.stem for path in shipped.glob("*.py"))
     raise AlignError(f"no recipe {source!r}{near_miss(source, names)}: neither a .py or .yaml file nor one of {', '.join(names)}")
+
+
+def _root() -> Path:
+    """Where ``pipelines/`` and ``data/`` are: beside the package in a checkout, else where an installed wheel left them."""
+    checkout = Path(__file__).resolve().parent.parent
+    return checkout if (checkout / "pyproject.toml").is_file() else Path(sysconfig.get_path("data"), "share", "align")
 
 
 def _module(path: Path) -> Any:
