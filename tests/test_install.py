@@ -27,7 +27,7 @@ def test_a_wheel_brings_the_recipes_and_the_world_of_the_demo(tmp_path):
     subprocess.run([*PIP, "--python", python, "install", "--no-index", "--no-deps", str(wheel)], check=True)
 
     others = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}  # an editable install there is not followed
-    plan = [python, "-m", "align.cli", "run", "demo", "--plan", "--out", "run"]
+    plan = [python, "-m", "align", "run", "demo", "--plan", "--out", "run"]
     done = subprocess.run(plan, cwd=tmp_path, env=others, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[0].split() == ["run", "world", "never", "ran"]
     found = [python, "-c", "import align.recipe; print(align.recipe.find_recipe('demo'))"]
