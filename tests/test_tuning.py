@@ -7,7 +7,12 @@ import torch
 from helpers import assert_close, assert_same, build, llama, padded, pairs, run, tokens
 from peft import PeftModel
 from pydantic import ValidationError
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from align.data import write_rows
 from align.engine import enable_forest
@@ -94,12 +99,18 @@ def test_use_peft_is_another_spelling_of_lora():
         ("qlora", {}, llama, "loaded in 4 bits"),
         ("head", {}, lambda: shaken(build("bert", is_decoder=True, **BERT)), "its norms stand behind its layers.*set layers to 0"),
         ("adapter", {}, lambda: build("phi3", hidden_size=32, intermediate_size=48, num_hidden_layers=1), "fused"),
+        ("adapter", {}, lambda: build("bloom", hidden_size=32, n_layer=1, n_head=4), "a width that its config does not hold"),
         ("bias_norm", {}, lambda: without_norms(llama()), "nothing would train"),
     ],
 )
 def test_what_does_not_go_together_is_refused(name, arguments, model, message):
     with pytest.raises(AlignError, match=message):
         tune(model(), Tuning(name, arguments))
+
+
+def masked(kind, **sizes):
+    torch.manual_seed(0)
+    return AutoModelForMaskedLM.from_config(AutoConfig.for_model(kind, vocab_size=320, pad_token_id=0, **sizes))
 
 
 def without_norms(model):
@@ -156,6 +167,25 @@ def build_t5():
 
     torch.manual_seed(0)
     return T5ForConditionalGeneration(AutoConfig.for_model("t5", vocab_size=320, decoder_start_token_id=0, **T5))
+
+
+DISTILBERT = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64}
+BART = {"d_model": 32, "encoder_layers": 4, "encoder_ffn_dim": 48, "encoder_attention_heads": 4}
+BART |= {"decoder_layers": 2, "decoder_ffn_dim": 64, "decoder_attention_heads": 4, "max_position_embeddings": 64}
+
+
+def build_bart():
+    from transformers import BartForConditionalGeneration
+
+    torch.manual_seed(0)
+    return BartForConditionalGeneration(AutoConfig.for_model("bart", vocab_size=320, pad_token_id=0, **BART))
+
+
+@pytest.mark.parametrize("make", [lambda: masked("distilbert", **DISTILBERT), build_bart], ids=["distilbert", "bart"])
+def test_a_wider_model_loads_whatever_its_config_calls_the_width(make, tmp_path):
+    model = shaken(tuned("adapter", make(), size=8))
+    model.save_pretrained(tmp_path)
+    assert_close(logits(type(model).from_pretrained(tmp_path)), logits(model))
 
 
 # -- virtual tokens --------------------------------------------------------------------------------------------------------------

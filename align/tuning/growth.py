@@ -20,7 +20,17 @@ from align.tuning.parts import ATTENTION, features, linears, parts, stacks, trai
 ATTENTION_OUTPUTS = {"o_proj", "c_proj", "out_proj", "dense", "o", "proj"}
 """What families call the projection behind attention."""
 
-WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size")
+WIDTHS = (
+    "intermediate_size",
+    "n_inner",
+    "ffn_dim",
+    "d_ff",
+    "ffn_hidden_size",
+    "hidden_dim",
+    "d_inner",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+)
 """What configs call the number of hidden units."""
 
 SAME = 1e-4
@@ -84,29 +94,34 @@ def widen(model: Any, size: int) -> Any:
     """Give every feed-forward layer `size` new hidden units that add nothing yet. They train, and a new head.
 
     Raises:
-        AlignError: the layers are not made of a linear layer (or two, gated) into the hidden units and one back.
+        AlignError: the layers are not made of a linear layer (or two, gated) into the hidden units and one back, or the config
+            does not say how many these are.
     """
     base = base_model(model)
     config = base.config
-    field = next((name for name in WIDTHS if hasattr(config, name)), WIDTHS[0])
     hidden = config.hidden_size
-    width = getattr(config, field, None) or 4 * hidden  # GPT-2's n_inner may be None
+    widths = {name: getattr(config, name) or 4 * hidden for name in WIDTHS if hasattr(config, name)}  # GPT-2's n_inner may be None
+    grown: set[int] = set()
     base.requires_grad_(False)
     for part in parts(base):
         part.parameter.requires_grad_(part.new)
     for layer in {id(layer): layer for stack in stacks(base) for layer in stack}.values():
         inner = {name: m for name, m in linears(layer).items() if not ATTENTION.search(name)}
         ways = {name: features(module) for name, module in inner.items()}
+        back = [name for name, (inputs, outputs) in ways.items() if outputs == hidden != inputs and inputs in widths.values()]
+        width = ways[back[0]][0] if back else hidden
         into = [name for name, way in ways.items() if way == (hidden, width)]
-        back = [name for name, way in ways.items() if way == (width, hidden)]
-        if hidden == width or not into or len(back) != 1 or len(into) > 2:
+        if not into or len(back) != 1 or len(into) > 2:
             raise AlignError(
                 f"tuning 'adapter' cannot widen the feed-forward layers of {type(base).__name__}: they are fused, mixtures of "
-                "experts, or as wide as the model; use 'lora' or 'ffn'"
+                "experts, as wide as the model, or of a width that its config does not hold; use 'lora' or 'ffn'"
             )
         for name in (*into, *back):
             layer.set_submodule(name, Wider(inner[name], size, outputs=name in into))
-    setattr(config, field, width + size)
+        grown.add(width)
+    for name, width in widths.items():  # an encoder-decoder has one for each stack
+        if width in grown:
+            setattr(config, name, width + size)
     return model
 
 
