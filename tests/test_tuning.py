@@ -188,6 +188,13 @@ def test_a_wider_model_loads_whatever_its_config_calls_the_width(make, tmp_path)
     assert_close(logits(type(model).from_pretrained(tmp_path)), logits(model))
 
 
+def test_stacks_of_different_depth_are_counted_each_from_its_own_end():
+    """Four layers of an encoder, two of a decoder: the last one is number 3 there and number 1 here."""
+    trained = {path for path, p in tuned("freeze", build_bart(), train_last=1).named_parameters() if p.requires_grad}
+    layers = {path.split(".")[1] + path.split(".")[3] for path in trained if ".layers." in path}
+    assert layers == {"encoder3", "decoder1"}
+
+
 # -- virtual tokens --------------------------------------------------------------------------------------------------------------
 
 

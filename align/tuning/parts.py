@@ -27,6 +27,8 @@ class Part:
     parameter: nn.Parameter
     place: Literal["embedding", "attention", "ffn", "norm", "after", "head"]
     layer: int | None = None
+    depth: int = 0
+    """Layers in the stack that `layer` counts in."""
     norm: bool = False
     new: bool = False
     """Whether it is a task's head (scores, classes), which starts from nothing."""
@@ -54,30 +56,32 @@ def stacks(model: nn.Module) -> list[nn.ModuleList]:
 
 
 def depth(model: nn.Module) -> int:
-    """How many layers a stack has.
+    """How many layers a stack has; the deeper one, where there are two.
 
     Raises:
         AlignError: its layers share their weights.
     """
-    layers = len(stacks(model)[0])
-    if layers < base_model(model).config.num_hidden_layers:
+    found = stacks(model)
+    if len(found[0]) < base_model(model).config.num_hidden_layers:
         raise AlignError(f"the layers of {type(base_model(model)).__name__} share their weights, so none can be frozen apart")
-    return layers
+    return max(map(len, found))
 
 
 def parts(model: nn.Module) -> Iterator[Part]:
     """Every parameter of `model` once."""
     base = base_model(model)
     inside = {id(p) for p in trunk_of(base).parameters()}
-    layer_of = {id(p): number for stack in stacks(base) for number, layer in enumerate(stack) for p in layer.parameters()}
+    layer_of = {
+        id(p): (number, len(stack)) for stack in stacks(base) for number, layer in enumerate(stack) for p in layer.parameters()
+    }
     output = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     for name, parameter in base.named_parameters():
         path, _, _ = name.rpartition(".")
         owner = base.get_submodule(path)
         norm = "norm" in type(owner).__name__.lower()
-        if (layer := layer_of.get(id(parameter))) is not None:
+        if (at := layer_of.get(id(parameter))) is not None:
             place = "norm" if norm else "attention" if ATTENTION.search(_within_layer(path)) else "ffn"
-            yield Part(name, parameter, place, layer, norm)  # type: ignore[arg-type]
+            yield Part(name, parameter, place, *at, norm)  # type: ignore[arg-type]
         elif id(parameter) not in inside:
             yield Part(name, parameter, "head", norm=norm, new=output is None)
         elif isinstance(owner, nn.Embedding) or any(EMBEDDING.search(word) for word in path.split(".")):

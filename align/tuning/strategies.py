@@ -7,12 +7,15 @@ Nothing heavy is imported before a strategy is applied, so that a plan can check
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from align.catalog import Catalog
 from align.errors import AlignError
+
+if TYPE_CHECKING:
+    from align.tuning.parts import Part
 
 strategies: Catalog = Catalog("tuning")
 
@@ -57,7 +60,7 @@ def freeze(
 
     Args:
         train_last: how many layers train; 0 leaves the head.
-        freeze_first: or how many layers, from the first, do not.
+        freeze_first: or how many layers, from the first, do not. An encoder-decoder has so many in each of its stacks.
 
     Raises:
         AlignError: neither or both are given, or the model has fewer layers.
@@ -69,8 +72,14 @@ def freeze(
     layers = depth(model)
     if max(train_last or 0, freeze_first or 0) > layers:
         raise AlignError(f"tuning 'freeze': the model has {layers} layers, not {train_last or freeze_first}")
-    first = layers - train_last if train_last is not None else freeze_first or 0
-    return train_only(model, lambda part: part.layer >= first if part.layer is not None else part.place in ("after", "head"))
+
+    def chosen(part: Part) -> bool:
+        if part.layer is None:
+            return part.place in ("after", "head")
+        # The stacks of an encoder-decoder may differ in depth; each is counted from its own end.
+        return part.layer >= (part.depth - train_last if train_last is not None else freeze_first or 0)
+
+    return train_only(model, chosen)
 
 
 @strategies.add
