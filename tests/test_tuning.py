@@ -195,6 +195,14 @@ def test_stacks_of_different_depth_are_counted_each_from_its_own_end():
     assert layers == {"encoder3", "decoder1"}
 
 
+def test_a_new_layer_has_a_place_of_its_own_in_the_cache():
+    """GPT-Neo calls that place otherwise than most."""
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    model = build("gpt_neo", **sizes)
+    before = logits(model)
+    assert_close(logits(tuned("head", model)), before)
+
+
 # -- virtual tokens --------------------------------------------------------------------------------------------------------------
 
 

@@ -57,8 +57,9 @@ def add_layers(model: Any, count: int) -> Any:
         _silence(layer, base)
         module: Any
         for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = number
+            for name in ("layer_idx", "layer_id"):  # where its keys stand in the cache
+                if hasattr(module, name):
+                    setattr(module, name, number)
         stack.append(layer)
     _lengthen(base.config, old, count)
     if not _same(before, _answers(base)):
