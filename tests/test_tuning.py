@@ -18,7 +18,7 @@ from align.data import write_rows
 from align.engine import enable_forest
 from align.errors import AlignError
 from align.forest import Tree
-from align.models import disable_dropout, load_causal_lm, load_reward_model, save_model
+from align.models import disable_dropout, load_causal_lm, load_language_model, load_reward_model, save_model
 from align.pipeline import Run
 from align.recipe import Recipe
 from align.rollout import Sampling, complete
@@ -101,6 +101,8 @@ def test_use_peft_is_another_spelling_of_lora():
         ("adapter", {}, lambda: build("phi3", hidden_size=32, intermediate_size=48, num_hidden_layers=1), "fused"),
         ("adapter", {}, lambda: build("bloom", hidden_size=32, n_layer=1, n_head=4), "a width that its config does not hold"),
         ("bias_norm", {}, lambda: without_norms(llama()), "nothing would train"),
+        ("prefix", {}, lambda: build("openai-gpt", n_embd=32, n_layer=1, n_head=4), "OpenAIGPTLMHeadModel has none"),
+        ("prompt", {}, lambda: masked("bert", **BERT), "would move the places at which its answers are read: use tuning 'prefix'"),
     ],
 )
 def test_what_does_not_go_together_is_refused(name, arguments, model, message):
@@ -201,6 +203,16 @@ def test_a_new_layer_has_a_place_of_its_own_in_the_cache():
     model = build("gpt_neo", **sizes)
     before = logits(model)
     assert_close(logits(tuned("head", model)), before)
+
+
+def test_a_masked_language_model_behind_learned_keys_is_loaded_again(tmp_path):
+    base = masked("bert", **BERT)
+    base.save_pretrained(tmp_path / "base")
+    model = shaken(tuned("prefix", load_language_model(str(tmp_path / "base"))))
+    model.save_pretrained(tmp_path / "prefix")
+    assert logits(model).shape == logits(base).shape
+    assert_close(logits(load_language_model(str(tmp_path / "prefix"))), logits(model))
+    assert (logits(model) - logits(base)).abs().max() > 1e-3
 
 
 # -- virtual tokens --------------------------------------------------------------------------------------------------------------

@@ -39,6 +39,9 @@ ENCODER = "prompt_encoder.safetensors"
 SOFT_TYPES = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 """What peft calls them."""
 
+MASKED = "FEATURE_EXTRACTION"
+"""The task of peft's whose class hands on what it is given, as a masked language model needs; it has no task for these."""
+
 
 def add_prompt(model: Any, count: int) -> Any:
     """See `align.tuning.strategies.prompt`."""
@@ -67,8 +70,11 @@ def add_prefix(model: Any, count: int) -> Any:
         return wrapped
     with torch.no_grad(), wrapped.disable_adapter():
         was_training = wrapped.training
-        cache = base_model(wrapped).eval()(input_ids=_random_tokens(wrapped, count)[None], use_cache=True).past_key_values
+        output = base_model(wrapped).eval()(input_ids=_random_tokens(wrapped, count)[None], use_cache=True)
         wrapped.train(was_training)
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            raise AlignError(f"tuning 'prefix' puts keys and values into a model's cache, and {_name(wrapped)} has none")
         # (tokens, layers x (key, value) x heads x dim), as peft lays them out
         states = torch.stack([state for layer in cache.layers for state in (layer.keys[0], layer.values[0])])
         weight = wrapped.prompt_encoder["default"].embedding.weight
@@ -90,7 +96,11 @@ def _name(model: Any) -> str:
 
 def _wrap(model: Any, config: PeftConfig) -> Any:
     """`model` with the virtual tokens of `config`, which are new: without them it is the base."""
-    config.task_type = task_of(model)
+    config.task_type = task_of(model) or MASKED
+    if config.task_type == MASKED and not isinstance(config, PrefixTuningConfig):
+        raise AlignError(
+            f"virtual tokens in front of {_name(model)} would move the places at which its answers are read: use tuning 'prefix'"
+        )
     try:
         # Encoders, alone or with a decoder, never run on a forest: peft's own way will do.
         wrapped: Any = (CLASSES[config.task_type] if is_decoder(model) else get_peft_model)(model, config)
