@@ -178,6 +178,18 @@ def test_every_strategy_on_an_encoder(capsys, folder, tuning, task):
         assert any(not torch.equal(before[name], after[name]) for name in before if "layer.1" in name)
 
 
+def test_an_adapter_on_a_base_without_a_padding_token_is_measured_in_batches(capsys, folder):
+    from align.models import load_causal_lm, load_tokenizer, save_model
+
+    model = load_causal_lm(str(folder / "llama"))
+    model.config.pad_token_id = None
+    save_model(model, load_tokenizer(str(folder / "llama")), folder / "unpadded")
+    command = f"task --task classification --model unpadded --data animals.jsonl --eval_data animals.jsonl{LEARN} --tuning lora"
+    metrics = run(capsys, f"{command} --name adapted")["metrics"]
+    again = run(capsys, "eval adapted --data animals.jsonl --metrics accuracy")["metrics"]["models"]["adapted"]
+    assert again["accuracy"] == pytest.approx(metrics["eval_accuracy"])
+
+
 def test_a_trained_task_goes_on_from_its_own_head(capsys):
     command = f"task --task classification --model bert --data animals.jsonl --eval_data animals.jsonl{LEARN} --name first"
     first = run(capsys, command)

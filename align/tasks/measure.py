@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from align.models import load_tokenizer
+from align.models import ensure_pad_token, load_tokenizer
 from align.tasks.base import read_task, used
 
 
@@ -48,6 +48,7 @@ def measure_task_model(
         **task.arguments(),
     )
     model = task.model(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    ensure_pad_token(tokenizer, model)  # the base of an adapter may have none
     trainer = task.trainer(model=model, args=arguments, data_collator=task.collate, processing_class=tokenizer, task=task)
     output = trainer.predict(features.items).predictions
     return {**task.measure(specs, output, features), "n": len(features.rows)}
