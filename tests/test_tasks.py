@@ -190,6 +190,22 @@ def test_an_adapter_on_a_base_without_a_padding_token_is_measured_in_batches(cap
     assert again["accuracy"] == pytest.approx(metrics["eval_accuracy"])
 
 
+def test_lora_leaves_the_whole_new_head_of_distilbert_to_training(capsys, folder, words):
+    """Its head is two layers, of which peft keeps both whole."""
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    sizes = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 128}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("distilbert", vocab_size=len(words), pad_token_id=0, **sizes)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(folder / "distilbert")
+    words.save_pretrained(folder / "distilbert")
+    command = f"task --task classification --model distilbert --data animals.jsonl --eval_data animals.jsonl{LEARN} --tuning lora"
+    metrics = run(capsys, f"{command} --name distilled")["metrics"]
+    assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.05
+    again = run(capsys, "eval distilled --data animals.jsonl --metrics accuracy")["metrics"]["models"]["distilled"]
+    assert again["accuracy"] == pytest.approx(metrics["eval_accuracy"])
+
+
 def test_a_trained_task_goes_on_from_its_own_head(capsys):
     command = f"task --task classification --model bert --data animals.jsonl --eval_data animals.jsonl{LEARN} --name first"
     first = run(capsys, command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ TASKS = {
 """What peft calls the tasks of transformers' classes, by the end of their names; a masked language model is none of them."""
 
 
-HEADS = r"(.*\.)?(score|classifier|qa_outputs)(\..*)?"
+HEADS = r"(.*\.)?(score|(pre_)?classifier|qa_outputs)(\..*)?"
 """Paths of what tasks' heads are made of: peft saves them whole, with the adapter."""
 
 
@@ -54,7 +55,7 @@ def add_lora(
             lora_alpha=alpha,
             lora_dropout=dropout,
             target_modules=_names(target_modules) or "all-linear",
-            exclude_modules=HEADS if task_of(model) in ("TOKEN_CLS", "QUESTION_ANS") else None,
+            exclude_modules=HEADS if any(re.fullmatch(HEADS, name) for name, _ in model.named_modules()) else None,
             use_rslora=rslora,
             use_dora=dora,
             fan_in_fan_out=_is_transposed(model),
