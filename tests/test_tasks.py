@@ -206,6 +206,24 @@ def test_lora_leaves_the_whole_new_head_of_distilbert_to_training(capsys, folder
     assert again["accuracy"] == pytest.approx(metrics["eval_accuracy"])
 
 
+@pytest.mark.parametrize(("model", "task", "data"), [("bert", "classification", "animals"), ("t5", "seq2seq", "said")])
+@pytest.mark.parametrize("tuning", ["prefix", "prompt"])
+def test_virtual_tokens_of_an_encoder_are_trained_further(capsys, model, task, data, tuning):
+    both = f"--task {task} --data {data}.jsonl --eval_data {data}.jsonl"
+    first = run(capsys, f"task --model {model} {both}{LEARN} --max_steps 2 --tuning {tuning} --name soft")["metrics"]
+    second = run(capsys, f"task --model soft {both}{LEARN} --max_steps 8 --on_adapter continue --name further")["metrics"]
+    assert second["trainable_parameters"] == first["trainable_parameters"]
+    assert second["eval_loss_before"] == pytest.approx(first["eval_loss"], rel=1e-5)
+    assert second["eval_loss"] != second["eval_loss_before"]
+
+
+def test_virtual_tokens_whose_network_is_not_kept_are_not_trained_further(capsys):
+    both = "--task seq2seq --data said.jsonl --max_steps 1"
+    run(capsys, f"task --model t5 {both} --tuning ptuning --name made")
+    assert main(f"task --model made {both} --on_adapter continue".split()) == 2
+    assert "peft keeps its tokens, not what made them" in capsys.readouterr().err
+
+
 def test_a_trained_task_goes_on_from_its_own_head(capsys):
     command = f"task --task classification --model bert --data animals.jsonl --eval_data animals.jsonl{LEARN} --name first"
     first = run(capsys, command)

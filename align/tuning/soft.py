@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PeftConfig,
     PeftModel,
     PeftModelForCausalLM,
@@ -117,12 +118,17 @@ def is_decoder(model: Any) -> bool:
 
 
 def load_soft_prompt(model: Any, folder: str, *, trainable: bool = False) -> Any:
-    """`model` with the virtual tokens that were saved in `folder`, frozen or to be trained further."""
-    if not is_decoder(model):
-        return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
-    config = PeftConfig.from_pretrained(folder)
+    """`model` with the virtual tokens that were saved in `folder`, frozen or to be trained further.
+
+    Raises:
+        AlignError: they are to be trained further, and the network that made them was not kept.
+    """
+    config: Any = PeftConfig.from_pretrained(folder)
     config.inference_mode = not trainable
-    wrapped = CLASSES[config.task_type](model, config)
+    if trainable and config.peft_type == "P_TUNING" and not is_decoder(model):
+        raise AlignError(f"{folder}: ptuning of {_name(model)} cannot be continued: peft keeps its tokens, not what made them")
+    classes = CLASSES if is_decoder(model) else MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+    wrapped = classes[config.task_type](model, config)
     wrapped.load_adapter(folder, "default", is_trainable=trainable)
     return wrapped
 
