@@ -7,6 +7,7 @@ as it is: ``save_pretrained``, ``generate``, wrapping by accelerate, gradient ch
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -30,6 +31,9 @@ PROBE_BOUNDS = (1e-4, 0.5)
 rounding could hide a mistake; padded rows are safe.
 """
 
+POSITIONS = re.compile(r"(^|\.)(position_embeddings?|embed_positions|positions_embed|wpe)$")
+"""What families call a table of learned positions."""
+
 PROBE_WINDOW = 6
 """Sliding window during the probe, so that its rows of up to 13 tokens are longer."""
 
@@ -42,15 +46,17 @@ def enable_forest(model: nn.Module, longest: int | None = None) -> str | None:
     (``read="sources"``).
 
     Args:
-        longest: tokens in the longest path to come, held against the reach of the model's attention.
+        longest: tokens in the longest path to come, held against the reach of the model's attention and positions.
 
     Raises:
-        AlignError: the model is not a causal decoder, or neither path gives its own log-probs.
+        AlignError: the model is not a causal decoder, has too few positions, or neither path gives its own log-probs.
     """
     base = base_model(model)
     before = base.config._attn_implementation
     if getattr(base.config, "is_encoder_decoder", False):
         raise AlignError(f"{type(base).__name__} is an encoder and a decoder; take a decoder alone, as Llama, Qwen or GPT-2")
+    if longest is not None:
+        check_reach(model, longest)
     model.forward = MethodType(_forward, model)
     with _evaluating(model), short_windows(base, longest):
         probe = _Probe(model)
@@ -76,6 +82,25 @@ def enable_forest(model: nn.Module, longest: int | None = None) -> str | None:
                 f"{type(base).__name__} can be trained neither on the forest ({reason}) nor on padded rows ({problem})"
             )
     return reason
+
+
+def check_reach(model: nn.Module, longest: int) -> None:
+    """Raise `AlignError` where `model` has learned its positions (as GPT-2, BERT and BART have), and fewer than `longest` tokens
+    need.
+    """
+    base = base_model(model)
+    virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
+    for name, table in base.named_modules():
+        if not POSITIONS.search(name) or not isinstance(table, nn.Embedding):
+            continue
+        if type(table) is not nn.Embedding and not hasattr(table, "offset"):  # waves, which some families make longer as needed
+            continue
+        first = getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
+        if longest > (reach := table.num_embeddings - first - virtual):
+            raise AlignError(
+                f"the longest row has {longest} tokens, and {type(base).__name__} has places for {reach}: set max_length to "
+                f"{reach} or less"
+            )
 
 
 def base_model(model: nn.Module) -> Any:

@@ -174,6 +174,14 @@ def test_a_model_that_agrees_on_neither_path_is_refused():
         enable_forest(model)
 
 
+def test_a_row_longer_than_the_learned_positions_is_refused():
+    model = build("gpt2", n_embd=32, n_layer=1, n_head=4, n_positions=20)
+    assert enable_forest(model, 20) is None
+    with pytest.raises(AlignError, match="the longest row has 21 tokens, and GPT2LMHeadModel has places for 20"):
+        enable_forest(model, 21)
+    assert enable_forest(llama(max_position_embeddings=20), 21) is None  # turned, not learned: it may go on
+
+
 def test_the_model_stays_itself():
     """Logits, generation and the training mode are as before."""
     model, ids = llama().train(), torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])

@@ -24,6 +24,8 @@ SMALL = {
     "max_position_embeddings": 128,
 }
 T5 = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+BART = {"d_model": 32, "encoder_layers": 1, "encoder_ffn_dim": 64, "encoder_attention_heads": 4, "max_position_embeddings": 64}
+BART |= {"decoder_layers": 1, "decoder_ffn_dim": 64, "decoder_attention_heads": 4, "pad_token_id": 0, "eos_token_id": 2}
 MODELS = {
     "bert": ("bert", SMALL),
     "roberta": ("roberta", SMALL),
@@ -44,7 +46,7 @@ def words(tokenizer):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer, words):
     """Tiny models of every family, and rows of every task that can be learnt by heart."""
-    from transformers import AutoConfig, AutoModelForMaskedLM, T5ForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForMaskedLM, BartForConditionalGeneration, T5ForConditionalGeneration
 
     folder = tmp_path_factory.mktemp("tasks")
     for name, (kind, sizes) in MODELS.items():
@@ -60,6 +62,8 @@ def folder(tmp_path_factory, tokenizer, words):
     config = AutoConfig.for_model("t5", vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=2, **T5)
     T5ForConditionalGeneration(config).save_pretrained(folder / "t5")
     tokenizer.save_pretrained(folder / "t5")
+    BartForConditionalGeneration(AutoConfig.for_model("bart", vocab_size=len(tokenizer), **BART)).save_pretrained(folder / "bart")
+    tokenizer.save_pretrained(folder / "bart")
     animals = [f"{a} {b} sat on {c}" for a in ("the", "one", "my") for b in ("cat", "mat") for c in ("me", "a mat", "you")]
     write_rows(folder / "animals.jsonl", [{"text": text, "label": "cat" if "cat" in text else "mat"} for text in animals])
     tagged = [
@@ -68,6 +72,8 @@ def folder(tmp_path_factory, tokenizer, words):
         {"tokens": ["the", "cat"], "tags": ["O", "O"]},
     ]
     write_rows(folder / "tagged.jsonl", tagged * 4)
+    write_rows(folder / "longer.jsonl", [{"text": "cat " * 160, "label": label} for label in ("cat", "mat")])
+    write_rows(folder / "longer.said.jsonl", [{"prompt": "say cat", "completion": "cat " * 200}])
     context = "the cat sat on a mat and said hello to me"
     asked = [("who sat?", "the cat"), ("on what?", "a mat"), ("said what?", "hello")]
     write_rows(
@@ -391,6 +397,18 @@ MISTAKES = {
         "cannot load a model from .*bert.*AutoModelForSeq2SeqLM",
     ),
     "a field of the forest": (f"task --task ner --engine trl {BASE}", "engine has no part in a task"),
+    "a row longer than the model": (
+        "task --task classification --model bert --data longer.jsonl",
+        "the longest row has 1.. tokens, and BertForSequenceClassification has places for 128: set max_length to 128 or less",
+    ),
+    "a text longer than the model": (
+        "pretrain --model roberta --data longer.jsonl --max_length 200",
+        "the longest row has 1.. tokens, and RobertaForMaskedLM has places for 127: ",
+    ),
+    "a target longer than the model": (
+        "task --task seq2seq --task_args.longest_answer 200 --model bart --data longer.said.jsonl",
+        "the longest row has 200 tokens, and BartForConditionalGeneration has places for 64: ",
+    ),
     "windows that do not move": (
         "task --task qa --task_args.stride 200 --model bert --data asked.jsonl",
         "stride 200 must be below",

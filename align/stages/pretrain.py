@@ -91,6 +91,7 @@ class Pretrain(TrainingStage, ReplayFields, ProbeFields):
         """An encoder or an encoder-decoder, on padded rows."""
         from transformers import TrainingArguments
 
+        from align.engine import check_reach
         from align.errors import AlignError
         from align.progress import say
         from align.stages import training as t
@@ -104,6 +105,7 @@ class Pretrain(TrainingStage, ReplayFields, ProbeFields):
             raise AlignError(f"none of the {len(rows)} documents has two tokens to learn from")
         say(f"{context.name}: {family} model: {type(denoiser).__name__} on {len(blocks):,} blocks of padded rows")
         model = t.make_ready(self, context.name, self._model(tokenizer), tokenizer, None, context.folder)
+        check_reach(model, max(len(block["input_ids"]) for block in [*blocks, *held_blocks]))
         trainer = DenoisingTrainer(
             model=model,
             args=TrainingArguments(**t.training_arguments(self, context, has_eval=bool(held_blocks))),

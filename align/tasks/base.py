@@ -146,6 +146,12 @@ def is_task_model(path: str) -> bool:
     return (Path(path) / TASK_FILE).is_file()
 
 
+def tokens(item: Feature) -> int:
+    """How many tokens the model reads of `item`, or is to write of it."""
+    labels = item.get("labels")
+    return max(len(item["input_ids"]), len(labels) if isinstance(labels, list) else 0)
+
+
 def used(features: Features, label: str) -> Features:
     """`features`, with a line where rows were cut or set aside.
 
