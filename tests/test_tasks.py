@@ -237,6 +237,24 @@ def test_a_trained_task_goes_on_from_its_own_head(capsys):
     assert second["metrics"]["eval_loss_before"] == pytest.approx(first["metrics"]["eval_loss"], rel=1e-5)
 
 
+def test_a_trained_head_keeps_its_labels(capsys, folder):
+    """Rows of two of its three labels train those two outputs; one that it does not know, or another task, is refused."""
+    three = [{"text": text, "label": label} for text, label in (("the cat", "a"), ("a mat", "b"), ("hello you", "c"))]
+    for name, rows in {"abc": three, "bc": three[1:], "bd": [three[1], {"text": "hello you", "label": "d"}]}.items():
+        write_rows(folder / f"{name}.jsonl", rows * 4)
+    first = run(capsys, f"task --task classification --model bert --data abc.jsonl --eval_data abc.jsonl{LEARN} --name three")
+    assert first["metrics"]["eval_accuracy"] == 1
+    further = "--model three --data bc.jsonl --eval_data abc.jsonl --max_steps 1 --learning_rate 1e-6"
+    second = run(capsys, f"task --task classification {further} --name two")
+    assert second["metrics"]["eval_accuracy"] == 1
+    for command, message in (
+        ("task --task classification --model three --data bd.jsonl --held_out 0", "knows the labels a, b, c, and rows have 'd'"),
+        ("task --task ner --model three --data tagged.jsonl", "has a head for classification, not for ner"),
+    ):
+        assert main(command.split()) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_accumulated_steps_are_one_big_batch(capsys):
     """Two micro-steps of 9 rows make the update of one batch of 18: the same losses after one step."""
     base = "task --task classification --model bert --data animals.jsonl --eval_data animals.jsonl --max_steps 1 --warmup_ratio 0"

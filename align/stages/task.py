@@ -47,7 +47,7 @@ class TaskTraining(TrainingStage):
         from align.models import load_tokenizer
         from align.stages import training as t
         from align.tasks import tasks
-        from align.tasks.base import save_task, tokens, used
+        from align.tasks.base import labels_of_head, save_task, tokens, used
         from align.tuning.soft import is_decoder
 
         cls = tasks[self.task]
@@ -57,7 +57,8 @@ class TaskTraining(TrainingStage):
         if self.shots is not None:
             rows = few(rows, self.shots, self.seed)
         tokenizer = load_tokenizer(self.model, trust_remote_code=self.trust_remote_code)
-        task = cls(tokenizer, self.max_length, cls.labels_of(rows), **self.task_args)
+        labels = labels_of_head(self.model, self.task, cls.labels_of(rows))
+        task = cls(tokenizer, self.max_length, labels, **self.task_args)
         specs = self.metrics or list(task.metrics)
         task.check_metrics(specs)
         model = task.model(self.model, **t.loading(self))

@@ -141,6 +141,26 @@ def read_task(path: str, tokenizer: PreTrainedTokenizerBase) -> Task:
     return tasks[stored["task"]](tokenizer, stored["max_length"], stored["labels"], **stored["task_args"])
 
 
+def labels_of_head(path: str, name: str, labels: Sequence[str]) -> list[str]:
+    """The labels of the model at `path` for rows that have `labels`: its own, in its order, where it was trained for task `name`.
+
+    Raises:
+        AlignError: the rows have one that its head does not know, or its head is that of another task.
+    """
+    stored = json.loads((Path(path) / TASK_FILE).read_text(encoding="utf-8")) if is_task_model(path) else {}
+    own: list[str] = stored.get("labels", [])
+    if not own or not labels or "cloze" in (name, stored["task"]):  # a cloze has no head
+        return list(labels)
+    if stored["task"] != name:
+        raise AlignError(f"{path} has a head for {stored['task']}, not for {name}: start from the model that it was made from")
+    if unknown := [label for label in labels if label not in own]:
+        raise AlignError(
+            f"{path} knows the labels {', '.join(own)}, and rows have {unknown[0]!r}: for a new head start from the model that it "
+            "was made from"
+        )
+    return own
+
+
 def is_task_model(path: str) -> bool:
     """Whether the folder `path` holds a model of the stage `task`."""
     return (Path(path) / TASK_FILE).is_file()
