@@ -93,7 +93,8 @@ class Catalog(Generic[Entry]):
         """Raise `AlignError` unless each of `arguments` is of the type that the entry `name` is annotated with."""
         from pydantic import TypeAdapter, ValidationError  # here, as losses need torch and nothing heavier
 
-        hints = get_type_hints(self[name], include_extras=True)
+        entry: Any = self[name]
+        hints = get_type_hints(entry.__init__ if inspect.isclass(entry) else entry, include_extras=True)
         for key, value in arguments.items():
             try:
                 TypeAdapter(hints[key]).validate_python(value, strict=True)

@@ -427,6 +427,14 @@ MISTAKES = {
         "task --task seq2seq --task_args.longest_answer 200 --model bart --data longer.said.jsonl",
         "the longest row has 200 tokens, and BartForConditionalGeneration has places for 64: ",
     ),
+    "an argument of another type": (
+        "task --task qa --task_args.stride x --model bert --data asked.jsonl",
+        "task 'qa': stride='x': input should be a valid integer",
+    ),
+    "no room for an answer": (
+        "task --task seq2seq --task_args.longest_answer 0 --model t5 --data said.jsonl",
+        "longest_answer=0: input should be greater than 0",
+    ),
     "windows that do not move": (
         "task --task qa --task_args.stride 200 --model bert --data asked.jsonl",
         "stride 200 must be below",

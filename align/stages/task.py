@@ -52,6 +52,7 @@ class TaskTraining(TrainingStage):
 
         cls = tasks[self.task]
         tasks.check_arguments(self.task, self.task_args)
+        tasks.check_values(self.task, self.task_args)
         t.seed_everything(self)
         rows, held = t.rows_of(self, cls.kind, context)
         if self.shots is not None:

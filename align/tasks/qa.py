@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from align.errors import AlignError
@@ -36,7 +37,7 @@ class QuestionAnswering(Task):
         labels: Sequence[str],
         *,
         stride: int = 64,
-        longest_answer: int = 30,
+        longest_answer: Annotated[int, Field(gt=0)] = 30,
         may_be_unanswerable: bool = False,
     ) -> None:
         super().__init__(tokenizer, max_length, labels)

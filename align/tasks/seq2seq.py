@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from transformers import (
     AutoModelForSeq2SeqLM,
     DataCollatorForSeq2Seq,
@@ -45,7 +46,7 @@ class Seq2Seq(Task):
         labels: Sequence[str],
         *,
         prefix: str = "",
-        longest_answer: int = 64,
+        longest_answer: Annotated[int, Field(gt=0)] = 64,
     ) -> None:
         super().__init__(tokenizer, max_length, labels)
         self.prefix, self.longest_answer = prefix, longest_answer
