@@ -226,3 +226,25 @@ def test_the_command(tmp_path, tokenizer, capsys):
     assert "is a language model" in capsys.readouterr().err
     assert main(["curvature", str(model), "--data", str(data), "--checkpoints"]) == 2
     assert "has no checkpoints" in capsys.readouterr().err
+
+
+def test_mistakes_are_told_before_anything_is_measured(tmp_path, tokenizer, capsys, monkeypatch):
+    from align.cli import main
+    from align.data import write_rows
+    from align.diagnostics.curvature import measure
+
+    model, data = tmp_path / "model", tmp_path / "rows.jsonl"
+    llama().save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    write_rows(data, [{"prompt": "Say it.", "completion": "one two"}])
+    monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("measured"))
+    for more, message in (
+        (["--eval_data", str(tmp_path / "none.jsonl")], "none.jsonl: no such file"),
+        (["--out", str(data)], "is a file, and --out names a folder"),
+        (["--max_length", "0"], "must be at least 1"),
+        (["--max_tokens_per_micro_batch", "0"], "must be at least 1"),
+        (["--probes", "1"], "--probes must be at least 2"),
+    ):
+        assert main(["curvature", str(model), "--data", str(data), *more]) == 2
+        assert message in capsys.readouterr().err
+    assert not (model / "curvature").exists()

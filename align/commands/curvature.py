@@ -38,11 +38,15 @@ def add(verbs: Any) -> None:
 def curvature(options: argparse.Namespace) -> int:
     from align.registry import Registry, home
 
-    if min(options.rows, options.steps, options.probes) < 1:
-        raise AlignError("--rows, --steps and --probes must be at least 1")
+    if min(options.rows, options.steps, options.max_length, options.max_tokens_per_micro_batch) < 1:
+        raise AlignError("--rows, --steps, --max_length and --max_tokens_per_micro_batch must be at least 1")
+    if options.probes < 2:
+        raise AlignError("--probes must be at least 2: the error of the trace is that of a mean")
     path = Registry().resolve(options.name).path
     places = _places(path, options.checkpoints)
     out = options.out or (Path(path) / "curvature" if Path(path).is_dir() else home() / "curvature" / Path(path).name)
+    if out.exists() and not out.is_dir():
+        raise AlignError(f"{out} is a file, and --out names a folder")
     if options.plan:
         print("\n".join(f"measure  {name:<16} {place}" for name, place in places) + f"\nwrite    {out}")
         return 0
@@ -77,9 +81,10 @@ def _measure(name: str, path: str, rows: Rows, options: argparse.Namespace) -> d
     from align.diagnostics.curvature.load import surface_of
     from align.diagnostics.curvature.measure import Settings, measure
 
-    surface = surface_of(path, rows)
-    found = measure(surface, Settings(steps=options.steps, probes=options.probes, seed=options.seed), name)
-    held = found["loss"] if options.eval_data is None else surface_of(path, replace(rows, source=options.eval_data)).loss()
+    # First, as a mistake in these rows should not show after all the rest was measured.
+    held = None if options.eval_data is None else surface_of(path, replace(rows, source=options.eval_data)).loss()
+    found = measure(surface_of(path, rows), Settings(steps=options.steps, probes=options.probes, seed=options.seed), name)
+    held = found["loss"] if held is None else held
     return {"name": name, "path": path, "held_out_loss": held, "held_out_perplexity": math.exp(min(held, 700.0)), **found}
 
 
