@@ -4,7 +4,6 @@ there.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -19,13 +18,17 @@ from transformers import AutoTokenizer
 
 from align.artifact import Artifact, library_versions
 from align.errors import AlignError
-from align.models import DTYPES, is_adapter, load_causal_lm, load_config, load_reward_model
+from align.models import DTYPES, family_of, is_adapter, is_classifier, load_causal_lm, load_config, load_reward_model
 from align.progress import say
 from align.registry import Registry
+from align.tasks.base import is_task_model
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 SAME = 1e-4
 """Logits in fp32 that differ by at most this share of the largest (or by this much, where that is below 1) are the same."""
+
+EXPORTED = "causal language models and reward models can be exported; a whole model's folder is a plain one already"
+"""What becomes of other models."""
 
 KEPT = ("score_scale.json",)
 """Files of ours beside a model that belong to it."""
@@ -61,8 +64,8 @@ def export(
         dtype: of the weights; by default that of the base. Adapters are merged in fp32 whatever it is.
 
     Raises:
-        AlignError: there is no such model; it is an adapter and `merge` is false; it cannot be merged; `to` is taken; or what was
-            written answers differently.
+        AlignError: there is no such model; it is no causal language model and no reward model; it is an adapter and `merge` is
+            false; it cannot be merged; `to` is taken; or what was written answers differently.
     """
     registry = registry or Registry()
     resolved = registry.resolve(reference)
@@ -103,21 +106,23 @@ def export(
 
 def _load(path: str, adapter: bool) -> tuple[Any, str]:
     """The model in fp32, its adapter not merged, and the type that its weights are stored in."""
+    config, classifies = load_config(path), is_classifier(path)
+    if classifies and is_task_model(path):
+        raise AlignError(f"{path} has the head of a task; {EXPORTED}")
+    if (family := family_of(config)) != "causal":
+        raise AlignError(f"{path} is of the family {family!r}; {EXPORTED}")
+    load = load_reward_model if classifies else load_causal_lm
     if not adapter:
-        config = load_config(path)
-        scores = (config.architectures or [""])[0].endswith("ForSequenceClassification")
-        return (load_reward_model if scores else load_causal_lm)(path), _type_of(config)
-    described = json.loads((Path(path) / "adapter_config.json").read_text())
-    loaders = {"CAUSAL_LM": load_causal_lm, "SEQ_CLS": load_reward_model}
-    if described["task_type"] not in loaders:
-        raise AlignError(f"{path} is an adapter for {described['task_type']}; language models and reward models can be exported")
-    model = loaders[described["task_type"]](path, on_adapter="continue")
+        if classifies and config.num_labels > 1:
+            raise AlignError(f"{path} is a classifier of {config.num_labels} labels; {EXPORTED}")
+        return load(path), _type_of(config)
+    model: Any = load(path, on_adapter="continue")
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise AlignError(
-            f"{path} are virtual tokens ({described['peft_type']}), which are no part of the weights: use the folder as it is, "
-            "with peft, on the model that it names"
+            f"{path} are virtual tokens ({model.active_peft_config.peft_type.value}), which are no part of the weights: use the "
+            "folder as it is, with peft, on the model that it names"
         )
-    return model, _type_of(load_config(path))
+    return model, _type_of(config)
 
 
 def _type_of(config: Any) -> str:
