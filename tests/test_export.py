@@ -141,6 +141,7 @@ def test_what_is_refused_leaves_nothing(trained, ground, tmp_path, capsys, token
         (["two-sft", "--to", there], "two-sft is an adapter: add --merge"),
         (["two-sft", "--merge", "--to", ground / "base"], "exists, and an export overwrites nothing"),
         (["two-sft", "--merge", "--to", there, "--dtype", "int8"], "dtype 'int8' is not one of"),
+        (["two-sft", "--merge", "--to", there, "--max_shard_size", "5XB"], "max_shard_size '5XB' is not a size such as"),
         (["two-sfd", "--merge", "--to", there], "two-sfd"),
         ([tmp_path / "soft", "--merge", "--to", there], "are virtual tokens (PROMPT_TUNING)"),
         ([tmp_path / "masked", "--to", there], "is of the family 'masked'; causal language models and reward models can be"),

@@ -4,6 +4,7 @@ there.
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -73,6 +74,8 @@ def export(
         raise AlignError(f"{to} exists, and an export overwrites nothing: name another folder, or remove it")
     if dtype is not None and dtype not in DTYPES:
         raise AlignError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size, re.IGNORECASE):
+        raise AlignError(f"max_shard_size {max_shard_size!r} is not a size such as 500MB or 5GB")
     adapter = is_adapter(resolved.path)
     if adapter and not merge:
         raise AlignError(f"{reference} is an adapter: add --merge to export it as a part of its base")
