@@ -31,7 +31,8 @@ def read_source(source: str, split: str) -> Iterator[Item]:
         yield from (Item(path.name, *row) for row in _saved(path, split))
     elif path.exists():
         for file in _data_files(path, split):
-            yield from read_file(file)
+            name = file.relative_to(path).as_posix() if path.is_dir() else file.name  # two folders may have files of one name
+            yield from (item._replace(file=name) for item in read_file(file))
     else:
         yield from (Item(source, *row) for row in _hub(_hub_id(source), split))
 

@@ -109,6 +109,15 @@ def test_folder_of_several_formats(tmp_path: Path) -> None:
 BAD = [PAIRS[0], {**PAIRS[1], "chosen": 3}, {**PAIRS[2], "rejected": "good 2"}, PAIRS[3]]
 
 
+def test_files_of_one_name_in_two_folders_are_two_files(tmp_path: Path) -> None:
+    """The first has more rows than are looked at, so the format of the second can only be found in the second."""
+    write(tmp_path / "a" / "data.jsonl", lines([PAIRS[0]] * 70))
+    write(tmp_path / "b" / "data.jsonl", lines([{"question": "q", "response_j": "good", "response_k": "bad"}] * 8 + [{"x": 1}]))
+    loaded = load_rows(tmp_path, "preference", on_bad_row="quarantine")
+    assert (loaded.account.used, loaded.format) == (78, "native, stack_exchange")
+    assert [place for place, _ in loaded.set_aside] == ["b/data.jsonl row 9"]
+
+
 def test_a_bad_row_raises_with_its_place(tmp_path: Path) -> None:
     message = refusal(write(tmp_path / "data.jsonl", lines(BAD)), "preference")
     assert message == "data.jsonl row 2, field chosen: got 3, expected a string; mend the row, or set on_bad_row to quarantine"

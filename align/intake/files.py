@@ -35,6 +35,7 @@ class Item(NamedTuple):
     """A raw row, or what is wrong with it."""
 
     file: str
+    """Its name, in a folder that is read as a whole with the folders above it."""
     number: int
     """Its place in the file, from 1; in a text file, the line it begins at."""
     raw: Raw | Unreadable
