@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,19 +89,29 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _data_files(path: Path, split: str) -> list[Path]:
-    """`path` itself, or the data files of that folder: those named for `split` if any are named for a split, else all."""
+    """`path` itself, or the data files of that folder: those named for `split`, or in a folder that is, if any are named
+    for a split, else all.
+    """
     if path.is_file():
         return [path]
     files = [file for file in _files(path) if type_of(file) in READERS and file.name not in NOT_DATA]
     if not files:
         raise AlignError(f"{path}: no data files in this folder; expected {', '.join(READERS)}, plain or with .gz or .zst")
-    named = {name: [file for file in files if re.match(rf"{re.escape(name)}([-_.]|$)", file.name)] for name in (*SPLITS, split)}
+    names = (*SPLITS, split)
+    told = {file: _splits_of(file.relative_to(path), names) for file in files}
+    named = {name: [file for file in files if name in told[file]] for name in names}
     if not any(named.values()):
         return files
     if not named[split]:
         there = ", ".join(name for name, found in named.items() if found)
         raise AlignError(f"{path}: no files of split {split!r}; there are files of: {there}")
     return named[split]
+
+
+def _splits_of(path: Path, names: Iterable[str]) -> list[str]:
+    """Which of `names` a file is named for, or else the nearest folder above it that is named for any."""
+    found = ([name for name in names if re.match(rf"{re.escape(name)}([-_.]|$)", part)] for part in reversed(path.parts))
+    return next(filter(None, found), [])
 
 
 # Data sets of the `datasets` library

@@ -96,6 +96,15 @@ def test_folder_of_files_with_splits(tmp_path: Path) -> None:
     assert "no files of split 'validation'; there are files of: train, test" in refusal(tmp_path, "preference", split="validation")
 
 
+def test_folders_named_for_splits(tmp_path: Path) -> None:
+    """Rows of a test set in ``test/`` are not trained on; a file's own name tells before its folder's does."""
+    write(tmp_path / "train" / "0.jsonl", lines(PAIRS[:3]))
+    write(tmp_path / "test" / "0.jsonl", lines(PAIRS[3:5]))
+    write(tmp_path / "train" / "test.jsonl", lines(PAIRS[5:]))
+    assert [row.prompt for row in load_rows(tmp_path, "preference").rows] == [row["prompt"] for row in PAIRS[:3]]
+    assert [row.prompt for row in load_rows(tmp_path, "preference", split="test").rows] == [row["prompt"] for row in PAIRS[3:]]
+
+
 def test_folder_of_several_formats(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", lines([*PAIRS[:2], {**PAIRS[2], "rejected": "good 2 "}]))
     write(tmp_path / "b.jsonl", lines([{"instruction": "i", "output": ["x", "x"]}, {"instruction": "i", "output": ["x", "y"]}]))
