@@ -49,7 +49,9 @@ def csv(delimiter: str) -> bytes:
         ("a.jsonl", b"\xef\xbb\xbf" + lines(PAIRS).replace(b"\n", b"\r\n\r\n")),  # a byte order mark, \r\n, empty lines
         ("a.json", json.dumps(PAIRS, indent=1).encode()),
         ("a.json", lines(PAIRS)),
+        ("a.json", lines([{**PAIRS[0], "id": "x" * 70_000}, *PAIRS[1:]])),  # a first line longer than a first look
         ("a.jsonl.gz", gzip.compress(lines(PAIRS))),
+        ("A.JSONL.GZ", gzip.compress(lines(PAIRS))),
         ("a.json.gz", gzip.compress(json.dumps(PAIRS).encode())),
         ("a.csv", csv(",")),
         ("a.tsv", csv("\t")),

@@ -75,9 +75,9 @@ def type_of(path: Path) -> str:
 
 
 def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return gzip.open(path)  # type: ignore[return-value]
-    if path.suffix != ".zst":
+    if path.suffix.lower() != ".zst":
         return path.open("rb")
     try:
         import zstandard
@@ -146,8 +146,10 @@ def _json(path: Path) -> Iterator[Numbered]:
     if start.lstrip().startswith("["):
         yield from _json_array(path)
         return
-    first, _, rest = start.lstrip().partition("\n")
-    if rest.strip():
+    with _text(path) as stream:
+        full = filter(str.strip, stream)
+        first, second = next(full, ""), next(full, "")
+    if second:
         try:
             json.loads(first)
         except ValueError:  # it goes on in the next line, so it is no row by itself
