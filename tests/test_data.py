@@ -98,6 +98,23 @@ def test_folder_of_files_with_splits(tmp_path: Path) -> None:
     assert "no files of split 'validation'; there are files of: train, test" in refusal(tmp_path, "preference", split="validation")
 
 
+@pytest.mark.parametrize(
+    ("table", "used", "lost"),
+    [
+        (b'label,text\n1,good\n0,"bad\n1,third\n0,fourth\n', ["good"], 3),  # to the end of the file
+        (b'text,label\n"Well" made,1\nfine,0\n', ["fine"], 1),  # a row that would lose its quotation marks
+        (b'text,label\n"Never,0\ngood,1\nthe "end",0\nfine,0\n', ["fine"], 3),  # up to the next mark
+        (b'text,label\n"Say ""hi"",\nthen go.",0\n', ['Say "hi",\nthen go.'], 0),
+    ],
+)
+def test_rows_behind_a_quotation_mark_that_is_not_closed(tmp_path: Path, table: bytes, used: list[str], lost: int) -> None:
+    """They were one row, used, with the rest of the file for its text."""
+    loaded = load_rows(write(tmp_path / "a.csv", table), "classification", on_bad_row="quarantine")
+    assert [row.text for row in loaded.rows] == used
+    assert (loaded.account.used, loaded.account.set_aside) == (len(used), lost)
+    assert all("not closed" in reason for _, reason in loaded.set_aside)
+
+
 def test_folders_named_for_splits(tmp_path: Path) -> None:
     """Rows of a test set in ``test/`` are not trained on; a file's own name tells before its folder's does."""
     write(tmp_path / "train" / "0.jsonl", lines(PAIRS[:3]))

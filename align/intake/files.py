@@ -223,6 +223,8 @@ def _sound(value: Any) -> Raw | Unreadable:
 
 # Tables
 
+MARKS = "a cell begins with a quotation mark that is not closed behind it; quote all of it, and double the marks inside"
+
 
 def _table(delimiter: str) -> Callable[[Path], Iterator[Numbered]]:
     def read(path: Path) -> Iterator[Numbered]:
@@ -232,11 +234,27 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Numbered]]:
         columns = layouts.header(first)
         # Programs that write no header, write no quotes either.
         quoting: Any = csv.QUOTE_NONE if columns is None and delimiter == "\t" else csv.QUOTE_MINIMAL
-        number = 0
         with _text(path, newline="") as stream:
-            rows = csv.reader(stream, delimiter=delimiter, quoting=quoting)
+            taken: list[str] = []  # lines of the row that is being read
+
+            def lines() -> Iterator[str]:
+                for line in stream:
+                    taken.append(line)
+                    yield line
+
+            rows = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=True)
             columns = layouts.columns_of(first) if columns is None else next(rows, [])
-            for cells in rows:
+            number = 0
+            while True:
+                taken.clear()
+                try:
+                    cells = next(rows, None)
+                except csv.Error as error:
+                    number += 1
+                    yield number, Unreadable(f"{MARKS} ({error})", "".join(taken)), len(taken)
+                    continue
+                if cells is None:
+                    return
                 if cells:
                     number += 1
                     yield number, _row(columns, cells, delimiter)
