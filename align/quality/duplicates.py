@@ -48,7 +48,9 @@ class NearDuplicates:
         self._first[text] = number
         mine = pieces(text)
         sketch = self._empty.copy()
-        sketch.update_batch([piece.encode() for piece in mine])
+        # Texts with other numbers share no piece of their sketches, so thousands of sums in one wording are no candidates.
+        said = " ".join(numbers(text))
+        sketch.update_batch([f"{piece}{said}".encode() for piece in mine])
         found = [other for other in sorted(self._index.query(sketch)) if self._repeats(text, mine, self._texts[other])]
         self._index.insert(number, sketch, check_duplication=False)
         return found
