@@ -24,7 +24,7 @@ def personal(pattern: str) -> Callable[[Finder], Finder]:
     return register
 
 
-@personal(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
+@personal(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
 def email(match: re.Match[str]) -> bool:
     """An address with a domain."""
     return True
