@@ -28,7 +28,14 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _encodable_inside(value: dict[str, Any]) -> dict[str, Any]:
+    """`value`, unless a string somewhere in it is none that `_encodable` lets pass."""
+    _encodable(json.dumps(value, ensure_ascii=False, default=str))
+    return value
+
+
 String = Annotated[str, AfterValidator(_encodable)]
+Object = Annotated[dict[str, Any], AfterValidator(_encodable_inside)]
 
 
 class _Strict(BaseModel):
@@ -41,10 +48,10 @@ class Message(_Strict):
     role: Literal["system", "user", "assistant", "tool"]
     content: String
     """May be empty: real data has empty replies. Null is read as empty, where there are tool calls."""
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[Object] | None = None
     """``{"type": "function", "function": {"name": ..., "arguments": {...}}}`` each."""
-    tool_call_id: str | None = None
-    name: str | None = None
+    tool_call_id: String | None = None
+    name: String | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -119,7 +126,7 @@ class SFTRow(Row):
     messages: list[Message] | None = None
     prompt: Text | None = None
     completion: Text | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Object] | None = None
 
     @model_validator(mode="after")
     def _one_way(self) -> SFTRow:
@@ -138,7 +145,7 @@ class PreferenceRow(Row):
     chosen: Text
     rejected: Text
     margin: float | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Object] | None = None
 
 
 class PromptRow(Row):
@@ -146,7 +153,7 @@ class PromptRow(Row):
 
     prompt: Text
     columns: dict[str, Any] = Field(default_factory=dict)
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Object] | None = None
 
 
 class LabelledRow(Row):
@@ -155,7 +162,7 @@ class LabelledRow(Row):
     prompt: Text
     completion: Text
     label: bool
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Object] | None = None
 
 
 class LabelledText(Row):

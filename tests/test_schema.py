@@ -118,6 +118,18 @@ def test_accepted(kind: str, raw: dict[str, Any]) -> None:
             r"data.jsonl row 17, field text: got 'a\ud83d', expected a string without unpaired surrogates",
         ),
         (
+            "sft",
+            {"messages": [USER, BOT], "tools": [{"type": "function", "function": {"name": "f", "description": "\ud83d"}}]},
+            r"data.jsonl row 17, field tools[0]: got {'type': 'function', 'function': {'name'...on': '\ud83d'}}, expected "
+            "a string without unpaired surrogates",
+        ),
+        (
+            "sft",
+            {"messages": [{**CALL, "tool_calls": [{"id": "\ud83d"}]}]},
+            r"data.jsonl row 17, field messages[0].tool_calls[0]: got {'id': '\ud83d'}, expected "
+            "a string without unpaired surrogates",
+        ),
+        (
             "prefrence",
             {},
             "unknown kind of rows 'prefrence' (did you mean 'preference'?); known: text, sft, preference, prompts, unpaired, "
