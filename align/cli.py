@@ -5,6 +5,7 @@ exit code 2.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from typing import NoReturn
@@ -56,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     # OpenMP's threads wait for each other by spinning. On a busy machine that can cost a factor of ten; a short spin costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # data may hold half of a surrogate pair, and a terminal know fewer characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _dispatch(sys.argv[1:] if arguments is None else arguments)
     except AlignError as error:

@@ -226,6 +226,16 @@ def test_show(tmp_path, capsys, tokenizer):
     assert ("2 \\x1b[31mred" in page, "0 \\x1b" in page, "\x1b" in page) == (True, False, False)
 
 
+def test_what_utf8_cannot_write_is_printed_as_an_escape(tmp_path, capsys):
+    """Half of a surrogate pair in a column that is not trained on, and in the name of one."""
+    path = tmp_path / "a.jsonl"
+    write_rows(path, [{"prompt": "Hi", "note": "\ud83d"}] * 8 + [{"\ud83d": 1}])
+    assert main(["data", "show", str(path), "--rows", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["columns"] == {"note": "\ud83d"}
+    assert main(["data", "check", str(path)]) == 1
+    assert "found \\ud83d" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
