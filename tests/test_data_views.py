@@ -145,6 +145,16 @@ def test_a_row_that_cannot_be_held_is_named_or_set_aside(tmp_path, capsys):
     assert "did you mean 'alpaca'" in capsys.readouterr().err
 
 
+def test_a_conversion_of_nothing_leaves_an_older_file_alone(tmp_path, capsys):
+    path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    out.write_text("an older file\n")
+    for content, why in (("", "it is empty"), ('{"prompt": "raw", "completion": "text"}\n', "has no place for")):
+        path.write_text(content)
+        assert main(["data", "convert", str(path), "--to", "openai", "--out", str(out), "--on_bad_row", "quarantine"]) == 2
+        assert why in capsys.readouterr().err
+        assert out.read_text() == "an older file\n"
+
+
 def test_every_writer_is_of_a_format():
     from align.formats import formats
 
@@ -188,7 +198,7 @@ def test_check_prints_a_line_for_each_file(tmp_path, capsys):
 
 def test_stats(tmp_path, capsys):
     """Lengths of 1 to 10 characters: worked out by hand."""
-    path, plot = tmp_path / "a.jsonl", tmp_path / "a.png"
+    path, plot = tmp_path / "a.jsonl", tmp_path / "plots" / "a.png"
     write_rows(path, [{"prompt": "p" * i, "completion": "cc", "label": i % 5 == 0} for i in range(1, 11)])
     assert main(["data", "stats", str(path), "--json", "--plot", str(plot)]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -60,9 +60,11 @@ def convert(options: argparse.Namespace) -> int:
             account.use(1, [])
             account.gave += 1
             yield {**other_columns(item.raw, stream.read_as, stream.kind), **found}  # type: ignore[arg-type]
+        refuse_empty(stream)  # before anything takes the place of an older file
+        if not account.gave:
+            raise AlignError(f"{options.file}: no rows to write as {options.to}: {account.summary()}{quarantine.note(account)}")
 
     write_rows(options.out, rows())
-    refuse_empty(stream)
     say(f"{options.file}: {stream.account.summary()}{quarantine.note(stream.account)}")
     say(f"{options.out}: {stream.kind} rows as {options.to}: {account.summary()}{quarantine.note(account)}")
     return 0
