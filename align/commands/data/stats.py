@@ -7,8 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from align.commands.data.arguments import check_outputs
+from align.errors import AlignError
 from align.registry import Registry
 from align.schema import KINDS
+
+PLOTS = (".png", ".svg", ".pdf", ".jpg")
 
 
 def add(actions: Any) -> None:
@@ -28,6 +32,10 @@ def stats(options: argparse.Namespace) -> int:
     from align.intake.statistics import Statistics
     from align.progress import say
 
+    if options.plot is not None:
+        check_outputs(options.files, options.plot)
+        if options.plot.suffix not in PLOTS:
+            raise AlignError(f"--plot {options.plot}: expected a file that ends in {', '.join(PLOTS)}")
     length: Any = len
     if options.model:
         from align.models import load_tokenizer
@@ -41,6 +49,7 @@ def stats(options: argparse.Namespace) -> int:
         refuse_empty(stream)
         print(json.dumps(found.as_dict(), ensure_ascii=False) if options.json else _page(found, unit))
         if options.plot and number == 0:
+            options.plot.parent.mkdir(parents=True, exist_ok=True)
             found.plot(options.plot, unit)
             say(f"drawn: {options.plot}")
     return 0
