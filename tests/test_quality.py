@@ -360,12 +360,40 @@ def test_no_command_writes_over_what_it_reads(dirty, capsys, arguments):
     assert {path.name: path.read_text() for path in dirty.iterdir()} == before
 
 
+def test_rows_that_cannot_be_read_are_in_the_account_of_what_is_written(dirty, capsys):
+    with (dirty / "dirty.jsonl").open("a") as file:
+        file.write('{"prompt": "cut')
+    for arguments in (["split", "dirty.jsonl", "--output_dir", "parts"], ["augment", "dirty.jsonl", "--how", "paraphrases"]):
+        assert main(["data", *arguments, "--json", *(["--output", "more.jsonl"] if "--how" in arguments else [])]) == 0
+        assert json.loads(capsys.readouterr().out)["loaded"].startswith("8 rows = 7 used + 1 set aside")
+
+
+def test_a_split_leaves_no_file_of_an_earlier_one(dirty, capsys):
+    """Rows between the sides of one split are on a side of the next."""
+    (dirty / "parts").mkdir()
+    write_rows("parts/between.jsonl", [{"prompt": QUESTION}])
+    assert main(["data", "split", "dirty.jsonl", "--output_dir", "parts"]) == 0
+    assert "0 near prompts of both sides" in capsys.readouterr().out
+    assert sorted(path.name for path in (dirty / "parts").iterdir()) == ["test.jsonl", "train.jsonl"]
+    assert main(["data", "split", "dirty.jsonl", "--threshold", "0", "--output_dir", "parts"]) == 2
+    assert "threshold: got 0.0, expected a similarity above 0" in capsys.readouterr().err
+
+
 def test_split_writes_two_files(dirty, capsys):
     assert main(["data", "split", "dirty.jsonl", "--held_out", "0.5", "--seed", "1", "--output_dir", "parts", "--json"]) == 0
     account = json.loads(capsys.readouterr().out)
     assert account["train"] + account["test"] + account["between"] == account["rows"] == 7
     loaded = {side: load_rows(f"parts/{side}.jsonl", "preference").rows for side in ("train", "test")}
     assert not {row.prompt for row in loaded["train"]} & {row.prompt for row in loaded["test"]}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["check", "dirty.jsonl", "--quarantine", "."], ["stats", "dirty.jsonl", "--plot", "lengths.txt"]]
+)
+def test_outputs_that_are_none_are_refused_in_one_line(dirty, capsys, arguments):
+    assert main(["data", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
 
 
 def test_a_wrong_output_is_refused_before_the_work(dirty, capsys):

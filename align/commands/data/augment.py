@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     write_rows(options.output, rows)
     made = Counter(row["origin"]["how"] for row in rows if "origin" in row)
     counts = {how: made[how] for how in options.how}
-    account = {"file": options.file, "rows": len(loaded.rows), "written": len(rows), "made": counts}
+    account = {"file": options.file, "loaded": loaded.summary(), "rows": len(loaded.rows), "written": len(rows), "made": counts}
     if options.json:
         print(json.dumps(account))
     else:

@@ -30,15 +30,17 @@ def run(options: argparse.Namespace) -> int:
     files = {name: options.output_dir / f"{name}.jsonl" for name in ("train", "test", "between")}
     check_outputs([options.file], *files.values())
     loaded = read(options.file, options.kind, format=options.format, split=options.split)
-    split = split_rows(loaded.rows, options.held_out, options.seed, options.threshold or THRESHOLD)
+    split = split_rows(loaded.rows, options.held_out, options.seed, THRESHOLD if options.threshold is None else options.threshold)
     parts = {"train": split.train, "test": split.held_out, "between": split.between}
     for name, rows in parts.items():
         if rows or name != "between":
             write_rows(files[name], rows)
-    account = {"file": options.file, "rows": len(loaded.rows), **{name: len(rows) for name, rows in parts.items()}}
+        else:
+            files[name].unlink(missing_ok=True)  # that of an earlier split
+    counts = {"rows": len(loaded.rows), **{name: len(rows) for name, rows in parts.items()}}
     if options.json:
-        print(json.dumps(account))
+        print(json.dumps({"file": options.file, "loaded": loaded.summary(), **counts}))
     else:
         print(f"{options.file}: {loaded.summary()}")
-        print("{rows:,} rows = {train:,} train + {test:,} test + {between:,} near prompts of both sides".format(**account))
+        print("{rows:,} rows = {train:,} train + {test:,} test + {between:,} near prompts of both sides".format(**counts))
     return 0
