@@ -262,6 +262,9 @@ class Encoder:
             prompt, completion = row.prompt, row.completion
             assert prompt is not None
             assert completion is not None
+            if isinstance(prompt, list) and isinstance(completion, list) and len(completion) > 1:  # tools spoke in between
+                said = [len(prompt) + i for i, message in enumerate(completion) if message.role == "assistant"]
+                return self._conversation([*prompt, *completion], said, row.tools)
             head, answer = self.prompt_ids(prompt, row.tools), self.answer_ids(prompt, completion, row.tools)
             return Tree(head + answer, prompt_mask=[False] * len(head) + [True] * len(answer))
         turns = row.messages

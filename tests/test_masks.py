@@ -165,6 +165,15 @@ def test_tool_calls_are_the_assistants_words(style):
     assert learned(encoder, last) == [f"{call}{end}"]
 
 
+def test_what_a_tool_says_within_a_completion_is_not_learned(style):
+    """Nor the header behind it, which the assistant is given."""
+    encoder, end, call = style
+    if call is None:
+        pytest.skip("the template writes no calls")
+    (tree,) = encoder.sft([SFTRow(prompt=TOOL_CHAT[:4], completion=TOOL_CHAT[4:7], tools=TOOLS)]).trees
+    assert learned(encoder, tree) == [f"{call}{end}", f"Seven.{end}"]
+
+
 def test_a_conversation_that_the_assistant_opens(style):
     """Its header, which nobody asks it to write, carries no loss."""
     encoder, end, _ = style
