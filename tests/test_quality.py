@@ -15,7 +15,7 @@ from align.quality.personal import mask, patterns
 from align.quality.rules import DEFAULT, rules
 from align.quality.splits import split_rows
 from align.quality.texts import key, mojibake
-from align.schema import LabelledRow, Message, PreferenceRow, PromptRow, SFTRow, TextRow
+from align.schema import LabelledRow, Message, PreferenceRow, PromptRow, QARow, SFTRow, TextRow
 from benchmarks.duplicates import SMALL, made_up, planted, precision_and_recall
 
 
@@ -159,6 +159,14 @@ def test_personal_data_is_told_by_its_form_and_check_sum(kind, text, masked):
     found, counts = mask(text, [kind])
     assert found == (masked or text)
     assert counts[kind] == found.count("[")
+
+
+def test_masking_a_context_moves_the_places_of_its_answers():
+    context = "Bergen? Write to someone@example.org. Mina lives in Bergen, 203.0.113.7 is not hers."
+    row = QARow(question="Where?", context=context, answers=["Bergen", "Bergen"], starts=[0, context.rindex("Bergen")])
+    (kept,) = clean([row], (), ["email"]).kept
+    assert kept.context.startswith("Bergen? Write to [EMAIL]. Mina lives in Bergen,")
+    assert kept.starts == [0, kept.context.rindex("Bergen")]
 
 
 def test_a_long_word_is_looked_through_once():

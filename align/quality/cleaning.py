@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from align.quality.personal import mask_values
+from align.quality.personal import mask, mask_values
 from align.quality.rules import DEFAULT, rules
 from align.quality.texts import whole
-from align.schema import Row
+from align.schema import QARow, Row
 
 EXAMPLES = 3
 """Examples kept of each rule."""
@@ -92,6 +92,8 @@ def masked(row: Row, kinds: Sequence[str], cleaned: Cleaned, number: int) -> Row
     fields, counts = mask_values(row.model_dump(exclude_none=True), list(kinds))
     if not counts:
         return row
+    if isinstance(row, QARow) and row.starts:  # what is masked before an answer moves it
+        fields["starts"] = [len(mask(row.context[:start], list(kinds))[0]) for start in row.starts]
     cleaned.masked += counts
     cleaned.masked_rows.append(number)
     return type(row).model_validate(fields)
