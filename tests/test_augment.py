@@ -62,6 +62,15 @@ def test_swaps_are_in_place_and_exactly_so_many():
         augment(ROWS, ["swapped(share=0.3)"])
 
 
+@pytest.mark.parametrize(
+    "spec",
+    ["paraphrases(copies=-1)", "paraphrases(templates=3)", "synonyms(rate='often')", "synonyms(copies=0)", "swapped(share=2)"],
+)
+def test_wrong_values_are_refused_in_one_line(spec):
+    with pytest.raises(AlignError, match=r"^augmentation '\w+': \w+=\S+: input should be [^\n]+$"):
+        augment(PAIRS, [spec])
+
+
 def test_back_translation_by_two_models(tmp_path, tokenizer):
     """Two T5 models with random weights: what comes out is the second model's answer to the first's."""
     import torch

@@ -134,6 +134,15 @@ def test_unknown_rules_and_arguments():
         clean(FINE, ["wrong_language"])
     with pytest.raises(AlignError, match="threshold: got 0, expected"):
         clean(FINE, ["near_duplicates(threshold=0)"])
+    for spec in (
+        "near_duplicates(threshold='high')",
+        "length_outliers(deviations=0)",
+        "boilerplate(repeats=2.5)",
+        "wrong_language(expected=3)",
+        "contaminated(against='eval.jsonl', n=0)",
+    ):
+        with pytest.raises(AlignError, match=r"^cleaning rule '\w+': \w+=\S+: input should be [^\n]+$"):
+            clean(FINE, [spec])
     assert set(DEFAULT) <= set(rules)
 
 

@@ -8,7 +8,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from align.catalog import Catalog
 from align.data import plain_fields
@@ -19,6 +21,8 @@ from align.schema import PreferenceRow, Row
 Made = Iterator[tuple[int, Row]]
 """Indices of rows and what was made of each."""
 Augmentation = Callable[..., Made]
+Count = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 augmentations: Catalog[Augmentation] = Catalog("augmentation")
 """Functions of the rows and a `random.Random`; keyword-only parameters are set by the spec, as in ``synonyms(rate=0.2)``."""
@@ -41,6 +45,8 @@ def augment(rows: Sequence[Row], specs: Sequence[str], seed: int = 0) -> list[di
         AlignError: an unknown augmentation or argument; a file or model that cannot be read.
     """
     chosen = [(spec, *augmentations.parse(spec)) for spec in specs]
+    for _, name, arguments in chosen:
+        augmentations.check_values(name, arguments)
     found: dict[int, dict[str, Any]] = {i: plain_fields(row) for i, row in enumerate(rows)}
     new: list[dict[str, Any]] = []
     for spec, name, arguments in chosen:
@@ -73,7 +79,9 @@ def reword(row: Row, change: Callable[[str], str]) -> Row | None:
 
 
 @augmentations.add
-def synonyms(rows: Sequence[Row], rng: random.Random, *, rate: float = 0.2, thesaurus: str | None = None, copies: int = 1) -> Made:
+def synonyms(
+    rows: Sequence[Row], rng: random.Random, *, rate: Share = 0.2, thesaurus: str | None = None, copies: Count = 1
+) -> Made:
     """Each word of a prompt that the thesaurus has is replaced with probability `rate` (Wei and Zou, arXiv:1901.11196).
 
     The thesaurus is a JSON file, ``{"big": ["large"]}``; a small English one is shipped.
@@ -111,7 +119,7 @@ def load_thesaurus(path: str | None) -> dict[str, list[str]]:
 
 
 @augmentations.add
-def paraphrases(rows: Sequence[Row], rng: random.Random, *, templates: str | None = None, copies: int = 1) -> Made:
+def paraphrases(rows: Sequence[Row], rng: random.Random, *, templates: str | None = None, copies: Count = 1) -> Made:
     """Prompts put another way: `templates` is a text file with a way a line, each with ``{prompt}`` in it; a few are shipped."""
     ways = list(PARAPHRASES)
     if templates is not None:
@@ -128,10 +136,8 @@ def paraphrases(rows: Sequence[Row], rng: random.Random, *, templates: str | Non
 
 
 @augmentations.add
-def swapped(rows: Sequence[Row], rng: random.Random, *, share: float) -> Made:
+def swapped(rows: Sequence[Row], rng: random.Random, *, share: Share) -> Made:
     """For studies of noise: of that share of the pairs, chosen and rejected change places, in place."""
-    if not 0 < share <= 1:
-        raise AlignError(f"swapped: share is {share!r}, expected above 0 and up to 1")
     if not all(isinstance(row, PreferenceRow) for row in rows):
         raise AlignError("swapped: the rows are no preference pairs")
     for i in sorted(rng.sample(range(len(rows)), round(share * len(rows)))):
@@ -145,7 +151,7 @@ swapped.in_place = True  # type: ignore[attr-defined]
 
 @augmentations.add
 def back_translation(
-    rows: Sequence[Row], rng: random.Random, *, there: str, back: str, batch_size: int = 16, max_new_tokens: int = 256
+    rows: Sequence[Row], rng: random.Random, *, there: str, back: str, batch_size: Count = 16, max_new_tokens: Count = 256
 ) -> Made:
     """Prompts through two translation models (Sennrich et al., arXiv:1511.06709): `there` into another language, `back` from it.
     Both are seq2seq models, folders or hub ids; the best beam of four is taken.

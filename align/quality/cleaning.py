@@ -74,6 +74,8 @@ def clean(rows: Sequence[Row], specs: Sequence[str] = DEFAULT, masks: Sequence[s
         AlignError: an unknown rule, argument or kind of personal data.
     """
     chosen = [rules.parse(spec) for spec in specs]
+    for name, arguments in chosen:
+        rules.check_values(name, arguments)
     left = list(enumerate(rows, start=1))
     removed: list[tuple[int, str, str, Row]] = []
     for name, arguments in chosen:

@@ -8,7 +8,9 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from align.catalog import Catalog
 from align.errors import AlignError
@@ -21,6 +23,7 @@ from align.schema import LabelledRow, PreferenceRow, Row, short
 Found = Iterator[tuple[int, str]]
 """Indices of rows and what is wrong with each."""
 Rule = Callable[..., Found]
+Names = str | list[str] | tuple[str, ...]
 
 rules: Catalog[Rule] = Catalog("cleaning rule")
 """Functions of the rows; keyword-only parameters are set by the spec, as in ``near_duplicates(threshold=0.8)``."""
@@ -67,7 +70,7 @@ BOILERPLATE = re.compile(
 
 
 @rules.add
-def boilerplate(rows: Sequence[Row], *, repeats: int = 5) -> Found:
+def boilerplate(rows: Sequence[Row], *, repeats: Annotated[int, Field(ge=1)] = 5) -> Found:
     """Replies with stock phrases or unfilled placeholders, and replies of eight words or more that answer `repeats` prompts."""
     asked: dict[str, set[str]] = defaultdict(set)
     for row in rows:
@@ -130,7 +133,7 @@ def near_duplicates(rows: Sequence[Row], *, threshold: float = THRESHOLD) -> Fou
 
 
 @rules.add
-def length_outliers(rows: Sequence[Row], *, deviations: float = 6.0) -> Found:
+def length_outliers(rows: Sequence[Row], *, deviations: Annotated[float, Field(gt=0)] = 6.0) -> Found:
     """Rows far longer or shorter than the rest: the logarithm of their length is more than so many standard deviations from the
     median, the deviation estimated by the median's (1.4826 MAD; Hampel 1974). Of fewer than 20 rows none is.
     """
@@ -145,7 +148,7 @@ def length_outliers(rows: Sequence[Row], *, deviations: float = 6.0) -> Found:
 
 
 @rules.add
-def wrong_language(rows: Sequence[Row], *, expected: str | tuple[str, ...], confidence: float = 0.9) -> Found:
+def wrong_language(rows: Sequence[Row], *, expected: Names, confidence: float = 0.9) -> Found:
     """Rows whose replies are, with that confidence, in none of the `expected` languages (ISO 639-1: en, de, zh ...), as py3langid
     tells them apart. Texts of fewer than 20 letters are not judged.
     """
@@ -180,7 +183,7 @@ def _identifier() -> Any:
 
 
 @rules.add
-def contaminated(rows: Sequence[Row], *, against: str | tuple[str, ...], n: int = N) -> Found:
+def contaminated(rows: Sequence[Row], *, against: Names, n: Annotated[int, Field(ge=1)] = N) -> Found:
     """Rows that repeat a run of `n` words of the prompts in `against`, files of evaluation rows; of shorter prompts, all words."""
     prompts = []
     for source in [against] if isinstance(against, str) else against:
