@@ -165,9 +165,23 @@ class Registry:
         return found
 
     def aliases(self) -> dict[str, str]:
-        """Short names of base models: the shipped ones and the user's."""
+        """Short names of base models: the shipped ones and the user's.
+
+        Raises:
+            AlignError: the user's file of them is damaged.
+        """
         path = self.root / "aliases.json"
-        return {**ALIASES, **(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})}
+        if not path.is_file():
+            return dict(ALIASES)
+        try:
+            own = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(own, dict) or not all(isinstance(target, str) for target in own.values()):
+                raise ValueError("expected an object of names and what they stand for")
+        except ValueError as error:
+            raise AlignError(
+                f"{path} cannot be read ({error}); mend it, or remove it and name the aliases again (`align models alias`)"
+            ) from error
+        return {**ALIASES, **own}
 
     def add_alias(self, alias: str, target: str) -> None:
         """Let `alias` stand for what `target` means now: the folder of a registered NAME[@VERSION], any other folder, or a hub id.

@@ -186,6 +186,19 @@ def test_an_alias_must_lead_somewhere_and_hide_nothing(registry, artifact):
         registry.add_alias("sft", "owner/name")
 
 
+@pytest.mark.parametrize("content", ['{"mine": "./mo', "", "[1, 2]", '{"mine": 3}', "\x80"])
+def test_a_damaged_file_of_aliases_is_one_line_and_is_left_as_it_is(registry, artifact, content):
+    registered = registry.add(artifact("sft"))
+    registered.write()
+    file = registry.root / "aliases.json"
+    file.write_bytes(content.encode("latin-1"))
+    assert registry.resolve("sft").artifact == registered
+    for asked in (lambda: registry.resolve("mine"), lambda: registry.add_alias("other", "owner/name")):
+        with pytest.raises(AlignError, match=r"aliases\.json cannot be read .*align models alias"):
+            asked()
+    assert file.read_bytes() == content.encode("latin-1")
+
+
 # -- lineage -------------------------------------------------------------------------------------------------------------------
 
 
