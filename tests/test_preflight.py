@@ -356,6 +356,27 @@ def test_the_command_says_what_to_do(recipe, capsys):
     assert page.splitlines()[-1].startswith("mine: 1 errors, ")
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--only", "stf"], "recipe 'mine' has no stage 'stf' (did you mean 'sft'?)"),
+        (["--html", "."], "--html . is a folder"),
+        (["--html", "sft.jsonl/page.html"], "sft.jsonl is a file, not a folder"),
+        (["--samples", "-1"], "--samples -1"),
+    ],
+)
+def test_flags_of_the_command_that_do_not_fit_are_one_line(recipe, capsys, flags, said):
+    assert main(["check", recipe, *flags]) == 2
+    out, error = capsys.readouterr()
+    assert said in error
+    assert (out, error.count("\n")) == ("", 1)
+
+
+def test_the_page_makes_its_folder(recipe):
+    assert main(["check", recipe, "--only", "sft", "--samples", "0", "--html", "new/page.html"]) == 0
+    assert "preflight" in Path("new/page.html").read_text()
+
+
 def test_a_model_too_large_for_a_card(folder):
     from transformers import AutoConfig
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from align.commands.run import assigned
+from align.errors import AlignError
 from align.pipeline import Run, default_out
 from align.recipe import load_recipe
+from align.runner.files import refuse_unwritable, write_atomically
 
 
 def add(verbs: Any) -> None:
@@ -29,8 +31,17 @@ def add(verbs: Any) -> None:
 
 
 def check(options: argparse.Namespace) -> int:
+    if options.samples < 0:
+        raise AlignError(f"--samples {options.samples}: rows to show, at least 0")
+    if options.html is not None:
+        if options.html.is_dir():
+            raise AlignError(f"--html {options.html} is a folder: name a file in it")
+        refuse_unwritable(options.html.parent)
     recipe = load_recipe(options.recipe, assigned(options.assignments))
-    plan = Run(recipe, options.out or default_out(recipe)).plan()
+    run = Run(recipe, options.out or default_out(recipe))
+    if options.only is not None:
+        run.check_name(options.only)
+    plan = run.plan()
 
     from align.preflight.cards import at_hand, card
     from align.preflight.inspect import inspect
@@ -42,8 +53,8 @@ def check(options: argparse.Namespace) -> int:
     looked = inspect(plan, names, machine=machine, samples=options.samples)
     findings = [finding for each in looked for finding in each.findings]
     errors = sum(finding.level == "error" for finding in findings)
-    if options.html:
-        options.html.write_text(page(recipe.name, looked), encoding="utf-8")
+    if options.html is not None:
+        write_atomically(options.html, page(recipe.name, looked))
         say(f"written: {options.html}")
     if options.json:
         counts = {"errors": errors, "warnings": len(findings) - errors}
