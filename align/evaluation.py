@@ -94,7 +94,8 @@ class Evaluation:
         if asked and self._needs_references():
             asked, self.references = self._answered(asked)
         self.prompts = [row for row, _, _ in asked[: stage.max_prompts]]
-        self.demonstrations = self._readable(stage.perplexity_data or (stage.data if alone else None))
+        perplexity = talks and len(answered) < len(stage.metrics)  # asked for by its name
+        self.demonstrations = self._readable(stage.perplexity_data or (stage.data if perplexity else None))
         self.pairs = self._rows(stage.preference_data, "preference")
         if self.prompts and not (stage.reward_funcs or stage.reward_model or stage.metrics):
             say(f"{context.name}: no reward and no metric is named, so answers are sampled but not scored")

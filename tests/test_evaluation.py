@@ -127,6 +127,14 @@ def test_perplexity_of_demonstrations_needs_no_answers(capsys):
     assert alone["one"]["perplexity"] != alone["two"]["perplexity"]
 
 
+def test_perplexity_beside_other_metrics_is_measured_too(capsys):
+    """Once it was left out without a word."""
+    alone = results(capsys, "eval one --data alpaca.jsonl --metrics perplexity")
+    beside = results(capsys, "eval one --data alpaca.jsonl --metrics length perplexity --max_completion_length 4")
+    assert beside["one"]["perplexity"] == alone["one"]["perplexity"]
+    assert "mean_words" in beside["one"]
+
+
 # -- metrics by name -----------------------------------------------------------------------------------------------------------
 
 SHORT = " --max_completion_length 4 --max_length 256"

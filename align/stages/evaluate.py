@@ -28,7 +28,7 @@ class Evaluate(Stage, SamplingFields, RewardFields):
     """The name among `models` from which divergence is measured (nats an answer)."""
     data: DataRefs | None = None
     """Prompts to answer, with the columns that rewards and metrics need. For a model of the stage `task`, that task's rows; for
-    the metric `perplexity` alone, demonstrations or documents.
+    the metric `perplexity`, demonstrations (alone, documents will do).
     """
     metrics: MetricSpecs = Field(default_factory=list)
     """Metrics by name, such as `bleu`, `rouge` or `bleu(lowercase=True)`, of the greedy answers (of the sampled ones with
