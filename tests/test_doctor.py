@@ -10,7 +10,9 @@ import yaml
 
 from align.artifact import Artifact
 from align.cli import main
+from align.commands.doctor import as_text
 from align.diagnostics import Case, ask, rules
+from align.diagnostics.case import Diagnosis, Finding
 from align.diagnostics.doctor import diagnose, patients, prescription
 from align.diagnostics.live import Watcher
 from align.diagnostics.series import Series, late_share, learned_by
@@ -400,6 +402,13 @@ def test_forgetting_is_seen_by_the_runs_evaluation(tmp_path):
 
 
 # -- the examination -------------------------------------------------------------------------------------------------------------
+
+
+def test_counts_are_whole_for_people_and_for_programs():
+    diagnosis = Diagnosis({"step": 12345.0, "steps": 3120.0, "rise": 0.123456, "gone": float("nan")}, "why", "what")
+    finding = Finding("rule", "sft", "overfit", diagnosis)
+    assert "seen   step 12345, steps 3120, rise 0.1235, gone nan" in as_text({"sft": [finding]})
+    assert finding.as_dict()["evidence"]["step"] == 12345
 
 
 def test_marks():

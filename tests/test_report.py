@@ -425,6 +425,7 @@ def test_findings_are_in_the_report(tmp_path, make):
         assert "learns its rows by heart" in page
         assert "Preflight" in page
         assert EVIL not in page
+    assert "best step 10," in html, "a count is whole"
     # What reads as a sentence is folded; the words beside it take no more room than they need, so that all of it fits.
     table = html.partition("Findings, each with what to do")[2].partition("</table>")[0]
     assert re.findall(r'<td( class="long")?>(?:sft|warning|rows)', table) == ["", "", ' class="long"']

@@ -46,6 +46,7 @@ def _trains(found: Sequence[Any], name: str) -> bool:
 
 def as_text(findings: Mapping[str, Sequence[Finding]]) -> str:
     """Stages with their verdicts, and under each its findings."""
+    from align.diagnostics.case import figure
     from align.diagnostics.doctor import verdict
 
     width = max((len(name) for name in findings), default=0)
@@ -54,7 +55,7 @@ def as_text(findings: Mapping[str, Sequence[Finding]]) -> str:
         lines.append(f"{name:<{width}}  {verdict(said)}")
         for finding in said:
             d = finding.diagnosis
-            evidence = ", ".join(f"{key} {value:.4g}" for key, value in d.evidence.items())
+            evidence = ", ".join(f"{key} {figure(value)}" for key, value in d.evidence.items())
             changes = ", ".join(f"{field}: {value}" for field, value in d.changes.items())
             lines += [f"  {finding.rule}: {d.cause}", f"    seen   {evidence}", f"    turn   {d.advice}"]
             lines += [f"    apply  {changes}"] if changes else []

@@ -105,6 +105,11 @@ class Diagnosis:
     """Fields of the stage and their suggested values; empty where no field mends it."""
 
 
+def figure(value: float) -> str:
+    """A number of the evidence as people read it: a count (of steps, say) whole, anything else to four digits."""
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e9 else f"{value:.4g}"
+
+
 @dataclass(frozen=True)
 class Finding:
     """A diagnosis with the rule that made it and the stage that it is about."""
@@ -116,7 +121,7 @@ class Finding:
 
     def as_dict(self) -> dict[str, Any]:
         d = self.diagnosis
-        evidence = {name: float(f"{value:.4g}") for name, value in d.evidence.items()}
+        evidence = {name: float(figure(value)) for name, value in d.evidence.items()}
         return {"rule": self.rule, "stage": self.stage, "verdict": self.verdict, "evidence": evidence} | {
             "cause": d.cause,
             "advice": d.advice,

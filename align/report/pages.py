@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from align.artifact import Artifact
+from align.diagnostics.case import figure
 from align.diagnostics.doctor import Patient, diagnose, verdict
 from align.progress import duration
 from align.report import compare, draw
@@ -99,7 +100,7 @@ def write_pages(out: Path, results: Mapping[str, Any], stages: Mapping[str, Arti
     escaping: dict[str, Any] = {"report.md": {"finalize": markdown}, "report.html": {"autoescape": True}}
     for file in PAGES:
         environment = Environment(**options, **escaping[file])
-        environment.filters.update(number=number, duration=duration, first_words=first_words)
+        environment.filters.update(number=number, figure=figure, duration=duration, first_words=first_words)
         for plot in (draw.curve, draw.cloud, draw.journey):
             environment.filters[plot.__name__] = lambda plotted, plot=plot: Markup(plot(plotted, next(numbers)))
         write_atomically(out / file, environment.get_template(f"{file}.jinja").render(content))
