@@ -59,13 +59,15 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     if isinstance(sys.stdout, io.TextIOWrapper):  # data may hold half of a surrogate pair, and a terminal know fewer characters
         sys.stdout.reconfigure(errors="backslashreplace")
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return _dispatch(sys.argv[1:] if arguments is None else arguments)
+        return _dispatch(arguments)
     except AlignError as error:
         print(f"align: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, StageFailed) else 2
     except KeyboardInterrupt:
-        print("align: interrupted; the same command continues with the stage that was cut", file=sys.stderr)
+        if arguments[0] not in ("chat", "serve", "ui"):  # that is how these end
+            print("align: interrupted; the same command continues with the stage that was cut", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

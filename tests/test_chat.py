@@ -4,18 +4,21 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import llama
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from align.chat.speaker import Decoding, Speaker
-from align.chat.terminal import Talk
+from align.chat.terminal import Talk, talk_at_terminal
 from align.chat.votes import add_vote
 from align.cli import main
 from align.data import load_rows
+from align.errors import AlignError
 from align.models import save_model
 from align.schema import Message
 from align.tuning.strategies import Tuning
@@ -74,6 +77,29 @@ def test_a_failure_while_answering_is_not_swallowed(folders):
     speaker.model.forward = broken
     with pytest.raises(ValueError, match="out of ideas"):
         list(speaker.answer([Message(role="user", content="Hi")], GREEDY))
+
+
+def test_who_stops_listening_stops_the_model(folders):
+    speaker = Speaker(str(folders / "one"))
+    speaker.stops = [speaker.tokenizer.pad_token_id]
+    pieces = speaker.answer([Message(role="user", content="Hi")], Decoding(max_completion_length=10_000, temperature=0.0))
+    before = threading.active_count()
+    next(pieces)
+    assert threading.active_count() == before + 1
+    pieces.close()
+    assert threading.active_count() == before
+
+
+def test_an_answer_ends_with_the_context_and_a_longer_question_is_refused(folders, tokenizer, tmp_path):
+    """Learned positions: past the last one there is nothing to look up."""
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=8, n_layer=1, n_head=1)
+    save_model(GPT2LMHeadModel(config), tokenizer, tmp_path)
+    speaker = Speaker(str(tmp_path))
+    speaker.stops = [tokenizer.pad_token_id]
+    assert "".join(speaker.answer([Message(role="user", content="Hi")], Decoding(200, temperature=0.0)))
+    talk = Talk([speaker], GREEDY)
+    with pytest.raises(AlignError, match="reads 64 tokens, and the conversation has"):
+        talk.ask("one two " * 64, lambda text: None)
 
 
 # -- a conversation ------------------------------------------------------------------------------------------------------------
@@ -157,10 +183,38 @@ def test_a_conversation_from_a_pipe(folders, tmp_path, monkeypatch, capsys):
     assert (first.prompt, first.chosen, first.rejected) == (second.prompt, second.rejected, second.chosen)
 
 
+@pytest.mark.parametrize("ends", ["Hello\n", "Hello\na\nagain\n"])
+def test_a_pipe_may_end_before_the_vote_and_hold_any_bytes(folders, tmp_path, ends):
+    command = [sys.executable, "-m", "align.cli", "chat", str(folders / "one"), str(folders / "two"), "--temperature", "0"]
+    command += ["--max_completion_length", "4", "--votes", str(tmp_path / "v.jsonl")]
+    done = subprocess.run(command, cwd=ROOT, input=b"\xff\xfe " + ends.encode(), capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.count(b"[b]") == ends.count("H") + ends.count("again")
+
+
+def test_a_question_that_cannot_be_answered_is_taken_back(monkeypatch, capsys):
+    class Refuses(Parrot):
+        def answer(self, messages, decoding):
+            if messages[-1].content == "long":
+                raise AlignError("too long")
+            yield from super().answer(messages, decoding)
+
+    lines = iter(["1", "long", "2", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    talk = Talk([Refuses("x")], GREEDY)
+    talk_at_terminal(talk)
+    assert [message.content for message in talk.messages] == ["1", "x 1", "2", "x 3"]
+    assert "too long" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["chat", "nowhere"], "no model 'nowhere'"),
+        (["chat", "a", "--temperature", "nan"], "0 is greedy"),
+        (["chat", "a", "--seed", "-1"], "--seed -1"),
+        (["chat", "a", "--prompt", "\udcff"], "--prompt holds bytes that are no UTF-8"),
+        (["chat", "a", "b", "--votes", "/"], "--votes / is a folder"),
         (["chat", "a", "b", "c"], "compares two models, not 3"),
         (["chat", "a", "--json"], "--json needs --prompt"),
         (["chat", "a", "--temperature", "-1"], "0 is greedy"),

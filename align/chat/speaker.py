@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
-from transformers import TextIteratorStreamer
+from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from align.encode import Encoder, set_chat_template
+from align.errors import AlignError
 from align.models import load_causal_lm, load_tokenizer, stop_token_ids
 from align.registry import Registry
 from align.schema import Message
@@ -50,23 +51,38 @@ class Speaker:
         self.stops = sorted({*stop_token_ids(self.model, self.tokenizer), self.encoder.end_of_turn})
 
     def answer(self, messages: Sequence[Message], decoding: Decoding) -> Iterator[str]:
-        """The answer to the last of `messages`, in pieces, as they come; draws of chance are torch's global ones."""
-        prompt = torch.tensor([self.encoder.prompt_ids(list(messages))], device=self.model.device)
+        """The answer to the last of `messages`, in pieces, as they come; draws of chance are torch's global ones. It ends at the
+        latest where the model's context does.
+
+        Raises:
+            AlignError: the conversation alone fills the context.
+        """
+        ids = self.encoder.prompt_ids(list(messages))
+        room, context = decoding.max_completion_length, getattr(self.model.config, "max_position_embeddings", None)
+        if context is not None and context > 0:  # -1 is without an end
+            room = min(room, context - len(ids))
+        if room < 1:
+            raise AlignError(
+                f"{self.name} reads {context} tokens, and the conversation has {len(ids)}: begin anew, or ask something shorter"
+            )
+        prompt = torch.tensor([ids], device=self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampled = decoding.temperature > 0
         settings = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k} if sampled else {}
         failed: list[Exception] = []
+        left = Event()  # nobody listens any more
 
         def generate() -> None:
             try:
                 self.model.generate(
                     input_ids=prompt,
                     attention_mask=torch.ones_like(prompt),
-                    max_new_tokens=decoding.max_completion_length,
+                    max_new_tokens=room,
                     do_sample=sampled,
                     eos_token_id=self.stops,
                     pad_token_id=self.stops[0],
                     streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([lambda *_: torch.full((1,), left.is_set(), device=prompt.device)]),
                     **settings,
                 )
             except Exception as error:  # raised below, in the thread of who asked
@@ -75,7 +91,10 @@ class Speaker:
 
         thread = Thread(target=generate, daemon=True)
         thread.start()
-        yield from streamer
-        thread.join()
+        try:
+            yield from streamer
+        finally:  # a thread that went on would take the processor from the next answer, and abort Python where it ends
+            left.set()
+            thread.join()
         if failed:
             raise failed[0]

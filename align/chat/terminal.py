@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 
 from align.chat.speaker import Decoding, Speaker
 from align.chat.votes import add_vote
+from align.errors import AlignError
+from align.progress import say
 from align.schema import Message
 
 HELP = "/reset begins anew, /undo takes back the last turn, /system TEXT sets a system prompt, /quit ends"
@@ -60,7 +64,11 @@ class Talk:
 
 
 def talk_at_terminal(talk: Talk) -> None:
-    """Read questions from stdin until it ends."""
+    """Read questions from stdin until it ends. A question that cannot be answered is taken back, and a line says why."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a pipe may hold any bytes
+    with suppress(ImportError):  # without it a terminal cuts a line after 4,095 bytes; Windows has none
+        import readline  # noqa: F401
 
     def write(text: str) -> None:
         print(text, end="", flush=True)
@@ -74,11 +82,15 @@ def talk_at_terminal(talk: Talk) -> None:
 
     if sys.stdin.isatty():
         print(" against ".join(speaker.name for speaker in talk.speakers) + f". {HELP}.")
+    try:
+        _converse(talk, read, write, vote)
+    except EOFError:
+        write("\n")
+
+
+def _converse(talk: Talk, read: Callable[[str], str], write: Callable[[str], object], vote: Callable[[], str]) -> None:
     while True:
-        try:
-            line = read("> ").strip()
-        except EOFError:
-            return
+        line = read("> ").strip()
         command, _, rest = line.partition(" ")
         if command == "/quit":
             return
@@ -91,4 +103,8 @@ def talk_at_terminal(talk: Talk) -> None:
         elif command.startswith("/"):
             print(f"{command} is no command. {HELP}.")
         elif line:
-            talk.ask(line, write, vote)
+            try:
+                talk.ask(line, write, vote)
+            except AlignError as error:
+                talk.undo()
+                say(str(error))

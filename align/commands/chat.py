@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,19 @@ def chat(options: argparse.Namespace) -> int:
 
     from align.chat.speaker import Decoding, Speaker
     from align.chat.terminal import Talk, talk_at_terminal
-    from align.chat.votes import default_votes
+    from align.chat.votes import check_votes, default_votes
     from align.runner.worker import quiet
 
+    votes = options.votes or default_votes()
+    if len(options.models) > 1 and options.prompt is None:
+        check_votes(votes)
     quiet()
     how = {"dtype": options.dtype, "chat_template": options.chat_template, "trust_remote_code": options.trust_remote_code}
     speakers = [Speaker(name, **how) for name in options.models]
     if options.seed is not None:
         set_seed(options.seed)
     decoding = Decoding(options.max_completion_length, options.temperature, options.top_p, options.top_k)
-    talk = Talk(speakers, decoding, system=options.system, votes=options.votes or default_votes())
+    talk = Talk(speakers, decoding, system=options.system, votes=votes)
     if options.prompt is None:
         talk_at_terminal(talk)
     elif options.json:
@@ -61,7 +65,12 @@ def _check(options: argparse.Namespace) -> None:
         raise AlignError(f"align chat compares two models, not {len(options.models)}")
     if options.json and options.prompt is None:
         raise AlignError("--json needs --prompt TEXT: a conversation is no JSON")
-    if options.temperature < 0:
+    for flag in ("prompt", "system"):
+        if any("\ud800" <= character <= "\udfff" for character in getattr(options, flag) or ""):
+            raise AlignError(f"--{flag} holds bytes that are no UTF-8")
+    if options.seed is not None and not 0 <= options.seed < 2**32:
+        raise AlignError(f"--seed {options.seed}: from 0 to {2**32 - 1}")
+    if not 0 <= options.temperature < math.inf:
         raise AlignError(f"--temperature {options.temperature}: 0 is greedy, and below it is nothing")
     if not 0 < options.top_p <= 1:
         raise AlignError(f"--top_p {options.top_p}: a probability above 0 and at most 1")

@@ -35,13 +35,15 @@ def ui(options: argparse.Namespace) -> int:
         raise AlignError(f"the registry {registry.root} holds no language model: name one, or train one (`make demo`)")
     from align.chat.speaker import Decoding
     from align.chat.ui import build, launch
-    from align.chat.votes import default_votes
+    from align.chat.votes import check_votes, default_votes
     from align.runner.worker import quiet
 
+    votes = options.votes or default_votes()
+    check_votes(votes)
     quiet()
     page = build(
         names,
-        votes=options.votes or default_votes(),
+        votes=votes,
         runs=home(),
         decoding=Decoding(options.max_completion_length),
         chat_template=options.chat_template,
