@@ -333,6 +333,7 @@ class TestErrors:
             (None, r"returned None; expected a list"),
             ({"a": 1}, r"expected a list"),
             (torch.tensor(1.0), r"expected a list"),
+            ([10**400, 1.0], r"row 0 \(prompt 'first prompt'\): got 1000.*expected a finite number"),
             ([1.0, math.nan], r"row 1 \(prompt 'second prompt'\): got nan; expected a finite number, or None"),
             ([math.inf, 1.0], r"row 0 \(prompt 'first prompt'\): got inf"),
             ([1.0, "0.5"], r"row 1 .*got '0.5'"),

@@ -89,6 +89,11 @@ def test_math_answer_compares_cells_that_are_no_numbers_as_text():
     assert load_reward("math_answer")(said, [True, True, math.nan, math.nan, math.inf]) == [1, 0, 1, 0, 1]
 
 
+def test_json_valid_of_one_key_and_of_what_json_does_not_know():
+    assert load_reward("json_valid(keys='name')")(['{"name": 1}', '{"n": 1, "a": 2, "m": 3, "e": 4}']) == [1, 0]
+    assert load_reward("json_valid")(["NaN", '{"a": [-Infinity]}', '{"a": "NaN"}']) == [0, 0, 1]
+
+
 @pytest.mark.parametrize("spec", ["json_valid", "math_answer", "exact_match", "keyword(words='a')", "repetition"])
 def test_a_degenerate_answer_takes_no_time(spec):
     function, started = load_reward(spec), time.perf_counter()

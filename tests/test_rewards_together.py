@@ -207,6 +207,16 @@ def test_failures_are_said_the_first_time_and_whenever_they_have_doubled(capsys)
     assert capsys.readouterr().err.count("failed on 4 of 4") == 4  # at 4, 8, 16 and 32 failures
 
 
+def test_each_functions_first_failure_is_said(capsys):
+    """However often another one has failed before."""
+    fails = ("raises", "hangs")
+    rewards = RewardSet(["my.py:values", *(of(name, on_error="abstain", timeout=0.05) for name in fails)])
+    for _ in range(3):
+        rewards.score(PROMPTS, COMPLETIONS)
+    said = capsys.readouterr().err
+    assert [said.count(f"reward '{name}' failed on") for name in fails] == [2, 2]  # at 4 and 8 failures
+
+
 def test_a_time_limit_off_the_main_thread():
     """There it cannot be an alarm; the function is left behind."""
     found = []

@@ -71,17 +71,24 @@ def repetition(completions: list, *, ngram: int = 3, penalty: float = 1.0, **col
 FENCED = re.compile(r"```(?:json)?[^\S\n]*\n(.*?)```", re.DOTALL)  # one way to match: answers may be endless newlines
 
 
+def _no_json(word: str) -> None:
+    """Python reads NaN and Infinity where JSON knows neither (RFC 8259, section 6)."""
+    raise ValueError(word)
+
+
 @rewards.add
-def json_valid(completions: list, *, keys: Sequence[str] = (), **columns: Any) -> list[float]:
+def json_valid(completions: list, *, keys: str | Sequence[str] = (), **columns: Any) -> list[float]:
     """1 when the completion is JSON (alone, or in one fenced block), an object with all of `keys` where any are named, else 0."""
+
+    wanted = {keys} if isinstance(keys, str) else set(keys)
 
     def valid(text: str) -> bool:
         blocks = FENCED.findall(text)
         try:
-            value = json.loads(blocks[0].strip() if len(blocks) == 1 else text)
+            value = json.loads(blocks[0].strip() if len(blocks) == 1 else text, parse_constant=_no_json)
         except (ValueError, RecursionError):  # also of endless brackets
             return False
-        return not keys or (isinstance(value, dict) and set(keys) <= value.keys())
+        return not wanted or (isinstance(value, dict) and wanted <= value.keys())
 
     return [float(valid(text_of(completion))) for completion in completions]
 

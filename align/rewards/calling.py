@@ -163,9 +163,16 @@ def checked(name: str, result: Any, prompts: Sequence[Any]) -> list[float | Fail
     found: list[float | Failure | None] = []
     for row, (value, prompt) in enumerate(zip(values, prompts, strict=True)):
         number = value.tolist() if hasattr(value, "tolist") else value  # numpy and torch scalars
-        if number is None or (isinstance(number, Real) and math.isfinite(number)):
+        if number is None or _finite(number):
             found.append(None if number is None else float(number))
         else:
             where = f"reward {name!r}, row {row} (prompt {short(prompt)})"
             found.append(Failure(f"{where}: got {short(value)}; expected a finite number, or None to abstain"))
     return found
+
+
+def _finite(number: Any) -> bool:
+    try:
+        return isinstance(number, Real) and math.isfinite(number)
+    except OverflowError:  # an integer that no float holds
+        return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,7 +82,7 @@ class RewardSet:
                 raise AlignError(
                     f"the gate of reward {name!r} names {gate.reward!r}{near_miss(gate.reward, others)}; the others are: {known}"
                 )
-        self._forgiven = self._told = 0
+        self._forgiven, self._told = Counter[str](), Counter[str]()
 
     def _add(self, entry: str | Mapping[str, Any] | RewardSpec | RewardFunction) -> None:
         function = None
@@ -212,9 +213,9 @@ class RewardSet:
     def _report(self, failures: dict[str, list[str]], rows: int) -> None:
         """Say what was forgiven: the first time, and each time that it has doubled."""
         for name, failed in failures.items():
-            self._forgiven += len(failed)
-            if self._forgiven >= 2 * self._told:
-                self._told = self._forgiven
+            self._forgiven[name] += len(failed)
+            if self._forgiven[name] >= 2 * self._told[name]:
+                self._told[name] = self._forgiven[name]
                 instead = self.components[name].spec.on_error
                 counted = "abstentions" if instead == "abstain" else f"{instead:g}"
                 say(f"reward {name!r} failed on {len(failed)} of {rows} completions, which count as {counted}: {failed[0]}")
