@@ -12,6 +12,7 @@ import inspect
 import re
 import sys
 import sysconfig
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,8 +38,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_name(self.name)
-        for name in self.stages:
+        if not isinstance(self.stages, Mapping) or not self.stages:
+            raise AlignError(f"recipe {self.name!r}: its stages are {self.stages!r}, not a mapping of names to stages")
+        for name, stage in self.stages.items():
             check_name(name)
+            if not isinstance(stage, Stage):
+                kind = f"the class {stage.__name__}" if isinstance(stage, type) else f"a {type(stage).__name__}"
+                raise AlignError(
+                    f"recipe {self.name!r}: {name!r} is {kind}, not a stage with its fields, as SFT(model=…, data=…) is"
+                )
 
     def ordered(self) -> list[str]:
         """Stage names, each after what it needs.
@@ -146,10 +154,16 @@ def _module(path: Path) -> Any:
             spec.loader.exec_module(module)
         except Exception as error:
             del sys.modules[name]
-            raise AlignError(f"running the recipe {path} failed: {type(error).__name__}: {error}") from error
+            raise AlignError(f"running the recipe {path} failed{_told(error, path)}") from error
     if not callable(getattr(sys.modules[name], "recipe", None)):
         raise AlignError(f"{path} defines no function `recipe` that returns a Recipe")
     return sys.modules[name]
+
+
+def _told(error: Exception, path: Path) -> str:
+    """An error of somebody's own code, with the last line of `path` that had part in it."""
+    line = next((f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if Path(f.filename) == path.resolve()), None)
+    return f"{'' if line is None else f' in line {line}'}: {type(error).__name__}: {error}"
 
 
 def _module_name(path: Path) -> str:
@@ -168,7 +182,9 @@ def from_yaml(path: Path) -> Recipe:
         raise AlignError(f"{path}: expected a mapping with `name` and `stages`")
     known = ("name", "stages", "launch")
     for key in raw.keys() - set(known):
-        raise AlignError(f"{path}: unknown key {key!r}{near_miss(key, known)}; a recipe has `name`, `stages` and perhaps `launch`")
+        raise AlignError(
+            f"{path}: unknown key {key!r}{near_miss(str(key), known)}; a recipe has `name`, `stages` and perhaps `launch`"
+        )
     built = {}
     for name, fields in raw["stages"].items():
         if not isinstance(fields, dict) or not isinstance(fields.get("stage"), str):
@@ -226,32 +242,45 @@ def _explain(error: ValidationError) -> str:
 def apply(build: Build, assignments: Mapping[str, str], where: str) -> Recipe:
     """Build a recipe with its settings changed, then change fields of its stages."""
     settings = {key: value for key, value in assignments.items() if "." not in key}
+    given = _settings(build, settings, where)
     try:
-        recipe = build(**_settings(build, settings, where))
+        recipe = build(**given)
+    except AlignError:
+        raise
     except ValidationError as error:
         raise AlignError(f"{where}, {error.title}: {_explain(error)}") from error
+    except Exception as error:
+        raise AlignError(f"the function `recipe` of {where} failed{_told(error, Path(where))}") from error
     if not isinstance(recipe, Recipe):
         raise AlignError(f"{where}: its function `recipe` returned a {type(recipe).__name__}, not a Recipe")
-    changed = dict(recipe.stages)
+    changed: dict[str, dict[str, Any]] = {}
     for key, value in assignments.items():
         if "." not in key:
             continue
         name, _, field_name = key.partition(".")
-        if name not in changed:
-            raise AlignError(f"--set {key}: recipe {recipe.name!r} has no stage {name!r}{near_miss(name, changed)}")
-        stage = changed[name]
-        fields = {**stage.model_dump(exclude_unset=True), **_nested(stage, field_name, parse_value(value))}
-        changed[name] = make_stage(type(stage), fields, f"--set {key}")
-    return replace(recipe, stages=changed)
+        if name not in recipe.stages:
+            raise AlignError(f"--set {key}: recipe {recipe.name!r} has no stage {name!r}{near_miss(name, recipe.stages)}")
+        fields = changed.setdefault(name, {})
+        fields |= _nested(recipe.stages[name], fields, field_name, parse_value(value))
+    # Fields of one stage are judged together: what each asks of the others may be set by a later one.
+    made = {
+        name: make_stage(
+            type(stage := recipe.stages[name]),
+            {**stage.model_dump(exclude_unset=True), **fields},
+            " ".join(f"--set {key}" for key in assignments if key.startswith(f"{name}.")),
+        )
+        for name, fields in changed.items()
+    }
+    return replace(recipe, stages={**recipe.stages, **made})
 
 
-def _nested(stage: Stage, key: str, value: Any) -> dict[str, Any]:
-    """``architecture.hidden_size`` changes one entry of a mapping."""
+def _nested(stage: Stage, changed: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """``architecture.hidden_size`` changes one entry of a mapping: that of `stage`, or what it was `changed` to."""
     name, _, entry = key.partition(".")
     name = field_name(type(stage), name)
     if not entry:
         return {name: value}
-    inner = getattr(stage, name, None)
+    inner = changed[name] if name in changed else getattr(stage, name, None)
     if inner is None:  # `launch`, say, where the recipe sets none
         inner = {}
     elif isinstance(inner, BaseModel):
@@ -263,7 +292,10 @@ def _nested(stage: Stage, key: str, value: Any) -> dict[str, Any]:
 
 def _settings(build: Build, given: Mapping[str, str], where: str) -> dict[str, Any]:
     parameters = inspect.signature(build).parameters
-    hints = get_type_hints(build)
+    try:
+        hints = get_type_hints(build)
+    except Exception as error:
+        raise AlignError(f"{where}: a parameter of its function `recipe` has a type that cannot be looked up: {error}") from error
     values = {}
     for key, value in given.items():
         if key not in parameters:
@@ -273,11 +305,25 @@ def _settings(build: Build, given: Mapping[str, str], where: str) -> dict[str, A
             values[key] = TypeAdapter(hints.get(key, Any)).validate_python(parse_value(value))
         except ValidationError as error:
             raise AlignError(f"--set {key}: {value!r}: {error.errors()[0]['msg'].lower()}") from error
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for name, parameter in parameters.items():
+        if name not in given and parameter.default is parameter.empty and parameter.kind not in variable:
+            raise AlignError(f"{where} needs the setting {name!r}, which has no default: --set {name}=…")
     return values
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML in which ``1e-3`` is a number, as everywhere else; to PyYAML it is a string."""
+    """YAML in which ``1e-3`` is a number, as everywhere else; to PyYAML it is a string. A key that stands twice is a mistake, where
+    PyYAML would take the last.
+    """
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if (key.tag, str(key.value)) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+            seen.add((key.tag, str(key.value)))
+        return super().construct_mapping(node, deep)
 
 
 _Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
@@ -291,7 +337,7 @@ def read_yaml(path: Path) -> Any:
     """
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Yaml)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: bytes that are no text, or 2026-02-30
         raise AlignError(f"{path} is not YAML: {error}") from error
 
 
@@ -299,7 +345,7 @@ def parse_value(text: str) -> Any:
     """A value as YAML reads it; what is no YAML is a string."""
     try:
         return yaml.load(text, _Yaml)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         return text
 
 

@@ -186,10 +186,22 @@ def test_settings_fields_and_entries_of_mappings_can_be_set(python):
     assert recipe.stages["dpo"].max_steps == 3
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_fields_of_a_stage_are_set_together(order, python):
+    """`lora_r` without `use_peft` is refused; whichever stands first, they are not judged alone."""
+    entries = [("sft.lora_r", "4"), ("sft.use_peft", "true")][::order]
+    inner = [("dpo.launch.num_processes", "2"), ("dpo.launch.strategy", "fsdp2")][::order]
+    recipe = load_recipe(python, dict(entries + inner))
+    assert (recipe.stages["sft"].use_peft, recipe.stages["sft"].lora_r) == (True, 4)
+    assert recipe.stages["dpo"].launch.model_dump(exclude_unset=True) == {"num_processes": 2, "strategy": "fsdp2"}
+    with pytest.raises(AlignError, match=r"--set sft\.lora_r --set sft\.seed: lora_r belongs to use_peft"):
+        load_recipe(python, {"sft.lora_r": "4", "dpo.seed": "1", "sft.seed": "1"})
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [("1", 1), ("1e-3", 1e-3), ("2.5E4", 25000.0), (".5e1", 5.0), ("true", True), ("null", None), ("[1, x]", [1, "x"])]
-    + [(text, text) for text in ("a: b: c", "e5", "qwen2.5-0.5b", "[x", "1e")],
+    + [(text, text) for text in ("a: b: c", "e5", "qwen2.5-0.5b", "[x", "1e", "2026-02-30")],
 )
 def test_values_are_read_as_yaml_with_numbers_as_everyone_writes_them(text, value):
     assert parse_value(text) == value
