@@ -544,6 +544,17 @@ def test_a_command_and_a_webhook_are_told(tmp_path, capsys):
     assert "--notify no-such-command-anywhere:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("target", "said"), [("", "neither an address nor a command"), ("http://no such host/", "control characters")]
+)
+def test_who_cannot_be_told_changes_nothing_about_the_run(target, said, tmp_path, capsys):
+    recipe = tmp_path / "x.py"
+    lines = ["from align.recipe import Recipe", "from runner_stages import Act", "def recipe():"]
+    recipe.write_text("\n".join([*lines, "    return Recipe('x', {'a': Act()})"]))
+    assert main(["run", str(recipe), "--notify", target]) == 0
+    assert said in capsys.readouterr().err
+
+
 # -- several processes and machines --------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 import urllib.request
+from http.client import HTTPException
 from typing import Any
 
 from align.progress import say
@@ -22,7 +23,9 @@ def notify(target: str, event: dict[str, Any]) -> None:
         if target.startswith(("http://", "https://")):
             request = urllib.request.Request(target, body, {"Content-Type": "application/json"})
             urllib.request.urlopen(request, timeout=TIMEOUT).close()
+        elif words := shlex.split(target):
+            subprocess.run(words, input=body, check=True, timeout=TIMEOUT)
         else:
-            subprocess.run(shlex.split(target), input=body, check=True, timeout=TIMEOUT)
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
+            say("--notify names neither an address nor a command; nobody was told")
+    except (OSError, ValueError, HTTPException, subprocess.SubprocessError) as error:  # the third: no address, or no answer in HTTP
         say(f"--notify {target}: {error}")
