@@ -208,6 +208,17 @@ MISTAKES = {
     "unknown flag": (SFT + "sft.jsonl --learning_rte 1", r"unknown flag --learning_rte \(did you mean 'learning_rate'\?\)"),
     "no flag": ("sft sft.jsonl", "'sft.jsonl' is not a flag"),
     "a number that is none": (SFT + "sft.jsonl --learning_rate fast", "'learning_rate' is 'fast': input should be a valid number"),
+    "no steps at all": (
+        "sft --model model --data sft.jsonl --max_steps 0",
+        "'max_steps' is 0: give at least 1, or -1 for num_train",
+    ),
+    "epochs without end": (SFT + "sft.jsonl --num_train_epochs .inf", "'num_train_epochs' is inf: input should be a finite number"),
+    "a pull the other way": ("dpo --engine trl --beta -0.1" + PAIRS, "'beta' is -0.1: input should be greater than 0"),
+    "no pull at all": ("orpo --lam 0" + PAIRS, "'lam' is 0: input should be greater than 0"),
+    "more labels flipped than not": (
+        "preference --loss robust --beta 0.1 --label_smoothing 0.5" + PAIRS,
+        "'label_smoothing' is 0.5: input should be less than 0.5",
+    ),
     "a number out of range": (SFT + "sft.jsonl --held_out 2", "'held_out' is 2: input should be less than 1"),
     "no such architecture field": ("pretrain --architecture.hiden_size 8 --data text.txt", "a llama config has no 'hiden_size'"),
     "a field that is missing and misspelt": (

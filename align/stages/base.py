@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from align.catalog import Catalog
 from align.errors import AlignError
@@ -385,10 +385,10 @@ class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFiel
 
     engine: Literal["forest", "trl"] = "forest"
     """`trl` runs the same rows through TRL's trainer, to check our numbers or for models that the forest does not cover."""
-    num_train_epochs: float = Field(1.0, gt=0)
+    num_train_epochs: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Passes over the data."""
     max_steps: int = -1
-    """Optimizer steps, instead of epochs."""
+    """Optimizer steps, instead of `num_train_epochs`; -1 for those."""
     per_device_train_batch_size: int = Field(8, gt=0)
     """Rows for each device in a micro-step. How many share a pass is up to `max_tokens_per_micro_batch` alone: it packs the rows of
     all micro-steps of an optimizer step together.
@@ -409,6 +409,13 @@ class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFiel
             rows = config.pop("per_device_train_batch_size") * config.pop("gradient_accumulation_steps") * launch.num_processes
             config["rows_per_step"] = rows
         return config
+
+    @field_validator("max_steps")
+    @classmethod
+    def _steps_or_epochs(cls, value: int) -> int:
+        if value < 1 and value != -1:
+            raise ValueError("give at least 1, or -1 for num_train_epochs instead")
+        return value
 
     @model_validator(mode="after")
     def _trl_stops_at_non_finite(self) -> TrainingStage:

@@ -32,19 +32,19 @@ class Preference(ComparingStage, ProbeFields):
     """Name in the catalog of preference losses: dpo, ipo, orpo, simpo, robust, hinge, apo_zero, apo_down, rpo, dpo_norm, ld_dpo."""
     learning_rate: float = Field(5e-7, gt=0)
     """Peak learning rate: 3e-7 to 1e-6 for all weights of a pretrained model (ORPO 5e-6 to 8e-6), ten times that for LoRA."""
-    beta: float | None = None
+    beta: float | None = Field(None, gt=0)
     """dpo, ipo, robust, hinge, apo_zero, apo_down, rpo, ld_dpo: strength of the pull to the reference, 0.01 to 0.5. dpo_norm: the
     same for means over tokens, about 5. simpo: scale of the reward, 2 to 10.
     """
     gamma: float | None = None
     """simpo: target margin; the paper recommends gamma / beta of 0.3 to 0.5."""
-    lam: float | None = None
+    lam: float | None = Field(None, gt=0)
     """orpo: weight of the odds-ratio term (lambda in the paper), 0.1 for pretrained models."""
     rpo_alpha: float | None = None
     """rpo: weight of the chosen answer's negative log-likelihood."""
     alpha: float | None = Field(None, ge=0, le=1)
     """ld_dpo: weight of the tokens that the longer answer has beyond the other's length, 0 to 1; 1 is dpo."""
-    label_smoothing: float | None = None
+    label_smoothing: float | None = Field(None, ge=0, lt=0.5)
     """dpo, robust: probability that a pair's label is flipped."""
     average: bool | None = None
     """ipo: average log-probs over tokens (as TRL) instead of summing them (as the paper)."""
