@@ -21,6 +21,7 @@ from align.errors import AlignError, StageFailed
 from align.pipeline import Options, Run
 from align.recipe import Recipe
 from align.registry import Registry
+from align.runner import execute
 from align.runner.locks import is_locked, lock, lock_file
 from align.runner.view import statuses
 
@@ -105,6 +106,26 @@ def test_but_not_for_ever(processes):
     with pytest.raises(StageFailed, match=r"a: its process was ended by SIGKILL \(is memory short\?\)"):
         run({"a": Act(does="die")}, retries=1)
     assert Registry().names() == []
+
+
+def test_the_process_that_forks_is_killed_before_it_is_asked(processes, tmp_path, monkeypatch, capsys):
+    """As by the kernel, short of memory, while the runner looks at the next stage's data."""
+    recipe = tmp_path / "x.py"
+    lines = ["from align.recipe import Recipe", "from runner_stages import Act", "def recipe(text: str):"]
+    recipe.write_text("\n".join([*lines, "    return Recipe('x', {'a': Act(text=text)})"]))
+    take = execute.take
+
+    def killed(*arguments):
+        process = execute._zygote()._process
+        process.kill()
+        process.wait()
+        return take(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(execute, "take", killed)
+        assert main(["run", str(recipe), "--set", "text=one"]) == 1
+    assert "the process that starts the stages was killed; the same command goes on" in capsys.readouterr().err
+    assert main(["run", str(recipe), "--set", "text=one"]) == 0
 
 
 def test_independent_stages_run_side_by_side(processes):

@@ -65,8 +65,9 @@ class Zygote:
         """Start a stage; what becomes of it comes out of `events`."""
         request = {"id": number, "task": task, "cwd": os.getcwd(), "path": sys.path, "environment": environment, "threads": threads}
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it was killed, which is told where `alive` is asked
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
 
     def events(self, wait: float) -> list[dict[str, Any]]:
         """What happened within `wait` seconds: ``{"id", "pid"}`` for a start, ``{"id", "exit"}`` for an end (as `os.waitpid`)."""
@@ -80,7 +81,8 @@ class Zygote:
     def close(self) -> None:
         """End it, and with it every stage that still runs."""
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # of a request that nobody reads any more
+                self._process.stdin.close()
         try:
             self._process.wait(5)
         except subprocess.TimeoutExpired:
