@@ -109,6 +109,15 @@ def test_it_learns(capsys):
     assert artifact["metrics"]["eval_reward"] > 0.7
 
 
+@pytest.mark.parametrize("stage", GROUP_TRAINERS)
+def test_each_of_two_processes_has_the_reference(stage, capsys):
+    """Where transformers lets the first process alone write what the reference is then loaded from."""
+    command = f"{stage} {COMMAND} --reward_funcs mine.py:low --max_steps 1 --beta 0.1 --launch.num_processes 2"
+    artifact = run(command, capsys)
+    assert artifact["metrics"]["eval_kl_before"] == pytest.approx(0, abs=1e-4)
+    assert artifact["metrics"]["reward"] > 0
+
+
 @pytest.mark.parametrize("name", GROUP_TRAINERS)
 def test_the_reference_is_the_model_in_memory(name, tokenizer, tmp_path):
     """A model that lies nowhere on disk, or differs from what does: TRL would load its reference by name."""

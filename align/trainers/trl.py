@@ -164,17 +164,17 @@ def group_trainer(
     numbered = [{"prompt": plain(row.prompt), "row": number} for number, row in enumerate(rows)]
     parts = numbered[: len(train.rows)], numbered[len(train.rows) :]
     config, trainer = GROUP_TRAINERS[name]
-    args = config(**_plain(arguments))
     # TRL loads its reference by name, which a model changed in memory does not have: it gets a folder for as long as that takes.
+    # Each process writes its own, before `config` has them meet: after that transformers lets the first alone write.
     own_name = model.config._name_or_path  # type: ignore[union-attr]
-    with TemporaryDirectory() if args.beta and not isinstance(model, PeftModel) else nullcontext() as folder:
+    with TemporaryDirectory() if arguments["beta"] and not isinstance(model, PeftModel) else nullcontext() as folder:
         if folder is not None:
             model.save_pretrained(folder)  # type: ignore[operator]
             model.config._name_or_path = folder  # type: ignore[union-attr]
         made = trainer(
             model,
             _rewards(judge, rows, trees),
-            args,
+            config(**_plain(arguments)),
             train_dataset=Dataset.from_list(parts[0]),
             eval_dataset=Dataset.from_list(parts[1]) if parts[1] else None,
             processing_class=tokenizer,
