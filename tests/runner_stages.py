@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from align.errors import AlignError
+from align.errors import AlignError, StageFailed
 from align.progress import bar
 from align.stages.base import Context, DataRefs, ModelRef, Stage, stage
 
@@ -20,7 +20,7 @@ from align.stages.base import Context, DataRefs, ModelRef, Stage, stage
 class Act(Stage):
     """Does one thing."""
 
-    does: Literal["write", "mistake", "crash", "die", "die_once", "flaky", "meet", "fill", "hang"] = "write"
+    does: Literal["write", "mistake", "crash", "die", "die_once", "flaky", "meet", "fill", "hang", "ended"] = "write"
     """What."""
     text: str = ""
     """What to write."""
@@ -43,6 +43,8 @@ class Act(Stage):
             (Path(self.where) / "tried").touch()
         if self.does == "mistake":
             raise AlignError("row 3 is\nno row")
+        if self.does == "ended":  # as where a process of its launch was killed
+            raise StageFailed("one of its processes ended")
         if self.does == "crash":
             raise RuntimeError("a bug")
         if self.does == "flaky" and first:

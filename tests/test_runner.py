@@ -86,13 +86,14 @@ def test_a_crash_shows_the_end_of_its_log(processes, capsys):
     assert Registry().names() == ["r-b"]
 
 
-def test_exit_codes(processes, tmp_path):
-    for does, code in (("mistake", 2), ("crash", 1), ("write", 0)):
+def test_exit_codes(processes, tmp_path, capsys):
+    for does, code in (("mistake", 2), ("crash", 1), ("ended", 1), ("write", 0)):
         recipe = tmp_path / f"{does}.py"
         lines = ["from align.recipe import Recipe", "from runner_stages import Act", "def recipe():"]
         source = "\n".join([*lines, f"    return Recipe('x', {{'a': Act(does={does!r})}})"])
         recipe.write_text(source)
         assert main(["run", str(recipe), "--out", f"out-{does}"]) == code
+    assert re.search(r"error: a: one of its processes ended; \S+\.log tells more\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("does", ["die_once", "flaky"])

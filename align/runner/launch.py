@@ -102,7 +102,7 @@ def run_launched(task: Any, stage: Stage) -> dict[str, Any]:
         return result["metrics"]
     if "mistake" in result:
         raise AlignError(result["mistake"])
-    raise StageFailed(f"a process of its launch ended with code {process.returncode}; {task.log} tells more")
+    raise StageFailed(f"a process of its launch ended with code {process.returncode}")
 
 
 def slurm_script(command: Sequence[str], *, nodes: int, gpus: int, hours: float, partition: str | None, name: str) -> str:

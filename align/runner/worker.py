@@ -274,6 +274,9 @@ def _told(task: Task) -> int:
     except DiskFull as error:
         status.update(state="failed", kind="mistake", error=str(error))
         return FULL
+    except StageFailed as error:
+        status.update(state="failed", kind="crash", error=str(error))
+        return 1
     except AlignError as error:
         print(f"align: error: {error}", file=sys.stderr)
         status.update(state="failed", kind="mistake", error=str(error))
