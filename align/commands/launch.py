@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
 from align.errors import AlignError
+from align.runner.files import write_named
 from align.runner.launch import slurm_script
 
 
@@ -28,11 +30,11 @@ def launch(options: argparse.Namespace) -> int:
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not command:
         raise AlignError("align launch: say what to run: align launch --slurm job.sh -- align run RECIPE")
-    if min(options.nodes, options.gpus) < 1 or options.hours <= 0:
+    if min(options.nodes, options.gpus) < 1 or not 0 < options.hours < math.inf:
         raise AlignError("align launch: --nodes, --gpus and --hours must be above 0")
     script = slurm_script(
         command, nodes=options.nodes, gpus=options.gpus, hours=options.hours, partition=options.partition, name=options.name
     )
-    options.slurm.write_text(script, encoding="utf-8")
+    write_named(options.slurm, script)
     print(f"sbatch {options.slurm}")
     return 0

@@ -15,7 +15,7 @@ from align.diagnostics.case import Case, Finding, ask
 from align.errors import AlignError
 from align.recipe import make_stage, read_yaml
 from align.registry import Registry
-from align.runner.files import json_lines, write_atomically
+from align.runner.files import json_lines, write_named
 from align.stages import stages
 
 CURVATURE = "curvature/curvature.json"
@@ -198,4 +198,4 @@ def write_prescription(path: Path, name: str, found: Sequence[Patient], findings
     if path.suffix not in {".yaml", ".yml"}:
         raise AlignError(f"--apply {path}: a recipe's file ends in .yaml")
     text, _ = prescription(name, found, findings)
-    write_atomically(path, text)
+    write_named(path, text)

@@ -52,6 +52,20 @@ def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
         file.write(text)
 
 
+def write_named(path: Path, text: str) -> None:
+    """`write_atomically`, to a place that a person named.
+
+    Raises:
+        AlignError: nothing can be written there.
+    """
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        if disk_is_full(error):
+            raise
+        raise AlignError(f"{path} cannot be written ({error.strerror}): name another file") from error
+
+
 def json_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a .jsonl file that is appended to; none without it. A kill may have cut the last line, which is left out."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
