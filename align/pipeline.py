@@ -47,7 +47,7 @@ class Run:
                 stage's; or stages failed, after the others have run.
         """
         if only is not None:
-            self.check_name(only)
+            self.check(only)
         planner = self._planner()
         plan = planner.plan()  # every reference is checked before anything runs
         notes = self.out / "preflight.json" if len(self.recipe.stages) > 1 else None  # single stages share their folder
@@ -63,11 +63,11 @@ class Run:
 
     def _planner(self) -> Planner:
         for name in self.force:
-            self.check_name(name)
+            self.check(name)
         return Planner(self.recipe, self.out, self.registry, self.folder, frozenset(self.force))
 
-    def check_name(self, name: str) -> None:
-        """Raise `AlignError` unless the recipe has a stage `name`."""
+    def check(self, name: str) -> None:
+        """Raise `AlignError` unless the recipe has a stage of that name."""
         if name not in self.recipe.stages:
             raise AlignError(f"recipe {self.recipe.name!r} has no stage {name!r}{near_miss(name, self.recipe.stages)}")
 

@@ -12,7 +12,7 @@ from align.commands.run import assigned
 from align.errors import AlignError
 from align.pipeline import Run, default_out
 from align.recipe import load_recipe
-from align.runner.files import refuse_unwritable, write_atomically
+from align.runner.files import refuse_unwritable, write_named
 
 
 def add(verbs: Any) -> None:
@@ -40,7 +40,7 @@ def check(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, assigned(options.assignments))
     run = Run(recipe, options.out or default_out(recipe))
     if options.only is not None:
-        run.check_name(options.only)
+        run.check(options.only)
     plan = run.plan()
 
     from align.preflight.cards import at_hand, card
@@ -54,7 +54,7 @@ def check(options: argparse.Namespace) -> int:
     findings = [finding for each in looked for finding in each.findings]
     errors = sum(finding.level == "error" for finding in findings)
     if options.html is not None:
-        write_atomically(options.html, page(recipe.name, looked))
+        write_named(options.html, page(recipe.name, looked))
         say(f"written: {options.html}")
     if options.json:
         counts = {"errors": errors, "warnings": len(findings) - errors}

@@ -52,17 +52,19 @@ def add(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    for flag, least in (("jobs", 1), ("seeds", 1), ("retries", 0), ("grace", 0)):
+        given = getattr(options, flag)
+        if given is not None and not given >= least:
+            raise AlignError(f"--{flag} must be at least {least}")
     recipe = load_recipe(options.recipe, assigned(options.assignments))
     if options.sweep or options.seeds > 1:
         sweeps = {key: values.split(",") for key, values in assigned(options.sweep, "--sweep").items()}
         recipe = expand(recipe, sweeps, options.seeds)
-    if options.jobs is not None and options.jobs < 1:
-        raise AlignError("--jobs must be at least 1")
     out = options.out or default_out(recipe)
     how = Options(jobs=options.jobs, wait=not options.no_wait, retries=options.retries, grace=options.grace)
     work = Run(recipe, out, force=options.force, options=how)
     if options.plan:
-        return show_plan(work, as_json=options.json)
+        return show_plan(work, options.only, as_json=options.json)
     with _notified(options.notify, recipe.name, out):
         artifacts = work.execute(options.only)
         if options.only is None:
@@ -102,7 +104,9 @@ def _notified(target: str | None, name: str, out: Path) -> Iterator[None]:
             notify(target, {**event, "seconds": round(time.monotonic() - start, 1)})
 
 
-def show_plan(run: Run, *, as_json: bool) -> int:
+def show_plan(run: Run, only: str | None = None, *, as_json: bool) -> int:
+    if only is not None:
+        run.check(only)
     rows = [
         {
             "stage": step.name,
@@ -112,6 +116,7 @@ def show_plan(run: Run, *, as_json: bool) -> int:
             "seconds_last_time": step.last_seconds,
         }
         for step in run.plan()
+        if only in (None, step.name)
     ]
 
     def line(row: dict[str, Any]) -> str:
