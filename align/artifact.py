@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,11 @@ class Artifact:
 
     @classmethod
     def read(cls, folder: Path) -> Artifact | None:
-        """The artifact in `folder`, or None where it is missing or not complete; see `load`."""
+        """The artifact in `folder`, or None where it is missing or not complete; see `load`. Its path is where it was found: the
+        manifest does not know that the folder was moved or copied.
+        """
         manifest = folder / MANIFEST
-        return cls.load(manifest) if os.path.isfile(manifest) else None
+        return replace(cls.load(manifest), path=str(folder.resolve())) if os.path.isfile(manifest) else None
 
     @classmethod
     def load(cls, file: Path) -> Artifact:

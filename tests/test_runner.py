@@ -419,3 +419,16 @@ def test_the_plan_of_one_stage_is_of_that_alone(capsys, tmp_path):
     recipe.write_text("\n".join([*lines, "    return Recipe('x', {'a': Act(), 'b': Act(model='a')})"]))
     assert main(["run", str(recipe), "--only", "a", "--plan"]) == 0
     assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [["run", "a"]]
+
+
+def test_a_run_that_was_moved_is_told_of_from_where_it_is(tmp_path, capsys):
+    recipe = tmp_path / "two.py"
+    lines = ["from align.recipe import Recipe", "from runner_stages import Act", "def recipe():"]
+    recipe.write_text("\n".join([*lines, "    return Recipe('x', {'a': Act(), 'b': Act(model='a')})"]))
+    assert main(["run", str(recipe), "--out", "here"]) == 0
+    Path("here").rename("there")
+    for command in (["run", str(recipe), "--out", "there"], ["report", "there"]):
+        assert main(command) == 0
+        stages = json.loads(Path("there/results.json").read_text())["stages"]
+        assert [Path(stage["path"]).parent for stage in stages.values()] == [Path("there").resolve()] * 2
+    assert len(Registry().all()) == 2
