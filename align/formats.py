@@ -276,7 +276,8 @@ def _split_strings(chosen: str, rejected: str) -> Fields:
     """Two texts without a prompt of their own: the words that they begin with in common are the prompt."""
     pairs = enumerate(zip(chosen, rejected, strict=False))
     shared = chosen[: next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))]
-    prompt = re.sub(r"\s*\S*\Z", "", shared)  # the white space goes with the word behind it, as tokenizers have it
+    word = "" if shared[-1:].isspace() else (shared.rsplit(maxsplit=1) or [""])[-1]  # they may part in the middle of it
+    prompt = shared[: len(shared) - len(word)].rstrip()  # the white space goes with the word behind it, as tokenizers have it
     return {"prompt": prompt, "chosen": chosen[len(prompt) :], "rejected": rejected[len(prompt) :]}
 
 

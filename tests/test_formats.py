@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,11 @@ def test_judged_and_labelled_choices() -> None:
 def test_texts_without_a_prompt_share_whole_words() -> None:
     row = sample("implicit.jsonl")[0]
     assert (row.prompt, row.chosen, row.rejected) == ("The sea is", " blue today.", " because.")
+    long = "\u6d77" * 40_000 + " "  # a text without spaces took seconds a row, and four times as long when twice as long
+    began = time.process_time()
+    (fields,) = formats["implicit"]({"chosen": f"{long}a b", "rejected": f"{long}a c"})
+    assert time.process_time() - began < 2
+    assert fields == {"prompt": f"{long}a", "chosen": " b", "rejected": " c"}
 
 
 def test_prompts_keep_the_other_columns() -> None:
