@@ -313,6 +313,7 @@ def test_questions_become_prompts_with_reference_answers():
 
 INFO = {
     "plain": {"file_name": "plain.json"},
+    "nulls": {"file_name": "plain.json", "columns": None, "tags": None},
     "renamed": {
         "file_name": "renamed.jsonl",
         "columns": {"prompt": "question", "query": "about", "response": "answer", "system": "role"},
@@ -330,6 +331,8 @@ INFO = {
     "texts": {"file_name": "texts.jsonl", "columns": {"prompt": "content"}},
     "script": {"script_url": "run_me"},
     "odd": {"file_name": "x.jsonl", "columns": {"promt": "q"}},
+    "listed": {"file_name": "plain.json", "columns": ["prompt"]},
+    "numbered": {"file_name": 3},
 }
 
 
@@ -352,6 +355,7 @@ def test_a_llama_factory_dataset_info_is_read_as_it_is(info):
         return load_rows(f"{info}/dataset_info.json:{name}", kind).rows
 
     assert load("plain", "sft")[0].messages[1].content == "One."
+    assert load("nulls", "sft") == load("plain", "sft")
     renamed = load("renamed", "sft")
     assert len(renamed) == 2
     assert [(turn.role, turn.content) for turn in renamed[0].messages] == [
@@ -370,10 +374,12 @@ def test_a_llama_factory_dataset_info_is_read_as_it_is(info):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (":plian", "no data set 'plian' \\(did you mean 'plain'\\?\\); it has: plain, renamed"),
+        (":plian", "no data set 'plian' \\(did you mean 'plain'\\?\\); it has: plain, nulls, renamed"),
         ("", "name one of its data sets, as in .*:NAME; it has: plain"),
         (":script", "expected file_name or hf_hub_url"),
         (":odd", "field columns.promt: unknown \\(did you mean 'prompt'\\?\\)"),
+        (":listed", "field columns: got \\['prompt'\\], expected names, each with its name in the file"),
+        (":numbered", "expected file_name or hf_hub_url"),
     ],
 )
 def test_a_dataset_info_that_does_not_say_it(info, name, message):

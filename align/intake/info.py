@@ -101,7 +101,11 @@ def entry_of(source: str) -> Entry | None:
 def _entry(given: dict[str, Any], folder: Path, where: str) -> Entry:
     if not isinstance(given, dict):
         raise AlignError(f"{where}: {problem(where.rpartition(':')[2], given, 'a description of a data set')}")
-    columns, tags = given.get("columns", {}), {**TAGS, **given.get("tags", {})}
+    columns, renamed = given.get("columns") or {}, given.get("tags") or {}
+    for names, what in ((columns, "columns"), (renamed, "tags")):
+        if not isinstance(names, dict) or not all(isinstance(theirs, str) for theirs in names.values()):
+            raise AlignError(f"{where}, {problem(what, names, 'names, each with its name in the file')}")
+    tags = {**TAGS, **renamed}
     for names, known, what in ((columns, (*COLUMNS, *IGNORED), "columns"), (tags, TAGS, "tags")):
         for name in names:
             if name not in known:
@@ -121,9 +125,9 @@ def _entry(given: dict[str, Any], folder: Path, where: str) -> Entry:
 
 
 def _source(given: dict[str, Any], folder: Path, where: str) -> str:
-    if "file_name" in given:
+    if isinstance(given.get("file_name"), str):
         return str(folder / given["file_name"])
-    if "hf_hub_url" in given:
+    if isinstance(given.get("hf_hub_url"), str):
         return given["hf_hub_url"] + (f":{given['subset']}" if given.get("subset") else "")
     found = ", ".join(given) or "nothing"
     raise AlignError(f"{where}: expected file_name or hf_hub_url (a script or another hub is not read); found {found}")
