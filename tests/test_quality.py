@@ -315,6 +315,18 @@ def test_nothing_is_written_without_an_output(dirty, capsys):
     assert sorted(dirty.iterdir()) == before
 
 
+@pytest.mark.parametrize("command", [["clean", "odd.jsonl"], ["check", "odd.jsonl"], ["stats", "odd.jsonl"]])
+def test_no_row_steers_the_terminal(dirty, capsys, command):
+    rows = [{"text": f"film {i}", "label": "\x1b[31mred"} for i in range(3)]
+    write_rows(
+        "odd.jsonl",
+        [*rows, rows[0] | {"text": "\x1b[2J as an AI model"}, rows[0] | {"text": "\x1b[2J lorem ipsum"}, {"\x1b[2J": 1}],
+    )
+    main(["data", *command])
+    page = capsys.readouterr().out
+    assert ("\x1b" in page, "\\x1b" in page) == (False, True)
+
+
 def test_clean_writes_what_is_kept_and_what_is_not(dirty, capsys):
     arguments = ["--against", "eval.jsonl", "--mask", "all", "--output", "clean.jsonl", "--json"]
     assert main(["data", "clean", "dirty.jsonl", *arguments]) == 0

@@ -35,3 +35,8 @@ def check_outputs(sources: Iterable[str], *outputs: Path) -> None:
         if output.is_dir():
             raise AlignError(f"{output} is a folder: name a file for the output")
         refuse_unwritable(output.parent)
+
+
+def visible(text: str) -> str:
+    """`text` with control characters (which could steer the terminal) as their escapes."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)

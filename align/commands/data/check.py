@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align.commands.data.arguments import check_outputs
+from align.commands.data.arguments import check_outputs, visible
 from align.errors import AlignError
 from align.schema import KINDS
 
@@ -49,9 +49,9 @@ def check(options: argparse.Namespace) -> int:
             found = {"file": file, "format": stream.format or None, "kind": stream.kind, **account.as_dict()}
             print(json.dumps(found | ({"error": error} if error else {}), ensure_ascii=False))
         else:
-            print(f"{file}: {stream.format or 'no known format'}, {stream.kind or 'no known kind'}: {account.summary()}")
+            print(f"{file}: {stream.format or 'no known format'}, {stream.kind or 'no known kind'}: {visible(account.summary())}")
             for place, reason in stream.set_aside[:3]:
-                print(f"  {place}: {reason}")
+                print(f"  {place}: {visible(reason)}")
         if error or not account.rows:
             say(f"align: {error or f'{file}: no rows: it is empty'}")
     return 2 if not read else int(clean < len(options.files))

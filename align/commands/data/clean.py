@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align.commands.data.arguments import add_reading, check_outputs
+from align.commands.data.arguments import add_reading, check_outputs, visible
 from align.errors import AlignError
 from align.intake.account import Quarantine
 
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         write_rows(aside, [*unread.rows, *removed])
         written = [str(options.output), str(aside)]
     account = {"file": options.file, "loaded": loaded.summary(), **cleaned.account(loaded.places), "written": written}
-    print(json.dumps(account, indent=1, ensure_ascii=False) if options.json else _page(account, cleaned.summary()))
+    print(json.dumps(account, indent=1, ensure_ascii=False) if options.json else visible(_page(account, cleaned.summary())))
     return 0
 
 

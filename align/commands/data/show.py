@@ -7,6 +7,7 @@ import json
 from itertools import islice
 from typing import Any
 
+from align.commands.data.arguments import visible
 from align.errors import AlignError
 from align.registry import Registry
 from align.schema import KINDS
@@ -81,6 +82,5 @@ def _renderer(model: str, template: str) -> Any:
 
 
 def _indented(text: str) -> str:
-    """Each line set in, and control characters (which could steer the terminal) as their escapes."""
-    visible = "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
-    return "\n".join(f"  {line}" for line in visible.split("\n"))
+    """Each line set in."""
+    return "\n".join(f"  {line}" for line in visible(text).split("\n"))

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align.commands.data.arguments import check_outputs
+from align.commands.data.arguments import check_outputs, visible
 from align.errors import AlignError
 from align.registry import Registry
 from align.schema import KINDS
@@ -47,7 +47,7 @@ def stats(options: argparse.Namespace) -> int:
         stream = RowStream(file, options.kind, format=options.format, split=options.split, on_bad_row="quarantine")
         found = Statistics(stream, length)
         refuse_empty(stream)
-        print(json.dumps(found.as_dict(), ensure_ascii=False) if options.json else _page(found, unit))
+        print(json.dumps(found.as_dict(), ensure_ascii=False) if options.json else visible(_page(found, unit)))
         if options.plot and number == 0:
             options.plot.parent.mkdir(parents=True, exist_ok=True)
             found.plot(options.plot, unit)
