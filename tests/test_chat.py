@@ -254,8 +254,8 @@ def served(model):
         process.stdout.close()
 
 
-@pytest.mark.parametrize("name", ["adapter"])
-def test_the_served_answer_is_the_local_greedy_one(folders, name):
+@pytest.mark.parametrize("name", ["one", "adapter"])
+def test_the_served_answer_is_the_local_greedy_one_or_drawn_as_asked(folders, name):
     openai = pytest.importorskip("openai")
     pytest.importorskip("uvicorn")
     asked = [{"role": "user", "content": "How are you?"}]
@@ -263,6 +263,13 @@ def test_the_served_answer_is_the_local_greedy_one(folders, name):
         client = openai.OpenAI(base_url=address, api_key="none")
         stream = client.chat.completions.create(model=str(name), messages=asked, max_tokens=8, temperature=0, stream=True)
         text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+        asks = {"model": name, "messages": asked, "max_tokens": 8}
+        draws = [client.chat.completions.create(**asks, temperature=1.0, seed=seed) for seed in (1, 1, 2, 3)]
+        again, first, *others = [draw.choices[0].message.content for draw in draws]
+        listed = [model.id for model in client.models.list()]
+    assert listed == [name]
+    assert again == first, "one seed, one answer"
+    assert {first, *others} != {text}, "a temperature is one, though the model's own settings are silent"
     assert text.strip() == expected(folders / name, [Message(**asked[0])])
 
 
@@ -283,3 +290,15 @@ def test_vllm_that_is_not_there_is_one_line(folders, monkeypatch, capsys):
     monkeypatch.setenv("ALIGN_VLLM", str(folders / "python"))
     assert main(["serve", str(folders / "one"), "--engine", "vllm"]) == 2
     assert "is no interpreter of an environment with vLLM" in capsys.readouterr().err
+
+
+def test_vllm_is_not_started_for_a_model_that_is_nowhere(tmp_path, monkeypatch, capsys):
+    (tmp_path / "vllm.py").touch()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("ALIGN_VLLM", sys.executable)
+    for nowhere in ("owner/nothing", str(tmp_path / "empty")):
+        assert main(["serve", nowhere, "--engine", "vllm"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"align: error: cannot load a config from '{nowhere}'")
+        assert error.count("\n") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import shlex
 import shutil
@@ -30,6 +31,7 @@ def add(verbs: Any) -> None:
 
 
 def serve(options: argparse.Namespace) -> int:
+    from align.models import load_config
     from align.progress import say
     from align.registry import Registry
 
@@ -39,16 +41,23 @@ def serve(options: argparse.Namespace) -> int:
     if options.engine != "vllm" and (options.rollouts or options.engine_args):
         raise AlignError("--rollouts and --engine_args are for --engine vllm")
     resolved = Registry().resolve(options.model)
-    if options.engine == "transformers":  # the environment of vLLM may know models that this one does not
-        from align.models import load_config
-
-        load_config(resolved.path, trust_remote_code=options.trust_remote_code)
+    config = None
+    try:
+        config = load_config(resolved.path, trust_remote_code=options.trust_remote_code)
+    except AlignError as error:
+        # The environment of vLLM may know models that this one does not, but none that are nowhere.
+        path = Path(resolved.path)
+        nowhere = isinstance(error.__cause__, OSError) or (path.is_dir() and not (path / "config.json").is_file())
+        if options.engine == "transformers" or nowhere:
+            raise
     with tempfile.TemporaryDirectory(prefix="align-serve-") as folder:
         name = resolved.path  # a hub id
         if Path(resolved.path).is_dir():
             # A folder is served under its name: the servers call a model what its path says, so it gets a short one.
             name = resolved.artifact.name if resolved.artifact else Path(resolved.path).name
             _place(Path(resolved.path), Path(folder) / name)
+            if options.engine == "transformers":
+                _sample(Path(folder) / name, config)
             os.chdir(folder)
         say(f"model {name!r} at http://{options.host}:{options.port}/v1 (Ctrl-C ends it)")
         return start(options, name)
@@ -64,7 +73,24 @@ def _place(model: Path, target: Path) -> None:
             raise AlignError(f"{model} are virtual tokens, which cannot be merged into weights for a server; use `align chat`")
         save_model(merged, load_tokenizer(str(model)), target)
     else:
-        target.symlink_to(model)
+        target.mkdir()
+        for file in model.iterdir():
+            (target / file.name).symlink_to(file)
+
+
+def _sample(folder: Path, config: Any) -> None:
+    """Have transformers' server draw at the temperature that a request names: it leaves that to the model's own settings, which say
+    nothing of it, and then every answer is the greedy one. Temperature 0 is greedy as before.
+    """
+    from transformers import GenerationConfig
+
+    file = folder / "generation_config.json"
+    if file.is_file():
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    else:
+        settings = GenerationConfig.from_model_config(config).to_diff_dict()
+    file.unlink(missing_ok=True)  # the link, not the model's own
+    file.write_text(json.dumps({"top_k": 0, **settings, "do_sample": True}), encoding="utf-8")
 
 
 def _missing_packages() -> str | None:
@@ -93,7 +119,11 @@ def _missing_vllm() -> str | None:
 
 def _transformers(options: argparse.Namespace, name: str) -> int:
     from transformers.cli.serve import Serve
+    from transformers.cli.serving.model_manager import ModelManager
 
+    # Theirs lists the hub's cache, and fails where there is none.
+    served = {"id": name, "object": "model", "created": 0, "owned_by": "align"}
+    ModelManager.get_gen_models = staticmethod(lambda: [served])
     common = {"host": options.host, "port": options.port, "dtype": options.dtype}
     Serve(force_model=name, trust_remote_code=options.trust_remote_code, **common)
     return 0
