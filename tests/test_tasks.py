@@ -387,6 +387,17 @@ def test_the_text_is_cut_and_not_the_pattern(words):
     assert item["input_ids"][-1] == words.mask_token_id
 
 
+@pytest.mark.parametrize("text", ["中文" * 20, "a" + "😀" * 30, "é" * 40, "ab"])
+def test_the_gap_stays_where_characters_are_several_tokens(words, text):
+    """Cut inside of a character, the text would take it whole and push the gap at the end out of the row."""
+    for length in range(12, 20):
+        cloze = tasks["cloze"](words, length, ["0", "1"], pattern="{text}. {mask}", verbalizer={"0": "one", "1": "two"})
+        item, cut = cloze.encode(text)
+        assert len(item["input_ids"]) <= length
+        assert item["input_ids"].count(words.mask_token_id) == 1
+        assert cut == (text != "ab")
+
+
 def test_seq2seq_reads_conversations_as_text(tokenizer):
     task = tasks["seq2seq"](tokenizer, 32, [], prefix="say: ")
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "Fine"}]

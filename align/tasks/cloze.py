@@ -105,9 +105,13 @@ class ClozeClassification(Classification):
         if room < 1:
             raise AlignError(f"pattern {self.pattern!r} alone fills max_length ({self.max_length} tokens)")
         whole = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        cut = len(whole) > room
-        kept = text[: whole[room - 1][1]] if cut else text
-        return dict(self.tokenizer(around.replace(TEXT, kept), truncation=True, max_length=self.max_length)), cut
+        fit = min(room, len(whole))
+        while True:
+            kept = text if fit == len(whole) else text[: whole[fit - 1][1]] if fit else ""
+            item = dict(self.tokenizer(around.replace(TEXT, kept)))
+            if len(item["input_ids"]) <= self.max_length or not fit:
+                return item, fit < len(whole)
+            fit -= 1  # a character of several tokens is kept whole or not at all, and may be too long for the room
 
     def scores(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Logits (rows, labels) of the labels' words at the gap."""
