@@ -191,10 +191,13 @@ def test_a_sweep_pays_once(tokenizer, tmp_path, capsys):
 
     def said(name, out="runs", **fields):
         Run(Recipe(name, {name: Preference(**{**common, "beta": 0.1, **fields})}), tmp_path / out).execute()
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if "log-probs of" in line]
-        return line
+        return [line for line in capsys.readouterr().err.splitlines() if "log-probs of" in line]
 
-    assert said("first") == "first: log-probs of 8 rows under the reference: computed once"
+    def lines(name, how):
+        parts = {name: 6, f"{name} (held out)": 2}
+        return [f"{part}: log-probs of {count} rows under the reference: {how}" for part, count in parts.items()]
+
+    assert said("first") == lines("first", "computed once")
     for name, fields in {
         "beta": {"beta": 0.5},
         "ipo": {"loss": "ipo"},
@@ -202,8 +205,8 @@ def test_a_sweep_pays_once(tokenizer, tmp_path, capsys):
         "lora": {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2},
         "elsewhere": {"out": "other"},
     }.items():
-        assert said(name, **fields) == f"{name}: log-probs of 8 rows under the reference: from the cache"
-    assert said("short", max_length=16).endswith("computed once")
+        assert said(name, **fields) == lines(name, "from the cache")
+    assert said("short", max_length=16)[1] == lines("short", "computed once")[1]  # of the others none is longer
 
 
 def test_in_bf16_the_reference_and_every_evaluation_are_in_bf16(tokenizer, tmp_path):

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,14 +139,15 @@ def with_reference(
 ) -> tuple[Sequence[Tree], Sequence[Tree]]:
     """The same trees with the log-probs of their branches under `model` as it is now; see `add_reference_logps`."""
 
-    def add(part: Sequence[Tree]) -> list[Tree]:
-        return add_reference_logps(model, part, stage.max_tokens_per_micro_batch, label, common=common)
+    def measured(part: Sequence[Tree], name: str) -> Sequence[Tree]:
+        if not part:
+            return part
+        add = partial(add_reference_logps, model, max_tokens=stage.max_tokens_per_micro_batch, label=name, common=common)
+        return rewritten(part, add) if isinstance(part, TreeFile) else add(part)
 
+    # Apart, as evaluation takes the held-out ones: packed alike, they come out alike to the bit on any processor.
     with precision(stage):
-        if isinstance(trees, TreeFile):
-            return rewritten(trees, add), rewritten(held, add) if isinstance(held, TreeFile) else held
-        both = add([*trees, *held])
-    return both[: len(trees)], both[len(trees) :]
+        return measured(trees, label), measured(held, f"{label} (held out)")
 
 
 def training_arguments(stage: TrainingStage, context: Context, *, has_eval: bool) -> dict[str, Any]:
