@@ -142,6 +142,7 @@ class TestSentenceSimilarity:
         assert other == pytest.approx(float(model.similarity(vectors[0], vectors[1])), abs=1e-5)
         assert other < 0.999
         assert nothing is None
+        assert function(["dog", "dog"], [12, "12"])[0] == function(["dog"], ["12"])[0]  # a column of numbers
 
     def test_without_the_library_or_the_model(self, folder, tmp_path, monkeypatch):
         with pytest.raises(AlignError, match="nowhere is no folder"):

@@ -57,7 +57,7 @@ def call(name: str, function: RewardFunction, arguments: Mapping[str, Any], time
         raise
     except _TimeIsUp:
         raise Failure(_too_long(name, timeout)) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a function of somebody's own does not end the run
         raise raised(name, error) from error
 
 
@@ -84,7 +84,7 @@ def _within(seconds: float, work: Callable[[], Any]) -> Any:
     def run() -> None:
         try:
             results.append((work(), None))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             results.append((None, error))
 
     thread = threading.Thread(target=run, daemon=True, name="align-reward")

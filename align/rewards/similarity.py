@@ -21,7 +21,9 @@ def sentence_similarity(completions: list, answer: list, *, model: str, **column
         AlignError: no such folder, or sentence-transformers is not installed.
     """
     rows = [i for i, wanted in enumerate(answer) if wanted is not None]
-    texts = [text_of(completions[i]) for i in rows] + [text_of(answer[i]) for i in rows]
+    texts = [text_of(completions[i]) for i in rows] + [
+        text_of(answer[i]) if isinstance(answer[i], str | list) else str(answer[i]) for i in rows
+    ]
     scores: list[float | None] = [None] * len(completions)
     if rows:
         vectors = _encoder(model).encode(texts, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False)
