@@ -508,6 +508,8 @@ def test_a_sweep_from_the_command_line(tmp_path, capsys):
     recipe.write_text("\n".join([*lines, "    return Recipe('x', {'a': Act(), 'b': Act(model='a')})"]))
     assert main(["run", str(recipe), "--sweep", "b.text=one,two", "--plan"]) == 0
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["a", "b-text-one", "b-text-two"]
+    assert main(["run", str(recipe), "--sweep", "b.text=one", "--sweep", "b.text=two", "--plan"]) == 2
+    assert "--sweep names a field twice" in capsys.readouterr().err
 
 
 # -- telling somebody ----------------------------------------------------------------------------------------------------------
@@ -542,6 +544,12 @@ def test_a_command_and_a_webhook_are_told(tmp_path, capsys):
     assert received == [{"state": "done"}]
     notify("no-such-command-anywhere", {})
     assert "--notify no-such-command-anywhere:" in capsys.readouterr().err
+
+
+def test_what_a_command_says_is_no_part_of_our_output(capfd):
+    notify("echo told", {})
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("", "told\n")
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,8 @@ def run(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, assigned(options.assignments))
     if options.sweep or options.seeds > 1:
         sweeps = {key: values.split(",") for key, values in assigned(options.sweep, "--sweep").items()}
+        if len(sweeps) < len(options.sweep):
+            raise AlignError("--sweep names a field twice: write all of its values behind one, as in --sweep dpo.beta=0.05,0.1")
         recipe = expand(recipe, sweeps, options.seeds)
     out = options.out or default_out(recipe)
     how = Options(jobs=options.jobs, wait=not options.no_wait, retries=options.retries, grace=options.grace)

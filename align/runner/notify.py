@@ -11,6 +11,9 @@ from typing import Any
 
 from align.progress import say
 
+STDERR = 2
+"""Where a command's words go: standard output may be JSON."""
+
 TIMEOUT = 20.0  # seconds
 
 
@@ -24,7 +27,7 @@ def notify(target: str, event: dict[str, Any]) -> None:
             request = urllib.request.Request(target, body, {"Content-Type": "application/json"})
             urllib.request.urlopen(request, timeout=TIMEOUT).close()
         elif words := shlex.split(target):
-            subprocess.run(words, input=body, check=True, timeout=TIMEOUT)
+            subprocess.run(words, input=body, check=True, timeout=TIMEOUT, stdout=STDERR)
         else:
             say("--notify names neither an address nor a command; nobody was told")
     except (OSError, ValueError, HTTPException, subprocess.SubprocessError) as error:  # the third: no address, or no answer in HTTP
