@@ -13,7 +13,7 @@ from torch import nn
 
 from align.data import RowStream, is_held_out, refuse_empty
 from align.encode import Encoded, Encoder, set_chat_template
-from align.engine import enable_forest
+from align.engine import check_reach, enable_forest
 from align.errors import AlignError
 from align.forest import Tree
 from align.intake.kinds import replies
@@ -196,14 +196,14 @@ class Evaluation:
         if self.demonstrations:
             documents = isinstance(self.demonstrations[0], TextRow)
             encoded = encoder.windows(self.demonstrations, stage.stride) if documents else encoder.sft(self.demonstrations)
-            trees = self._trees(name, encoded)
+            trees = self._trees(name, model, encoded)
             result["perplexity"] = math.exp(min(mean_nll(model, trees, stage.max_tokens_per_micro_batch), 700))
         if self.prompts:
             result.update(self._answer(name, model, Encoder(tokenizer, stage.max_length - stage.max_completion_length)))
         gaps: dict[int, float] = {}
         if self.pairs:
             encoded = encoder.preference(self.pairs)
-            logps = branch_logps(model, self._trees(name, encoded), stage.max_tokens_per_micro_batch)
+            logps = branch_logps(model, self._trees(name, model, encoded), stage.max_tokens_per_micro_batch)
             gaps = {id(row): chosen - rejected for row, (chosen, rejected) in zip(encoded.rows, logps, strict=True)}
             if self._reference is not None:
                 # Another tokenizer may have set other rows aside.
@@ -296,14 +296,15 @@ class Evaluation:
                 results[name][f"{key}_vs_{stage.baseline}"] = {"mean": found[key], "ci95": interval, "n": len(scores)}
 
     @staticmethod
-    def _trees(name: str, encoded: Encoded) -> Sequence[Tree]:
+    def _trees(name: str, model: nn.Module, encoded: Encoded) -> Sequence[Tree]:
         """The trees of held-out rows.
 
         Raises:
-            AlignError: none of them fits into `max_length`.
+            AlignError: none of them fits into `max_length`, or one is too long for `model`.
         """
         if not encoded.trees:
             raise AlignError(f"{name}: none of the rows can be used: {encoded.summary()}")
+        check_reach(model, max(tree.longest for tree in encoded.trees))
         return encoded.trees
 
     def _sampled(
@@ -349,7 +350,7 @@ class Evaluation:
         set_chat_template(tokenizer, self.stage.chat_template)
         budget = self.stage.max_tokens_per_micro_batch
         scorer = RewardScorer(path, tokenizer.get_vocab(), dtype=self.stage.dtype, max_tokens=budget, normalize=False)
-        trees = self._trees(name, Encoder(tokenizer, self.stage.max_length).preference(self.pairs))
+        trees = self._trees(name, scorer.model, Encoder(tokenizer, self.stage.max_length).preference(self.pairs))
         pairs = branch_scores(scorer.model, trees, budget)
         right = summarize([float(chosen > rejected) for chosen, rejected in pairs])
         columns = {"chosen_scores": [c for c, _ in pairs], "rejected_scores": [r for _, r in pairs]}

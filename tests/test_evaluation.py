@@ -115,6 +115,16 @@ def test_windows_that_do_not_overlap_are_refused(tokenizer):
         Encoder(tokenizer, 8).windows([TextRow(text="a")], 8)
 
 
+def test_rows_longer_than_the_learned_positions_are_one_line(capsys, tokenizer, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    assert main(f"eval {tmp_path}/gpt2 --data texts.jsonl --metrics perplexity --max_length 30".split()) == 2
+    assert "GPT2LMHeadModel has places for 16: set max_length to 16 or less" in capsys.readouterr().err
+
+
 def test_perplexity_of_documents_by_name(capsys, folder):
     found = results(capsys, "eval one --data texts.jsonl --metrics perplexity --max_length 12 --stride 5")
     assert found["one"] == {"perplexity": pytest.approx(directly(folder / "one", 12, 5)[0], rel=1e-5)}
