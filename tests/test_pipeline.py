@@ -422,7 +422,7 @@ def test_a_folder_that_holds_another_result_is_not_overwritten():
 # -- imports -------------------------------------------------------------------------------------------------------------------
 
 RANKS = {"trainers": 1, "evaluation": 2, "stages": 2, "recipe": 3, "diagnostics": 3, "pipeline": 4, "report": 4, "chat": 4}
-RANKS |= {"commands": 5, "cli": 6}
+RANKS |= {"commands": 5, "cli": 6, "__main__": 7}
 RANKS |= {
     f"runner.{name}": 4 for name in ("plan", "launch", "view", "sweep", "worker", "zygote", "rank", "execute", "devices", "share")
 }
