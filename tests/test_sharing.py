@@ -25,7 +25,7 @@ from align.pipeline import Run
 from align.recipe import Recipe, load_recipe
 from align.registry import ALIASES, Registry, home
 from align.runner.checkpoints import seal
-from align.runner.code import code_of
+from align.runner.code import _module, _parsed, code_of
 from align.runner.launch import command, slurm_script
 from align.runner.notify import notify
 from align.runner.share import delete, pull, push
@@ -367,6 +367,24 @@ def test_the_code_version_is_that_of_what_a_stage_can_reach():
     assert "align.trainers.ppo.trainer" in ppo
     assert not {"align.trainers.ppo.trainer", "align.stages.ppo", "align.progress", "align.registry", "align.report"} & sft.keys()
     assert "align/templates/chat/plain.jinja" in sft
+
+
+def test_a_module_is_parsed_once_for_its_content(monkeypatch):
+    """What was found of it is kept on disk: a later process parses nothing, and finds the same."""
+    first = code_of(SFT)
+    _module.cache_clear()
+    again = code_of(SFT)  # from nothing, into this test's home
+    _module.cache_clear()
+    _parsed.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr("align.runner.code.ast.parse", lambda *_: pytest.fail("parsed again"))
+        assert code_of(SFT) == again == first
+    kept = home() / "cache" / "code"
+    assert len(list(kept.iterdir())) > 40
+    for file in kept.iterdir():
+        file.write_text("")  # as a disk that was full may leave it
+    _module.cache_clear()
+    assert code_of(SFT) == first
 
 
 OWN = '''

@@ -9,9 +9,13 @@ import ast
 import hashlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+
+from align.registry import home
+from align.runner.files import write_atomically
 
 PACKAGE = Path(__file__).resolve().parent.parent
 NAME = PACKAGE.name
@@ -49,7 +53,7 @@ def code_of(cls: type) -> dict[str, str]:
     else:
         tree = _parsed(str(file), file.stat().st_mtime_ns)
         found[cls.__qualname__] = _hash(_definition(tree, cls.__name__))
-        waiting = list(_imports(tree))
+        waiting = _modules(_imported(tree))
     while waiting:
         module = waiting.pop()
         if module in found or module.split(".")[1] in NOT_COMPUTATION:
@@ -91,29 +95,42 @@ def _parsed(path: str, changed: int) -> ast.Module:
 
 
 @cache
-def _module(path: str, changed: int) -> tuple[str, tuple[str, ...]]:
-    """Hash of a module, and the modules of this package that it imports anywhere."""
-    tree = _parsed(path, changed)
-    return _hash(tree), tuple(_imports(tree))
+def _module(path: str, changed: int) -> tuple[str, list[str]]:
+    """Hash of a module, and the modules of this package that it imports anywhere. Parsing all of them takes most of a second, so
+    what came out is kept in ``$ALIGN_HOME/cache/code``, by what is in the file.
+    """
+    content = Path(path).read_bytes()
+    kept = home() / "cache" / "code" / hashlib.sha256(sys.version.encode() + content).hexdigest()
+    words = kept.read_text(encoding="utf-8").split() if kept.is_file() else []
+    if not words:
+        tree = _parsed(path, changed)
+        words = [_hash(tree), *_imported(tree)]
+        with suppress(OSError):  # no room, or a home that is only read: it is parsed again
+            write_atomically(kept, " ".join(words))
+    return words[0], _modules(words[1:])
 
 
-def _imports(tree: ast.AST) -> Iterator[str]:
-    """Modules of this package; ``from align.stages import training`` means that one, not the package with all of its stages."""
+def _imported(tree: ast.AST) -> list[str]:
+    """What is imported from this package: modules, and names in modules."""
+    found: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = [name if _is_module(name) else node.module for name in names]
-        else:
-            continue
-        for name in dict.fromkeys(names):
-            if name.startswith(f"{NAME}.") and name != f"{NAME}.stages":
-                yield name
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return list(dict.fromkeys(name for name in found if name.startswith(f"{NAME}.")))
+
+
+def _modules(imported: Iterable[str]) -> list[str]:
+    """The modules among `imported`, and those of its names; ``from align.stages import training`` means that one, not the package
+    with all of its stages.
+    """
+    found = dict.fromkeys(name if _is_module(name) else name.rpartition(".")[0] for name in imported)
+    return [name for name in found if name not in (NAME, f"{NAME}.stages")]
 
 
 def _is_module(name: str) -> bool:
-    return name.split(".")[0] == NAME and _path(name).is_file()
+    return _path(name).is_file()
 
 
 def _definition(tree: ast.Module, name: str) -> ast.Module:
