@@ -177,6 +177,14 @@ def test_a_bias_that_was_there_before_training_was_not_learned():
     assert rules_of(case("reward", by_length(lambda t: 0.95, lambda t: 0.1))) == []
 
 
+def test_a_short_run_that_diverged_is_not_called_good():
+    """Two logged losses, and the held-out one before and after, are enough to see it; one loss above the mean is not."""
+    losses = [{"step": 0, "eval_loss": 8.0}, {"step": 1, "loss": 8.1}, {"step": 7, "loss": 12.5}, {"step": 7, "eval_loss": 10.2}]
+    assert rules_of(case(records=losses)) == ["learning_rate_too_high"]
+    assert rules_of(case(records=losses, running=True)) == []
+    assert rules_of(case(records=[*losses[:3], {"step": 7, "eval_loss": 7.5}])) == []
+
+
 def test_a_timid_run_is_not_called_one_without_anything_to_learn():
     timid = case(records=history(loss=lambda t: 3 - 0.02 * t, eval_loss=lambda t: 3 - 0.02 * t))
     assert rules_of(timid) == ["learning_rate_too_low"]

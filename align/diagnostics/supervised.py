@@ -63,7 +63,8 @@ ADAM_EDGE = 38.0
 )
 def learning_rate_too_high(case: Case) -> Diagnosis | None:
     """The loss ends above its start, loses again what it had gained, spikes, or is stuck where no gradient leads out."""
-    if len(case.loss) < 8 or (case.batch <= SMALL_BATCH and not _diverged(case)):
+    few = len(case.loss) < 8
+    if not len(case.loss) or (few and case.running) or ((few or case.batch <= SMALL_BATCH) and not _diverged(case)):
         return None
     seen, evidence = _instability(case)
     if seen is None:
