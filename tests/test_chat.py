@@ -214,7 +214,7 @@ def test_a_question_that_cannot_be_answered_is_taken_back(monkeypatch, capsys):
         (["chat", "a", "--temperature", "nan"], "0 is greedy"),
         (["chat", "a", "--seed", "-1"], "--seed -1"),
         (["chat", "a", "--prompt", "\udcff"], "--prompt holds bytes that are no UTF-8"),
-        (["chat", "a", "b", "--votes", "/"], "--votes / is a folder"),
+        (["chat", "a", "b", "--votes", "/"], "/ is a folder: name a file in it"),
         (["chat", "a", "b", "c"], "compares two models, not 3"),
         (["chat", "a", "--json"], "--json needs --prompt"),
         (["chat", "a", "--temperature", "-1"], "0 is greedy"),

@@ -360,7 +360,7 @@ def test_the_command_says_what_to_do(recipe, capsys):
     ("flags", "said"),
     [
         (["--only", "stf"], "recipe 'mine' has no stage 'stf' (did you mean 'sft'?)"),
-        (["--html", "."], "--html . is a folder"),
+        (["--html", "."], ". is a folder: name a file in it"),
         (["--html", "sft.jsonl/page.html"], "sft.jsonl is a file, not a folder"),
         (["--samples", "-1"], "--samples -1"),
     ],

@@ -7,26 +7,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from align.errors import AlignError
 from align.registry import home
-from align.runner.files import refuse_unwritable
 from align.schema import Message
 
 
 def default_votes() -> Path:
     """Where votes go unless told otherwise."""
     return home() / "votes.jsonl"
-
-
-def check_votes(path: Path) -> None:
-    """Find out before anybody votes whether votes can be kept.
-
-    Raises:
-        AlignError: `path` is a folder, or lies where nothing can be written.
-    """
-    if path.is_dir():
-        raise AlignError(f"--votes {path} is a folder: name a file in it")
-    refuse_unwritable(path.parent)
 
 
 def add_vote(path: Path, prompt: Sequence[Message], chosen: tuple[str, str], rejected: tuple[str, str]) -> None:

@@ -35,12 +35,13 @@ def chat(options: argparse.Namespace) -> int:
 
     from align.chat.speaker import Decoding, Speaker
     from align.chat.terminal import Talk, talk_at_terminal
-    from align.chat.votes import check_votes, default_votes
+    from align.chat.votes import default_votes
+    from align.runner.files import refuse_unwritable_file
     from align.runner.worker import quiet
 
     votes = options.votes or default_votes()
     if len(options.models) > 1 and options.prompt is None:
-        check_votes(votes)
+        refuse_unwritable_file(votes)
     quiet()
     how = {"dtype": options.dtype, "chat_template": options.chat_template, "trust_remote_code": options.trust_remote_code}
     speakers = [Speaker(name, **how) for name in options.models]

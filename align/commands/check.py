@@ -12,7 +12,7 @@ from align.commands.run import assigned
 from align.errors import AlignError
 from align.pipeline import Run, default_out
 from align.recipe import load_recipe
-from align.runner.files import refuse_unwritable, write_named
+from align.runner.files import refuse_unwritable_file, write_named
 
 
 def add(verbs: Any) -> None:
@@ -34,9 +34,7 @@ def check(options: argparse.Namespace) -> int:
     if options.samples < 0:
         raise AlignError(f"--samples {options.samples}: rows to show, at least 0")
     if options.html is not None:
-        if options.html.is_dir():
-            raise AlignError(f"--html {options.html} is a folder: name a file in it")
-        refuse_unwritable(options.html.parent)
+        refuse_unwritable_file(options.html)
     recipe = load_recipe(options.recipe, assigned(options.assignments))
     run = Run(recipe, options.out or default_out(recipe))
     if options.only is not None:

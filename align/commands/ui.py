@@ -35,11 +35,12 @@ def ui(options: argparse.Namespace) -> int:
         raise AlignError(f"the registry {registry.root} holds no language model: name one, or train one (`make demo`)")
     from align.chat.speaker import Decoding
     from align.chat.ui import build, launch
-    from align.chat.votes import check_votes, default_votes
+    from align.chat.votes import default_votes
+    from align.runner.files import refuse_unwritable_file
     from align.runner.worker import quiet
 
     votes = options.votes or default_votes()
-    check_votes(votes)
+    refuse_unwritable_file(votes)
     quiet()
     page = build(
         names,

@@ -72,6 +72,17 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line]
 
 
+def refuse_unwritable_file(file: Path) -> None:
+    """`refuse_unwritable`, of a file that a person named.
+
+    Raises:
+        AlignError: it is a folder, or nothing can be written beside it.
+    """
+    if file.is_dir():
+        raise AlignError(f"{file} is a folder: name a file in it for the output")
+    refuse_unwritable(file.parent)
+
+
 def refuse_unwritable(folder: Path) -> None:
     """Find out before any work whether files can be written into `folder`, which need not be there yet. Nothing is left of it.
 

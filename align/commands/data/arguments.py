@@ -25,16 +25,14 @@ def check_outputs(sources: Iterable[str], *outputs: Path) -> None:
     Raises:
         AlignError: one of them is among what is read, whose other rows would be lost; or is a folder, or its folder cannot be made.
     """
-    from align.runner.files import refuse_unwritable
+    from align.runner.files import refuse_unwritable_file
     from align.sources import files_of
 
     read = [file for source in sources for file in files_of(source)]
     for output in outputs:
         if output.exists() and any(output.samefile(file) for file in read):
             raise AlignError(f"{output} is what is read, and would be overwritten: name another file for the output")
-        if output.is_dir():
-            raise AlignError(f"{output} is a folder: name a file for the output")
-        refuse_unwritable(output.parent)
+        refuse_unwritable_file(output)
 
 
 def visible(text: str) -> str:
