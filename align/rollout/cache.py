@@ -94,7 +94,7 @@ class Pass:
 
 
 class SlotCache(Cache):
-    """Keys and values of rows, each in a slot of its own from column 0: (slots, columns, heads, head_dim) in every layer.
+    """Keys and values of rows, each in a slot of its own from column 0: (slots, heads, columns, head_dim) in every layer.
 
     The pass that comes is set in `now` beforehand. Columns double when they no longer suffice; nothing is copied otherwise.
     On a CPU they are fp32 at least, as attention over them is.
@@ -121,15 +121,14 @@ class SlotCache(Cache):
         key, value = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
         if now.tokens is not None:
             key, value = key[now.tokens], value[now.tokens]
-        keys[now.rows, now.columns] = key.to(keys.dtype)
-        values[now.rows, now.columns] = value.to(values.dtype)
-        now.keys = keys[: now.count, : now.width].transpose(1, 2)
-        now.values = values[: now.count, : now.width].transpose(1, 2)
+        keys[now.rows, :, now.columns] = key.to(keys.dtype)
+        values[now.rows, :, now.columns] = value.to(values.dtype)
+        now.keys, now.values = keys[: now.count, :, : now.width], values[: now.count, :, : now.width]
         return key_states, value_states
 
     def _buffer(self, states: Tensor) -> Tensor:
         dtype = at_least_fp32(states.dtype) if states.is_cpu else states.dtype
-        return states.new_zeros((self.slots, self.columns, states.shape[1], states.shape[3]), dtype=dtype)
+        return states.new_zeros((self.slots, states.shape[1], self.columns, states.shape[3]), dtype=dtype)
 
     def reach(self, columns: int) -> None:
         """Make room for `columns` columns."""
@@ -141,8 +140,8 @@ class SlotCache(Cache):
             # One layer after the other, so that no more than one is there twice.
             grown = []
             for buffer in layer:
-                larger = buffer.new_zeros((self.slots, self.columns, *buffer.shape[2:]))
-                larger[:, :before] = buffer
+                larger = buffer.new_zeros((self.slots, buffer.shape[1], self.columns, buffer.shape[3]))
+                larger[:, :, :before] = buffer
                 grown.append(larger)
             self._layers[number] = (grown[0], grown[1])
 
@@ -151,7 +150,7 @@ class SlotCache(Cache):
         for layer in self._layers:
             for buffer in layer:
                 for target in targets:
-                    buffer[target, :columns] = buffer[source, :columns]
+                    buffer[target, :, :columns] = buffer[source, :, :columns]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """0: rows have positions of their own, which every pass is given."""
