@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from align.models import load_causal_lm, load_tokenizer
 from align.rollout import CacheEngine, Completion, GenerateEngine, Sampling, complete, engine_for
 from align.rollout.engine import Batch, serving, spans_of
 from align.rollout.graphs import Graphs, sizes
+from align.rollout.packed import WORTH_PASSES, packed_linears
 from align.rollout.sampling import chances, draw
 from align.tuning.strategies import Tuning
 from align.tuning.tune import tune
@@ -465,6 +467,52 @@ def test_stories260k_tells_its_story(real):
 
 
 # -- the machinery -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", NAMED)
+def test_packed_layers_are_the_plain_ones_up_to_rounding(family):
+    """With and without bias, GPT-2's, which hold their weights the other way round, and heads that are the embedding."""
+    model = build(FOREST[family][0], **FOREST[family][1])
+    ids = torch.tensor([prompts_of()[1]])
+    with torch.inference_mode():
+        plain = model(ids).logits
+        with packed_linears(model, WORTH_PASSES):
+            layers = [layer for layer in model.modules() if "forward" in vars(layer)]
+            assert {name for name, _ in model.named_modules() if name.endswith(("lm_head", "proj", "c_attn", "c_fc"))} == {
+                name for name, layer in model.named_modules() if layer in layers
+            }
+            packed = model(ids).logits
+        assert torch.equal(model(ids).logits, plain)
+    torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_not_packed(monkeypatch):
+    """Models in 16 bits or under autocast, few passes, layers with a forward of their own, and what memory has no room for."""
+
+    def packed(model, passes=WORTH_PASSES):
+        with packed_linears(model, passes):
+            return [name for name, layer in model.named_modules() if isinstance(vars(layer).get("forward"), partial)]
+
+    model = llama()
+    everything = packed(model)
+    assert len(everything) == 1 + 7 * model.config.num_hidden_layers
+    assert packed(model, WORTH_PASSES - 1) == packed(llama().to(torch.bfloat16)) == []
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packed(model) == []
+    first = model.get_submodule(everything[0])
+    own = first.forward = first.forward
+    assert packed(model) == everything[1:]
+    assert first.forward is own
+    del first.forward
+    monkeypatch.setattr("align.rollout.packed.MOST_BYTES", first.weight.nbytes + model.get_submodule(everything[1]).weight.nbytes)
+    assert packed(model) == everything[:2]
+
+
+def test_layers_are_plain_again_after_an_error():
+    model = llama()
+    with pytest.raises(ZeroDivisionError), packed_linears(model, WORTH_PASSES):
+        raise ZeroDivisionError
+    assert not any("forward" in vars(layer) for layer in model.modules())
 
 
 def test_spans():

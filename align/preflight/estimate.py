@@ -179,7 +179,7 @@ def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
     training = {**weights, "optimizer": 2 * gradients, "gradients and activations": made}
     batch = min(getattr(stage, "rollout_batch_size", episodes), episodes)
     read = peak([policy], plant([max(trees, key=lambda tree: tree.tokens)] * batch), backward=False)
-    sampling = policy.cache(batch * max(sizes)) + read
+    sampling = policy.cache(batch * max(sizes)) + policy.packed + read
     parts = {
         "loading": standing + policy.weights,
         "sampling": standing + 2 * gradients + sampling,

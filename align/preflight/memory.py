@@ -21,12 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.pytorch_utils import Conv1D
 
 from align.attention import AttentionPlan
 from align.engine import base_model, trunk_of
 from align.forest import Forest
 from align.heads import CHUNK_ELEMENTS
 from align.models import DTYPES
+from align.rollout.packed import MOST_BYTES
 from align.tuning.strategies import ADAPTERS, Tuning
 from align.tuning.tune import tune
 
@@ -198,6 +200,14 @@ class Skeleton:
     def gradients(self) -> int:
         """Bytes of the gradients of everything that is trained; AdamW's two moments are twice that."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+
+    @cached_property
+    def packed(self) -> float:
+        """Bytes of the copies of its layers that a CPU samples with (`align.rollout.packed`)."""
+        if self.gpu or self.bf16 or self.dtype != "float32":
+            return 0.0
+        weights = {module.weight for module in self.model.modules() if isinstance(module, nn.Linear | Conv1D)}
+        return float(min(MOST_BYTES, sum(weight.nbytes for weight in weights)))
 
     def passes(self, forest: Forest, *, backward: bool = True) -> None:
         """One forward and backward pass over `forest`; its gradients stay."""

@@ -16,6 +16,7 @@ from align.progress import say
 from align.rollout.check import refused
 from align.rollout.engine import CacheEngine
 from align.rollout.generate import GenerateEngine
+from align.rollout.packed import packed_linears
 from align.rollout.sampling import Completion, Sampling
 
 __all__ = ["CacheEngine", "Completion", "Engine", "GenerateEngine", "Sampling", "complete", "engine_for"]
@@ -58,9 +59,12 @@ def complete(
     """
     if not prompts:
         return []
-    if isinstance(model, nn.Module):
-        model = engine_for(model, max(map(len, prompts)) + sampling.max_new_tokens)
-    return model.complete(prompts, sampling, stop_ids, generator, progress)
+    if not isinstance(model, nn.Module):
+        return model.complete(prompts, sampling, stop_ids, generator, progress)
+    engine = engine_for(model, max(map(len, prompts)) + sampling.max_new_tokens)
+    passes = sampling.max_new_tokens * -(-len(prompts) // sampling.batch_size)
+    with packed_linears(model, passes):
+        return engine.complete(prompts, sampling, stop_ids, generator, progress)
 
 
 def engine_for(model: nn.Module, longest: int) -> Engine:
