@@ -21,6 +21,7 @@ from align.attention import FOREST, AttentionPlan
 from align.errors import AlignError
 from align.forest import Forest, Tree, pad, plant
 from align.heads import Head, TokenScores, head_of, token_scores
+from align.onednn import by_onednn
 from align.ops import at_least_fp32, rows_at
 
 PROBE_TOLERANCE = 2.0
@@ -57,6 +58,7 @@ def enable_forest(model: nn.Module, longest: int | None = None) -> str | None:
         raise AlignError(f"{type(base).__name__} is an encoder and a decoder; take a decoder alone, as Llama, Qwen or GPT-2")
     if longest is not None:
         check_reach(model, longest)
+    by_onednn(trunk_of(base))
     model.forward = MethodType(_forward, model)
     with _evaluating(model), short_windows(base, longest):
         probe = _Probe(model)

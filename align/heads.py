@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 from align.errors import AlignError
+from align.onednn import linear
 from align.ops import at_least_fp32
 
 CHUNK_ELEMENTS = 2**22
@@ -178,7 +178,7 @@ class _Gradient(torch.autograd.Function):
                     grad *= cap_slope
                 grad = grad.to(dtype)
                 if grad_hidden is not None:
-                    grad_hidden[part] = (grad @ head.weight).to(hidden.dtype)
+                    grad_hidden[part] = linear(grad, head.weight.T).to(hidden.dtype)
                 if grad_weight is not None:
                     if dtype == weight.dtype:
                         grad_weight.addmm_(grad.T, h)

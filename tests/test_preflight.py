@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import llama
 
+from align import onednn
 from align.cli import main
 from align.data import write_rows
 from align.engine import enable_forest
@@ -431,7 +432,7 @@ def test_a_pass_without_data_takes_what_one_with_data_takes(tuning):
     assert imagined < meant.peak  # FlashAttention shares keys between heads
 
 
-def test_what_memory_grows_with():
+def test_what_memory_grows_with(monkeypatch):
     """Weights, gradients and moments are exact, activations grow with the tokens, and checkpointing, LoRA and 16 bits take less."""
     config = llama().config
     full = Skeleton(config, gpu=True)
@@ -445,8 +446,11 @@ def test_what_memory_grows_with():
     assert peak([replace(full, bf16=True)], forest_of(40)) < one
     assert peak([replace(full, gpu=False)], forest_of(40)) > one
     matrices = sum(module.weight.numel() for module in llama().modules() if isinstance(module, torch.nn.Linear))
+    monkeypatch.setattr(onednn, "faster", lambda: True)
     assert replace(full, gpu=False).packed == 4 * matrices
     assert full.packed == replace(full, gpu=False, bf16=True).packed == replace(full, gpu=False, dtype="bfloat16").packed == 0
+    monkeypatch.setattr(onednn, "faster", lambda: False)
+    assert replace(full, gpu=False).packed == 0
     lora = replace(full, tuning=Tuning("lora", {"r": 2}))
     assert lora.gradients < full.gradients / 5
     assert lora.weights == full.weights + lora.gradients

@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForS
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.pytorch_utils import Conv1D
 
+from align import onednn
 from align.attention import AttentionPlan
 from align.engine import base_model, trunk_of
 from align.forest import Forest
@@ -204,7 +205,7 @@ class Skeleton:
     @cached_property
     def packed(self) -> float:
         """Bytes of the copies of its layers that a CPU samples with (`align.rollout.packed`)."""
-        if self.gpu or self.bf16 or self.dtype != "float32":
+        if self.gpu or self.bf16 or self.dtype != "float32" or not onednn.faster():
             return 0.0
         weights = {module.weight for module in self.model.modules() if isinstance(module, nn.Linear | Conv1D)}
         return float(min(MOST_BYTES, sum(weight.nbytes for weight in weights)))

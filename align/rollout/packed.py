@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from align import onednn
 
 WORTH_PASSES = 16
 """Packing costs about what so many passes gain by it."""
@@ -16,10 +19,13 @@ WORTH_PASSES = 16
 MOST_BYTES = 4 << 30
 """Packed copies take at most so much memory; the layers that come after are multiplied as they are."""
 
+FORWARDS = (nn.Linear.forward, onednn.Linear.forward, Conv1D.forward)
+"""Layers of another forward (a quantized one, say) have their own way to multiply."""
+
 
 @contextmanager
 def packed_linears(model: nn.Module, passes: int) -> Iterator[None]:
-    """Within, the fp32 layers of a model on the CPU multiply by copies of their weights in the order in which oneDNN reads them.
+    """Within, the fp32 layers of a model on a CPU multiply by packed copies of their weights, where oneDNN is the faster one.
     Results are those of the plain layers up to rounding. The weights must not change within.
 
     Args:
@@ -35,32 +41,21 @@ def packed_linears(model: nn.Module, passes: int) -> Iterator[None]:
                 room -= layer.weight.nbytes
                 if room < 0:
                     break
-                copies[key] = _packed(layer)
-            vars(layer)["forward"] = partial(_multiply, copies[key], layer.bias)
+                weight = layer.weight.detach()
+                copies[key] = onednn.packed(weight.T.contiguous() if isinstance(layer, Conv1D) else weight)
+            vars(layer)["forward"] = partial(onednn.multiply, weight=copies[key], bias=layer.bias)
         yield
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
 
 
-def _layers(model: nn.Module) -> Iterator[nn.Linear | Conv1D]:
-    """Those that can be packed. A weight of another type (a shard, a quantized one) has its own way to be multiplied."""
-    if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
+def _layers(model: nn.Module) -> Iterator[Any]:
+    """Those that can be packed: the weight of a shard, for one, is no plain parameter."""
+    if not onednn.faster() or torch.is_autocast_enabled("cpu"):
         return
     for layer in model.modules():
-        if type(layer) in (nn.Linear, Conv1D) and "forward" not in vars(layer):
-            weight = layer.weight
+        if type(layer).forward in FORWARDS and "forward" not in vars(layer):
+            weight: Any = layer.weight
             if type(weight) is nn.Parameter and weight.is_cpu and weight.dtype == torch.float32:
                 yield layer
-
-
-# torch's compiler calls these two for weights that do not change.
-
-
-def _packed(layer: nn.Linear | Conv1D) -> Tensor:
-    weight = layer.weight.detach()
-    return torch.ops.mkldnn._reorder_linear_weight(weight.T.contiguous() if isinstance(layer, Conv1D) else weight)
-
-
-def _multiply(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

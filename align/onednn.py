@@ -1,0 +1,81 @@
+"""Matrix products in fp32 by oneDNN instead of MKL, on processors where it is the faster one."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+@cache
+def faster() -> bool:
+    """Whether this is a processor of AMD's with AVX-512: oneDNN uses it, and MKL, which torch asks, does not."""
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    maker = CPU_INFO.read_text(encoding="utf-8") if CPU_INFO.exists() else platform.processor()
+    return "AuthenticAMD" in maker
+
+
+def by_onednn(module: nn.Module) -> None:
+    """Let the linear layers in `module` multiply by `linear`, where that is `faster`."""
+    if faster():
+        for layer in module.modules():
+            if type(layer) is nn.Linear:
+                layer.__class__ = Linear
+
+
+class Linear(nn.Linear):
+    """A linear layer that multiplies by `linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:  # as torch calls it
+        return linear(input, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As torch's: x (..., inputs) and weight (outputs, inputs) to (..., outputs), differentiable any number of times."""
+    if torch.compiler.is_compiling() or not _suits(x, weight) or not faster():
+        return functional.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias)
+
+
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == weight.dtype == torch.float32 and x.is_cpu and not torch.is_autocast_enabled("cpu")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # below an adapter, activations need not be kept
+        return multiply(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, weight = ctx.saved_tensors
+        to_x, to_weight, to_bias = ctx.needs_input_grad
+        rows = gradient.flatten(0, -2)
+        return (
+            linear(gradient, weight.T) if to_x else None,
+            rows.T @ x.flatten(0, -2) if to_weight else None,  # MKL is as fast here
+            rows.sum(0) if to_bias else None,
+        )
+
+
+# What torch's compiler calls for linear layers.
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` without a gradient, of a weight that may be `packed`."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def packed(weight: Tensor) -> Tensor:
+    """A copy of `weight` in the order in which oneDNN reads it."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
