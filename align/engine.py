@@ -35,6 +35,9 @@ rounding could hide a mistake; padded rows are safe.
 POSITIONS = re.compile(r"(^|\.)(position_embeddings?|embed_positions|positions_embed|wpe)$")
 """What families call a table of learned positions."""
 
+PROBE_ERRORS = (NotImplementedError, ValueError, TypeError, RuntimeError, AttributeError, AssertionError)
+"""What a model's code raises that does not run on plain rows of tokens, or not on a forest."""
+
 PROBE_WINDOW = 6
 """Sliding window during the probe, so that its rows of up to 13 tokens are longer."""
 
@@ -61,8 +64,14 @@ def enable_forest(model: nn.Module, longest: int | None = None) -> str | None:
     by_onednn(trunk_of(base))
     model.forward = MethodType(_forward, model)
     with _evaluating(model), short_windows(base, longest):
-        probe = _Probe(model)
-        if not probe.is_causal():
+        try:
+            probe = _Probe(model)
+            causal = probe.is_causal()
+        except PROBE_ERRORS as error:
+            raise AlignError(
+                f"{type(base).__name__} cannot be trained: its own forward on random tokens gave {_line(error)}"
+            ) from error
+        if not causal:
             raise AlignError(
                 f"{type(base).__name__} is not causal: its tokens see those after them, so it would read the words that it is to "
                 "predict. Take a decoder (is_decoder=True in the config of an encoder that can be one)"
@@ -73,24 +82,39 @@ def enable_forest(model: nn.Module, longest: int | None = None) -> str | None:
                 base.set_attn_implementation(FOREST)
                 model.forest_padded = False  # type: ignore[assignment]
                 reason = probe.problem()
-            except (NotImplementedError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-                reason = str(error).partition("\n")[0] or type(error).__name__
+            except PROBE_ERRORS as error:
+                reason = _line(error)
         if reason is None:
             return None
         base.set_attn_implementation(before)
         model.forest_padded = True  # type: ignore[assignment]
-        if problem := probe.problem():
+        try:
+            problem = probe.problem()
+        except PROBE_ERRORS as error:
+            problem = _line(error)
+        if problem:
             raise AlignError(
                 f"{type(base).__name__} can be trained neither on the forest ({reason}) nor on padded rows ({problem})"
             )
     return reason
 
 
+def _line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def check_reach(model: nn.Module, longest: int) -> None:
     """Raise `AlignError` where `model` has learned its positions (as GPT-2, BERT and BART have), and fewer than `longest` tokens
-    need.
+    need; or where a row so long would turn all rows of its pass by other rotary frequencies ("longrope", as in Phi-3, and
+    "dynamic"), so that the answers to a row depended on what it is packed with.
     """
     base = base_model(model)
+    border = _frequency_border(base)
+    if border is not None and longest > border:
+        raise AlignError(
+            f"the longest row has {longest} tokens, and one of more than {border} changes the rotary frequencies of "
+            f"{type(base).__name__} for all rows beside it: set max_length to {border} or less"
+        )
     virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
     for name, table in base.named_modules():
         if not POSITIONS.search(name) or not isinstance(table, nn.Embedding):
@@ -103,6 +127,20 @@ def check_reach(model: nn.Module, longest: int) -> None:
                 f"the longest row has {longest} tokens, and {type(base).__name__} has places for {reach}: set max_length to "
                 f"{reach} or less"
             )
+
+
+def _frequency_border(base: Any) -> int | None:
+    """Tokens of the longest row that leaves a model's rotary frequencies as they are; None where no row changes them."""
+    borders = []
+    for module in base.modules():
+        kinds: Any = getattr(module, "rope_type", None) or {}
+        for layer, kind in ({None: kinds} if isinstance(kinds, str) else kinds).items():
+            if kind == "longrope":
+                parameters: Any = module.config.rope_parameters
+                borders.append((parameters if layer is None else parameters[layer])["original_max_position_embeddings"])
+            elif "dynamic" in kind:
+                borders.append(module.original_max_seq_len)
+    return min(borders, default=None)
 
 
 def base_model(model: nn.Module) -> Any:

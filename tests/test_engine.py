@@ -182,6 +182,41 @@ def test_a_row_longer_than_the_learned_positions_is_refused():
     assert enable_forest(llama(max_position_embeddings=20), 21) is None  # turned, not learned: it may go on
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("phi3", {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0, 4.0, 8.0, 16.0], "factor": 4.0}),
+        ("llama", {"rope_type": "dynamic", "factor": 4.0}),
+    ],
+)
+def test_a_row_that_would_turn_the_rows_beside_it_otherwise_is_refused(kind, fields):
+    """A row of 21 tokens changes what is said of a short one that it is packed with, on the forest and on padded rows."""
+    places = (
+        {"original_max_position_embeddings": 20, "max_position_embeddings": 80}
+        if kind == "phi3"
+        else {"max_position_embeddings": 20}
+    )
+    model = build(kind, **SIZES, **places, rope_parameters={"rope_theta": 1e4, **fields})
+    assert enable_forest(model, 20) is None
+    draw = random.Random(0)
+    short, whole, longer = (Tree(tokens(draw, 4), (tokens(draw, n),)) for n in (4, 16, 17))
+    with torch.no_grad():
+        alone = model(forest=plant([short])).logps
+        assert_close(model(forest=plant([short, whole])).logps[:4], alone)
+        assert (model(forest=plant([short, longer])).logps[:4] - alone).abs().max() > 1e-3
+    with pytest.raises(AlignError, match="the longest row has 21 tokens, and one of more than 20 changes the rotary frequencies"):
+        enable_forest(model, 21)
+
+
+def test_a_model_that_does_not_run_on_plain_tokens_is_one_line():
+    """X-MOD wants to be told a language, and RemBERT's output layer does not take its trunk's hidden states."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "is_decoder": True}
+    with pytest.raises(AlignError, match=r"^XmodForCausalLM cannot be trained: its own forward .*gave Input language unknown.*$"):
+        enable_forest(build("xmod", **sizes))
+    with pytest.raises(AlignError, match=r"neither on the forest .* nor on padded rows .mat1 and mat2 shapes"):
+        enable_forest(build("rembert", **sizes, input_embedding_size=16, output_embedding_size=48))
+
+
 def test_the_model_stays_itself():
     """Logits, generation and the training mode are as before."""
     model, ids = llama().train(), torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
