@@ -195,6 +195,8 @@ def load_model(
             model = _with_adapter(model, path, adapter["peft_type"], on_adapter)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise AlignError(_not_loadable("model", path, error)) from error
+    if auto is AutoModelForCausalLM and not hasattr(model.config, "vocab_size"):  # it is in the config of a part
+        raise AlignError(f"{path} is a {type(model).__name__}, made of several models (for pictures, say): take one for text alone")
     # Transformers gives a classifier a language head of random weights.
     if auto in LANGUAGE_MODELS.values() and is_classifier(path, trust_remote_code=trust_remote_code):
         raise AlignError(

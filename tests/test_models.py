@@ -13,7 +13,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from align.engine import enable_forest
 from align.errors import AlignError
@@ -279,6 +285,17 @@ def test_disable_dropout_makes_training_mode_deterministic():
 def test_mistakes_are_named(tmp_path, call, message):
     with pytest.raises(AlignError, match=message):
         call(str(tmp_path))
+
+
+def test_a_model_of_several_is_refused(tmp_path):
+    """The larger Gemma 3 read pictures, too: their config has no vocabulary, and a vision tower's places are not those of words."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    config = AutoConfig.for_model("gemma3", text_config={**SIZES, "vocab_size": 99}, vision_config=vision)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(
+        AlignError, match=r"is a Gemma3ForConditionalGeneration, made of several models .*take one for text alone"
+    ):
+        load_causal_lm(str(tmp_path))
 
 
 def test_pickles_are_not_loaded(tmp_path, base):
