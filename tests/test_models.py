@@ -292,9 +292,7 @@ def test_a_model_of_several_is_refused(tmp_path):
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
     config = AutoConfig.for_model("gemma3", text_config={**SIZES, "vocab_size": 99}, vision_config=vision)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(
-        AlignError, match=r"is a Gemma3ForConditionalGeneration, made of several models .*take one for text alone"
-    ):
+    with pytest.raises(AlignError, match=r"is a Gemma3ForConditionalGeneration, made of several models .*take one for text alone"):
         load_causal_lm(str(tmp_path))
 
 

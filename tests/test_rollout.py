@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import VOCABULARY, build, llama, tokens
+from helpers import VOCABULARY, assert_close, build, llama, tokens
 from test_families import FOREST, PADDED
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -204,6 +204,28 @@ def test_an_encoder_and_decoder_answers_from_its_start_token(kind, fields):
         model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, eos_token_id=None)[0, 1:].tolist() for ids in prompts
     ]
     assert [found.tokens for found in complete(model, prompts, Sampling(6, temperature=0), [])] == wanted
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("rwkv", {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2}),
+        ("bart", {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "init_std": 0.3}),
+    ],
+)
+def test_rows_that_padding_would_change_are_answered_one_at_a_time(kind, fields, capsys):
+    """RWKV reads the padding as tokens, and BART's decoder counts it as places."""
+    model = build(kind, **fields)
+    draw = random.Random(0)
+    prompts = [tokens(draw, n) for n in (1, 9, 4, 15)]
+    sampling = Sampling(6, temperature=0.7, batch_size=4)
+    found = complete(model, prompts, sampling, [], torch.Generator().manual_seed(0))
+    assert "one at a time" in capsys.readouterr().err
+    with torch.no_grad():
+        for prompt, completion in zip(prompts, found, strict=True):
+            logits = model(input_ids=torch.tensor([prompt + completion.tokens]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+            logps = (logits / 0.7).log_softmax(1).gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
+            assert_close(torch.tensor(completion.logps), logps)
 
 
 def test_generate_draws_as_our_engine_does_and_from_a_plain_config():

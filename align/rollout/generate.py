@@ -10,8 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from align.engine import base_model
+from align.engine import PROBE_BOUNDS, PROBE_TOLERANCE, base_model, rounding_twice
+from align.progress import say
 from align.rollout.sampling import Completion, Sampling, StopTable, StopText, chances, draw
+
+PROBE_PROMPTS = (6, 3, 1)
+"""Tokens in prompts that are answered together and alone."""
 
 
 class GenerateEngine:
@@ -39,8 +43,12 @@ class GenerateEngine:
         was_training = self.model.training
         self.model.eval()
         try:
-            for start in range(0, len(order), sampling.batch_size):
-                batch = order[start : start + sampling.batch_size]
+            size = min(sampling.batch_size, len(prompts))
+            if size > 1 and not self._keeps_rows_apart():
+                say(f"one at a time, as a row of {type(self.model).__name__} is told otherwise in a batch, with padding before it")
+                size = 1
+            for start in range(0, len(order), size):
+                batch = order[start : start + size]
                 draws = _Draws(sampling, StopTable(stop_ids, device), chance[batch])
                 self._generate([prompts[i] for i in batch], draws)
                 completions.update(zip(batch, draws.completions(), strict=True))
@@ -49,6 +57,26 @@ class GenerateEngine:
         finally:
             self.model.train(was_training)
         return [completions[i] for i in range(len(prompts))]
+
+    def _keeps_rows_apart(self) -> bool:
+        """Whether random prompts of several lengths are answered in a batch as each is alone. Some families (RWKV, BART's
+        decoder) read the padding or count it as places.
+        """
+        base, generator = base_model(self.model), torch.Generator().manual_seed(0)
+        prompts = [torch.randint(base.config.vocab_size, (length,), generator=generator).tolist() for length in PROBE_PROMPTS]
+        alone = torch.cat([self._likeliest([prompt]) for prompt in prompts])
+        with rounding_twice(base):
+            noise = (torch.cat([self._likeliest([prompt]) for prompt in prompts]) - alone).abs().mean().item()
+        lower, upper = PROBE_BOUNDS
+        difference = (self._likeliest(prompts) - alone).abs().mean().item()
+        return difference <= min(max(lower, PROBE_TOLERANCE * noise), upper)
+
+    def _likeliest(self, prompts: list[list[int]]) -> Tensor:
+        """Log-prob of the likeliest token after each prompt (prompts,)."""
+        sampling, device = Sampling(1, temperature=0), next(self.model.parameters()).device
+        draws = _Draws(sampling, StopTable([], device), chances(len(prompts), sampling, None).to(device))
+        self._generate(prompts, draws)
+        return torch.tensor(draws.logps)[:, 0]
 
     def _generate(self, prompts: list[list[int]], draws: _Draws) -> None:
         device, width = draws.chance.device, max(map(len, prompts))
