@@ -188,6 +188,15 @@ class TestLoading:
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
         assert set(sys.modules) == before
 
+    def test_a_script_that_leaves_is_no_reward(self, reward_file, tmp_path, monkeypatch):
+        """It does not take the run along, with its own exit code."""
+        reward_file("def f(): ...\nraise SystemExit(5)")
+        reward_file("raise SystemExit(0)", name="reward_script.py")
+        monkeypatch.syspath_prepend(tmp_path)
+        for spec, complaint in (("my_rewards.py:f", "running the .*: SystemExit: 5"), ("reward_script:f", "failed: SystemExit: 0")):
+            with pytest.raises(AlignError, match=complaint):
+                load_reward(spec)
+
     def test_a_missing_import_inside_a_module_is_not_taken_for_the_module(self, reward_file, tmp_path, monkeypatch):
         reward_file("import not_installed_anywhere", name="reward_with_import.py")
         monkeypatch.syspath_prepend(tmp_path)

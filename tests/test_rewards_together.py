@@ -28,6 +28,7 @@ def values(completions, **columns): return [float(c) for c in completions]
 def other(completions, **columns): return [10 * float(c) for c in completions]
 def raises(completions, **columns): raise RuntimeError("the judge is asleep")
 def leaves(completions, **columns): raise SystemExit(3)
+async def leaves_async(completions, **columns): raise SystemExit(3)
 def hangs(completions, **columns):
     while True:
         try:
@@ -153,6 +154,7 @@ def test_a_spec_and_its_shortest_form():
 BROKEN = {
     "raises": "reward 'raises' raised RuntimeError: the judge is asleep",
     "leaves": "reward 'leaves' raised SystemExit: 3",
+    "leaves_async": "reward 'leaves_async' raised SystemExit: 3",
     "hangs": "reward 'hangs' took more than its timeout of 0.1 s",
     "hangs_async": "reward 'hangs_async' took more than its timeout of 0.1 s",
     "backtracks": "reward 'backtracks' took more than its timeout of 0.1 s",

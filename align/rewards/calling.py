@@ -129,7 +129,7 @@ def await_all(pending: Mapping[str, tuple[Awaitable[Any], float | None]]) -> dic
                 return await awaitable
         except AlignError as error:
             return error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             failure = Failure(_too_long(name, timeout)) if timeout is not None and limit.expired() else raised(name, error)
             failure.__cause__ = error
             return failure

@@ -99,7 +99,7 @@ def _locate(target: str) -> tuple[ModuleType, str]:
 def _import(path: str) -> ModuleType:
     try:
         return importlib.import_module(path)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that was not written to be imported may leave
         if isinstance(error, ModuleNotFoundError) and error.name and f"{path}.".startswith(f"{error.name}."):
             raise AlignError(
                 f"reward module {path!r}: no module {error.name!r}; for a file, name path/to/file.py:function"
@@ -121,7 +121,7 @@ def _load_file(path: Path) -> ModuleType:
     try:
         # not through importlib: its bytecode cache can miss a quick edit
         exec(compile(source, path, "exec", dont_inherit=True), vars(module))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise AlignError(f"running the reward file {path} failed: {type(error).__name__}: {error}") from error
     return module
