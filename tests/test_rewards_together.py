@@ -392,6 +392,11 @@ def test_demonstrations_with_columns_several_rewards_and_failures(tmp_path, caps
     assert report_of(capsys, "my.py:abstains", "--data", "rows.jsonl")["components"][0]["abstained"] == 1
 
 
+def test_rows_of_one_prompt_keep_their_own_columns(capsys):
+    write_rows("rows.jsonl", [{"prompt": "q", "completion": text, "answer": text} for text in "abc"])
+    assert report_of(capsys, "exact_match", "--data", "rows.jsonl")["components"][0]["mean"] == 1
+
+
 def test_the_last_turn_of_a_conversation_is_its_completion(capsys):
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello you"}]
     write_rows("chat.jsonl", [{"messages": turns}, {"messages": [*turns, *turns]}])

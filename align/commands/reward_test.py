@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -104,7 +105,9 @@ def _given(options: argparse.Namespace) -> tuple[list[Any], list[Any], None, int
     def load(kind: str) -> Any:
         return load_rows(options.data, kind, format=options.data_format, limit=options.max_rows)
 
-    asked = {json.dumps(plain(row.prompt)): row for row in load("prompts").rows}
+    asked: dict[str, deque[Any]] = defaultdict(deque)  # rows that ask the same have columns of their own, in the order of the data
+    for row in load("prompts").rows:
+        asked[json.dumps(plain(row.prompt))].append(row)
     sides: tuple[str, ...] = ("chosen", "rejected")
     try:
         loaded = load("preference")
@@ -118,8 +121,15 @@ def _given(options: argparse.Namespace) -> tuple[list[Any], list[Any], None, int
     if loaded.set_aside:
         say(f"{options.data}: {loaded.summary()}")
     rows = [_split(row) if sides == ("completion",) else row for row in loaded.rows]
-    # As prompts the same rows have their other columns, too.
-    prompts = [asked.get(json.dumps(plain(row.prompt))) or PromptRow.model_construct(prompt=row.prompt, columns={}) for row in rows]
+
+    def as_prompt(row: Any) -> Any:
+        """As prompts the same rows have their other columns, too."""
+        found = asked[json.dumps(plain(row.prompt))]
+        if len(found) > 1:
+            return found.popleft()
+        return found[0] if found else PromptRow.model_construct(prompt=row.prompt, columns={})  # a ranking has several pairs
+
+    prompts = [as_prompt(row) for row in rows]
     completions = [plain(getattr(row, side)) for side in sides for row in rows]
     return prompts * len(sides), completions, None, len(prompts) if len(sides) == 2 else 0
 
