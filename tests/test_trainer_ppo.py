@@ -20,6 +20,7 @@ from align.runner.checkpoints import checkpoints
 from align.runner.stop import Stopped
 from align.trainers.ppo.checkpoint import Checkpoints
 from align.trainers.ppo.critics import SeparateCritic
+from align.trainers.ppo.kl import KLController
 from align.trainers.ppo.models import Models
 from align.trainers.ppo.trainer import PPOTrainer
 from align.trainers.settings import PPOSettings
@@ -306,6 +307,18 @@ def test_settings_that_cannot_work_are_refused():
         PPOSettings(episodes_per_step=10, num_mini_batches=4)
     with pytest.raises(ValidationError, match=r"total_episodes \(7\) is less than one step's episodes_per_step \(8\)"):
         PPOSettings(total_episodes=7, episodes_per_step=8)
+    with pytest.raises(ValidationError, match="kl_target multiplies kl_coef, and 0 stays 0"):
+        PPOSettings(kl_target=6.0, kl_coef=0.0)
+    with pytest.raises(ValidationError, match=r"kl_horizon \(25\) must be above a fifth of episodes_per_step \(128\)"):
+        PPOSettings(kl_target=6.0, kl_horizon=25)
+
+
+def test_the_shortest_horizon_leaves_a_price():
+    """128 episodes at no divergence and a horizon of 26: 0.05 x (1 - 0.2 x 128 / 26) is 0.00077."""
+    settings = PPOSettings(kl_target=6.0, kl_horizon=26)
+    price = KLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)
+    price.update(0.0, settings.episodes_per_step)
+    assert price.coef == pytest.approx(0.00077, rel=1e-2)
 
 
 def test_every_prompt_comes_once_before_any_comes_again(make):

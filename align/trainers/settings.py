@@ -97,6 +97,19 @@ class PPOSettings(BaseModel):
             raise ValueError(f"kl_estimator {wrong!r} {why}, so it cannot stand in the {self.kl_in}; take k3, or change kl_in")
         return self
 
+    @model_validator(mode="after")
+    def _price_stays_a_price(self) -> PPOSettings:
+        if self.kl_target is None:
+            return self
+        if not self.kl_coef:
+            raise ValueError("kl_target multiplies kl_coef, and 0 stays 0: give its first value, or leave kl_target out")
+        if 5 * self.kl_horizon <= self.episodes_per_step:
+            raise ValueError(
+                f"kl_horizon ({self.kl_horizon}) must be above a fifth of episodes_per_step ({self.episodes_per_step}), or one "
+                "step could turn the price of divergence into a reward for it"
+            )
+        return self
+
     @property
     def steps(self) -> int:
         """Batches of episodes in the whole run."""
