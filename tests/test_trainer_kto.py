@@ -7,8 +7,13 @@ import torch
 from helpers import Alone, assert_close, llama, tokens
 from transformers import TrainerCallback, TrainingArguments
 
+from align.data import write_rows
 from align.engine import enable_forest
 from align.forest import Tree
+from align.models import save_model
+from align.progress import History
+from align.stages import KTO
+from align.stages.base import Context
 from align.trainers.kto import KTOTrainer, add_mismatched
 from align.trainers.objectives import Unpaired, add_reference_logps
 
@@ -73,6 +78,23 @@ class Gradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.seen = self.seen or {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_a_stage_pairs_its_rows_alike_however_a_step_is_cut(tmp_path, tokenizer):
+    """z₀, above 0 in the last step, depends on which answers are mismatched."""
+    save_model(llama(), tokenizer, tmp_path / "base")
+    words = ["one", "two three", "four", "five six seven", "eight", "nine ten"]
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": f"say {word}:", "completion": f" {word}", "label": True} for word in words])
+    seen = {}
+    for rows, steps in ((6, 1), (2, 3)):
+        context = Context("kto", tmp_path, History(tmp_path / f"{rows}.jsonl"))
+        cut = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}
+        fixed = {"beta": 0.1, "learning_rate": 1e-2, "held_out": 0, "max_steps": 3, "logging_steps": 1, "warmup_ratio": 0}
+        stage = KTO(model=str(tmp_path / "base"), data=str(tmp_path / "rows.jsonl"), **fixed, **cut)
+        stage.run(context)
+        seen[rows] = [record["kl"] for record in context.history.records if "kl" in record]
+    assert seen[6][-1] > 0.1
+    assert seen[2] == pytest.approx(seen[6], rel=1e-4, abs=1e-4)
 
 
 CUTS = {

@@ -406,9 +406,15 @@ class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFiel
         launch = self.launch or Launch()
         config["launch"] = {"mixed_precision": launch.mixed_precision}
         if self.engine == "forest":
-            rows = config.pop("per_device_train_batch_size") * config.pop("gradient_accumulation_steps") * launch.num_processes
-            config["rows_per_step"] = rows
+            del config["per_device_train_batch_size"], config["gradient_accumulation_steps"]
+            config["rows_per_step"] = self.rows_per_step
         return config
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step, over all processes."""
+        processes = (self.launch or Launch()).num_processes
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
 
     @field_validator("max_steps")
     @classmethod

@@ -56,7 +56,7 @@ class KTO(TrainingStage, ProbeFields):
             add_mismatched(
                 part.trees,
                 [tree.branches[0] for tree in Encoder(tokenizer).unpaired(part.rows).trees],
-                self.per_device_train_batch_size,
+                self.rows_per_step,
                 self.max_length,
             )
             for part in (train, test)

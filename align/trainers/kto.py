@@ -18,9 +18,9 @@ from align.trainers.forest import ForestTrainer
 
 
 def add_mismatched(trees: Sequence[Tree], answers: Sequence[list[int]], batch_size: int, max_length: int | None) -> list[Tree]:
-    """The trees, each with a second branch: the answer of the tree before it among the `batch_size` of its batch (the first gets
-    the last one's). This is TRL's pairing, too, but for a tree alone in the last batch: it gets the answer of the tree before it,
-    not its own.
+    """The trees, each with a second branch: the answer of the tree before it among the `batch_size` of its optimizer step (the
+    first gets the last one's). Where a step has one micro-step this is TRL's pairing, too, but for a tree alone in the last batch:
+    it gets the answer of the tree before it, not its own.
 
     Args:
         answers: each tree's answer in full length; it is cut to `max_length` tokens with its new prompt.
