@@ -216,6 +216,7 @@ def _filled(task: Task, stage: Stage, folder: Path) -> dict[str, Any]:
 def attempt(stage: Stage, name: str, folder: Path) -> dict[str, Any]:
     """Run the stage; after a non-finite loss again, from the last checkpoint and at a lower learning rate, if it asks for that."""
     quiet()
+    stage.check()
     while True:
         watcher = Watcher(name, stage.stage, stage.model_dump(mode="json")) if is_main_process() else None
         history = History(folder / "metrics.jsonl", writes=is_main_process(), watcher=watcher)

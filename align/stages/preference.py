@@ -80,6 +80,7 @@ class Preference(ComparingStage, ProbeFields):
         return self
 
     def check(self) -> None:
+        super().check()
         from align.losses import preference_losses
 
         preference_losses.check_arguments(self.loss, self.loss_parameters)
@@ -90,7 +91,6 @@ class Preference(ComparingStage, ProbeFields):
         from align.stages import training as t
         from align.trainers.objectives import Preference as Objective
 
-        self.check()
         loss = preference_losses[self.loss]
         t.seed_everything(self)
         rows, held = t.rows_of(self, "preference", context)
