@@ -71,6 +71,8 @@ def logits(model, ids=IDS):
         ({"tuning": "lora", "tuning_args": {"rank": 4}}, "tuning 'lora' takes no 'rank'"),
         ({"tuning": "lora", "tuning_args": {"r": 0}}, "r=0: input should be greater than 0"),
         ({"tuning": "prefix", "tuning_args": {"num_virtual_tokens": "x"}}, "input should be a valid integer"),
+        ({"tuning": "freeze"}, "needs one of train_last"),
+        ({"tuning": "freeze", "tuning_args": {"train_last": 1, "freeze_first": 1}}, "needs one of train_last"),
         ({"tuning": "full", "use_peft": True}, "use_peft is another spelling"),
         ({"lora_r": 4}, "lora_r belongs to use_peft"),
         ({"tuning": "lora", "on_adapter": "continue"}, "goes on with the adapter as it is"),

@@ -38,9 +38,11 @@ class Tuning:
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raise `AlignError` unless the strategy exists and takes these arguments."""
+        """Raise `AlignError` unless the strategy exists and takes these arguments, and has what it needs."""
         strategies.check_arguments(self.name, self.arguments)
         strategies.check_values(self.name, self.arguments)
+        if self.name == "freeze" and sum(value is not None for value in self.arguments.values()) != 1:
+            raise AlignError("tuning 'freeze' needs one of train_last (layers that train) and freeze_first (layers that do not)")
 
 
 # -- weights of the model itself ------------------------------------------------------------------------------------------------
@@ -63,12 +65,10 @@ def freeze(
         freeze_first: or how many layers, from the first, do not. An encoder-decoder has so many in each of its stacks.
 
     Raises:
-        AlignError: neither or both are given, or the model has fewer layers.
+        AlignError: the model has fewer layers.
     """
     from align.tuning.parts import depth, train_only
 
-    if (train_last is None) == (freeze_first is None):
-        raise AlignError("tuning 'freeze' needs one of train_last (layers that train) and freeze_first (layers that do not)")
     layers = depth(model)
     if max(train_last or 0, freeze_first or 0) > layers:
         raise AlignError(f"tuning 'freeze': the model has {layers} layers, not {train_last or freeze_first}")
