@@ -34,8 +34,12 @@ class GroupStage(TrainingStage, ProbeFields, SamplingFields, RewardFields):
     """Peak learning rate: about 1e-6 for all weights of a pretrained model, ten times that for LoRA."""
     per_device_train_batch_size: int = Field(8, gt=0)
     """Answers for each device in a micro-step."""
+    max_steps: int = -1
+    """Batches of answers, each with `num_iterations` optimizer steps, instead of `num_train_epochs`; -1 for those (engine `trl`:
+    optimizer steps).
+    """
     logging_steps: int = Field(1, gt=0)
-    """Optimizer steps between two lines of metrics."""
+    """Batches of answers between two lines of metrics (engine `trl`: optimizer steps)."""
     temperature: float = Field(1.0, gt=0)
     """Of the distribution that answers are drawn from, and that is optimized."""
     num_generations: int = Field(8, gt=1)
@@ -47,7 +51,7 @@ class GroupStage(TrainingStage, ProbeFields, SamplingFields, RewardFields):
     eval_prompts: int = Field(256, ge=0)
     """Held-out prompts answered and scored before and after training, and each `eval_steps`."""
     eval_steps: int | None = Field(None, gt=0)
-    """Optimizer steps between two evaluations; by default none on the way (engine `trl`: once an epoch)."""
+    """Batches of answers between two evaluations; by default none on the way (engine `trl`: optimizer steps, once an epoch)."""
     missing_eos_penalty: float | None = Field(None, ge=0)
     """Subtracted from the reward of an answer that never ended (engine `forest`)."""
     target_kl: float | None = Field(None, gt=0)
