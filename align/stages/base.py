@@ -303,7 +303,7 @@ class OptimizerFields(Fields):
         optimizer = optim.SGD([nn.Parameter()], lr=self.learning_rate)
         given = self.lr_scheduler_kwargs
         try:
-            get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, given).lr_lambdas[0](2)  # type: ignore[attr-defined]
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, given).lr_lambdas[0](2)
         except (TypeError, ValueError) as error:
             raise AlignError(f"lr_scheduler_type {self.lr_scheduler_type!r} with lr_scheduler_kwargs {given}: {error}") from error
 
