@@ -350,7 +350,13 @@ class Encoder:
         return Tree(self.prompt_ids(row.prompt, row.tools), (answer,), values={"desirable": [float(row.label)]})
 
     def prompts(self, rows: Iterable[PromptRow]) -> Encoded:
-        """Prompts alone; one that leaves no room within `max_length` is set aside."""
+        """Prompts alone; one that leaves no room within `max_length` is set aside.
+
+        Raises:
+            AlignError: there is no room for any: all of it is for answers.
+        """
+        if self.max_length is not None and self.max_length < 1:
+            raise AlignError("max_completion_length takes all of max_length, and leaves no token for a prompt; raise max_length")
         return self._collect(rows, lambda row: Tree(self.prompt_ids(row.prompt, row.tools)))
 
     # -- many texts at once ----------------------------------------------------------------------------------------------------

@@ -194,6 +194,10 @@ MISTAKES = {
         PPO + "mine.py:short --advantage_estimator gea",
         r"unknown advantage estimator 'gea' \(did you mean 'gae'",
     ),
+    "answers as long as rows": (
+        PPO + "mine.py:short --max_length 64 --max_completion_length 64",
+        "max_completion_length takes all of max_length, and leaves no token for a prompt",
+    ),
     "a group of one": (PPO + "mine.py:short --advantage_estimator rloo", "set num_generations to 2 or more"),
     "a critic for nothing": (PPO + "mine.py:short --critic adapter", "set use_peft, or take 'separate' or 'shared'"),
     "nothing to mix in": (PPO + "mine.py:short --ptx_coef 0.1", "there are no rows for it: set ptx_data"),
