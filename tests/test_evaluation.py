@@ -1,6 +1,7 @@
 """What an evaluation measures: perplexity against the direct computation, metrics against references, pairs against a baseline."""
 
 import copy
+import datetime
 import json
 import math
 import re
@@ -322,6 +323,20 @@ def test_reward_models_are_measured_for_calibration_and_length(folder, tmp_path,
 
 
 # -- models that do not go together --------------------------------------------------------------------------------------------
+
+
+def test_columns_that_json_cannot_hold_are_kept_as_text(capsys, folder):
+    """Times of a Parquet file, and half of a surrogate pair: they stood in the way of samples.jsonl, when all was measured."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"prompt": "say one", "when": datetime.datetime(2024, 2, 29), "answer": "one"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "times.parquet")
+    (folder / "half.jsonl").write_text('{"prompt": "say two", "when": "\\ud83d", "answer": "one"}\n')
+    for data, kept in (("times.parquet", "2024-02-29 00:00:00"), ("half.jsonl", "\ud83d")):
+        found = results(capsys, f"eval one --data {data} --metrics exact_match --max_completion_length 4")
+        assert "exact_match" in found["one"]
+        assert samples()[0]["columns"]["when"] == kept
 
 
 def test_nothing_to_measure_is_told(capsys):

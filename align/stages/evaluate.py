@@ -4,11 +4,11 @@ to read.
 
 from __future__ import annotations
 
-import json
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
+from align.data import write_rows
 from align.stages.base import Context, DataRefs, MaxTokens, MetricSpecs, ModelRef, Stage, stage
 from align.stages.sampling import RewardFields, SamplingFields
 
@@ -99,6 +99,5 @@ class Evaluate(Stage, SamplingFields, RewardFields):
         results = {name: results[name] for name in self.models}
         for name, path in self.reward_models.items():
             results[name] = evaluation.reward_model(name, path)
-        lines = [json.dumps(sample, ensure_ascii=False) for sample in evaluation.samples()]
-        (context.folder / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_rows(context.folder / "samples.jsonl", evaluation.samples())
         return {"models": results}
