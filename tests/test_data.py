@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from align.data import fingerprint, load_rows, prompt_key, split_by_prompt, write_rows
+from align.data import RowStream, fingerprint, load_rows, prompt_key, split_by_prompt, write_rows
 from align.errors import AlignError
 from align.intake.account import Account, Quarantine, family
 from align.schema import PreferenceRow, PromptRow, SFTRow, TextRow
@@ -113,6 +113,15 @@ def test_rows_behind_a_quotation_mark_that_is_not_closed(tmp_path: Path, table: 
     assert [row.text for row in loaded.rows] == used
     assert (loaded.account.used, loaded.account.set_aside) == (len(used), lost)
     assert all("not closed" in reason for _, reason in loaded.set_aside)
+
+
+@pytest.mark.parametrize("kind", ["text", None])
+def test_the_numbers_of_rows_that_pandas_writes_are_no_texts(tmp_path: Path, kind: str | None) -> None:
+    """The header was taken for a row, and the numbers for the texts, with the texts for their labels."""
+    stream = RowStream(write(tmp_path / "a.csv", b",text\n0,A doc about lions.\n1,A doc about tigers.\n"), kind)
+    assert [row.text for row in stream] == ["A doc about lions.", "A doc about tigers."]
+    pairs = write(tmp_path / "b.csv", b",prompt,answer\n0,Who?,Lily\n")
+    assert load_rows(pairs, "prompts").rows[0].columns == {"column 1": "0", "answer": "Lily"}
 
 
 def test_folders_named_for_splits(tmp_path: Path) -> None:

@@ -243,7 +243,7 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Numbered]]:
                     yield line
 
             rows = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=True)
-            columns = layouts.columns_of(first) if columns is None else next(rows, [])
+            columns = layouts.columns_of(first) if columns is None else [name or "column 1" for name in next(rows, [])]
             number = 0
             while True:
                 taken.clear()
