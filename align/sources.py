@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -83,9 +84,20 @@ def _digest(path: Path) -> Any:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Every file below `folder` but hidden ones and the caches that `datasets` leaves in its folders."""
-    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("cache-"))
-    return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    """Every file below `folder` but hidden ones and the caches that `datasets` leaves in its folders. Links to folders are
+    followed, to each folder once.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a second way there, or a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(place, name) for name in names if not name.startswith((".", "cache-"))]
+    return sorted(path for path in found if path.is_file())
 
 
 def _data_files(path: Path, split: str) -> list[Path]:

@@ -124,6 +124,17 @@ def test_the_numbers_of_rows_that_pandas_writes_are_no_texts(tmp_path: Path, kin
     assert load_rows(pairs, "prompts").rows[0].columns == {"column 1": "0", "answer": "Lily"}
 
 
+def test_folders_that_are_links_are_read(tmp_path: Path) -> None:
+    """Each once, also where a link leads back; its rows were left out without a word."""
+    elsewhere = write(tmp_path / "elsewhere" / "b.jsonl", lines(PAIRS[2:])).parent
+    folder = write(tmp_path / "data" / "a.jsonl", lines(PAIRS[:2])).parent
+    before = fingerprint(str(folder))
+    (folder / "more").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+    assert len(load_rows(folder, "preference").rows) == len(PAIRS)
+    assert fingerprint(str(folder)) != before
+
+
 def test_folders_named_for_splits(tmp_path: Path) -> None:
     """Rows of a test set in ``test/`` are not trained on; a file's own name tells before its folder's does."""
     write(tmp_path / "train" / "0.jsonl", lines(PAIRS[:3]))
