@@ -90,14 +90,14 @@ class Catalog(Generic[Entry]):
                 raise AlignError(f"{self.kind} {name!r} needs {key!r}, and it has no default: set it")
 
     def check_values(self, name: str, arguments: dict[str, Any]) -> None:
-        """Raise `AlignError` unless each of `arguments` is of the type that the entry `name` is annotated with."""
+        """Raise `AlignError` unless each of `arguments` is of the type that the entry `name` is annotated with, if any."""
         from pydantic import TypeAdapter, ValidationError  # here, as losses need torch and nothing heavier
 
         entry: Any = self[name]
         hints = get_type_hints(entry.__init__ if inspect.isclass(entry) else entry, include_extras=True)
         for key, value in arguments.items():
             try:
-                TypeAdapter(hints[key]).validate_python(value, strict=True)
+                TypeAdapter(hints.get(key, Any)).validate_python(value, strict=True)
             except ValidationError as error:
                 raise AlignError(f"{self.kind} {name!r}: {key}={value!r}: {error.errors()[0]['msg'].lower()}") from error
 

@@ -341,6 +341,23 @@ def test_other_mistakes_are_explained():
         measure("calibration_error", chosen_scores=[1.0, 0.5], rejected_scores=[0.0, math.nan])
     with pytest.raises(AlignError, match="positive label 7"):
         measure("f1(positive=7)", predictions=[1], references=[1])
+    with pytest.raises(AlignError, match=r"'bleu': tokenize='zhh': input should be '13a', .*'zh'"):
+        measure("bleu(tokenize='zhh')", predictions=["a"], references=["a"])
+    for spec in ("bleu(max_order=0)", "chrf(word_order=-1)", "rouge(stemmer='no')", "distinct(n='2')"):
+        with pytest.raises(AlignError, match="input should be"):  # the first two gave a number, a wrong one
+            measure(spec, predictions=["a b"], references=["a b"])
+    with pytest.raises(AlignError, match=r"resamples=0: input should be greater than 0"):
+        measure("win_rate(resamples=0)", scores=[1], baseline_scores=[0], lengths=[1], baseline_lengths=[1])
+    with pytest.raises(AlignError, match=r"'ranking_accuracy': pair 0 has the scores nan and 0.0, expected numbers"):
+        measure("ranking_accuracy", chosen_scores=[math.nan], rejected_scores=[0.0])
+    with pytest.raises(AlignError, match=r"'win_rate': pair 0 has the scores nan and 0.0, expected numbers"):
+        measure("win_rate", scores=[math.nan], baseline_scores=[0.0], lengths=[1], baseline_lengths=[1])
+    with pytest.raises(AlignError, match=r"field kwargs: got '.{}.', expected a list"):
+        measure("ifeval", predictions=["a"], instruction_id_list=[["startend:quotation"]], kwargs=["[{}]"])
+    often = {"keyword": "a", "relation": "at least", "frequency": "x"}
+    with pytest.raises(AlignError, match=r"'keywords:frequency': it cannot be checked with .*'frequency': 'x'"):
+        measure("ifeval", predictions=["a"], instruction_id_list=[["keywords:frequency"]], kwargs=[[often]])
+    assert followed("no", "punctuation:no_comma", None)  # Arrow's way to write no arguments
     with pytest.raises(AlignError, match="a row has 1 instruction ids and 2 kwargs"):
         measure("ifeval", predictions=["a"], instruction_id_list=[["startend:quotation"]], kwargs=[[{}, {}]])
 

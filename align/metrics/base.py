@@ -47,7 +47,7 @@ def check(spec: str) -> tuple[str, dict[str, Any]]:
     """The name and the settings in `spec`.
 
     Raises:
-        AlignError: there is no such metric, or it has no such setting.
+        AlignError: there is no such metric; or it has no such setting, or none of this value.
     """
     name, settings = parse_call(spec, "metric")
     if not name.startswith(HUB):
@@ -56,6 +56,7 @@ def check(spec: str) -> tuple[str, dict[str, Any]]:
                 f"unknown metric {name!r}{near_miss(name, metrics)}; known: {', '.join(metrics)}; a metric of the hub is {HUB}NAME"
             )
         metrics.check_arguments(name, settings)
+        metrics.check_values(name, settings)
     return name, settings
 
 

@@ -9,10 +9,16 @@ import string
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from align.errors import AlignError
 from align.metrics.base import metrics, package, several, texts
+
+Count = Annotated[int, Field(gt=0)]
+Words = Literal["13a", "intl", "zh", "char", "none", "ja-mecab", "ko-mecab", "spm", "flores101", "flores200"]
+"""How sacrebleu finds words."""
 
 
 def _streams(references: list[list[str]]) -> list[list[str | None]]:
@@ -22,7 +28,7 @@ def _streams(references: list[list[str]]) -> list[list[str | None]]:
 
 @metrics.add
 def bleu(
-    predictions: Sequence[str], references: Sequence[Any], *, max_order: int = 4, lowercase: bool = False, tokenize: str = "13a"
+    predictions: Sequence[str], references: Sequence[Any], *, max_order: Count = 4, lowercase: bool = False, tokenize: Words = "13a"
 ) -> dict[str, float]:
     """Corpus BLEU by sacrebleu (0 to 100)."""
     maker = package("sacrebleu.metrics").BLEU(max_ngram_order=max_order, lowercase=lowercase, tokenize=tokenize)
@@ -31,7 +37,7 @@ def bleu(
 
 
 @metrics.add
-def chrf(predictions: Sequence[str], references: Sequence[Any], *, word_order: int = 0) -> dict[str, float]:
+def chrf(predictions: Sequence[str], references: Sequence[Any], *, word_order: Annotated[int, Field(ge=0)] = 0) -> dict[str, float]:
     """Corpus chrF2 by sacrebleu (0 to 100); ``word_order=2`` is chrF++."""
     maker = package("sacrebleu.metrics").CHRF(word_order=word_order)
     score = maker.corpus_score(texts(predictions, "chrf", "predictions"), _streams(several(references, "chrf")))

@@ -213,15 +213,18 @@ def _no_comma(answer: str) -> bool:
 # -- the metric and the reward -------------------------------------------------------------------------------------------------
 
 
-def followed(answer: str, instruction: str, arguments: dict[str, Any]) -> bool:
+def followed(answer: str, instruction: str, arguments: dict[str, Any] | None) -> bool:
     """Whether `answer` follows one instruction; an empty answer follows none.
 
     Raises:
         AlignError: there is no such instruction, or it has other arguments.
     """
-    given = {key: value for key, value in arguments.items() if value is not None}
+    given = {key: value for key, value in (arguments or {}).items() if value is not None}
     instructions.check_arguments(instruction, given)
-    return bool(answer.strip()) and instructions[instruction](answer, **given)
+    try:
+        return bool(answer.strip()) and instructions[instruction](answer, **given)
+    except (TypeError, ValueError) as error:  # no answer raises, so it is the arguments
+        raise AlignError(f"instruction {instruction!r}: it cannot be checked with {given}: {error}") from error
 
 
 def relaxed(answer: str) -> Iterator[str]:
@@ -235,6 +238,9 @@ def relaxed(answer: str) -> Iterator[str]:
 
 def _each(answer: str, ids: Sequence[str], kwargs: Sequence[dict[str, Any]], loose: bool) -> list[bool]:
     """Of each instruction of a row, whether it was followed."""
+    for column, value in (("instruction_id_list", ids), ("kwargs", kwargs)):
+        if not isinstance(value, list | tuple):
+            raise AlignError(f"field {column}: got {value!r:.40}, expected a list: an entry for each instruction")
     if not ids or len(ids) != len(kwargs):
         raise AlignError(f"a row has {len(ids)} instruction ids and {len(kwargs)} kwargs, expected one each: {ids}")
     versions = list(relaxed(answer)) if loose else [answer]

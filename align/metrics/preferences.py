@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from align.errors import AlignError
 from align.metrics.base import metrics, package
@@ -13,7 +15,7 @@ from align.metrics.base import metrics, package
 @metrics.add
 def ranking_accuracy(chosen_scores: Sequence[float], rejected_scores: Sequence[float]) -> dict[str, float]:
     """Share of pairs whose chosen answer scores higher; a tie counts one half."""
-    return {"ranking_accuracy": sum(map(_preference, chosen_scores, rejected_scores)) / len(chosen_scores)}
+    return {"ranking_accuracy": sum(_preferences("ranking_accuracy", chosen_scores, rejected_scores)) / len(chosen_scores)}
 
 
 @metrics.add
@@ -25,11 +27,10 @@ def calibration_error(chosen_scores: Sequence[float], rejected_scores: Sequence[
     if bins < 1:
         raise AlignError(f"metric 'calibration_error': bins={bins}, expected at least 1")
     held: list[list[tuple[float, float]]] = [[] for _ in range(bins)]
-    for i, (chosen, rejected) in enumerate(zip(chosen_scores, rejected_scores, strict=True)):
-        if math.isnan(chosen - rejected):
-            raise AlignError(f"metric 'calibration_error': pair {i} has the scores {chosen} and {rejected}, expected numbers")
+    preferences = _preferences("calibration_error", chosen_scores, rejected_scores)
+    for chosen, rejected, right in zip(chosen_scores, rejected_scores, preferences, strict=True):
         confidence = 1 / (1 + math.exp(-min(abs(chosen - rejected), 700)))
-        held[min(int((confidence - 0.5) * 2 * bins), bins - 1)].append((confidence, _preference(chosen, rejected)))
+        held[min(int((confidence - 0.5) * 2 * bins), bins - 1)].append((confidence, right))
     gaps = [abs(sum(confidence - right for confidence, right in entries)) for entries in held]
     return {"calibration_error": sum(gaps) / len(chosen_scores)}
 
@@ -61,6 +62,18 @@ def _correlation(x: Sequence[float], y: Sequence[float]) -> float:
     return math.fsum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / deviations if deviations else 0.0
 
 
+def _preferences(metric: str, ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Of each pair of scores, whether the first is the higher one (0, 1/2 or 1).
+
+    Raises:
+        AlignError: their difference is no number, so neither is.
+    """
+    for i, (own, other) in enumerate(zip(ours, theirs, strict=True)):
+        if math.isnan(own - other):
+            raise AlignError(f"metric {metric!r}: pair {i} has the scores {own} and {other}, expected numbers")
+    return list(map(_preference, ours, theirs))
+
+
 def _preference(ours: float, theirs: float) -> float:
     return 0.5 if ours == theirs else float(ours > theirs)
 
@@ -72,8 +85,8 @@ def win_rate(
     lengths: Sequence[float],
     baseline_lengths: Sequence[float],
     *,
-    resamples: int = 1000,
-    seed: int = 0,
+    resamples: Annotated[int, Field(gt=0)] = 1000,
+    seed: Annotated[int, Field(ge=0)] = 0,
 ) -> dict[str, float]:
     """How often an answer beats the baseline's to the same prompt (a tie counts one half), with 95 % bootstrap intervals.
 
@@ -81,7 +94,7 @@ def win_rate(
     baseline's set to 1/2. ``win_rate_length_controlled`` is the win rate that a logistic regression on the length difference
     predicts for answers of the baseline's length: the length term of AlpacaEval 2 (arXiv:2404.04475, equation 2).
     """
-    wins = list(map(_preference, scores, baseline_scores))
+    wins = _preferences("win_rate", scores, baseline_scores)
     gaps = [ours - theirs for ours, theirs in zip(lengths, baseline_lengths, strict=True)]
 
     def controlled(indices: Sequence[int]) -> float:
