@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,18 @@ def test_the_numbers_of_rows_that_pandas_writes_are_no_texts(tmp_path: Path, kin
     assert [row.text for row in stream] == ["A doc about lions.", "A doc about tigers."]
     pairs = write(tmp_path / "b.csv", b",prompt,answer\n0,Who?,Lily\n")
     assert load_rows(pairs, "prompts").rows[0].columns == {"column 1": "0", "answer": "Lily"}
+
+
+@pytest.mark.parametrize("around", ["[%s]", '{"data": [%s]}'])
+def test_bytes_of_another_encoding_in_a_json_document(tmp_path: Path, around: str) -> None:
+    """In a column that no format looks at, such as an answer to compare with, they went through as halves of surrogate pairs."""
+    rows = ['{"prompt": "a", "answer": "caf\xe9"}', '{"prompt": "b", "answer": "tea"}']
+    file = write(tmp_path / "a.json", (around % ",\n".join(rows)).encode("latin-1"))
+    loaded = load_rows(file, "prompts", on_bad_row="quarantine")
+    assert loaded.rows[0].prompt == "b"
+    place, reason = loaded.set_aside[0]
+    assert place == "a.json row 1"
+    assert re.match(r"byte 0xe9 at character \d+ is not UTF-8; convert it", reason)
 
 
 def test_folders_that_are_links_are_read(tmp_path: Path) -> None:

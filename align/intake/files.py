@@ -165,7 +165,9 @@ def _json(path: Path) -> Iterator[Numbered]:
         document = json.loads(content)
     except json.JSONDecodeError as error:
         raise AlignError(f"{path.name} line {error.lineno}, column {error.colno}: invalid JSON: {error.msg}") from error
-    yield from ((number, _sound(row)) for number, row in enumerate(layouts.rows_of(document), start=1))
+    sound = _broken_text(content) is None
+    for number, row in enumerate(layouts.rows_of(document), start=1):
+        yield number, _sound(row, "" if sound else json.dumps(row, ensure_ascii=False))
 
 
 def _json_array(path: Path) -> Iterator[Numbered]:
@@ -208,14 +210,17 @@ def _json_array(path: Path) -> Iterator[Numbered]:
                     continue
                 raise wrong(error) from error
             number += 1
-            yield number, _sound(value)
+            yield number, _sound(value, buffer[position:end])
             if end > 1 << 20:
                 lines += buffer.count("\n", 0, end)
                 buffer, end = buffer[end:], 0
             position = end
 
 
-def _sound(value: Any) -> Raw | Unreadable:
+def _sound(value: Any, text: str) -> Raw | Unreadable:
+    """`value`, if it is a row, and `text`, as which it stands in the file, was UTF-8."""
+    if wrong := _broken_text(text):
+        return Unreadable(wrong, text)
     if not isinstance(value, dict):
         return Unreadable(problem("row", value, "an object with named columns"), json.dumps(value))
     return value
