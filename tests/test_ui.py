@@ -54,6 +54,23 @@ def test_a_blind_vote_becomes_a_preference_row(page):
     assert all(f"**{name}**" in verdict for name in names)
 
 
+def test_a_question_that_cannot_be_answered_is_taken_back(page):
+    """The models read 512 tokens: a message that is longer would be in the way of every later one."""
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    address, _, names = page
+    client = Client(address, verbose=False)
+    how = ["", 0.0, 1.0, 0, 8]
+    for ask in ([names[0]], "/talk"), (names, "/ask"):
+        with pytest.raises(AppError, match="begin anew, or ask something shorter"):
+            client.predict(*ask[0], "Hello! " * 200, *how, api_name=ask[1])
+        _, shown, *_ = client.predict(*ask[0], "Hello!", *how, api_name=ask[1])
+        assert [turn["content"][0]["text"] for turn in shown if turn["role"] == "user"] == ["Hello!"]
+        with pytest.raises(AppError, match="must be numbers"):
+            client.predict(*ask[0], "Hello!", *how[:-1], None, api_name=ask[1])
+
+
 def test_few_models_are_held(folders):
     speakers = Speakers("auto")
     first = speakers[str(folders / "one")]

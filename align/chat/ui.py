@@ -19,6 +19,7 @@ import gradio as gr
 
 from align.chat.speaker import Decoding, Speaker
 from align.chat.votes import add_vote
+from align.errors import AlignError
 from align.schema import Message
 
 KEPT = 2
@@ -77,8 +78,15 @@ def _settings(decoding: Decoding) -> list[Any]:
     return [system, temperature, top_p, top_k, tokens]
 
 
-def _decoding(temperature: float, top_p: float, top_k: float, tokens: float) -> Decoding:
+def _decoding(temperature: float, top_p: float, top_k: float | None, tokens: float | None) -> Decoding:
+    if top_k is None or tokens is None:  # an empty box
+        raise _refusal("Top-k and the most tokens of the settings must be numbers.")
     return Decoding(int(tokens), temperature, top_p, int(top_k))
+
+
+def _refusal(text: str) -> gr.Error:
+    """What the page says of a question that is not answered. Gradio takes it for HTML."""
+    return gr.Error(html.escape(text), print_exception=False)
 
 
 def _messages(system: str, history: list[Message]) -> list[Message]:
@@ -103,14 +111,18 @@ def _talk(names: list[str], speakers: Speakers, settings: list[Any]) -> None:
 
     def ask(name: str, text: str, history: list[Message], system: str, *decoding: float) -> Iterator[tuple[Any, ...]]:
         if not text.strip():
-            raise gr.Error("Ask something first.")
-        history = [*history, Message(role="user", content=text)]
+            raise _refusal("Ask something first.")
+        how, asked = _decoding(*decoding), [*history, Message(role="user", content=text)]
         answer = Message(role="assistant", content="")
-        yield "", history, _shown(history)
-        for piece in speakers[name].answer(_messages(system, history), _decoding(*decoding)):
-            answer = Message(role="assistant", content=answer.content + piece)
-            yield "", history, _shown([*history, answer])
-        history = [*history, Message(role="assistant", content=answer.content.strip())]
+        yield "", history, _shown(asked)
+        try:
+            for piece in speakers[name].answer(_messages(system, asked), how):
+                answer = Message(role="assistant", content=answer.content + piece)
+                yield "", history, _shown([*asked, answer])
+        except AlignError as error:  # the question is taken back: the next one would fail with it
+            yield text, history, _shown(history)
+            raise _refusal(str(error)) from error
+        history = [*asked, Message(role="assistant", content=answer.content.strip())]
         yield "", history, _shown(history)
 
     said.submit(ask, [model, said, turns, *settings], [said, turns, shown], api_name="talk")
@@ -134,16 +146,19 @@ def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: P
 
     def ask(one: str, two: str, text: str, history: list[Message], system: str, *decoding: float) -> tuple[Any, ...]:
         if not text.strip():
-            raise gr.Error("Ask something first.")
+            raise _refusal("Ask something first.")
         if one == two:
-            raise gr.Error("Choose two different models.")
+            raise _refusal("Choose two different models.")
         if history and history[-1].role == "user":  # the last question had no vote
             history = history[:-1]
         history = [*history, Message(role="user", content=text)]
         order = [one, two]
         draw.shuffle(order)
-        prompt = _messages(system, history)
-        answers = [(name, "".join(speakers[name].answer(prompt, _decoding(*decoding))).strip()) for name in order]
+        prompt, how = _messages(system, history), _decoding(*decoding)
+        try:
+            answers = [(name, "".join(speakers[name].answer(prompt, how)).strip()) for name in order]
+        except AlignError as error:
+            raise _refusal(str(error)) from error
         ready = [gr.Button(interactive=True)] * len(choices)
         return "", history, _shown(history), *(answer for _, answer in answers), *ready, "Which is better?", (prompt, answers)
 
