@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import llama
@@ -41,6 +42,7 @@ def page(folders, tmp_path):
 
 def test_a_blind_vote_becomes_a_preference_row(page):
     from gradio_client import Client
+    from gradio_client.exceptions import AppError
 
     address, votes, names = page
     client = Client(address, verbose=False)
@@ -52,6 +54,9 @@ def test_a_blind_vote_becomes_a_preference_row(page):
     assert (row.chosen[0].content, row.rejected[0].content) == (right, left)
     assert [message.content for message in row.prompt] == ["Be brief.", "How <b>are</b> you?"]
     assert all(f"**{name}**" in verdict for name in names)
+    with pytest.raises(AppError, match="Ask something first"):  # a second click, before the buttons are off
+        client.predict(api_name="/left")
+    assert len(load_rows(votes, "preference").rows) == 1
 
 
 def test_a_question_that_cannot_be_answered_is_taken_back(page):
@@ -78,6 +83,12 @@ def test_few_models_are_held(folders):
     assert speakers[str(folders / "one")] is first
     speakers[str(folders / "three")]  # lets go of two, which was used least recently
     assert list(speakers._loaded) == [str(folders / "one"), str(folders / "three")]
+
+
+def test_two_who_ask_for_a_model_at_once_get_the_same(folders):
+    speakers, name = Speakers("auto"), str(folders / "one")
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(lambda _: id(speakers[name]), range(4)))) == 1
 
 
 def test_the_models_of_the_page_are_the_registered_policies(folders, tmp_path):

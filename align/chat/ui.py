@@ -11,6 +11,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when it is imported
@@ -32,14 +33,16 @@ class Speakers:
     def __init__(self, chat_template: str) -> None:
         self.chat_template = chat_template
         self._loaded: OrderedDict[str, Speaker] = OrderedDict()
+        self._turn = Lock()  # each tab asks from a thread of its own
 
     def __getitem__(self, name: str) -> Speaker:
-        if name not in self._loaded:
-            while len(self._loaded) >= KEPT:
-                self._loaded.popitem(last=False)
-            self._loaded[name] = Speaker(name, chat_template=self.chat_template)
-        self._loaded.move_to_end(name)
-        return self._loaded[name]
+        with self._turn:
+            if name not in self._loaded:
+                while len(self._loaded) >= KEPT:
+                    self._loaded.popitem(last=False)
+                self._loaded[name] = Speaker(name, chat_template=self.chat_template)
+            self._loaded.move_to_end(name)
+            return self._loaded[name]
 
 
 def build(
@@ -165,20 +168,22 @@ def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: P
     def vote(side: str) -> Any:
         def record(seen: tuple[list[Message], list[tuple[str, str]]], history: list[Message]) -> tuple[Any, ...]:
             prompt, answers = seen
+            if not answers:
+                raise _refusal("Ask something first.")
             text = f"Left was **{_plain(answers[0][0])}**, right was **{_plain(answers[1][0])}**."
             kept = ["left", "right"].index(side) if side != "neither" else 0
             if side != "neither":
                 add_vote(votes, prompt, answers[kept], answers[1 - kept])
                 text += f" Saved to `{votes}`."
             history = [*history, Message(role="assistant", content=answers[kept][1])]
-            return *off, text, history, _shown(history)
+            return *off, text, history, _shown(history), ([], [])  # one vote an answer
 
         return record
 
     outputs = [said, turns, shown, *sides, *buttons, verdict, answered]
     said.submit(ask, [*models, said, turns, *settings], outputs, api_name="ask")
     for side, button in zip(choices, buttons, strict=True):
-        button.click(vote(side), [answered, turns], [*buttons, verdict, turns, shown], api_name=side)
+        button.click(vote(side), [answered, turns], [*buttons, verdict, turns, shown, answered], api_name=side)
     for model in models:  # what the others answered is no longer voted on
         anew = [turns, shown, *sides, *buttons, answered]
         model.change(lambda: ([], [], "", "", *off, ([], [])), None, anew, api_visibility="private")
