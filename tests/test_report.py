@@ -413,6 +413,15 @@ def test_an_arrow_goes_round_the_boxes_between():
     assert f"{places['d'][0]} {places['c'][1] + 31}H{places['d'][0] + 148}" in long
 
 
+def test_a_hundred_rounds_are_drawn():
+    """Each round's pairs are sampled from the policy before, and its policy is trained from both: the paths back double in each."""
+    road = [Stop("m0", "sft", "finished", None, None, ())]
+    for i in range(1, 101):
+        road.append(Stop(f"s{i}", "pairs", "finished", None, None, (f"m{i - 1}",)))
+        road.append(Stop(f"m{i}", "dpo", "finished", None, None, (f"m{i - 1}", f"s{i}")))
+    assert len(diagram(road).arrows) == 200, "m1 needs m0, but s1 says so already"
+
+
 def test_findings_are_in_the_report(tmp_path, make):
     """A held-out loss that rises from its lowest while the training loss falls; and what the preflight found."""
     held = [{"step": s, "eval_loss": v} for s, v in ((0, 4.0), (10, 1.0), (20, 2.0), (30, 3.0))]

@@ -124,9 +124,13 @@ def _direct(stop: Stop, road: list[Stop]) -> list[str]:
     """What `stop` needs and no other of its needs is made from: an arrow from there says it already."""
     needs = {other.name: set(other.needs) for other in road}
 
-    def before(name: str, seen: frozenset[str] = frozenset()) -> set[str]:
-        direct = needs.get(name, set()) - seen - {name}
-        return direct.union(*(before(other, seen | {name}) for other in direct))
+    def before(name: str) -> set[str]:
+        found, waiting = set[str](), [name]
+        while waiting:  # each stage once: of rounds that are made from each other there are very many paths
+            new = needs.get(waiting.pop(), set()) - found
+            found |= new
+            waiting += new
+        return found - {name}
 
     implied = set[str]().union(*(before(name) for name in stop.needs if name != stop.name))
     return [name for name in stop.needs if name not in implied]
