@@ -151,18 +151,36 @@ class Registry:
             )
         return Resolved(reference)
 
-    def lineage(self, reference: str) -> list[tuple[int, str, Artifact | None]]:
-        """`reference` and its ancestors, depth first: (depth, reference, artifact or None for a base model)."""
+    def lineage(self, of: str | Artifact) -> list[tuple[int, str, Artifact | None]]:
+        """`of` and its ancestors, depth first: (depth, reference, artifact). The artifact is None for a base model, and for
+        one that this registry does not know, as its child was pulled from another. Who is met again is told of without ancestors.
+        """
         found: list[tuple[int, str, Artifact | None]] = []
+        seen = set[str]()
 
-        def visit(name: str, depth: int) -> None:
-            artifact = self.get(name) if "@" in name or name in self.names() else None
-            found.append((depth, artifact.reference if artifact else name, artifact))
-            for parent in dict.fromkeys(artifact.parents.values() if artifact else ()):
-                visit(parent, depth + 1)
+        def visit(artifact: Artifact, depth: int) -> None:
+            found.append((depth, artifact.reference, artifact))
+            if artifact.reference in seen:
+                return
+            seen.add(artifact.reference)
+            for name, key in {name: key for key, name in artifact.parents.items()}.items():
+                parent = self._parent(artifact, key)
+                if parent is None:
+                    found.append((depth + 1, name, None))
+                else:
+                    visit(parent, depth + 1)
 
-        visit(self.get(reference).reference, 0)
+        visit(of if isinstance(of, Artifact) else self.get(of), 0)
         return found
+
+    def _parent(self, child: Artifact, key: str) -> Artifact | None:
+        """What ``child.parents[key]`` names, if it is registered here: another registry's ``sft@1`` may be somebody else here."""
+        name, _, version = child.parents[key].partition("@")
+        entries = self.entries(name) if NAME.fullmatch(name) else []
+        if not any(version in ("", path.stem) for path in entries):
+            return None
+        parent = self.get(child.parents[key])
+        return parent if child.inputs.get(key, parent.identity).startswith(parent.identity) else None
 
     def aliases(self) -> dict[str, str]:
         """Short names of base models: the shipped ones and the user's.

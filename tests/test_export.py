@@ -102,6 +102,15 @@ def test_the_card_says_where_it_came_from(trained, ground, tmp_path, capsys):
     assert torch.__version__ in text
 
 
+def test_a_model_of_another_registry_is_exported(trained, tmp_path, capsys, monkeypatch):
+    """A copied folder, its ancestors left behind: what is not known here is neither followed nor called a base on the hub."""
+    monkeypatch.setenv("ALIGN_HOME", str(tmp_path / "other"))
+    export(capsys, trained["reward"].path, "--merge", "--to", tmp_path / "there")
+    _, front, text = (tmp_path / "there" / "README.md").read_text().split("---\n", 2)
+    assert "base_model" not in yaml.safe_load(front)
+    assert "\n  - two-sft@1\n" in text
+
+
 def test_a_reward_model_keeps_its_head_and_its_scale(trained, ground, tmp_path, capsys):
     export(capsys, "two-reward", "--merge", "--to", tmp_path / "there")
     adapter = trained["reward"].path

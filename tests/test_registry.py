@@ -213,9 +213,27 @@ def test_lineage_goes_back_to_the_base_model(registry, artifact):
         (1, "sft@1", "sft"),
         (2, "Qwen/Qwen2.5-0.5B", None),
         (1, "reward@1", "sft"),
-        (2, "sft@1", "sft"),
-        (3, "Qwen/Qwen2.5-0.5B", None),
+        (2, "sft@1", "sft"),  # its own ancestors are above
     ]
+
+
+def test_lineage_of_many_rounds_is_told_once(registry, artifact):
+    """Each round is made from the one before and from its samples: the paths back double in each."""
+    registry.add(artifact("m0"))
+    for i in range(1, 31):
+        registry.add(artifact(f"s{i}", parents={"m": f"m{i - 1}@1"}))
+        registry.add(artifact(f"m{i}", parents={"m": f"m{i - 1}@1", "s": f"s{i}@1"}))
+    assert len(registry.lineage("m30")) == 1 + 3 * 30
+
+
+def test_lineage_of_what_was_pulled_ends_where_this_registry_does(registry, artifact):
+    """Of the parents one is not here, one has the name and version of something else, and one is a folder with an @ in its path."""
+    registry.add(artifact("reward", "other"))
+    registry.add(artifact("sft", "mine"))
+    parents = {"a": "gone@1", "b": "reward@1", "c": "sft@1", "d": "/home/me@work/base"}
+    registry.add(artifact("ppo", parents=parents, inputs={"a": "x", "b": "theirs", "c": "mine", "d": "y"}))
+    found = [(reference, artifact and artifact.identity) for _, reference, artifact in registry.lineage("ppo")]
+    assert found == [("ppo@1", "0"), ("gone@1", None), ("reward@1", None), ("sft@1", "mine"), ("/home/me@work/base", None)]
 
 
 # -- files ---------------------------------------------------------------------------------------------------------------------

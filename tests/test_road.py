@@ -137,7 +137,7 @@ def test_every_stage_finished_and_is_registered(road):
         assert artifact.seconds > 0
     assert artifacts["ppo"].parents == {"sft": "road-sft@1", "reward": "road-reward@1"}
     assert artifacts["sft"].data.keys() == {f"{data}/sft.jsonl"}
-    ancestors = ["road-reward@1", "road-sft@1", "road-base@1", "road-sft@1", "road-base@1"]
+    ancestors = ["road-reward@1", "road-sft@1", "road-base@1", "road-sft@1"]
     assert [reference for _, reference, _ in registry.lineage("road-ppo")] == ["road-ppo@1", *ancestors]
 
 

@@ -73,8 +73,13 @@ def _lineage(registry: Registry, options: argparse.Namespace) -> int:
         {"depth": d, "reference": r, "stage": a.stage if a else None, "path": a.path if a else None}
         for d, r, a in registry.lineage(options.name)
     ]
-    print_rows(rows, options.json, lambda row: f"{'  ' * row['depth']}{row['reference']}  ({row['stage'] or 'base'})")
+    print_rows(rows, options.json, lambda row: f"{'  ' * row['depth']}{row['reference']}  ({row['stage'] or _unknown(row)})")
     return 0
+
+
+def _unknown(row: dict[str, Any]) -> str:
+    """What an ancestor is that is not in the registry: only paths and hub ids have slashes."""
+    return "base" if "/" in row["reference"] else "not in this registry"
 
 
 def _alias(registry: Registry, options: argparse.Namespace) -> int:

@@ -150,13 +150,14 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 def _card(reference: str, artifact: Artifact | None, registry: Registry, exported: Exported, kind: str) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    lineage = registry.lineage(artifact.reference) if artifact is not None and artifact.version else []
-    roots = [name for _, name, parent in lineage if parent is None]
+    lineage = registry.lineage(artifact) if artifact is not None and artifact.version else []
+    roots = [name for _, name, parent in lineage if parent is None and "/" in name]  # others are of another registry
     described = [
         {
             "depth": depth,
             "reference": _public(name),
             "stage": parent.stage if parent else None,
+            "base": name in roots,
             "data": {_public(source): fingerprint for source, fingerprint in parent.data.items()} if parent else {},
         }
         for depth, name, parent in lineage
