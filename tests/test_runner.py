@@ -263,6 +263,14 @@ def test_sigterm_and_a_second_look_at_the_run(hanging, capsys):
     assert not list(Path("out").rglob("*.lock"))
 
 
+@pytest.mark.parametrize("content", ["[1]", "3", '{"x": 1}', "{", ""])
+def test_status_passes_over_what_no_stage_wrote(content, tmp_path, capsys):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "a.json").write_text(content)
+    assert main(["status", str(tmp_path)]) == 2
+    assert "no stage has begun there" in capsys.readouterr().err
+
+
 def test_a_killed_runner_leaves_no_process_behind_and_status_says_interrupted(hanging):
     process, status = hanging
     process.kill()

@@ -15,10 +15,10 @@ from align.runner.locks import is_locked
 
 
 def read_status(path: Path) -> dict[str, Any]:
-    """A stage's status (see `align.progress.Status`), or nothing."""
+    """A stage's status (see `align.progress.Status`), or nothing, where the file is damaged or something else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return {}
 
 
@@ -68,7 +68,7 @@ def statuses(run: Path) -> list[dict[str, Any]]:
     found = []
     for path in (run / "logs").glob("*.json"):
         status = read_status(path)
-        if not status:
+        if not status.keys() >= {"name", "state", "folder", "started"}:
             continue
         if status["state"] == "running" and not is_locked(Path(status["folder"])):
             status["state"] = "interrupted"
