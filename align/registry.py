@@ -89,11 +89,11 @@ class Registry:
         """Registered names."""
         if not self.root.is_dir():
             return []
-        return sorted(path.name for path in self.root.iterdir() if path.is_dir() and any(path.glob("[0-9]*.json")))
+        return sorted(path.name for path in self.root.iterdir() if path.is_dir() and self.entries(path.name))
 
     def entries(self, name: str) -> list[Path]:
-        """The files of all versions of `name`, oldest first."""
-        return sorted((self.root / name).glob("[0-9]*.json"), key=lambda path: int(path.stem))
+        """The files of all versions of `name`, oldest first; a copy that somebody made of one (``1 (copy).json``) is none."""
+        return sorted((p for p in (self.root / name).glob("[0-9]*.json") if p.stem.isdigit()), key=lambda path: int(path.stem))
 
     def versions(self, name: str) -> list[Artifact]:
         """All versions of `name`, oldest first.
@@ -125,11 +125,28 @@ class Registry:
             raise AlignError(f"{name!r} has no version {version!r}; it has {', '.join(path.stem for path in entries)}")
         return Artifact.load(found)
 
-    def resolve(self, reference: str) -> Resolved:
-        """What ``model: REFERENCE`` means: a folder, a registered name, an alias or a hub id, in this order.
+    def folder(self, artifact: Artifact) -> Path:
+        """Where `artifact`, which is registered, lies.
 
         Raises:
-            AlignError: it looks like a path or a version and there is none.
+            AlignError: it is gone, or something else has taken its place.
+        """
+        folder = Path(artifact.path)
+        if not folder.is_dir():
+            raise AlignError(f"{artifact.reference} was at {folder}, and that folder is gone")
+        held = Artifact.read(folder)
+        if held is not None and held.identity != artifact.identity:
+            raise AlignError(f"{artifact.reference} was at {folder}, and that folder holds {held.reference} now")
+        return folder
+
+    def resolve(self, reference: str, *, through: tuple[str, ...] = ()) -> Resolved:
+        """What ``model: REFERENCE`` means: a folder, a registered name, an alias or a hub id, in this order.
+
+        Args:
+            through: aliases that led here.
+
+        Raises:
+            AlignError: it looks like a path or a version and there is none, or aliases stand for each other.
         """
         path = Path(reference).expanduser().resolve()
         if reference and path.is_dir():
@@ -138,12 +155,12 @@ class Registry:
             raise AlignError(f"no model folder {reference!r}")
         if "@" in reference or reference in self.names():
             artifact = self.get(reference)
-            if not Path(artifact.path).is_dir():
-                raise AlignError(f"{artifact.reference} was at {artifact.path}, and that folder is gone")
-            return Resolved(artifact.path, artifact)
+            return Resolved(str(self.folder(artifact)), artifact)
         aliases = self.aliases()
+        if reference in through:
+            raise AlignError(f"the alias {reference!r} stands for itself in {self.root / 'aliases.json'}; give it another target")
         if reference in aliases:
-            return self.resolve(aliases[reference])
+            return self.resolve(aliases[reference], through=(*through, reference))
         if "/" not in reference:
             raise AlignError(
                 f"no model {reference!r}{near_miss(reference, [*self.names(), *aliases])}: it is not a folder, not in the registry "

@@ -144,6 +144,31 @@ def test_a_bare_word_is_no_hub_id(reference, registry):
         registry.resolve(reference)
 
 
+def test_a_version_whose_folder_holds_another_now(registry, artifact):
+    """Its folder was taken away and trained into again: ``sft@1`` must not mean the weights of ``sft@2``."""
+    old = registry.add(artifact("sft"))
+    new = registry.add(replace(artifact("sft", "1"), path=old.path))
+    new.write()
+    assert registry.resolve("sft").artifact == new
+    with pytest.raises(AlignError, match=f"sft@1 was at {old.path}, and that folder holds sft@2 now"):
+        registry.resolve("sft@1")
+
+
+def test_a_copy_of_an_entry_is_no_version(registry, artifact):
+    registry.add(artifact("sft"))
+    entry = registry.root / "sft" / "1.json"
+    entry.with_name("1 (copy).json").write_bytes(entry.read_bytes())
+    assert [found.reference for found in registry.all()] == ["sft@1"]
+
+
+@pytest.mark.parametrize("own", [{"a": "a"}, {"a": "b", "b": "c", "c": "b"}])
+def test_aliases_that_stand_for_each_other(own, registry):
+    registry.root.mkdir(parents=True)
+    (registry.root / "aliases.json").write_text(json.dumps(own))
+    with pytest.raises(AlignError, match=r"the alias '[ab]' stands for itself in .*aliases\.json"):
+        registry.resolve("a")
+
+
 def test_a_registered_model_whose_folder_is_gone(registry, artifact):
     registered = registry.add(artifact("sft"))
     (registry.root.parent.parent / "sft-0").rmdir()
