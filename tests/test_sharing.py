@@ -181,6 +181,20 @@ def test_a_yaml_recipe_runs_no_code(tmp_path):
 # -- to a folder and back ------------------------------------------------------------------------------------------------------
 
 
+def test_what_cannot_be_pushed(tmp_path, capsys):
+    artifact = run({"a": Act(text="precious")})["a"]
+    (tmp_path / "file").write_text("")
+    for target, reason in ((tmp_path / "file", "is a file, not a folder"), ("/proc/shelf", "nothing can be written into /proc")):
+        assert main(["models", "push", "r-a", str(target)]) == 2
+        assert reason in capsys.readouterr().err
+    Path(artifact.path).rename(tmp_path / "moved")
+    assert main(["models", "push", "r-a", str(tmp_path / "shelf")]) == 2
+    assert "that folder is gone" in capsys.readouterr().err
+    assert not (tmp_path / "shelf").exists()
+    assert main(["models", "push", "r-a", ""]) == 2
+    assert "needs a FOLDER" in capsys.readouterr().err
+
+
 def test_pushed_and_pulled_by_another_registry(tmp_path, monkeypatch):
     artifact = run({"a": Act(text="precious")})["a"]
     (Path(artifact.path) / "checkpoints").mkdir()

@@ -35,9 +35,9 @@ def add(verbs: Any) -> None:
 
 def models(options: argparse.Namespace) -> int:
     registry = Registry()
-    if options.action not in ("list", "gc") and options.name is None:
+    if options.action not in ("list", "gc") and not options.name:
         raise AlignError(f"`align models {options.action}` needs a NAME")
-    if options.action in ("alias", "push", "pull") and options.target is None:
+    if options.action in ("alias", "push", "pull") and not options.target:
         needed = {"alias": "a TARGET: a registered name, a path or a hub id"}
         raise AlignError(
             f"`align models {options.action} NAME TARGET` needs {needed.get(options.action, 'a FOLDER or hub:OWNER/NAME')}"

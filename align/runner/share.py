@@ -14,6 +14,7 @@ from align.errors import AlignError
 from align.progress import say
 from align.registry import Registry, check_name
 from align.runner.checkpoints import SEAL, fault, seal
+from align.runner.files import refuse_unwritable
 from align.runner.hub import download, is_hub, upload
 from align.runner.locks import is_locked, lock
 
@@ -23,17 +24,20 @@ def push(registry: Registry, reference: str, target: str) -> str:
     returns where it is. Checkpoints stay behind.
 
     Raises:
-        AlignError: there is no such artifact, its place is taken by another one, or the hub refuses.
+        AlignError: there is no such artifact or its folder is gone, its place is taken by another one or cannot be written, or the
+            hub refuses.
     """
     artifact = registry.get(reference)
+    folder = registry.folder(artifact)
     if is_hub(target):
         with tempfile.TemporaryDirectory(prefix="align-push-") as shelf:
             place = _put(artifact, Path(shelf))
             where = upload(place, artifact, target)
     else:
+        refuse_unwritable(Path(target))
         place = _put(artifact, Path(target))
         where = str(place)
-    base = _base(Path(artifact.path))
+    base = _base(folder)
     if base is not None:
         say(f"{artifact.reference} is an adapter: where it is pulled, its base {base} must be found as well")
     return where
