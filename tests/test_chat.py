@@ -134,6 +134,13 @@ def test_history_goes_on_from_the_better_answer(tmp_path):
     assert json.loads(votes.read_text().splitlines()[0])["chosen_model"] == "y"
 
 
+def test_an_answer_does_not_steer_the_terminal():
+    """Tokens of bytes spell any control character; the conversation keeps what was said."""
+    said, written = "\x1b[2J\x9bgone\r\n\tكلا 👩‍🔬", []
+    assert Talk([Parrot(said)], GREEDY).ask("?", written.append) == [f"{said} 1"]
+    assert "".join(written) == "\\x1b[2J\\x9bgone\\r\n\tكلا 👩‍🔬 1\n"
+
+
 def test_undo_takes_back_a_turn_and_never_the_system_prompt():
     talk = Talk([Parrot("x")], GREEDY, system="Be brief.")
     talk.ask("1", lambda text: None)

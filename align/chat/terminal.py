@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
+from unicodedata import category
 
 from align.chat.speaker import Decoding, Speaker
 from align.chat.votes import add_vote
@@ -48,7 +49,7 @@ class Talk:
             pieces = []
             for piece in speaker.answer(self.messages, self.decoding):
                 pieces.append(piece)
-                write(piece)
+                write(harmless(piece))
             answers.append("".join(pieces).strip())
             write("\n")
         kept = 0
@@ -61,6 +62,11 @@ class Talk:
                     add_vote(self.votes, self.messages, named[kept], named[1 - kept])
         self.messages.append(Message(role="assistant", content=answers[kept]))
         return answers
+
+
+def harmless(text: str) -> str:
+    """`text` with control characters, by which a model could steer the terminal, as their escapes."""
+    return "".join(ascii(letter)[1:-1] if category(letter) == "Cc" and letter not in "\n\t" else letter for letter in text)
 
 
 def talk_at_terminal(talk: Talk) -> None:
