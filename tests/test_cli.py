@@ -225,6 +225,29 @@ MISTAKES = {
         "'max_steps' is 0: give at least 1, or -1 for num_train",
     ),
     "epochs without end": (SFT + "sft.jsonl --num_train_epochs .inf", "'num_train_epochs' is inf: input should be a finite number"),
+    "a flag that lost its value": (
+        SFT + "sft.jsonl --learning_rate --bf16",
+        "'learning_rate' is True: this is no switch: give it a",
+    ),
+    "a yes for a number": (RUN + "--set sft.max_steps=yes", "'max_steps' is True: this is no switch"),
+    "a rate without end": (RUN + "--set sft.learning_rate=.inf", "'learning_rate' is inf: input should be a finite number"),
+    "a margin that is none": ("simpo --beta 2 --gamma .nan" + PAIRS, "'gamma' is nan: input should be a finite number"),
+    "a likelihood unlearned": (
+        "preference --loss rpo --rpo_alpha -1 --beta 0.1" + PAIRS,
+        "'rpo_alpha' is -1: input should be greater",
+    ),
+    "a seed below 0": (SFT + "sft.jsonl --seed -1", "'seed' is -1: input should be greater than or equal to 0"),
+    "a seed of 65 bits": (
+        "eval --models.a model --data prompts.jsonl --seed 18446744073709551616",
+        "'seed' is .* less than 4294967296",
+    ),
+    "no sources": (SFT + "[]", r"'data' is \[\]: list should have at least 1 item"),
+    "a source without a name": (SFT + "['']", r"'data\.0' is '': string should have at least 1 character"),
+    "a model without a name": (SFT + "sft.jsonl --model ''", "'model' is '': string should have at least 1 character"),
+    "no such precision": (
+        "eval --models.a model --data prompts.jsonl --dtype int8",
+        "'dtype' is 'int8': input should be 'float32'",
+    ),
     "a pull the other way": ("dpo --engine trl --beta -0.1" + PAIRS, "'beta' is -0.1: input should be greater than 0"),
     "no pull at all": ("orpo --lam 0" + PAIRS, "'lam' is 0: input should be greater than 0"),
     "more labels flipped than not": (
@@ -469,6 +492,12 @@ def test_flags_win_over_the_config_file(capsys):
     assert artifact["name"] == "tuned"
     assert (config["learning_rate"], config["max_steps"]) == (5e-4, 1), "from the file"
     assert (config["data"], config["seed"], config["lr_scheduler_kwargs"]) == (["raw.jsonl"], 4, {"min_lr_rate": 0.2}), "from flags"
+
+
+def test_no_mixed_precision_is_not_what_yaml_makes_of_it(capsys):
+    """YAML reads a bare ``no`` as False."""
+    (plan,) = run_json(SFT + "sft.jsonl --launch.mixed_precision no --plan --json", capsys)
+    assert plan["runs"]
 
 
 def test_one_value_is_enough_for_a_list(capsys):

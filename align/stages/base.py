@@ -7,9 +7,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from align.catalog import Catalog
 from align.errors import AlignError
@@ -70,8 +80,10 @@ def _known_metric(spec: str) -> str:
     return spec
 
 
-ModelRef = Annotated[str, Reference("model")]
-DataRefs = Annotated[list[str], BeforeValidator(_as_list), Reference("data")]
+Name = Annotated[str, Field(min_length=1)]
+ModelRef = Annotated[Name, Reference("model")]
+DataRefs = Annotated[list[Name], BeforeValidator(_as_list), Reference("data")]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 MaxTokens = Annotated[int, Field(gt=0)] | Literal["auto"]
 MetricSpecs = Annotated[list[Annotated[str, AfterValidator(_known_metric)]], BeforeValidator(_as_list)]
 RewardRefs = Annotated[
@@ -88,10 +100,28 @@ class Context:
     history: History
 
 
-class Stage(BaseModel):
-    """A stage's config is this class; references in it are paths by the time `run` is called."""
+class Config(BaseModel):
+    """Typed fields: no others than these, numbers finite, and a number is never a yes."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, frozen=True, populate_by_name=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """A flag without its value is True, which pydantic would take for 1: a learning rate, say."""
+        if isinstance(value, bool) and not _takes_bool(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("this is no switch: give it a value")
+        return value
+
+
+def _takes_bool(annotation: Any) -> bool:
+    return annotation is bool or any(map(_takes_bool, get_args(annotation)))
+
+
+class Stage(Config):
+    """A stage's config is this class; references in it are paths by the time `run` is called."""
 
     stage: ClassVar[str]
     """Its name in the catalog."""
@@ -133,16 +163,14 @@ def stage(name: str) -> Callable[[type[Stage]], type[Stage]]:
     return register
 
 
-class Fields(BaseModel):
+class Fields(Config):
     """A group of fields that several stages share."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True, extra="forbid", frozen=True, populate_by_name=True)
 
 
 class DataFields(Fields):
     """Where rows come from, and how they are read."""
 
-    data: DataRefs = Field(validation_alias=AliasChoices("data", "dataset_name"))
+    data: DataRefs = Field(min_length=1, validation_alias=AliasChoices("data", "dataset_name"))
     """A file (JSONL, JSON, CSV, Parquet, text; .gz too), a folder, or a data set of the hub; several are read one after the
     other.
     """
@@ -292,7 +320,7 @@ class OptimizerFields(Fields):
     """
     logging_steps: int = Field(10, gt=0)
     """Optimizer steps between two lines of metrics."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of shuffling, sampling and new weights."""
 
     def check_schedule(self) -> None:
@@ -372,6 +400,11 @@ class Launch(Fields):
     cpu: bool = False
     """Run on the CPU though there are GPUs."""
 
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_name(cls, value: Any) -> Any:
+        return "no" if value is False else value  # as YAML reads it
+
 
 class LaunchFields(Fields):
     """For stages that several processes can share."""
@@ -397,7 +430,7 @@ class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFiel
 
     engine: Literal["forest", "trl"] = "forest"
     """`trl` runs the same rows through TRL's trainer, to check our numbers or for models that the forest does not cover."""
-    num_train_epochs: float = Field(1.0, gt=0, allow_inf_nan=False)
+    num_train_epochs: float = Field(1.0, gt=0)
     """Passes over the data."""
     max_steps: int = -1
     """Optimizer steps, instead of `num_train_epochs`; -1 for those."""

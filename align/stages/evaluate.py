@@ -4,12 +4,12 @@ to read.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from align.data import write_rows
-from align.stages.base import Context, DataRefs, MaxTokens, MetricSpecs, ModelRef, Stage, stage
+from align.stages.base import Context, DataRefs, MaxTokens, MetricSpecs, ModelRef, Seed, Stage, stage
 from align.stages.sampling import RewardFields, SamplingFields
 
 
@@ -62,7 +62,7 @@ class Evaluate(Stage, SamplingFields, RewardFields):
     """Prompts whose answers are written to samples.jsonl, for people to read."""
     max_length: int = Field(1024, gt=1)
     """Longest row in tokens."""
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the weights."""
     trust_remote_code: bool = False
     """Run code that comes with a model."""
@@ -70,9 +70,9 @@ class Evaluate(Stage, SamplingFields, RewardFields):
     """For a base model without one: `auto`, a shipped template's name or a .jinja file."""
     max_tokens_per_micro_batch: MaxTokens = 8192
     """Tokens in one forward pass, or `auto`: 8192, and on CUDA what memory holds."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of sampling."""
-    on_bad_row: str = "raise"
+    on_bad_row: Literal["raise", "quarantine"] = "raise"
     """`raise` or `quarantine`."""
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from align.stages.base import Context, DataFields, MaxTokens, ModelFields, Stage, stage
+from align.stages.base import Context, DataFields, MaxTokens, ModelFields, Seed, Stage, stage
 from align.stages.sampling import RewardFields, SamplingFields
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
     """Deviation of Gaussian noise on the scores of training pairs, as of a person who is not sure. Held-out pairs get none."""
     max_tokens_per_micro_batch: MaxTokens = 8192
     """Tokens in one forward pass, or `auto`: 8192, and on CUDA what memory holds."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of sampling and noise."""
 
     def run(self, context: Context) -> dict[str, Any]:

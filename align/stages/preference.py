@@ -40,7 +40,7 @@ class Preference(ComparingStage, ProbeFields):
     """simpo: target margin; the paper recommends gamma / beta of 0.3 to 0.5."""
     lam: float | None = Field(None, gt=0)
     """orpo: weight of the odds-ratio term (lambda in the paper), 0.1 for pretrained models."""
-    rpo_alpha: float | None = None
+    rpo_alpha: float | None = Field(None, ge=0)
     """rpo: weight of the chosen answer's negative log-likelihood."""
     alpha: float | None = Field(None, ge=0, le=1)
     """ld_dpo: weight of the tokens that the longer answer has beyond the other's length, 0 to 1; 1 is dpo."""
