@@ -16,7 +16,8 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -261,7 +262,7 @@ def apply(build: Build, assignments: Mapping[str, str], where: str) -> Recipe:
         if name not in recipe.stages:
             raise AlignError(f"--set {key}: recipe {recipe.name!r} has no stage {name!r}{near_miss(name, recipe.stages)}")
         fields = changed.setdefault(name, {})
-        fields |= _nested(recipe.stages[name], fields, field_name, parse_value(value))
+        fields |= _nested(recipe.stages[name], fields, field_name, value)
     # Fields of one stage are judged together: what each asks of the others may be set by a later one.
     made = {
         name: make_stage(
@@ -274,12 +275,12 @@ def apply(build: Build, assignments: Mapping[str, str], where: str) -> Recipe:
     return replace(recipe, stages={**recipe.stages, **made})
 
 
-def _nested(stage: Stage, changed: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+def _nested(stage: Stage, changed: Mapping[str, Any], key: str, text: str) -> dict[str, Any]:
     """``architecture.hidden_size`` changes one entry of a mapping: that of `stage`, or what it was `changed` to."""
     name, _, entry = key.partition(".")
     name = field_name(type(stage), name)
     if not entry:
-        return {name: value}
+        return {name: field_value(type(stage), name, text)}
     inner = changed[name] if name in changed else getattr(stage, name, None)
     if inner is None:  # `launch`, say, where the recipe sets none
         inner = {}
@@ -287,7 +288,7 @@ def _nested(stage: Stage, changed: Mapping[str, Any], key: str, value: Any) -> d
         inner = inner.model_dump(exclude_unset=True)
     if not isinstance(inner, dict):
         raise AlignError(f"--set {key}: {name!r} is not a mapping")
-    return {name: {**inner, entry: value}}
+    return {name: {**inner, entry: parse_value(text)}}
 
 
 def _settings(build: Build, given: Mapping[str, str], where: str) -> dict[str, Any]:
@@ -302,7 +303,7 @@ def _settings(build: Build, given: Mapping[str, str], where: str) -> dict[str, A
             known = ", ".join(parameters) or "none; fields are set as stage.field"
             raise AlignError(f"--set {key}: {where} has no setting {key!r}{near_miss(key, parameters)}; it has: {known}")
         try:
-            values[key] = TypeAdapter(hints.get(key, Any)).validate_python(parse_value(value))
+            values[key] = TypeAdapter(hints.get(key, Any)).validate_python(_value_of(hints.get(key, Any), value))
         except ValidationError as error:
             raise AlignError(f"--set {key}: {value!r}: {error.errors()[0]['msg'].lower()}") from error
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -347,6 +348,29 @@ def parse_value(text: str) -> Any:
         return yaml.load(text, _Yaml)
     except (yaml.YAMLError, ValueError):
         return text
+
+
+def field_value(cls: type[Stage], name: str, text: str) -> Any:
+    """The value `text` of a field on the command line. YAML, but where a field takes nothing but text, ``User:`` is no mapping,
+    ``# x`` no comment and ``2024`` no number.
+    """
+    return _value_of(cls.model_fields[name].annotation if name in cls.model_fields else Any, text)
+
+
+def _value_of(annotation: Any, text: str) -> Any:
+    value = parse_value(text)
+    plain = text.strip()
+    meant = isinstance(value, list) or plain.lower() in ("", "~", "null") or plain[0] in "'\""
+    return value if meant or not _is_text(annotation) else text
+
+
+def _is_text(annotation: Any) -> bool:
+    """Whether values of this type are text, or lists of it."""
+    if get_origin(annotation) is Annotated:
+        return _is_text(annotation.__origin__)
+    if get_origin(annotation) in (list, Union, UnionType):
+        return all(map(_is_text, get_args(annotation)))
+    return annotation in (str, NoneType)
 
 
 def main(build: Build, arguments: list[str] | None = None) -> None:

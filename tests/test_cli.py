@@ -500,6 +500,13 @@ def test_no_mixed_precision_is_not_what_yaml_makes_of_it(capsys):
     assert plan["runs"]
 
 
+def test_text_is_no_yaml(capsys):
+    """To YAML the first is a comment and the second a mapping."""
+    command = "pairs --model model --data prompts.jsonl --reward_funcs mine.py:short --plan --json"
+    assert main([*command.split(), "--stop_strings", "### User:", "User:"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["runs"]
+
+
 def test_one_value_is_enough_for_a_list(capsys):
     config = run_json(SFT + "sft.jsonl --use_peft --lora_target_modules q_proj --json", capsys)["config"]
     assert config["lora_target_modules"] == ["q_proj"]

@@ -19,6 +19,7 @@ from align.errors import AlignError
 from align.pipeline import Run
 from align.recipe import Recipe, load_recipe, parse_value
 from align.registry import Registry, home
+from align.runner.sweep import expand
 from align.stages import SFT, Preference, Stage
 from align.stages.base import Context, DataRefs, ModelRef, RewardRefs, stage
 
@@ -205,6 +206,19 @@ def test_fields_of_a_stage_are_set_together(order, python):
 )
 def test_values_are_read_as_yaml_with_numbers_as_everyone_writes_them(text, value):
     assert parse_value(text) == value
+
+
+@pytest.mark.parametrize("text", ["### User:", "User:", "a: b", "{x}", "end # of it", "2024", "1e5", "no", " x", "\\n|"])
+def test_where_a_field_takes_text_alone_it_is_taken_as_it_stands(text, python):
+    recipe = load_recipe(python, {"sft.model": text, "sft.data": text})
+    assert (recipe.stages["sft"].model, recipe.stages["sft"].data) == (text, [text])
+    swept = next(iter(expand(recipe, {"sft.data": [text, "other"]}).stages.values()))
+    assert swept.data == [text]
+
+
+@pytest.mark.parametrize(("text", "value"), [("null", None), ("~", None), ('"null"', "null"), ("'a: b'", "a: b")])
+def test_where_a_field_takes_text_alone_quotes_and_null_mean_what_they_do_in_yaml(text, value, python):
+    assert load_recipe(python, {"sft.chat_template": text}).stages["sft"].chat_template == value
 
 
 def test_references_keep_no_secret_meaning(python):

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from align.commands import reward_test
 from align.commands.run import show_plan
 from align.errors import AlignError, near_miss
 from align.pipeline import Run
-from align.recipe import Recipe, field_name, make_stage, other_names, parse_value, read_yaml
+from align.recipe import Recipe, field_name, field_value, make_stage, other_names, parse_value, read_yaml
 from align.registry import check_name, home
 from align.stages import Evaluate, Preference, Stage, stages
 
@@ -120,7 +121,8 @@ def _flags(rest: list[str], cls: type[Stage], verb: str) -> dict[str, Any]:
         while not equals and index < len(rest) and not rest[index].startswith("--"):
             values.append(rest[index])
             index += 1
-        parsed = values if key in OWN_FLAGS else [parse_value(item) for item in values]
+        read = parse_value if entry else partial(field_value, cls, key)
+        parsed = values if key in OWN_FLAGS else [read(item) for item in values]
         result = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
         if key in ("config", "output_dir", "name") and not isinstance(result, str):
             raise AlignError(f"align {verb}: --{key} takes one value")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from align.errors import AlignError, near_miss
-from align.recipe import Recipe, in_order, make_stage, parse_value, reference_fields
+from align.recipe import Recipe, field_value, in_order, make_stage, reference_fields
 from align.stages import Stage
 
 Variant = dict[str, str]
@@ -41,7 +41,7 @@ def expand(recipe: Recipe, sweeps: Mapping[str, Sequence[str]], seeds: int = 1) 
         options[swept] = []
         for values in itertools.product(*fields.values()):
             suffix = "".join(f"-{field}-{_plain(value)}" for field, value in zip(fields, values, strict=True))
-            changed = {field: parse_value(value) for field, value in zip(fields, values, strict=True)}
+            changed = {field: field_value(type(stage), field, value) for field, value in zip(fields, values, strict=True)}
             whole = {**stage.model_dump(exclude_unset=True), **changed}
             options[swept].append((suffix, make_stage(type(stage), whole, f"--sweep, stage {swept + suffix!r}")))
 
