@@ -236,6 +236,22 @@ MISTAKES = {
         "preference --loss rpo --rpo_alpha -1 --beta 0.1" + PAIRS,
         "'rpo_alpha' is -1: input should be greater",
     ),
+    "no such tracker": (
+        SFT + "sft.jsonl --report_to tensorbord",
+        r"report_to: no tracker 'tensorbord' \(did you mean 'tensorboard'",
+    ),
+    "a tracker that is not there": (
+        SFT + "sft.jsonl --report_to kubeflow",
+        "the package of the tracker 'kubeflow' is not installed",
+    ),
+    "a schedule with a stranger": (
+        SFT + "sft.jsonl --lr_scheduler_kwargs.min_lr 1e-6",
+        "lr_scheduler_kwargs .* of 'cosine': .* unexpected keyword argument 'min_lr'",
+    ),
+    "a schedule that lacks something": (
+        PPO + "mine.py:short --lr_scheduler_type warmup_stable_decay",
+        "of 'warmup_stable_decay': .* missing 1 required .* 'num_decay_steps'",
+    ),
     "a seed below 0": (SFT + "sft.jsonl --seed -1", "'seed' is -1: input should be greater than or equal to 0"),
     "a seed of 65 bits": (
         "eval --models.a model --data prompts.jsonl --seed 18446744073709551616",
@@ -367,6 +383,17 @@ def test_a_missing_parameter_of_the_second_stage_is_found_before_the_first_runs(
     """Its loss has no beta."""
     assert main(["run", two_stages(tmp_path, {"stage": "preference", "data": "pairs.jsonl"})]) == 2
     assert "align: error: second: preference loss 'dpo' needs 'beta'" in capsys.readouterr().err
+    assert not Registry().all()
+
+
+def test_a_task_of_the_second_stage_that_is_none_is_found_before_the_first_runs(capsys, tmp_path):
+    """So are its arguments."""
+    for fields, said in (
+        ({"task": "nre"}, "unknown task 'nre'"),
+        ({"task": "ner", "task_args": {"stride": 1}}, "takes no 'stride'"),
+    ):
+        assert main(["run", two_stages(tmp_path, {"stage": "task", "data": "sft.jsonl", **fields})]) == 2
+        assert said in capsys.readouterr().err
     assert not Registry().all()
 
 

@@ -445,6 +445,11 @@ class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFiel
     row); or goes on from the last checkpoint with half the learning rate (at most six times).
     """
 
+    def check(self) -> None:
+        from align.trainers.libraries import check_libraries
+
+        check_libraries(self)
+
     def essence(self) -> dict[str, Any]:
         """On the forest the gradient is the same for any number of processes and accumulation steps: their product counts."""
         config = super().essence()

@@ -74,6 +74,11 @@ class PPO(
         self.check_whole_replicas()
         return self
 
+    def check(self) -> None:
+        from align.trainers.libraries import check_libraries
+
+        check_libraries(self)
+
     def essence(self) -> dict[str, Any]:
         """Episodes, mini-batches and draws of chance are the same for any number of processes."""
         return {**super().essence(), "launch": {"mixed_precision": (self.launch or Launch()).mixed_precision}}

@@ -83,6 +83,7 @@ class Preference(ComparingStage, ProbeFields):
         super().check()
         from align.losses import preference_losses
 
+        super().check()
         preference_losses.check_arguments(self.loss, self.loss_parameters)
 
     def run(self, context: Context) -> dict[str, Any]:

@@ -41,6 +41,13 @@ class TaskTraining(TrainingStage):
             raise ValueError(f"{min(given)} has no part in a task: it is trained on padded rows by transformers' Trainer")
         return self
 
+    def check(self) -> None:
+        from align.tasks import tasks
+
+        super().check()
+        tasks.check_arguments(self.task, self.task_args)
+        tasks.check_values(self.task, self.task_args)
+
     def run(self, context: Context) -> dict[str, Any]:
         from align.engine import check_reach
         from align.errors import AlignError
@@ -51,8 +58,6 @@ class TaskTraining(TrainingStage):
         from align.tuning.soft import is_decoder
 
         cls = tasks[self.task]
-        tasks.check_arguments(self.task, self.task_args)
-        tasks.check_values(self.task, self.task_args)
         t.seed_everything(self)
         rows, held = t.rows_of(self, cls.kind, context)
         if self.shots is not None:
