@@ -391,6 +391,13 @@ def test_the_recipe_names_what_it_cannot_make_by_its_path(tmp_path):
     assert load_recipe(str(tmp_path / "again.yaml")).stages["sft"].num_train_epochs == 6.0
 
 
+def test_a_run_in_which_nothing_trains(tmp_path, capsys):
+    stage_folder(tmp_path, "look", "evaluate", {"models": {"a": "m"}, "data": ["a.jsonl"]}, [])
+    assert main(["doctor", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"{tmp_path}: none of its stages trains, so there is nothing to say\n")
+
+
 def test_nothing_to_apply(tmp_path):
     stage_folder(tmp_path, "sft", "sft", {"model": "x/y", "data": ["a.jsonl"], "learning_rate": 1e-3}, HEALTHY["sft"])
     assert main(["doctor", str(tmp_path), "--apply", str(tmp_path / "again.yaml")]) == 2

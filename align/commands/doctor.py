@@ -31,8 +31,10 @@ def doctor(options: argparse.Namespace) -> int:
     if options.json:
         rows = [{"stage": n, "verdict": verdict(f), "findings": [x.as_dict() for x in f]} for n, f in findings.items()]
         print(json.dumps(rows, indent=1))
-    else:
+    elif findings:
         print(as_text(findings))
+    else:
+        say(f"{options.run}: none of its stages trains, so there is nothing to say")
     if options.apply is not None:
         name = options.apply.stem
         write_prescription(options.apply, name, found, [finding for said in findings.values() for finding in said])
