@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -139,10 +140,11 @@ class Registry:
             raise AlignError(f"{artifact.reference} was at {folder}, and that folder holds {held.reference} now")
         return folder
 
-    def resolve(self, reference: str, *, through: tuple[str, ...] = ()) -> Resolved:
+    def resolve(self, reference: str, known: Iterable[str] = (), *, through: tuple[str, ...] = ()) -> Resolved:
         """What ``model: REFERENCE`` means: a folder, a registered name, an alias or a hub id, in this order.
 
         Args:
+            known: other names that may have been meant.
             through: aliases that led here.
 
         Raises:
@@ -160,11 +162,12 @@ class Registry:
         if reference in through:
             raise AlignError(f"the alias {reference!r} stands for itself in {self.root / 'aliases.json'}; give it another target")
         if reference in aliases:
-            return self.resolve(aliases[reference], through=(*through, reference))
+            return self.resolve(aliases[reference], known, through=(*through, reference))
         if "/" not in reference:
+            guess = near_miss(reference, [*known, *self.names(), *aliases])
             raise AlignError(
-                f"no model {reference!r}{near_miss(reference, [*self.names(), *aliases])}: it is not a folder, not in the registry "
-                f"({self.root}), not an alias, and a hub id reads OWNER/NAME"
+                f"no model {reference!r}{guess}: it is not a folder, not in the registry ({self.root}), not an alias, and a hub id "
+                f"reads OWNER/NAME"
             )
         return Resolved(reference)
 

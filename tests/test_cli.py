@@ -329,6 +329,7 @@ MISTAKES = {
     "typo in the config": ("sft --config modle.yaml", r"unknown key 'modle' \(did you mean 'model'\?\)"),
     # registry and report
     "no such name": ("models show nothing", "no model 'nothing' in the registry"),
+    "a word too many": ("models list nothing", "`align models list` takes no 'nothing'"),
     "no name": ("models lineage", "`align models lineage` needs a NAME"),
     "an alias of nothing": ("models alias mine ./nothing", r"no model folder '\./nothing'"),
     "a bad alias": ("models alias ../mine owner/name", r"the name '\.\./mine' must be letters"),
@@ -384,6 +385,11 @@ def test_a_missing_parameter_of_the_second_stage_is_found_before_the_first_runs(
     assert main(["run", two_stages(tmp_path, {"stage": "preference", "data": "pairs.jsonl"})]) == 2
     assert "align: error: second: preference loss 'dpo' needs 'beta'" in capsys.readouterr().err
     assert not Registry().all()
+
+
+def test_a_misspelt_stage_is_told_of_where_it_stands(capsys, tmp_path):
+    assert main(["run", two_stages(tmp_path, {"stage": "kto", "data": "pairs.jsonl", "beta": 0.1, "model": "stf"}), "--plan"]) == 2
+    assert "align: error: stage 'second': no model 'stf' (did you mean 'sft'?)" in capsys.readouterr().err
 
 
 def test_a_task_of_the_second_stage_that_is_none_is_found_before_the_first_runs(capsys, tmp_path):

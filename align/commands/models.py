@@ -42,6 +42,9 @@ def models(options: argparse.Namespace) -> int:
         raise AlignError(
             f"`align models {options.action} NAME TARGET` needs {needed.get(options.action, 'a FOLDER or hub:OWNER/NAME')}"
         )
+    given = [word for word in (options.name, options.target) if word is not None]
+    if unread := given[{"list": 0, "alias": 2, "push": 2, "pull": 2}.get(options.action, 1) :]:
+        raise AlignError(f"`align models {options.action}` takes no {unread[0]!r}; see `align models --help`")
     return ACTIONS[options.action](registry, options)
 
 

@@ -15,7 +15,7 @@ from align.artifact import BEGUN, Artifact, read_artifact
 from align.data import fingerprint
 from align.errors import AlignError
 from align.recipe import Recipe, reference_fields, references
-from align.registry import Registry, home
+from align.registry import Registry, Resolved, home
 from align.rewards import reward_fingerprint
 from align.runner.code import code_of
 from align.runner.files import write_atomically
@@ -92,6 +92,14 @@ class Planner:
             steps[name] = self.resolve(name, steps)
         return list(steps.values())
 
+    def _resolve(self, name: str, reference: str) -> Resolved:
+        """A model that is no stage's. Where there is none, it may be the name of a stage, misspelt."""
+        others = [other for other in self.recipe.stages if other != name]
+        try:
+            return self.registry.resolve(reference, others)
+        except AlignError as error:
+            raise AlignError(f"stage {name!r}: {error}" if others else str(error)) from error
+
     def resolve(self, name: str, earlier: Mapping[str, Step]) -> Step:
         """The stage `name`, given those that it needs."""
         stage = self.recipe.stages[name]
@@ -108,7 +116,7 @@ class Planner:
                 inputs[reference] = step.identity + reference[len(owner) :]
                 parents[reference] = step.done.reference if step.done else f"{self.recipe.name}-{owner}"
             elif kind == "model":
-                resolved = self.registry.resolve(reference)
+                resolved = self._resolve(name, reference)
                 meaning[reference] = resolved.path
                 inputs[reference] = resolved.artifact.identity if resolved.artifact else self._fingerprint(kind, resolved.path)
                 registered = resolved.artifact is not None and resolved.artifact.version > 0
