@@ -318,6 +318,8 @@ MISTAKES = {
     "unknown stage in --only": (RUN + "--only stf", r"has no stage 'stf' \(did you mean 'sft'\?\)"),
     "unknown stage in --only of a plan": (RUN + "--only stf --plan", r"has no stage 'stf' \(did you mean 'sft'\?\)"),
     "unknown stage in --only of a check": ("check recipe.py --only stf", r"has no stage 'stf' \(did you mean 'sft'\?\)"),
+    "a switch with a value": (SFT + "sft.jsonl --plan false", "--plan is a switch and takes no 'false'"),
+    "a sweep over nothing": (RUN + "--plan --sweep sft.seed=1,,2", "--sweep sft.seed=1,,2: a value is missing"),
     "no seeds": (RUN + "--seeds 0", "--seeds must be at least 1"),
     "fewer than no attempts": (RUN + "--retries -1", "--retries must be at least 0"),
     "no time at all": (RUN + "--grace nan", "--grace must be at least 0"),

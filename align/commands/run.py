@@ -61,6 +61,9 @@ def run(options: argparse.Namespace) -> int:
         sweeps = {key: values.split(",") for key, values in assigned(options.sweep, "--sweep").items()}
         if len(sweeps) < len(options.sweep):
             raise AlignError("--sweep names a field twice: write all of its values behind one, as in --sweep dpo.beta=0.05,0.1")
+        for key, values in sweeps.items():
+            if "" in values:
+                raise AlignError(f"--sweep {key}={','.join(values)}: a value is missing; null is no value, '' an empty one")
         recipe = expand(recipe, sweeps, options.seeds)
     out = options.out or default_out(recipe)
     how = Options(jobs=options.jobs, wait=not options.no_wait, retries=options.retries, grace=options.grace)

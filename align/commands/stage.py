@@ -126,6 +126,8 @@ def _flags(rest: list[str], cls: type[Stage], verb: str) -> dict[str, Any]:
         result = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
         if key in ("config", "output_dir", "name") and not isinstance(result, str):
             raise AlignError(f"align {verb}: --{key} takes one value")
+        if key in ("plan", "json") and values:
+            raise AlignError(f"align {verb}: --{key} is a switch and takes no {values[0]!r}")
         if entry:
             before = fields.get(key)
             fields[key] = {**(before if isinstance(before, dict) else {}), entry: result}
