@@ -345,6 +345,11 @@ def manifests(*folders):
     return [path for folder in folders for path in Path(folder).rglob(MANIFEST)]
 
 
+def written():
+    """Files under the home folder, but for what the first plan of a process found of this package's own modules."""
+    return [path for path in home().rglob("*") if path.is_file() and path.parent != home() / "cache" / "code"]
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_2(mistake, capsys, folder):
     command, message = MISTAKES[mistake]
@@ -359,8 +364,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(mistake, capsys, folder):
     assert out == ""
     assert Registry().all() == []
     assert manifests(folder, home()) == []
-    kept = home() / "cache" / "code"  # what the first plan of a process found of this package's own modules
-    assert [path for path in home().rglob("*") if path.is_file() and path.parent != kept] == [], "no file is left"
+    assert written() == [], "no file is left"
     assert sorted(folder.iterdir()) == before
 
 
@@ -510,7 +514,7 @@ def test_a_plan_of_a_stage_runs_nothing(capsys, tmp_path):
     assert main(f"{SFT}sft.jsonl --plan".split()) == 0
     assert capsys.readouterr().out == "run   sft            never ran\n"
     assert not (tmp_path / "out").exists()
-    assert not home().exists()
+    assert written() == []
 
 
 def test_names_from_hugging_face_mean_the_same(capsys):
