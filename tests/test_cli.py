@@ -211,14 +211,6 @@ MISTAKES = {
     "grpo without a reward": (GRPO.removesuffix("--reward_funcs "), "nothing judges the answers"),
     "unknown flag": (SFT + "sft.jsonl --learning_rte 1", r"unknown flag --learning_rte \(did you mean 'learning_rate'\?\)"),
     "no flag": ("sft sft.jsonl", "'sft.jsonl' is not a flag"),
-    "a schedule without its argument": (
-        SFT + "sft.jsonl --lr_scheduler_type warmup_stable_decay",
-        "lr_scheduler_type 'warmup_stable_decay' with lr_scheduler_kwargs {}: .*'num_decay_steps'",
-    ),
-    "an argument of another schedule": (
-        PPO + "mine.py:short --lr_scheduler_kwargs.min_lr_rate 0.1",
-        "lr_scheduler_type 'cosine' with lr_scheduler_kwargs {'min_lr_rate': 0.1}: .* unexpected keyword argument 'min_lr_rate'",
-    ),
     "a number that is none": (SFT + "sft.jsonl --learning_rate fast", "'learning_rate' is 'fast': input should be a valid number"),
     "no steps at all": (
         "sft --model model --data sft.jsonl --max_steps 0",

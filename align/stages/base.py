@@ -323,18 +323,6 @@ class OptimizerFields(Fields):
     seed: Seed = 0
     """Seed of shuffling, sampling and new weights."""
 
-    def check_schedule(self) -> None:
-        """Raise `AlignError` where `lr_scheduler_kwargs` are not what the schedule takes."""
-        from torch import nn, optim
-        from transformers import get_scheduler
-
-        optimizer = optim.SGD([nn.Parameter()], lr=self.learning_rate)
-        given = self.lr_scheduler_kwargs
-        try:
-            get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, given).lr_lambdas[0](2)
-        except (TypeError, ValueError) as error:
-            raise AlignError(f"lr_scheduler_type {self.lr_scheduler_type!r} with lr_scheduler_kwargs {given}: {error}") from error
-
 
 LOWER_IS_BETTER = re.compile(r"(^|[/_])(loss|nll|perplexity|kl|error|ece|brier|entropy)(_|$)")
 """Names of metrics that should fall."""
@@ -459,9 +447,6 @@ class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFiel
             del config["per_device_train_batch_size"], config["gradient_accumulation_steps"]
             config["rows_per_step"] = self.rows_per_step
         return config
-
-    def check(self) -> None:
-        self.check_schedule()
 
     @property
     def rows_per_step(self) -> int:

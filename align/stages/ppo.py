@@ -83,9 +83,6 @@ class PPO(
         """Episodes, mini-batches and draws of chance are the same for any number of processes."""
         return {**super().essence(), "launch": {"mixed_precision": (self.launch or Launch()).mixed_precision}}
 
-    def check(self) -> None:
-        self.check_schedule()
-
     def run(self, context: Context) -> dict[str, Any]:
         from align.stages.reinforcement import train_on_samples
 

@@ -80,7 +80,6 @@ class Preference(ComparingStage, ProbeFields):
         return self
 
     def check(self) -> None:
-        super().check()
         from align.losses import preference_losses
 
         super().check()

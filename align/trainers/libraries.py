@@ -18,7 +18,10 @@ def check_libraries(stage: Any) -> None:
     """
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=stage.learning_rate)
     try:
-        get_scheduler(stage.lr_scheduler_type, optimizer, 1, 100, scheduler_specific_kwargs=dict(stage.lr_scheduler_kwargs))
+        schedule = get_scheduler(
+            stage.lr_scheduler_type, optimizer, 1, 100, scheduler_specific_kwargs=dict(stage.lr_scheduler_kwargs)
+        )
+        schedule.lr_lambdas[0](2)  # some arguments are read after the warm-up
     except (TypeError, ValueError) as error:
         raise AlignError(f"lr_scheduler_kwargs {stage.lr_scheduler_kwargs} of {stage.lr_scheduler_type!r}: {error}") from error
     known = {"none", "all", *INTEGRATION_TO_CALLBACK, *LOGGER_TYPE_TO_CLASS}
