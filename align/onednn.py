@@ -60,10 +60,10 @@ class _Linear(torch.autograd.Function):
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
         to_x, to_weight, to_bias = ctx.needs_input_grad
-        rows = gradient.flatten(0, -2)
+        rows = gradient.reshape(-1, gradient.shape[-1])
         return (
             linear(gradient, weight.T) if to_x else None,
-            rows.T @ x.flatten(0, -2) if to_weight else None,  # MKL is as fast here
+            rows.T @ x.reshape(-1, x.shape[-1]) if to_weight else None,  # MKL is as fast here
             rows.sum(0) if to_bias else None,
         )
 

@@ -29,7 +29,7 @@ def derivatives(product, *inputs):
     return [said, *first, *torch.autograd.grad(along, inputs)]
 
 
-@pytest.mark.parametrize("shape", [(7, 12), (2, 5, 12), (1, 1, 12)])
+@pytest.mark.parametrize("shape", [(12,), (0, 12), (7, 12), (2, 5, 12), (1, 1, 12)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_every_derivative_is_that_of_torch(faster, shape, bias):
     generator = torch.Generator().manual_seed(0)
