@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from align.rollout.sampling import Completion, Sampling, StopTable, StopText, ch
 
 PROBE_PROMPTS = (6, 3, 1)
 """Tokens in prompts that are answered together and alone."""
+
+_apart: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 class GenerateEngine:
@@ -60,9 +63,15 @@ class GenerateEngine:
 
     def _keeps_rows_apart(self) -> bool:
         """Whether random prompts of several lengths are answered in a batch as each is alone. Some families (RWKV, BART's
-        decoder) read the padding or count it as places.
+        decoder) read the padding or count it as places. A model is asked once.
         """
-        base, generator = base_model(self.model), torch.Generator().manual_seed(0)
+        base = base_model(self.model)
+        if base not in _apart:
+            _apart[base] = self._are_apart(base)
+        return _apart[base]
+
+    def _are_apart(self, base: Any) -> bool:
+        generator = torch.Generator().manual_seed(0)
         prompts = [torch.randint(base.config.vocab_size, (length,), generator=generator).tolist() for length in PROBE_PROMPTS]
         alone = torch.cat([self._likeliest([prompt]) for prompt in prompts])
         with rounding_twice(base):
