@@ -46,7 +46,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype == weight.dtype == torch.float32 and x.is_cpu and not torch.is_autocast_enabled("cpu")
+    """What else there is torch multiplies, or says that it does not fit."""
+    fits = x.shape[-1:] == weight.shape[1:]
+    return fits and x.dtype == weight.dtype == torch.float32 and x.is_cpu and not torch.is_autocast_enabled("cpu")
 
 
 class _Linear(torch.autograd.Function):

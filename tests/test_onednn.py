@@ -61,6 +61,11 @@ def test_other_types_are_multiplied_by_torch(faster, precise):
         assert onednn.linear(x.float(), weight.float()).dtype == torch.bfloat16
 
 
+def test_what_does_not_fit_is_told_of_as_torch_does(faster):
+    with pytest.raises(RuntimeError, match=r"cannot be multiplied \(3x4 and 6x5\)"):
+        onednn.linear(torch.randn(3, 4), torch.randn(5, 6))
+
+
 def test_a_model_on_the_forest_multiplies_by_it(monkeypatch):
     """Its log-probs, gradients and names of weights are those without it, and a copy of it does the same."""
 
