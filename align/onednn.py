@@ -54,7 +54,9 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # below an adapter, activations need not be kept
+        to_x, to_weight, _ = ctx.needs_input_grad
+        # Below an adapter, activations need not be kept.
+        ctx.save_for_backward(x if to_weight else None, weight if to_x else None)
         return multiply(x, weight, bias)
 
     @staticmethod

@@ -46,6 +46,16 @@ def test_what_a_frozen_layer_reads_is_not_kept(faster):
     said.sum().backward()
 
 
+def test_a_weight_that_nothing_reads_back_may_change(faster):
+    """The gradient of a layer's weight does not ask for the weight where nothing before the layer trains."""
+    x, weight = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True)
+    said = onednn.linear(x, weight)
+    with torch.no_grad():
+        weight.mul_(2)
+    said.sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(5, 4))
+
+
 def test_only_gradients_that_are_needed_are_made(faster):
     x, weight = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True)
     onednn.linear(x, weight).sum().backward()
