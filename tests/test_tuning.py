@@ -272,10 +272,16 @@ def test_plain_peft_gives_the_same_answers(name, kind, tmp_path, tokenizer):
 
 @pytest.mark.parametrize("name", SOFT)
 def test_answers_are_sampled_behind_virtual_tokens(name):
-    """Greedy, with a cache and left padding, as one token after the other from the start of each row alone."""
+    """Greedy, with a cache and left padding, as one token after the other from the start of each row alone; also where the model
+    has answered without them before.
+    """
     model = shaken(tuned(name))
     prompts = [tokens(random.Random(n), n) for n in (3, 9, 5)]
-    found = complete(model, prompts, Sampling(6, temperature=0.0), stop_ids=[])
+    sampling = Sampling(6, temperature=0.0)
+    with model.disable_adapter():
+        without = complete(model, prompts, sampling, stop_ids=[])
+    assert without == complete(llama(), prompts, sampling, stop_ids=[])
+    found = complete(model, prompts, sampling, stop_ids=[])
     for prompt, completion in zip(prompts, found, strict=True):
         row = list(prompt)
         for _ in range(6):

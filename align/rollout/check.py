@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from align.engine import PROBE_BOUNDS, PROBE_TOLERANCE, base_model, refused_by_config, rounding_twice, short_windows
+from align.engine import PROBE_BOUNDS, PROBE_TOLERANCE, base_model, refused_by_config, rounding_twice, short_windows, trunk_of
 from align.rollout.engine import Batch, serving
 from align.rollout.sampling import Sampling
 
@@ -30,6 +30,9 @@ def refused(model: nn.Module, longest: int) -> str | None:
         return "it is an encoder and a decoder"
     if getattr(base, "_is_stateful", False):
         return "it keeps a state instead of keys and values"
+    virtual = vars(trunk_of(base)).get("virtual")  # see `align.tuning.soft`; asked every time, as they can be switched on and off
+    if virtual is not None and not virtual.is_off:
+        return "virtual tokens stand in front of its rows"
     if (reason := refused_by_config(base, longest)) is not None:
         return reason
     if base not in _answers:
