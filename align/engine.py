@@ -212,6 +212,8 @@ def refused_by_config(base: Any, longest: int | None) -> str | None:
     config = base.config
     if not type(base)._can_set_attn_implementation():
         return f"{type(base).__name__} does not use transformers' attention interface"
+    if any("compressed" in kind for kind in getattr(config, "layer_types", None) or ()):  # DeepSeek-V4
+        return "its attention sees stretches of a row as one key each, which would run from one sequence into the next"
     if getattr(config, "attn_temperature_tuning", False):
         return "its attention scales queries by their place in the row, not in the path"
     chunk = getattr(config, "attention_chunk_size", None)

@@ -58,6 +58,11 @@ PADDED = {
     "gptj": ("gptj", {**GPT2, "rotary_dim": 4}, "does not use transformers' attention interface"),
     "phimoe, window": ("phimoe", {**EXPERTS, "sliding_window": 5}, "its log-probs on the probe differ by"),
     "llama4": ("llama4_text", {**HEADS, "intermediate_size_mlp": 64}, "by their place in the row"),
+    "deepseek_v4": (
+        "deepseek_v4",
+        {**EXPERTS, "head_dim": 16, "moe_intermediate_size": 16, "q_lora_rank": 16, "o_lora_rank": 8, "o_groups": 2},
+        "stretches of a row as one key",
+    ),
 }
 """Families that do not, and what is said of them. PhiMoE does not tell its attention function of its window."""
 
