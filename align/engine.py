@@ -35,7 +35,10 @@ rounding could hide a mistake; padded rows are safe.
 POSITIONS = re.compile(r"(^|\.)(position_embeddings?|embed_positions|positions_embed|wpe)$")
 """What families call a table of learned positions."""
 
-PROBE_ERRORS = (NotImplementedError, ValueError, TypeError, RuntimeError, AttributeError, AssertionError)
+TABLES = {"mpt": "max_seq_len", "ctrl": "n_positions"}
+"""Families whose table of positions is no module, and where their config has its length."""
+
+PROBE_ERRORS = (NotImplementedError, ValueError, TypeError, RuntimeError, AttributeError, AssertionError, IndexError)
 """What a model's code raises that does not run on plain rows of tokens, or not on a forest."""
 
 PROBE_WINDOW = 6
@@ -104,7 +107,7 @@ def _line(error: Exception) -> str:
 
 
 def check_reach(model: nn.Module, longest: int) -> None:
-    """Raise `AlignError` where `model` has learned its positions (as GPT-2, BERT and BART have), and fewer than `longest` tokens
+    """Raise `AlignError` where `model` has its positions in a table (as GPT-2, BERT and BART have), and fewer than `longest` tokens
     need; or where a row so long would turn all rows of its pass by other rotary frequencies ("longrope", as in Phi-3, and
     "dynamic"), so that the answers to a row depended on what it is packed with.
     """
@@ -116,17 +119,21 @@ def check_reach(model: nn.Module, longest: int) -> None:
             f"{type(base).__name__} for all rows beside it: set max_length to {border} or less"
         )
     virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
+    if (reach := min(_places(base), default=longest + virtual) - virtual) < longest:
+        raise AlignError(
+            f"the longest row has {longest} tokens, and {type(base).__name__} has places for {reach}: set max_length to "
+            f"{reach} or less"
+        )
+
+
+def _places(base: Any) -> Iterator[int]:
+    """Tokens that each of a model's tables of positions has room for."""
     for name, table in base.named_modules():
-        if not POSITIONS.search(name) or not isinstance(table, nn.Embedding):
-            continue
-        if type(table) is not nn.Embedding and not hasattr(table, "offset"):  # waves, which some families make longer as needed
-            continue
-        first = getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
-        if longest > (reach := table.num_embeddings - first - virtual):
-            raise AlignError(
-                f"the longest row has {longest} tokens, and {type(base).__name__} has places for {reach}: set max_length to "
-                f"{reach} or less"
-            )
+        if not POSITIONS.search(name) or not isinstance(table, nn.Embedding) or hasattr(table, "make_weight"):
+            continue  # FSMT makes waves, longer as needed
+        yield table.num_embeddings - getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
+    if field := TABLES.get(base.config.model_type):
+        yield getattr(base.config, field)
 
 
 def _frequency_border(base: Any) -> int | None:

@@ -182,6 +182,32 @@ def test_a_row_longer_than_the_learned_positions_is_refused():
     assert enable_forest(llama(max_position_embeddings=20), 21) is None  # turned, not learned: it may go on
 
 
+DECODER = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("pegasus", {**DECODER, "max_position_embeddings": 20}),
+        ("marian", {**DECODER, "max_position_embeddings": 20}),
+        ("blenderbot", {**DECODER, "max_position_embeddings": 20}),
+        ("whisper", {**DECODER, "max_target_positions": 20}),
+        ("mpt", {"d_model": 32, "n_layers": 1, "n_heads": 4, "max_seq_len": 20}),
+        ("ctrl", {"n_embd": 32, "n_layer": 1, "n_head": 4, "dff": 64, "n_positions": 20}),
+    ],
+)
+def test_a_row_longer_than_a_table_of_positions_is_refused(kind, fields):
+    """Whether it is learned, a wave, or ALiBi; one of as many tokens passes, and one more is no answer but an error."""
+    model = build(kind, **fields)
+    enable_forest(model, 20)
+    row, longer = (plant([Tree(tokens(random.Random(0), 4), (tokens(random.Random(1), n),))]) for n in (16, 17))
+    model(forest=row)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(forest=longer)
+    with pytest.raises(AlignError, match=rf"the longest row has 21 tokens, and {type(model).__name__} has places for 20"):
+        enable_forest(model, 21)
+
+
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [
