@@ -112,7 +112,7 @@ def check_reach(model: nn.Module, longest: int) -> None:
     "dynamic"), so that the answers to a row depended on what it is packed with.
     """
     base = base_model(model)
-    border = _frequency_border(base)
+    border = frequency_border(base)
     if border is not None and longest > border:
         raise AlignError(
             f"the longest row has {longest} tokens, and one of more than {border} changes the rotary frequencies of "
@@ -136,7 +136,7 @@ def _places(base: Any) -> Iterator[int]:
         yield getattr(base.config, field)
 
 
-def _frequency_border(base: Any) -> int | None:
+def frequency_border(base: Any) -> int | None:
     """Tokens of the longest row that leaves a model's rotary frequencies as they are; None where no row changes them."""
     borders = []
     for module in base.modules():

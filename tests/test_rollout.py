@@ -228,6 +228,17 @@ def test_rows_that_padding_would_change_are_answered_one_at_a_time(kind, fields,
             assert_close(torch.tensor(completion.logps), logps)
 
 
+def test_a_row_that_turns_the_rows_beside_it_otherwise_is_answered_alone(capsys):
+    """What is said to a short prompt does not depend on a long one: frequencies change past 16 tokens."""
+    short, longer = prompts_of()[1][:4], tokens(random.Random(0), 20)
+    (alone,) = complete(llama(**DYNAMIC), [short], Sampling(8, temperature=0), [])
+    assert "generate" not in capsys.readouterr().err
+    found = complete(llama(**DYNAMIC), [short, longer], Sampling(8, temperature=0), [])
+    assert "more than 16 tokens changes the rotary frequencies" in capsys.readouterr().err
+    assert found[0] == alone
+    assert_close(torch.tensor(found[0].logps), torch.tensor(alone.logps))
+
+
 def test_generate_draws_as_our_engine_does_and_from_a_plain_config():
     """The same chances, the same log-probs, and no repetition penalty out of the model's own generation config."""
     model, prompts = llama(initializer_range=0.05), prompts_of()

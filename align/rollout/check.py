@@ -8,7 +8,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from align.engine import PROBE_BOUNDS, PROBE_TOLERANCE, base_model, refused_by_config, rounding_twice, short_windows, trunk_of
+from align.engine import (
+    PROBE_BOUNDS,
+    PROBE_TOLERANCE,
+    base_model,
+    frequency_border,
+    refused_by_config,
+    rounding_twice,
+    short_windows,
+    trunk_of,
+)
 from align.rollout.engine import Batch, serving
 from align.rollout.sampling import Sampling
 
@@ -33,6 +42,8 @@ def refused(model: nn.Module, longest: int) -> str | None:
     virtual = vars(trunk_of(base)).get("virtual")  # see `align.tuning.soft`; asked every time, as they can be switched on and off
     if virtual is not None and not virtual.is_off:
         return "virtual tokens stand in front of its rows"
+    if (border := frequency_border(base)) is not None and longest > border:
+        return f"a row of more than {border} tokens changes the rotary frequencies of those beside it"
     if (reason := refused_by_config(base, longest)) is not None:
         return reason
     if base not in _answers:

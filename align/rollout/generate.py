@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from align.engine import PROBE_BOUNDS, PROBE_TOLERANCE, base_model, rounding_twice
+from align.engine import PROBE_BOUNDS, PROBE_TOLERANCE, base_model, frequency_border, rounding_twice
 from align.progress import say
 from align.rollout.sampling import Completion, Sampling, StopTable, StopText, chances, draw
 
@@ -47,8 +47,8 @@ class GenerateEngine:
         self.model.eval()
         try:
             size = min(sampling.batch_size, len(prompts))
-            if size > 1 and not self._keeps_rows_apart():
-                say(f"one at a time, as a row of {type(self.model).__name__} is told otherwise in a batch, with padding before it")
+            if size > 1 and not self._keeps_rows_apart(max(map(len, prompts)) + sampling.max_new_tokens):
+                say(f"one at a time, as a row of {type(self.model).__name__} is told otherwise in a batch, beside others")
                 size = 1
             for start in range(0, len(order), size):
                 batch = order[start : start + size]
@@ -61,11 +61,14 @@ class GenerateEngine:
             self.model.train(was_training)
         return [completions[i] for i in range(len(prompts))]
 
-    def _keeps_rows_apart(self) -> bool:
+    def _keeps_rows_apart(self, longest: int) -> bool:
         """Whether random prompts of several lengths are answered in a batch as each is alone. Some families (RWKV, BART's
-        decoder) read the padding or count it as places. A model is asked once.
+        decoder) read the padding or count it as places, which a model is asked once; rotary frequencies may be others in a batch
+        with a row of `longest` tokens.
         """
         base = base_model(self.model)
+        if (border := frequency_border(base)) is not None and longest > border:
+            return False
         if base not in _apart:
             _apart[base] = self._are_apart(base)
         return _apart[base]
