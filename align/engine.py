@@ -77,7 +77,7 @@ def enable_forest(model: nn.Module, longest: int | None = None) -> str | None:
         if not causal:
             raise AlignError(
                 f"{type(base).__name__} is not causal: its tokens see those after them, so it would read the words that it is to "
-                "predict. Take a decoder (is_decoder=True in the config of an encoder that can be one)"
+                "predict. Take a decoder, as Llama, Qwen or GPT-2"
             )
         reason = refused_by_config(base, longest)
         if reason is None:

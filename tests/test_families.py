@@ -147,7 +147,7 @@ def test_what_sdpa_lacks_is_there_outside_of_the_forest_too(name):
 
 def test_an_encoder_is_refused():
     fields = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    with pytest.raises(AlignError, match=r"BertLMHeadModel is not causal: .*is_decoder=True"):
+    with pytest.raises(AlignError, match=r"BertLMHeadModel is not causal: .*Take a decoder, as Llama"):
         enable_forest(build("bert", **fields))
 
 
