@@ -161,6 +161,10 @@ def test_adapters_are_sampled_with_the_adapter_on():
     assert with_adapter != plain
     with model.disable_adapter():
         assert complete(model, prompts, GREEDY, [2]) == plain
+    model.merge_adapter()
+    assert complete(model, prompts, GREEDY, [2]) == with_adapter
+    with model.disable_adapter():  # its weights change in the first pass, unless they have before
+        assert complete(model, prompts, GREEDY, [2]) == plain
     assert complete(model.merge_and_unload(), prompts, GREEDY, [2]) == with_adapter
 
 

@@ -55,6 +55,8 @@ def _layers(model: nn.Module) -> Iterator[Any]:
     if not onednn.faster() or torch.is_autocast_enabled("cpu"):
         return
     for layer in model.modules():
+        if getattr(layer, "merged", False) and getattr(layer, "disable_adapters", False):
+            layer.unmerge()  # type: ignore[operator]  # peft does so in its forward, when the weight is packed
         if type(layer).forward in FORWARDS and "forward" not in vars(layer):
             weight: Any = layer.weight
             if type(weight) is nn.Parameter and weight.is_cpu and weight.dtype == torch.float32:
