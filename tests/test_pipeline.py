@@ -187,6 +187,23 @@ def test_settings_fields_and_entries_of_mappings_can_be_set(python):
     assert recipe.stages["dpo"].max_steps == 3
 
 
+def test_processes_count_where_they_change_what_comes_out():
+    """On the forest two processes of four rows are one of eight; TRL's trainers take the mean of the processes' own means."""
+
+    def essence(engine, processes, rows):
+        launch = {"num_processes": processes}
+        return SFT(model="gpt2", data="c.jsonl", engine=engine, launch=launch, per_device_train_batch_size=rows).essence()
+
+    assert essence("forest", 1, 8) == essence("forest", 2, 4) != essence("forest", 2, 8)
+    assert essence("trl", 1, 8) not in (essence("trl", 2, 4), essence("trl", 2, 8))
+    assert (
+        essence("trl", 2, 8)
+        == SFT(
+            model="gpt2", data="c.jsonl", engine="trl", launch={"num_processes": 2, "main_process_port": 2}, save_steps=3
+        ).essence()
+    )
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_fields_of_a_stage_are_set_together(order, python):
     """`lora_r` without `use_peft` is refused; whichever stands first, they are not judged alone."""

@@ -439,13 +439,17 @@ class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFiel
         check_libraries(self)
 
     def essence(self) -> dict[str, Any]:
-        """On the forest the gradient is the same for any number of processes and accumulation steps: their product counts."""
+        """On the forest the gradient is the same for any number of processes and accumulation steps: their product counts. In
+        TRL's trainers each process has a batch of its own, so there the number of processes counts as well.
+        """
         config = super().essence()
         launch = self.launch or Launch()
         config["launch"] = {"mixed_precision": launch.mixed_precision}
         if self.engine == "forest":
             del config["per_device_train_batch_size"], config["gradient_accumulation_steps"]
             config["rows_per_step"] = self.rows_per_step
+        else:
+            config["launch"]["num_processes"] = launch.num_processes
         return config
 
     @property
