@@ -112,6 +112,17 @@ def test_kept_completions_are_not_sampled_again(folder, whole, capsys, monkeypat
     assert kill_ppo.differences(wanted, kill_ppo.outcome(folder / "four")) == []
 
 
+def test_completions_from_before_the_first_checkpoint_are_kept_as_well(folder, whole, capsys, monkeypatch):
+    wanted, before = whole("separate"), calls_so_far()
+    monkeypatch.setenv("STOP_AT", str(before + 4))  # held-out prompts, two steps, and the third
+    run("none", "--save_steps 4", capsys, code=2)
+    monkeypatch.delenv("STOP_AT")
+    before = calls_so_far()
+    assert "going on" not in run("none", "--save_steps 4", capsys)
+    assert calls_so_far() - before == 8  # held-out prompts, steps three to eight, and the held-out prompts
+    assert kill_ppo.differences(wanted, kill_ppo.outcome(folder / "none")) == []
+
+
 def test_checkpoints_are_safetensors_and_json_only(folder, whole):
     whole("separate")
     files = [path for path in (folder / "separate/checkpoints").rglob("*") if path.is_file()]

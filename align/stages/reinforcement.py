@@ -124,8 +124,8 @@ def train_on_samples(
         text=tokenizer.decode,
     )
     resumed = stage.resume_from_checkpoint and trainer.resume()
-    if not resumed:
-        checkpoints.clear()
+    if not stage.resume_from_checkpoint:
+        checkpoints.clear()  # otherwise what was sampled before the first checkpoint is there to be used
     context.history.rewind(trainer.done if resumed else -1)
 
     best = Best(stage, context, policy) if stage.keeps_best else None
