@@ -70,6 +70,12 @@ class PPO(
         return self
 
     @model_validator(mode="after")
+    def _rows_are_mixed_in_by_a_weight(self) -> PPO:
+        if self.ptx_data and "ptx_coef" not in self.model_fields_set:
+            raise ValueError("ptx_data is mixed in with weight ptx_coef, which is 0 by default: set it, or leave ptx_data out")
+        return self
+
+    @model_validator(mode="after")
     def _whole_replicas(self) -> PPO:
         self.check_whole_replicas()
         return self
