@@ -3,6 +3,7 @@
 import json
 import math
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,6 +131,28 @@ def test_every_family_is_pretrained_by_its_own_objective_and_goes_on(capsys, fol
     assert second["eval_loss_before"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
     assert second["eval_loss"] < second["eval_loss_before"]
     assert second["trainable_share"] < 0.6
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        f"{FAMILIES['bert'][0]} --architecture.hidden_dropout_prob 0 --architecture.attention_probs_dropout_prob 0",
+        f"{FAMILIES['t5'][0]} --architecture.dropout_rate 0",
+    ],
+    ids=["bert", "t5"],
+)
+def test_accumulated_steps_are_one_big_batch(capsys, folder, architecture):
+    """Without dropout the same words are drawn, and all told tokens of the step count alike, in loss and in gradient."""
+
+    def first_step(sizes):
+        command = f"pretrain {architecture} --data texts.jsonl --held_out 0 --max_length 24 --vocab_size 300 --max_steps 1 {sizes}"
+        path = run(capsys, command)["path"]
+        return json.loads((Path(path) / "metrics.jsonl").read_text().splitlines()[0])
+
+    whole = first_step("--per_device_train_batch_size 6 --output_dir whole")
+    parts = first_step("--per_device_train_batch_size 1 --gradient_accumulation_steps 6 --output_dir parts")
+    assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
 
 
 def test_the_held_out_loss_is_over_all_tokens_of_the_set(capsys, folder):

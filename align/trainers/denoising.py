@@ -120,9 +120,24 @@ def _cut(total: int, parts: int) -> list[int]:
 
 
 class DenoisingTrainer(Trainer):
-    """The loss is the mean over the told tokens of the optimizer step's whole batch, as the Trainer has it for language models; an
+    """The loss is the mean over the told tokens of the optimizer step's whole batch, whatever the model's head makes of it; an
     evaluation's is over all tokens of the set, and reports the share told rightly as ``token_accuracy``.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # so that the step's told tokens are counted, and its micro-steps' losses added
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The part of a micro-batch. Most heads take the number of the step's tokens, and then do not look at it."""
+        outputs = model(**inputs)
+        logits, labels = outputs.logits.float().flatten(0, -2), inputs["labels"].flatten()
+        loss = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        # The Trainer averages over processes; that is undone, as the tokens are those of all.
+        loss = loss / num_items_in_batch * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._told = torch.zeros(3, dtype=torch.double)
