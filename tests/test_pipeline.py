@@ -22,6 +22,7 @@ from align.registry import Registry, home
 from align.runner.sweep import expand
 from align.stages import SFT, Preference, Stage
 from align.stages.base import Context, DataRefs, ModelRef, RewardRefs, stage
+from align.stages.task import TaskTraining
 
 ROOT = Path(__file__).parent.parent
 RAN: list[str] = []
@@ -202,6 +203,17 @@ def test_processes_count_where_they_change_what_comes_out():
             model="gpt2", data="c.jsonl", engine="trl", launch={"num_processes": 2, "main_process_port": 2}, save_steps=3
         ).essence()
     )
+
+
+def test_how_a_task_s_rows_are_shared_counts():
+    """Its micro-batches take means of their own: of entities' tokens, say, of which rows have more and fewer."""
+
+    def essence(rows, steps, processes=1):
+        sizes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}
+        return TaskTraining(task="ner", model="bert", data="c.jsonl", launch={"num_processes": processes}, **sizes).essence()
+
+    assert essence(8, 1) == essence(8, 1)
+    assert len({str(sorted(essence(*sizes).items())) for sizes in ((8, 1), (4, 2), (8, 1, 2), (4, 1, 2))}) == 4
 
 
 @pytest.mark.parametrize("order", [1, -1])

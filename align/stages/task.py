@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from align.stages.base import Context, MetricSpecs, TrainingStage, stage
+from align.stages.base import Context, Launch, MetricSpecs, TrainingStage, stage
 
 
 @stage("task")
@@ -40,6 +40,14 @@ class TaskTraining(TrainingStage):
         if given:
             raise ValueError(f"{min(given)} has no part in a task: it is trained on padded rows by transformers' Trainer")
         return self
+
+    def essence(self) -> dict[str, Any]:
+        """Every micro-batch of every process takes a mean of its own here, so how a step's rows are shared counts."""
+        config = super().essence()
+        config["launch"]["num_processes"] = (self.launch or Launch()).num_processes
+        del config["rows_per_step"]
+        sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        return {**config, **{name: getattr(self, name) for name in sizes}}
 
     def check(self) -> None:
         from align.tasks import tasks
