@@ -21,6 +21,7 @@ from align.trainers.trl import GROUP_TRAINERS, group_trainer
 
 REWARDS = """
 def low(completions, completion_ids, **columns): return [sum(i < 100 for i in ids) / len(ids) for ids in completion_ids]
+def same(completions, **columns): return [1.0] * len(completions)
 def raises(completions, **columns): raise RuntimeError("the judge\\nis asleep")
 def wants(completions, score): return score
 def told(completions, answer, **columns): return [float(a in c[0]["content"]) for c, a in zip(completions, answer)]
@@ -63,6 +64,16 @@ def _inside(folder, monkeypatch):
 def run(command, capsys):
     assert main(command.split()) == 0, capsys.readouterr().err
     return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("engine", ["forest", "trl"])
+def test_weights_decay_and_norms_do_not(engine, capsys):
+    """Where all answers are worth the same there is no gradient, and a step is the decay alone."""
+    command = f"grpo {FOREST} --engine {engine} --max_steps 1 --reward_funcs mine.py:same"
+    path = run(f"{command} --learning_rate 0.1 --weight_decay 0.5 --lr_scheduler_type constant", capsys)["path"]
+    before, after = (dict(AutoModelForCausalLM.from_pretrained(model).named_parameters()) for model in ("model", path))
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight if "norm" in name else 0.95 * weight)
 
 
 @pytest.mark.parametrize("stage", GROUP_TRAINERS)

@@ -176,10 +176,16 @@ def _ptx(stage: Any, settings: PPOSettings, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _optimizer(stage: Any, settings: PPOSettings, models: Models) -> tuple[Any, Any]:
-    """AdamW with a group for each role, and its schedule over the run."""
+    """AdamW with groups for each role, and its schedule over the run. As in transformers' Trainer norms and biases, which have one
+    dimension, do not decay.
+    """
     rates = {"policy": stage.learning_rate, "critic": settings.critic_learning_rate or stage.learning_rate}
-    groups = [{"params": list(named.values()), "lr": rates[role]} for role, named in models.parameters().items() if named]
-    optimizer = torch.optim.AdamW(groups, betas=(stage.adam_beta1, stage.adam_beta2), weight_decay=stage.weight_decay, fused=True)
+    groups = []
+    for role, named in models.parameters().items():
+        for decay, wanted in ((stage.weight_decay, True), (0.0, False)):
+            if some := [weight for weight in named.values() if (weight.dim() > 1) == wanted]:
+                groups.append({"params": some, "lr": rates[role], "weight_decay": decay})
+    optimizer = torch.optim.AdamW(groups, betas=(stage.adam_beta1, stage.adam_beta2), fused=True)
     updates = settings.steps * settings.num_ppo_epochs * settings.num_mini_batches
     scheduler = get_scheduler(
         stage.lr_scheduler_type,
