@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.errors import AlignError
 from align.forest import Tree
-from align.schema import LabelledRow, Message, PreferenceRow, PromptRow, SFTRow, Text, TextRow
+from align.schema import LabelledRow, Message, PreferenceRow, PromptRow, SFTRow, Text, TextRow, short
 
 Tools = list[dict[str, Any]] | None
 """Descriptions of functions that the chat template shows to the model."""
@@ -353,11 +353,21 @@ class Encoder:
         """Prompts alone; one that leaves no room within `max_length` is set aside.
 
         Raises:
-            AlignError: there is no room for any: all of it is for answers.
+            AlignError: there is no room for any: all of it is for answers; or a prompt has no token for an answer to follow.
         """
         if self.max_length is not None and self.max_length < 1:
             raise AlignError("max_completion_length takes all of max_length, and leaves no token for a prompt; raise max_length")
-        return self._collect(rows, lambda row: Tree(self.prompt_ids(row.prompt, row.tools)))
+        rows = list(rows)
+        encoded = self._collect(rows, lambda row: Tree(self.prompt_ids(row.prompt, row.tools)))
+        empty = next((row for row, tree in zip(encoded.rows, encoded.trees, strict=True) if not tree.prompt), None)
+        if empty is not None:
+            number = next(i for i, row in enumerate(rows, start=1) if row is empty)
+            beside = f", beside {short(empty.columns)}" if empty.columns else ""
+            raise AlignError(
+                f"prompt {number} of {len(rows)}: got {short(empty.prompt)}{beside}, expected text for an answer to follow; "
+                "mend the row or leave it out"
+            )
+        return encoded
 
     # -- many texts at once ----------------------------------------------------------------------------------------------------
 

@@ -213,6 +213,12 @@ class TestRawText:
         assert tree.prompt == []
         assert [plain.tokenizer.decode(branch) for branch in tree.branches] == ["one<|eos|>", "two three<|eos|>"]
 
+    def test_an_empty_prompt_cannot_be_answered(self, plain):
+        """The sampler looked for its last token, and failed."""
+        rows = [PromptRow(prompt="one"), PromptRow(prompt="", columns={"answer": "two"})]
+        with pytest.raises(AlignError, match=r"prompt 2 of 2: got '', beside \{'answer': 'two'\}, expected text"):
+            plain.prompts(rows)
+
     def test_a_begin_token_comes_once(self, tokenizer):
         encoder = Encoder(with_bos(tokenizer))
         (tree,) = encoder.preference([PreferenceRow(prompt="one", chosen=" two", rejected=" three")]).trees

@@ -190,7 +190,7 @@ def _model_scores(
     normalize = (Path(path) / SCORE_SCALE).is_file()
     scorer = RewardScorer(path, tokenizer.get_vocab(), dtype="float32", max_tokens=8192, normalize=normalize)
     encoder = Encoder(tokenizer, None)
-    prompts = [tree.prompt for tree in encoder.prompts(rows).trees]
+    prompts = [encoder.prompt_ids(row.prompt, row.tools) for row in rows]
     if ids is None:  # a written completion ends where its turn or text does: that is where scores are read
         end = encoder.end_of_text if isinstance(completions[0], str) else encoder.end_of_turn
         ids = [[*tokenizer(text_of(one), add_special_tokens=False)["input_ids"], end] for one in completions]
