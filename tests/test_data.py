@@ -125,6 +125,14 @@ def test_the_numbers_of_rows_that_pandas_writes_are_no_texts(tmp_path: Path, kin
     assert load_rows(pairs, "prompts").rows[0].columns == {"column 1": "0", "answer": "Lily"}
 
 
+def test_spaces_behind_the_commas_of_a_table(tmp_path: Path) -> None:
+    """The second column was called " completion", so that rows were prompts without answers, and its quotes were text."""
+    table = write(tmp_path / "a.csv", b'prompt, completion\nWho?, "Lily, I say"\nWhy?, So\n')
+    assert [(row.prompt, row.completion) for row in load_rows(table, "sft").rows] == [("Who?", "Lily, I say"), ("Why?", "So")]
+    raw = write(tmp_path / "b.csv", b"prompt ,completion\nWho?, Lily\n")
+    assert load_rows(raw, "sft").rows[0].completion == " Lily"
+
+
 @pytest.mark.parametrize("around", ["[%s]", '{"data": [%s]}'])
 def test_bytes_of_another_encoding_in_a_json_document(tmp_path: Path, around: str) -> None:
     """In a column that no format looks at, such as an answer to compare with, they went through as halves of surrogate pairs."""

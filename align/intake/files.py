@@ -247,8 +247,10 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Numbered]]:
                     taken.append(line)
                     yield line
 
-            rows = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=True)
-            columns = layouts.columns_of(first) if columns is None else [name or "column 1" for name in next(rows, [])]
+            # Where a space stands behind the commas of the header, one stands behind all of them, in front of quotes, too.
+            spaced = columns is not None and any(name.startswith(" ") for name in first[1:])
+            rows = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=True, skipinitialspace=spaced)
+            columns = layouts.columns_of(first) if columns is None else [name.strip() or "column 1" for name in next(rows, [])]
             number = 0
             while True:
                 taken.clear()

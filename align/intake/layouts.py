@@ -70,9 +70,10 @@ def _sentence(lines: list[str]) -> dict[str, Any] | str:
 
 
 def header(cells: list[str]) -> list[str] | None:
-    """`cells`, if they can be the names of columns: all different, none a number, none empty but the first of several, above which
-    pandas writes no name for its numbers of rows.
+    """`cells` without the white space around them, if they can be the names of columns: all different, none a number, none empty
+    but the first of several, above which pandas writes no name for its numbers of rows.
     """
+    cells = [cell.strip() for cell in cells]
     numbers = any(re.fullmatch(r"\s*[-+]?\d+([.,]\d+)?\s*", cell) for cell in cells)
     empty = not all(cell.strip() for cell in (cells[1:] or cells))
     return None if numbers or empty or len(set(cells)) < len(cells) else cells
