@@ -21,6 +21,7 @@ from align.metrics import columns_of, measure
 from align.metrics.base import check
 from align.metrics.judge import JudgeModel
 from align.models import load_causal_lm, load_tokenizer, stop_token_ids
+from align.metrics.preferences import preferences
 from align.progress import bar, say
 from align.rewards import text_of
 from align.rollout import Completion, complete
@@ -207,8 +208,10 @@ class Evaluation:
             gaps = {id(row): chosen - rejected for row, (chosen, rejected) in zip(encoded.rows, logps, strict=True)}
             if self._reference is not None:
                 # Another tokenizer may have set other rows aside.
-                margins = [gap - self._reference.gaps[row] for row, gap in gaps.items() if row in self._reference.gaps]
-                result["preference_accuracy"] = summarize([float(margin > 0) for margin in margins])
+                theirs = self._reference.gaps
+                both = [row for row in gaps if row in theirs]
+                right = preferences("preference_accuracy", [gaps[row] for row in both], [theirs[row] for row in both])
+                result["preference_accuracy"] = summarize(right)
         if name == stage.reference:
             self._reference = Reference(model, tokenizer.get_vocab(), gaps)
         self.context.history.add(0, {"model": name, **{key: value for key, value in result.items() if isinstance(value, float)}})
@@ -360,6 +363,7 @@ class Evaluation:
             "accuracy": right["mean"],
             "accuracy_ci95": right["ci95"],
             "n": right["n"],
+        right = summarize(preferences("ranking_accuracy", *columns.values()))
             **measure("calibration_error", **columns),
             **bias,
         }

@@ -341,6 +341,13 @@ def test_columns_that_json_cannot_hold_are_kept_as_text(capsys, folder):
 
 def test_nothing_to_measure_is_told(capsys):
     assert main(["eval", "one", "two"]) == 2
+def test_a_tie_is_half_right(capsys, folder):
+    """A model that is the reference prefers neither answer, and had an accuracy of 0."""
+    write_rows(folder / "pairs.jsonl", [{"prompt": f"say {word}", "chosen": word, "rejected": "hello"} for word in WORDS[:5]])
+    models = "--models.a one --models.b one --reference a"
+    assert results(capsys, f"eval {models} --preference_data pairs.jsonl")["b"]["preference_accuracy"]["mean"] == 0.5
+
+
     assert re.search(r"[Nn]othing to measure: set data \(prompts\), perplexity_data", capsys.readouterr().err)
 
 

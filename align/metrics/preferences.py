@@ -15,7 +15,7 @@ from align.metrics.base import metrics, package
 @metrics.add
 def ranking_accuracy(chosen_scores: Sequence[float], rejected_scores: Sequence[float]) -> dict[str, float]:
     """Share of pairs whose chosen answer scores higher; a tie counts one half."""
-    return {"ranking_accuracy": sum(_preferences("ranking_accuracy", chosen_scores, rejected_scores)) / len(chosen_scores)}
+    return {"ranking_accuracy": sum(preferences("ranking_accuracy", chosen_scores, rejected_scores)) / len(chosen_scores)}
 
 
 @metrics.add
@@ -27,8 +27,8 @@ def calibration_error(chosen_scores: Sequence[float], rejected_scores: Sequence[
     if bins < 1:
         raise AlignError(f"metric 'calibration_error': bins={bins}, expected at least 1")
     held: list[list[tuple[float, float]]] = [[] for _ in range(bins)]
-    preferences = _preferences("calibration_error", chosen_scores, rejected_scores)
-    for chosen, rejected, right in zip(chosen_scores, rejected_scores, preferences, strict=True):
+    rights = preferences("calibration_error", chosen_scores, rejected_scores)
+    for chosen, rejected, right in zip(chosen_scores, rejected_scores, rights, strict=True):
         confidence = 1 / (1 + math.exp(-min(abs(chosen - rejected), 700)))
         held[min(int((confidence - 0.5) * 2 * bins), bins - 1)].append((confidence, right))
     gaps = [abs(sum(confidence - right for confidence, right in entries)) for entries in held]
@@ -62,7 +62,7 @@ def _correlation(x: Sequence[float], y: Sequence[float]) -> float:
     return math.fsum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / deviations if deviations else 0.0
 
 
-def _preferences(metric: str, ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+def preferences(metric: str, ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     """Of each pair of scores, whether the first is the higher one (0, 1/2 or 1).
 
     Raises:
@@ -94,7 +94,7 @@ def win_rate(
     baseline's set to 1/2. ``win_rate_length_controlled`` is the win rate that a logistic regression on the length difference
     predicts for answers of the baseline's length: the length term of AlpacaEval 2 (arXiv:2404.04475, equation 2).
     """
-    wins = _preferences("win_rate", scores, baseline_scores)
+    wins = preferences("win_rate", scores, baseline_scores)
     gaps = [ours - theirs for ours, theirs in zip(lengths, baseline_lengths, strict=True)]
 
     def controlled(indices: Sequence[int]) -> float:
