@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -20,13 +21,14 @@ from align.intake.kinds import replies
 from align.metrics import columns_of, measure
 from align.metrics.base import check
 from align.metrics.judge import JudgeModel
-from align.models import load_causal_lm, load_tokenizer, stop_token_ids
 from align.metrics.preferences import preferences
+from align.models import load_causal_lm, load_tokenizer, stop_token_ids
 from align.progress import bar, say
 from align.rewards import text_of
 from align.rollout import Completion, complete
-from align.schema import TextRow
+from align.schema import TextRow, problem
 from align.scoring import Judge, RewardScorer, branch_logps, branch_scores, component_means, mean_nll, plain
+from align.scoring import columns_of as answer_columns
 from align.stages.base import Context
 from align.tasks.base import is_task_model
 from align.tasks.measure import measure_task_model
@@ -62,13 +64,17 @@ def reads_as(source: str, stage: Any) -> str:
     return "text" if stream.kind in ("text", "classification") else "sft"
 
 
-def _reference_text(value: Any) -> Any:
-    """A reference answer as metrics take it: a string, or a list of strings. No accepted answer is the empty one (SQuAD 2)."""
-    if not isinstance(value, list):
-        return str(value)
-    if value and all(isinstance(item, dict) for item in value):
+def _reference_text(value: Any, row: int, column: str) -> Any:
+    """A reference answer as metrics take it: a string, or a list of strings. No accepted answer is the empty one (SQuAD 2).
+
+    Raises:
+        AlignError: it is no text, number, list of those or message.
+    """
+    if isinstance(value, list) and value and all(isinstance(item, dict) and "content" in item for item in value):
         return text_of(value)
-    return [str(item) for item in value] or [""]
+    if not all(isinstance(item, str | Real) for item in (value if isinstance(value, list) else [value])):
+        raise AlignError(f"row {row}, {problem(column, value, 'a reference answer: a text, a number or a list of them')}")
+    return [str(item) for item in value] or [""] if isinstance(value, list) else str(value)
 
 
 @dataclass(frozen=True)
@@ -146,21 +152,23 @@ class Evaluation:
             AlignError: there are none, or a row has none in the column.
         """
         columns, most = asked[0][0].columns, self.stage.max_prompts
-        column = self.stage.reference_column or next((name for name in REFERENCE_COLUMNS if columns.get(name) is not None), None)
+        there = [name for name in REFERENCE_COLUMNS if any(row.columns.get(name) is not None for row, _, _ in asked[:most])]
+        column = self.stage.reference_column or next((name for name in there if name in columns), None)
         if column is not None:
             found = [row.columns.get(column) for row, _, _ in asked[:most]]
             if None in found:
                 raise AlignError(f"row {found.index(None) + 1} has no reference answer in column {column!r}; set reference_column")
-            return asked[:most], [_reference_text(value) for value in found]
+            return asked[:most], [_reference_text(value, row, column) for row, value in enumerate(found, start=1)]
         kept: list[Read] = []
         references: list[Any] = []
         without, why = 0, "an unwanted answer, or none"
-        for row, item, read_as in asked:
+        for number, (row, item, read_as) in enumerate(asked, start=1):
             try:
                 said: list[Any] = [text_of(reply) for reply in replies(read_as, item.raw, plain(row.prompt))]
             except AlignError as error:  # its format knows of none
                 why = str(error)
-                said = [_reference_text(row.columns[name]) for name in ANSWER_COLUMNS if row.columns.get(name) is not None][:1]
+                own = next((name for name in ANSWER_COLUMNS if row.columns.get(name) is not None), None)
+                said = [] if own is None else [_reference_text(row.columns[own], number, own)]
             if said:
                 kept.append((row, item, read_as))
                 references.append(said if len(said) > 1 else said[0])
@@ -258,8 +266,7 @@ class Evaluation:
 
     def _measured(self, texts: list[str]) -> dict[str, float]:
         """Every metric that was asked for, of one model's answers."""
-        columns: dict[str, Any] = {name: [row.columns.get(name) for row in self.prompts] for name in self.prompts[0].columns}
-        columns |= {"predictions": texts, "references": self.references}
+        columns = {**answer_columns(self.prompts), "predictions": texts, "references": self.references}
         return {key: value for spec in self.answer_metrics for key, value in measure(spec, **columns).items()}
 
     def _judge_references(self, judge: Judge, encoder: Encoder, rows: list[Any], prompts: list[list[int]]) -> None:
@@ -355,15 +362,14 @@ class Evaluation:
         scorer = RewardScorer(path, tokenizer.get_vocab(), dtype=self.stage.dtype, max_tokens=budget, normalize=False)
         trees = self._trees(name, scorer.model, Encoder(tokenizer, self.stage.max_length).preference(self.pairs))
         pairs = branch_scores(scorer.model, trees, budget)
-        right = summarize([float(chosen > rejected) for chosen, rejected in pairs])
         columns = {"chosen_scores": [c for c, _ in pairs], "rejected_scores": [r for _, r in pairs]}
+        right = summarize(preferences("ranking_accuracy", *columns.values()))
         lengths = {f"{side}_lengths": [len(tree.branches[i]) for tree in trees] for i, side in enumerate(("chosen", "rejected"))}
         bias = measure("length_bias", **columns, **lengths)
         return {
             "accuracy": right["mean"],
             "accuracy_ci95": right["ci95"],
             "n": right["n"],
-        right = summarize(preferences("ranking_accuracy", *columns.values()))
             **measure("calibration_error", **columns),
             **bias,
         }

@@ -253,6 +253,25 @@ def test_a_prompt_meets_the_answer_of_its_own_row(capsys, folder, rows, pairs, w
     assert found == pairs
 
 
+def test_a_null_in_the_first_row_does_not_hide_a_column(capsys, folder):
+    """The columns of the first row decided for all: a reference was not found, an instruction not passed on."""
+    write_rows(folder / "null.jsonl", [{"prompt": "say one", "answer": None}, {"prompt": "say two", "answer": "two"}])
+    assert main(f"eval one --data null.jsonl --metrics token_f1{SHORT}".split()) == 2
+    assert "row 1 has no reference answer in column 'answer'" in capsys.readouterr().err
+    asked = {"prompt": "say two", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    write_rows(folder / "later.jsonl", [{"prompt": "say one"}, asked])
+    assert main(f"eval one --data later.jsonl --metrics ifeval{SHORT}".split()) == 2
+    assert "field instruction_id_list: got None" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [["a", None], {"text": "a"}, [{"text": "a"}]])
+def test_a_reference_that_is_no_text_is_refused(capsys, folder, value):
+    """It became the text that Python writes for it."""
+    write_rows(folder / "odd.jsonl", [{"prompt": "say one", "answer": 4}, {"prompt": "say two", "answer": value}])
+    assert main(f"eval one --data odd.jsonl --metrics token_f1{SHORT}".split()) == 2
+    assert "row 2, field answer: got" in capsys.readouterr().err
+
+
 def test_every_answer_that_is_labelled_as_wanted_is_a_reference():
     rows, _, _ = PAIRED["several good solutions"]
     assert replies("graded", rows[0], [user("q1")]) == [[assistant("s1a")], [assistant("s1b")]]
@@ -322,6 +341,13 @@ def test_reward_models_are_measured_for_calibration_and_length(folder, tmp_path,
     assert found["longer_chosen"] == 0
 
 
+def test_a_tie_is_half_right(capsys, folder):
+    """A model that is the reference prefers neither answer, and had an accuracy of 0."""
+    write_rows(folder / "pairs.jsonl", [{"prompt": f"say {word}", "chosen": word, "rejected": "hello"} for word in WORDS[:5]])
+    models = "--models.a one --models.b one --reference a"
+    assert results(capsys, f"eval {models} --preference_data pairs.jsonl")["b"]["preference_accuracy"]["mean"] == 0.5
+
+
 # -- models that do not go together --------------------------------------------------------------------------------------------
 
 
@@ -341,13 +367,6 @@ def test_columns_that_json_cannot_hold_are_kept_as_text(capsys, folder):
 
 def test_nothing_to_measure_is_told(capsys):
     assert main(["eval", "one", "two"]) == 2
-def test_a_tie_is_half_right(capsys, folder):
-    """A model that is the reference prefers neither answer, and had an accuracy of 0."""
-    write_rows(folder / "pairs.jsonl", [{"prompt": f"say {word}", "chosen": word, "rejected": "hello"} for word in WORDS[:5]])
-    models = "--models.a one --models.b one --reference a"
-    assert results(capsys, f"eval {models} --preference_data pairs.jsonl")["b"]["preference_accuracy"]["mean"] == 0.5
-
-
     assert re.search(r"[Nn]othing to measure: set data \(prompts\), perplexity_data", capsys.readouterr().err)
 
 
