@@ -105,6 +105,8 @@ def test_labels_of_a_file_and_of_a_model_are_the_same():
     assert one("accuracy", predictions=["True", "False"], references=[True, False]) == 1
     assert one("accuracy", predictions=[0.5, 1], references=["0.5", "1"]) == 1
     assert one("accuracy", predictions=[None, "a"], references=["None", "a"]) == 1
+    with pytest.raises(AlignError, match=r"references\[1\] is list \['a'\], expected a label"):  # it was compared with "['a']"
+        measure("accuracy", predictions=["b", "a"], references=["b", ["a"]])
 
 
 @pytest.mark.parametrize("positive", ["1", "'1'", "1.0"])

@@ -11,7 +11,17 @@ from align.schema import label_name
 
 
 def _labels(predictions: Sequence[Any], references: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Both sides as labels of one type: 1, 1.0, True and a file's "1" are the same label. (Of words alone, "True" is True.)"""
+    """Both sides as labels of one type: 1, 1.0, True and a file's "1" are the same label. (Of words alone, "True" is True.)
+
+    Raises:
+        AlignError: one is no label, such as a list of several, which no prediction would equal.
+    """
+    for column, labels in (("predictions", predictions), ("references", references)):
+        for i, label in enumerate(labels):
+            if isinstance(label, list | tuple | dict):
+                raise AlignError(
+                    f"{column}[{i}] is {type(label).__name__} {label!r:.40}, expected a label; exact_match takes several"
+                )
     types = {type(label) for label in (*predictions, *references)}
     if len(types) < 2:
         return list(predictions), list(references)
