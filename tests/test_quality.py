@@ -102,6 +102,22 @@ def test_exact_duplicates_keep_the_first():
     assert removed(rows, "exact_duplicates") == [(2, "the same as 'Who?\\nMina.'")]
 
 
+def test_questions_about_one_context_are_no_copies():
+    """More than half of XQuAD's went for their context, and every question without an answer as an empty text."""
+    context = "The wrens of Bergen nest in May, and Mina has counted them for nine years from the roof of the old mill. " * 3
+    asked = [
+        "Where do the wrens nest?",
+        "Who counts them?",
+        "From which of all the roofs of the old town are they counted?",
+        "Who counts them!",
+    ]
+    rows = [QARow(question=question, context=context, answers=["Mina"]) for question in asked]
+    cleaned = clean([*rows, QARow(question="Which owls are there?", context=context), QARow(question="?", context=context)])
+    assert [(number, rule) for number, rule, _, _ in cleaned.removed] == [(6, "empty"), (4, "exact_duplicates")]
+    nearly = [*rows, rows[2].model_copy(update={"question": "From which of all the roofs of the old town were they counted?"})]
+    assert [number for number, _ in rules["near_duplicates"](nearly)] == [3, 4]
+
+
 def test_length_outliers():
     rows = [sft("a", "word " * n) for n in range(20, 60)]
     assert removed(rows, "length_outliers") == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from align.errors import AlignError
@@ -75,14 +75,19 @@ def similarity(one: set[str], other: set[str]) -> float:
     return len(one & other) / len(one | other)
 
 
-def leaders(texts: Iterable[str], threshold: float = THRESHOLD) -> list[int]:
+def leaders(
+    texts: Iterable[str], threshold: float = THRESHOLD, also: Callable[[int, int], bool] = lambda number, other: True
+) -> list[int]:
     """Of each text, the number of the first text of its group (its own, if it repeats none).
 
     A text joins the group of the first earlier text that it nearly repeats, so no group changes when texts are added behind.
+
+    Args:
+        also: whether two texts, by their numbers, are alike in what else counts.
     """
     seen = NearDuplicates(threshold)
     found: list[int] = []
     for number, text in enumerate(texts):
-        earlier = seen.add(text)
-        found.append(found[earlier[0]] if earlier else number)
+        earlier = next((other for other in seen.add(text) if also(number, other)), None)
+        found.append(number if earlier is None else found[earlier])
     return found

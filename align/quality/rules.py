@@ -14,11 +14,11 @@ from pydantic import Field
 
 from align.catalog import Catalog
 from align.errors import AlignError
-from align.quality.duplicates import THRESHOLD, leaders
+from align.quality.duplicates import THRESHOLD, leaders, pieces, similarity
 from align.quality.overlap import N, Overlap
 from align.quality.reading import read
 from align.quality.texts import key, mojibake, replies, texts, whole, words
-from align.schema import LabelledRow, PreferenceRow, Row, short
+from align.schema import LabelledRow, PreferenceRow, QARow, Row, short
 
 Found = Iterator[tuple[int, str]]
 """Indices of rows and what is wrong with each."""
@@ -43,9 +43,11 @@ DEFAULT = (
 
 @rules.add
 def empty(rows: Sequence[Row]) -> Found:
-    """A text without a letter or a digit: there is nothing to ask, or nothing to learn. An empty prompt is allowed."""
+    """A text without a letter or a digit: there is nothing to ask, or nothing to learn. An empty prompt is allowed, and so is a
+    question without a context or an answer.
+    """
     for number, row in enumerate(rows):
-        for name, text in replies(row).items():
+        for name, text in ({"question": row.question} if isinstance(row, QARow) else replies(row)).items():
             if not any(letter.isalnum() for letter in text):
                 yield number, f"{name} is empty"
                 break
@@ -126,8 +128,16 @@ def exact_duplicates(rows: Sequence[Row]) -> Found:
 
 @rules.add
 def near_duplicates(rows: Sequence[Row], *, threshold: float = THRESHOLD) -> Found:
-    """Rows that share at least `threshold` of their five-character pieces with an earlier one."""
-    for number, leader in enumerate(leaders(map(whole, rows), threshold)):
+    """Rows that share at least `threshold` of their five-character pieces with an earlier one; questions about one context, which
+    is most of their text, only if the questions do.
+    """
+    questions = [pieces(key(row.question)) if isinstance(row, QARow) else None for row in rows]
+
+    def ask_alike(number: int, other: int) -> bool:
+        one, two = questions[number], questions[other]
+        return one is None or two is None or similarity(one, two) >= threshold
+
+    for number, leader in enumerate(leaders(map(whole, rows), threshold, ask_alike)):
         if leader != number:
             yield number, f"nearly the same as {short(whole(rows[leader]))}"
 
