@@ -95,6 +95,8 @@ class Evaluation:
         answered = [spec for spec in stage.metrics if check(spec)[0] != "perplexity"]
         alone = bool(stage.metrics) and not (answered or stage.reward_funcs or stage.reward_model or stage.baseline)
         talks = not all(is_task_model(path) for path in stage.models.values())
+        if not talks and (unused := [name for name in ("reward_funcs", "reward_model", "baseline") if getattr(stage, name)]):
+            raise AlignError(f"{unused[0]} is about answers of language models; all models were trained for a task, so use metrics")
         self.answer_metrics = answered
         asked = self._read(stage.data, "prompts") if talks and not alone else []
         self.references: list[Any] | None = None

@@ -83,7 +83,8 @@ def load_causal_lm(
         four_bits: hold the weights in 4 bits (NF4), for LoRA on top of them.
 
     Raises:
-        AlignError: there is no such model, or nothing to continue; 4 bits are not to be had here.
+        AlignError: there is no such model, or none that writes from left to right; or nothing to continue; 4 bits are not to be had
+            here.
     """
     options: dict[str, Any] = {
         "dtype": dtype,
@@ -179,6 +180,12 @@ def load_model(
         kwargs["quantization_config"] = _in_four_bits(path, merged=adapter is not None and on_adapter == "merge")
     source = path if adapter is None else adapter["base_model_name_or_path"]
     try:
+        if auto is AutoModelForCausalLM:
+            family = family_of(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code))
+            if family != "causal":
+                raise AlignError(
+                    f"{path} is of the family {family!r}, and this takes a causal language model; `align task` trains others"
+                )
         model, info = auto.from_pretrained(
             source,
             dtype=DTYPES[dtype],

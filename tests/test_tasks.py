@@ -223,6 +223,20 @@ def test_virtual_tokens_of_an_encoder_are_trained_further(capsys, model, task, d
     assert second["eval_loss"] != second["eval_loss_before"]
 
 
+@pytest.mark.parametrize(("model", "family"), [("bert", "masked"), ("t5", "encoder-decoder")])
+def test_a_model_that_does_not_write_from_left_to_right_is_told_so(capsys, model, family):
+    """BERT was loaded, and then said to have other log-probs on the forest; T5's config was unrecognized."""
+    assert main(f"eval {model} --data said.jsonl --metrics bleu".split()) == 2
+    assert f"{model} is of the family '{family}', and this takes a causal language model; `align task`" in capsys.readouterr().err
+
+
+def test_rewards_are_refused_where_no_model_answers(capsys, folder):
+    """They were left out without a word."""
+    run(capsys, "task --task classification --model bert --data animals.jsonl --max_steps 1 --name tasked")
+    assert main(["eval", "tasked", "--data", "animals.jsonl", "--reward_funcs", "length_band(low=1,high=9)"]) == 2
+    assert "reward_funcs is about answers of language models; all models were trained for a task" in capsys.readouterr().err
+
+
 def test_virtual_tokens_whose_network_is_not_kept_are_not_trained_further(capsys):
     both = "--task seq2seq --data said.jsonl --max_steps 1"
     run(capsys, f"task --model t5 {both} --tuning ptuning --name made")
