@@ -262,11 +262,13 @@ def served(model):
 
 
 @pytest.mark.parametrize("name", ["one", "adapter"])
-def test_the_served_answer_is_the_local_greedy_one_or_drawn_as_asked(folders, name):
+def test_the_served_answer_is_the_local_greedy_one_or_drawn_as_asked(folders, name, tmp_path, monkeypatch):
     openai = pytest.importorskip("openai")
     pytest.importorskip("uvicorn")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     asked = [{"role": "user", "content": "How are you?"}]
     with served(folders / name) as address:
+        assert list(tmp_path.glob("align-serve-*"))
         client = openai.OpenAI(base_url=address, api_key="none")
         stream = client.chat.completions.create(model=str(name), messages=asked, max_tokens=8, temperature=0, stream=True)
         text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
@@ -274,6 +276,7 @@ def test_the_served_answer_is_the_local_greedy_one_or_drawn_as_asked(folders, na
         draws = [client.chat.completions.create(**asks, temperature=1.0, seed=seed) for seed in (1, 1, 2, 3)]
         again, first, *others = [draw.choices[0].message.content for draw in draws]
         listed = [model.id for model in client.models.list()]
+    assert not list(tmp_path.glob("align-serve-*")), "the copy that was served is gone with the server"
     assert listed == [name]
     assert again == first, "one seed, one answer"
     assert {first, *others} != {text}, "a temperature is one, though the model's own settings are silent"

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def serve(options: argparse.Namespace) -> int:
         nowhere = isinstance(error.__cause__, OSError) or (path.is_dir() and not (path / "config.json").is_file())
         if options.engine == "transformers" or nowhere:
             raise
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the folder, maybe a merged model, goes at the end
     with tempfile.TemporaryDirectory(prefix="align-serve-") as folder:
         name = resolved.path  # a hub id
         if Path(resolved.path).is_dir():
