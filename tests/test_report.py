@@ -17,6 +17,7 @@ from align.report import compare, draw, pages, tables, write_report
 from align.report.answers import payload
 from align.report.curves import panels
 from align.report.road import Stop, diagram, stops
+from align.runner.locks import lock
 
 EVIL = "<script>alert(1)</script>"
 HELD_OUT = {"mean": 0.5, "ci95": [0.4, 0.6], "n": 8}
@@ -401,6 +402,18 @@ def test_the_road_shows_what_is_not_finished(tmp_path, make):
     html, markdown = written(tmp_path)
     assert 'class="failed"' in html
     assert "| 3 | c | ppo | failed | – | 1.5 GB |" in markdown
+
+
+def test_the_road_shows_what_runs_and_what_was_killed_as_it_ran(tmp_path, make):
+    done = make("sft", "sft", {}, LOSSES)
+    cut = tmp_path / "ppo-1"
+    cut.mkdir()
+    (cut / "config.yaml").write_text("stage: ppo\nmodel: sft\n")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/ppo-1.json").write_text(json.dumps({"state": "running"}))
+    assert stops(tmp_path, {"sft": done})[-1].state == "interrupted"
+    with lock(cut):
+        assert stops(tmp_path, {"sft": done})[-1].state == "running"
 
 
 def test_an_arrow_goes_round_the_boxes_between():

@@ -11,6 +11,7 @@ from typing import Any
 
 from align.artifact import Artifact
 from align.diagnostics.doctor import Patient
+from align.runner.locks import is_locked
 
 BOX, GAP = (148, 62), (52, 18)
 """Width and height of a box, and the space between boxes, in pixels."""
@@ -23,7 +24,7 @@ class Stop:
     name: str
     kind: str
     state: str
-    """``finished``, or what its process last said, or ``not finished``."""
+    """``finished``, ``interrupted``, or what its process last said, or ``not finished``."""
     seconds: float | None
     memory_gb: float | None
     needs: tuple[str, ...]
@@ -37,6 +38,8 @@ def stops(out: Path, stages: Mapping[str, Artifact]) -> list[Stop]:
         patient = Patient.read(folder) if folder.is_dir() and folder.resolve() not in known else None
         if patient is not None and patient.artifact is None and patient.name not in stages:
             state = status(folder).get("state", "not finished")
+            if state == "running" and not is_locked(folder):  # who was killed cannot say so
+                state = "interrupted"
             found.append(Stop(patient.name, patient.kind, state, None, memory(folder), needs(patient.config, stages)))
     return found
 
