@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from align.artifact import Artifact
+from align.errors import AlignError
 from align.progress import duration
 from align.report import compare, draw, pages, tables, write_report
 from align.report.answers import payload
@@ -307,6 +308,18 @@ def test_a_history_that_a_kill_has_cut_is_read_up_to_there(tmp_path, make):
         file.write('{"step": 20, "lo')
     assert panels(Path(artifact.path)) == panels(Path(make("again", "sft", history=LOSSES).path))
     write_report(tmp_path, "demo", {"sft": artifact})
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "curvature/curvature.json"])
+@pytest.mark.parametrize("content", [b'{"a": \n', b"[1]\n", b"\xff\n"])
+def test_a_damaged_file_is_named(tmp_path, make, file, content):
+    artifact = make("sft", "sft", {"learning_rate": 1e-3}, LOSSES)
+    path = Path(artifact.path) / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes((path.read_bytes() if path.exists() else b"") + content)
+    with pytest.raises(AlignError, match=f"{re.escape(str(path))}\\S* is damaged"):
+        write_report(tmp_path, "demo", {"sft": artifact})
+    assert not list(tmp_path.glob("report.*"))
 
 
 def test_duration():

@@ -15,7 +15,7 @@ from align.diagnostics.case import Case, Finding, ask
 from align.errors import AlignError
 from align.recipe import make_stage, read_yaml
 from align.registry import Registry
-from align.runner.files import json_lines, write_named
+from align.runner.files import json_lines, json_record, write_named
 from align.stages import stages
 
 CURVATURE = "curvature/curvature.json"
@@ -93,7 +93,7 @@ def cases(found: Sequence[Patient]) -> list[Case]:
             metrics=patient.artifact.metrics if patient.artifact is not None else {},
             measured=measured.get(patient.name, {}),
             reference=of_parent.get(str(patient.config.get("model")), {}),
-            curvature=_json(patient.folder / CURVATURE),
+            curvature=json_record(patient.folder / CURVATURE),
         )
         for patient in found
     ]
@@ -108,10 +108,6 @@ def _evaluations(found: Sequence[Patient]) -> tuple[dict[str, Any], dict[str, An
             for label, reference in (patient.config.get("models") or {}).items():
                 measured[reference] = {**measured.get(reference, {}), **models.get(label, {})}
     return measured, measured
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def verdict(findings: Sequence[Finding]) -> str:

@@ -16,7 +16,7 @@ import yaml
 
 from align.artifact import Artifact
 from align.diagnostics.case import figure
-from align.diagnostics.doctor import Patient, diagnose, verdict
+from align.diagnostics.doctor import CURVATURE, Patient, diagnose, verdict
 from align.progress import duration
 from align.report import compare, draw
 from align.report.answers import payload, samples
@@ -24,7 +24,7 @@ from align.report.curves import journeys, panels
 from align.report.results import PAGES, evaluations
 from align.report.road import diagram, stops
 from align.report.tables import number, parts_table, results_table, rewards_of
-from align.runner.files import write_atomically
+from align.runner.files import json_record, write_atomically
 
 SAMPLES_SHOWN = 20
 """Prompts whose answers are in the Markdown report; the page has all of samples.jsonl, and draws those in sight."""
@@ -56,7 +56,7 @@ def gathered(out: Path, results: Mapping[str, Any], stages: Mapping[str, Artifac
         "findings": findings,
         "verdicts": {stage: verdict(said) for stage, said in findings.items()},
         "preflight": preflight(out),
-        "curvature": {stage: found for stage, a in stages.items() if (found := _curvature(Path(a.path)))},
+        "curvature": {stage: found for stage, a in stages.items() if (found := json_record(Path(a.path) / CURVATURE))},
         "answered": answered,
         "shown": SAMPLES_SHOWN,
         "configs": {stage: yaml.safe_dump(a.config, sort_keys=False, allow_unicode=True, width=100) for stage, a in stages.items()},
@@ -72,11 +72,6 @@ def preflight(out: Path) -> list[dict[str, Any]]:
         return []
     found = content.get("findings", []) if isinstance(content, dict) else content
     return [finding for finding in found if isinstance(finding, dict)]
-
-
-def _curvature(folder: Path) -> dict[str, Any]:
-    path = folder / "curvature" / "curvature.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def write_pages(out: Path, results: Mapping[str, Any], stages: Mapping[str, Artifact]) -> None:

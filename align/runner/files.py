@@ -67,9 +67,31 @@ def write_named(path: Path, text: str) -> None:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file that is appended to; none without it. A kill may have cut the last line, which is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines if line]
+    """The records of a .jsonl file that is appended to; none without it. A kill may have cut the last line, which is left out.
+
+    Raises:
+        AlignError: another line is no record.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.extend([dict(json.loads(line))] if line else [])
+        except (ValueError, TypeError) as error:
+            raise AlignError(f"{path}:{number} is damaged ({error}): mend or remove that line") from error
+    return found
+
+
+def json_record(path: Path) -> dict[str, Any]:
+    """What a .json file holds; nothing without it.
+
+    Raises:
+        AlignError: it holds something else than an object.
+    """
+    try:
+        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise AlignError(f"{path} is damaged ({error}): remove it, or have it written again") from error
 
 
 def refuse_unwritable_file(file: Path) -> None:
