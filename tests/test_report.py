@@ -277,6 +277,14 @@ def test_nothing_is_drawn_again_unless_something_changed(tmp_path, road, monkeyp
     (tmp_path / "report.md").unlink()
     write_report(tmp_path, "demo", road)
     assert len(drawn) == 4
+    (tmp_path / "cut-1").mkdir()
+    (tmp_path / "cut-1/config.yaml").write_text("stage: dpo\nmodel: sft\n")
+    write_report(tmp_path, "demo", road)
+    write_report(tmp_path, "demo", road)
+    assert len(drawn) == 5, "a stage that was cut is on the road"
+    (tmp_path / "preflight.json").write_text("[]")
+    write_report(tmp_path, "demo", road)
+    assert len(drawn) == 6
 
 
 def test_missing_pieces(tmp_path, make, capsys):

@@ -18,14 +18,14 @@ __all__ = ["PAGES", "RESULTS", "write_report"]
 def write_report(out: Path, name: str, artifacts: Mapping[str, Artifact], as_json: bool = False) -> None:
     """Write the report of the finished stages of run `name` into `out`, and print the table of results.
 
-    Nothing is written when `out` already holds the report of exactly these artifacts.
+    Nothing is written when `out` already holds the report of exactly these artifacts, beside the same unfinished stages.
 
     Args:
         artifacts: in the order of the stages.
         as_json: print the content of ``results.json`` instead.
     """
     stages = {artifact.name_in(Path(artifact.path)) or key: artifact for key, artifact in artifacts.items()}
-    results = results_of(name, stages)
+    results = results_of(out, name, stages)
     if not up_to_date(out, results["digest"]):
         pages.write_pages(out, results, stages)
         write_atomically(out / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")

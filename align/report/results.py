@@ -11,18 +11,22 @@ from typing import Any
 from align import __version__
 from align.artifact import Artifact
 from align.diagnostics.doctor import CURVATURE
+from align.report.road import stops
 
 RESULTS, PAGES = "results.json", ("report.md", "report.html")
 
 
-def results_of(name: str, stages: Mapping[str, Artifact]) -> dict[str, Any]:
-    """The content of ``results.json``."""
+def results_of(out: Path, name: str, stages: Mapping[str, Artifact]) -> dict[str, Any]:
+    """The content of ``results.json`` of the run in `out`."""
     models: dict[str, dict[str, Any]] = {}
     for artifact in evaluations(stages):
         for model, metrics in artifact.metrics["models"].items():
             models[model] = models.get(model, {}) | metrics
-    beside = [[path.name, path.stat().st_mtime_ns] for a in stages.values() for path in Path(a.path).glob(CURVATURE)]
-    basis = [__version__, name, beside, *([stage, a.identity, a.reference, a.path, a.created] for stage, a in stages.items())]
+    measured = [path for a in stages.values() for path in Path(a.path).glob(CURVATURE)]
+    beside = [[path.name, path.stat().st_mtime_ns] for path in (*measured, *out.glob("preflight.json"))]
+    unfinished = [[stop.name, stop.state] for stop in stops(out, stages) if stop.name not in stages]
+    finished = [[stage, a.identity, a.reference, a.path, a.created] for stage, a in stages.items()]
+    basis = [__version__, name, beside, unfinished, finished]
     content = {
         "name": name,
         "created": max((a.created for a in stages.values()), default=""),
