@@ -43,8 +43,8 @@ class Run:
         """Run what is not up to date, register it, and return the artifact of every finished stage.
 
         Raises:
-            AlignError: `only` names no stage or needs one that has not run; a stage's folder cannot be made, or holds what is no
-                stage's; or stages failed, after the others have run.
+            AlignError: `only` names no stage or needs one that has not run; a stage's folder or the registry cannot be made, or the
+                folder holds what is no stage's; or stages failed, after the others have run.
         """
         if only is not None:
             self.check(only)
@@ -55,6 +55,8 @@ class Run:
         for step in due:
             refuse_unwritable(step.folder)
             refuse_unwritable(step.folder.parent)  # where its lock and its log lie
+        if due:
+            refuse_unwritable(self.registry.root, "set ALIGN_HOME to a folder that can take the registry")
         if due and self.folder is not None:
             refuse_foreign(self.folder)
         looked = look([step.name for step in due], plan, notes)

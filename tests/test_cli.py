@@ -490,6 +490,15 @@ def test_a_stage_lands_in_exactly_the_output_dir(capsys, tmp_path):
     assert Registry().get("sft@1").path == str(target)
 
 
+def test_a_home_that_takes_no_registry_is_told_of_before_anything_trains(monkeypatch, tmp_path, capsys):
+    """The output folder is elsewhere, and can be written."""
+    monkeypatch.setenv("ALIGN_HOME", "/proc/x")
+    assert main(f"{SFT}sft.jsonl --output_dir {tmp_path}/out".split()) == 2
+    assert "nothing can be written into /proc (" in (told := capsys.readouterr().err)
+    assert "set ALIGN_HOME to a folder that can take the registry" in told
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_same_command_again_does_nothing(capsys, tmp_path):
     command = f"{SFT}sft.jsonl --output_dir {tmp_path}/out --json"
     assert run_json(command, capsys) == run_json(command, capsys)

@@ -105,22 +105,23 @@ def refuse_unwritable_file(file: Path) -> None:
     refuse_unwritable(file.parent)
 
 
-def refuse_unwritable(folder: Path) -> None:
+def refuse_unwritable(folder: Path, instead: str = "name another place for the output") -> None:
     """Find out before any work whether files can be written into `folder`, which need not be there yet. Nothing is left of it.
+
+    Args:
+        instead: what a person may do about it.
 
     Raises:
         AlignError: a file is in the way, or nothing can be made there.
     """
     there = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # False also where one may not look
     if not there.is_dir():
-        raise AlignError(f"{there} is a file, not a folder: name another place for the output")
+        raise AlignError(f"{there} is a file, not a folder: {instead}")
     try:
         tempfile.TemporaryDirectory(dir=there, prefix=".align-").cleanup()  # of /proc, permissions alone tell nothing
     except OSError as error:
         if not disk_is_full(error):  # that is told where it is met
-            raise AlignError(
-                f"nothing can be written into {there} ({error.strerror}): name another place for the output"
-            ) from error
+            raise AlignError(f"nothing can be written into {there} ({error.strerror}): {instead}") from error
 
 
 def flush(path: Path) -> None:
