@@ -217,9 +217,20 @@ def field_name(cls: type[Stage], key: str) -> str:
 
 def _as_list(cls: type[Stage], name: str, value: Any) -> Any:
     """A single value for a field that takes a list is a list of one: ``report_to: tensorboard``."""
-    annotation = cls.model_fields[name].annotation if name in cls.model_fields else None
-    takes_list = list in (get_origin(annotation), *map(get_origin, get_args(annotation)))
-    return [value] if takes_list and isinstance(value, str | int | float) else value
+    return [value] if takes_list(cls, name) and isinstance(value, str | int | float) else value
+
+
+def takes_list(cls: type[Stage], name: str) -> bool:
+    """Whether the field `name`, if there is one, takes a list."""
+
+    def is_list(annotation: Any) -> bool:
+        if get_origin(annotation) is Annotated:
+            return is_list(annotation.__origin__)
+        return get_origin(annotation) is list or (
+            get_origin(annotation) in (Union, UnionType) and any(map(is_list, get_args(annotation)))
+        )
+
+    return name in cls.model_fields and is_list(cls.model_fields[name].annotation)
 
 
 def other_names(info: Any) -> list[str]:

@@ -312,6 +312,11 @@ MISTAKES = {
     "unknown stage in --only of a plan": (RUN + "--only stf --plan", r"has no stage 'stf' \(did you mean 'sft'\?\)"),
     "unknown stage in --only of a check": ("check recipe.py --only stf", r"has no stage 'stf' \(did you mean 'sft'\?\)"),
     "a switch with a value": (SFT + "sft.jsonl --plan false", "--plan is a switch and takes no 'false'"),
+    "a list in parts": (SFT + "sft.jsonl --dataset_name raw.jsonl", "--data is given twice: write all of its values behind one"),
+    "an optional list in parts": (
+        SFT + "sft.jsonl --eval_data raw.jsonl --eval_data raw.jsonl",
+        "--eval_data is given twice: write all of its values behind one",
+    ),
     "a sweep over nothing": (RUN + "--plan --sweep sft.seed=1,,2", "--sweep sft.seed=1,,2: a value is missing"),
     "no seeds": (RUN + "--seeds 0", "--seeds must be at least 1"),
     "fewer than no attempts": (RUN + "--retries -1", "--retries must be at least 0"),

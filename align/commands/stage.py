@@ -15,7 +15,7 @@ from align.commands import reward_test
 from align.commands.run import show_plan
 from align.errors import AlignError, near_miss
 from align.pipeline import Run
-from align.recipe import Recipe, field_name, field_value, make_stage, other_names, parse_value, read_yaml
+from align.recipe import Recipe, field_name, field_value, make_stage, other_names, parse_value, read_yaml, takes_list
 from align.registry import check_name, home
 from align.stages import Evaluate, Preference, Stage, stages
 
@@ -128,6 +128,8 @@ def _flags(rest: list[str], cls: type[Stage], verb: str) -> dict[str, Any]:
             raise AlignError(f"align {verb}: --{key} takes one value")
         if key in ("plan", "json") and values:
             raise AlignError(f"align {verb}: --{key} is a switch and takes no {values[0]!r}")
+        if not entry and key in fields and takes_list(cls, key):
+            raise AlignError(f"align {verb}: --{key} is given twice: write all of its values behind one")
         if entry:
             before = fields.get(key)
             fields[key] = {**(before if isinstance(before, dict) else {}), entry: result}
