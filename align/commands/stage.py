@@ -124,7 +124,7 @@ def _flags(rest: list[str], cls: type[Stage], verb: str) -> dict[str, Any]:
         read = parse_value if entry else partial(field_value, cls, key)
         parsed = values if key in OWN_FLAGS else [read(item) for item in values]
         result = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
-        if key in ("config", "output_dir", "name") and not isinstance(result, str):
+        if key in ("config", "output_dir", "name") and not (isinstance(result, str) and result):
             raise AlignError(f"align {verb}: --{key} takes one value")
         if key in ("plan", "json") and values:
             raise AlignError(f"align {verb}: --{key} is a switch and takes no {values[0]!r}")
