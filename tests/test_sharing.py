@@ -540,6 +540,10 @@ def test_a_sweep_from_the_command_line(tmp_path, capsys):
     recipe.write_text("\n".join([*lines, "    return Recipe('x', {'a': Act(), 'b': Act(model='a')})"]))
     assert main(["run", str(recipe), "--sweep", "b.text=one,two", "--plan"]) == 0
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["a", "b-text-one", "b-text-two"]
+    swept = 'b.models={"x": a},{"x": a, "y": a},{}'
+    assert main(["run", str(recipe), "--sweep", swept, "--plan"]) == 0
+    branches = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert branches == ["a", "b-models-_x_a_", "b-models-_x_a_y_a_", "b-models-_"], "a comma within brackets parts no values"
     assert main(["run", str(recipe), "--sweep", "b.text=one", "--sweep", "b.text=two", "--plan"]) == 2
     assert "--sweep names a field twice" in capsys.readouterr().err
 

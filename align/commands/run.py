@@ -15,7 +15,7 @@ from align.pipeline import Options, Run, default_out
 from align.progress import duration
 from align.recipe import load_recipe
 from align.runner.notify import notify
-from align.runner.sweep import expand
+from align.runner.sweep import expand, values_of
 
 
 def add(verbs: Any) -> None:
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
             raise AlignError(f"--{flag} must be at least {least}")
     recipe = load_recipe(options.recipe, assigned(options.assignments))
     if options.sweep or options.seeds > 1:
-        sweeps = {key: values.split(",") for key, values in assigned(options.sweep, "--sweep").items()}
+        sweeps = {key: values_of(values) for key, values in assigned(options.sweep, "--sweep").items()}
         if len(sweeps) < len(options.sweep):
             raise AlignError("--sweep names a field twice: write all of its values behind one, as in --sweep dpo.beta=0.05,0.1")
         for key, values in sweeps.items():

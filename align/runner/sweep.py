@@ -16,6 +16,18 @@ Variant = dict[str, str]
 """Swept stage to the suffix that tells its branches apart."""
 
 
+def values_of(text: str) -> list[str]:
+    """The values of ``A,B``. Commas within brackets are a value's own: ``[q_proj,v_proj],all-linear``."""
+    values, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            values.append("")
+        else:
+            values[-1] += character
+    return values
+
+
 def expand(recipe: Recipe, sweeps: Mapping[str, Sequence[str]], seeds: int = 1) -> Recipe:
     """`recipe` with a branch for each combination of values of one stage's fields, and `seeds` seeds of each.
 
