@@ -147,6 +147,9 @@ def _module(path: Path) -> Any:
     """The module in the file `path`, run once per content: a recipe may register stages, and a name cannot be taken twice."""
     name = _module_name(path)
     if name not in sys.modules:
+        beside = str(path.resolve().parent)
+        if beside not in sys.path:  # as with `python FILE`, it may import what lies there; last, so that it hides nothing
+            sys.path.append(beside)
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
         assert spec.loader is not None

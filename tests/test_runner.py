@@ -148,6 +148,24 @@ def test_a_stage_defined_in_a_recipe_file_is_found_by_its_process(processes, tmp
     assert Registry().get("own-b").metrics == {"own": True}
 
 
+def test_a_recipe_may_import_what_lies_beside_it(processes, tmp_path, capsys):
+    """In the process of its stage, too; and it is part of what the stage computes with."""
+    folder = tmp_path / "with others"
+    folder.mkdir()
+    (folder / "beside_recipe.py").write_text("def number():\n    return 7\n")
+    (folder / "own.py").write_text(
+        "from beside_recipe import number\nfrom align.recipe import Recipe\nfrom align.stages.base import Stage, stage\n"
+        "@stage('numbered')\nclass Numbered(Stage):\n    def run(self, context):\n        return {'number': number()}\n"
+        "def recipe(): return Recipe('own', {'a': Numbered(), 'b': Numbered()})\n"
+    )
+    assert main(["run", str(folder / "own.py"), "--out", "out"]) == 0
+    assert Registry().get("own-b").metrics == {"number": 7}
+    (folder / "beside_recipe.py").write_text("def number():\n    return 2**3\n")
+    capsys.readouterr()
+    assert main(["run", str(folder / "own.py"), "--out", "out", "--only", "a", "--plan"]) == 0
+    assert "code changed: beside_recipe" in capsys.readouterr().out
+
+
 def test_a_full_disk_is_told_in_one_line_and_registers_nothing(processes, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

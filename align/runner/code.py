@@ -42,7 +42,7 @@ READS = {f"{NAME}.encode": "templates/chat/*.jinja"}
 
 def code_of(cls: type) -> dict[str, str]:
     """Module name to hash (12 hex digits) for everything that `cls` can reach by imports; for a class outside this package, itself
-    and the names of its file that it uses come first.
+    and the names of its file that it uses come first, and the modules that its file imports from beside it.
     """
     file = _file_of(cls)
     found: dict[str, str] = {}
@@ -53,7 +53,9 @@ def code_of(cls: type) -> dict[str, str]:
     else:
         tree = _parsed(str(file), file.stat().st_mtime_ns)
         found[cls.__qualname__] = _hash(_definition(tree, cls.__name__))
-        waiting = _modules(_imported(tree))
+        beside = _beside(file)
+        waiting = [module for each in (tree, *beside.values()) for module in _modules(_imported(each))]
+        found |= {name: _hash(other) for name, other in beside.items()}
     while waiting:
         module = waiting.pop()
         if module in found or module.split(".")[1] in NOT_COMPUTATION:
@@ -77,6 +79,23 @@ def _file_of(cls: type) -> Path | None:
             return None
     path = Path(name).resolve() if name else None
     return path if path is not None and path.is_file() else None
+
+
+def _beside(file: Path) -> dict[str, ast.Module]:
+    """Modules in the folder of `file` that it imports, and that those import."""
+    found: dict[str, ast.Module] = {}
+    waiting = [file]
+    while waiting:
+        current = waiting.pop()
+        for node in ast.walk(_parsed(str(current), current.stat().st_mtime_ns)):
+            imports = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            imports += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            for name in (name.partition(".")[0] for name in imports):
+                other = file.with_name(f"{name}.py")
+                if name not in found and other != file and other.is_file():
+                    found[name] = _parsed(str(other), other.stat().st_mtime_ns)
+                    waiting.append(other)
+    return found
 
 
 def _module_name(file: Path) -> str:
