@@ -223,6 +223,10 @@ MISTAKES = {
         "'learning_rate' is True: this is no switch: give it a",
     ),
     "a yes for a number": (RUN + "--set sft.max_steps=yes", "'max_steps' is True: this is no switch"),
+    "a batch beyond all counting": (
+        SFT + f"sft.jsonl --per_device_train_batch_size {10**30}",
+        "'per_device_train_batch_size' is 10{30}: a whole number must be below",
+    ),
     "a rate without end": (RUN + "--set sft.learning_rate=.inf", "'learning_rate' is inf: input should be a finite number"),
     "a margin that is none": ("simpo --beta 2 --gamma .nan" + PAIRS, "'gamma' is nan: input should be a finite number"),
     "a likelihood unlearned": (

@@ -101,7 +101,7 @@ class Context:
 
 
 class Config(BaseModel):
-    """Typed fields: no others than these, numbers finite, and a number is never a yes."""
+    """Typed fields: no others than these, numbers finite, whole ones of at most 64 bits, and a number is never a yes."""
 
     model_config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, frozen=True, populate_by_name=True, allow_inf_nan=False
@@ -113,6 +113,8 @@ class Config(BaseModel):
         """A flag without its value is True, which pydantic would take for 1: a learning rate, say."""
         if isinstance(value, bool) and not _takes_bool(cls.model_fields[str(info.field_name)].annotation):
             raise ValueError("this is no switch: give it a value")
+        if isinstance(value, int) and abs(value) >= 2**63:  # no library counts further, and each says so in the midst of work
+            raise ValueError("a whole number must be below 2**63")
         return value
 
 
