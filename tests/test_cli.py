@@ -250,8 +250,8 @@ MISTAKES = {
         "of 'warmup_stable_decay': .* missing 1 required .* 'num_decay_steps'",
     ),
     "a seed below 0": (SFT + "sft.jsonl --seed -1", "'seed' is -1: input should be greater than or equal to 0"),
-    "a seed of 65 bits": (
-        "eval --models.a model --data prompts.jsonl --seed 18446744073709551616",
+    "a seed of 33 bits": (
+        "eval --models.a model --data prompts.jsonl --seed 4294967296",
         "'seed' is .* less than 4294967296",
     ),
     "no sources": (SFT + "[]", r"'data' is \[\]: list should have at least 1 item"),

@@ -151,7 +151,8 @@ def test_the_reference_is_the_model_in_memory(name, tokenizer, tmp_path):
 def test_tools_in_a_prompt_are_refused(tokenizer, tmp_path, capsys):
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
     write_rows(tmp_path / "tools.jsonl", [{"prompt": [{"role": "user", "content": w}], "tools": tools} for w in ("one", "two")])
-    assert main(f"grpo {COMMAND} --data {tmp_path}/tools.jsonl --held_out 0 --reward_funcs mine.py:low".split()) == 2
+    command = COMMAND.replace("prompts.jsonl", f"{tmp_path}/tools.jsonl")
+    assert main(f"grpo {command} --held_out 0 --reward_funcs mine.py:low".split()) == 2
     assert "engine 'trl' cannot show the tools of a row" in capsys.readouterr().err
 
 
