@@ -1,8 +1,10 @@
 """The registry under several writers, what may be deleted, folders to share by, sweeps, notifications and scripts for clusters."""
 
+import errno
 import http.server
 import json
 import os
+import re
 import shutil
 import stat
 import struct
@@ -16,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from huggingface_hub import HfApi
 from runner_stages import Act
 
 from align.artifact import MANIFEST, Artifact
@@ -338,6 +341,26 @@ def test_what_is_not_pulled_from_the_hub(change, reference, source, reason, hub,
     (line,) = capsys.readouterr().err.splitlines()
     assert reason in line
     assert not (tmp_path / "other").exists()
+
+
+def test_without_a_network_a_push_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    """By the hub's own client, at a port where nobody listens. A full disk is not taken for a matter of the network."""
+    run({"a": Act()})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    nobody = HfApi("http://127.0.0.1:9", token="hf_test")
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: nobody)
+    capsys.readouterr()
+    assert main(["models", "push", "r-a", "hub:me/mine"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"align: error: hub:me/mine: .*refused; `hf auth login` logs in", line)
+
+    def full(*arguments, **others):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(nobody, "create_repo", full)
+    assert main(["models", "push", "r-a", "hub:me/mine"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("align: error: the disk is full")
 
 
 def test_pickles_stay_off_the_hub(hub, capsys):

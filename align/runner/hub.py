@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from align.artifact import MANIFEST, Artifact
 from align.errors import AlignError
 from align.registry import check_name
 from align.runner.checkpoints import SEAL
+from align.runner.files import disk_is_full
 
 HUB = "hub:"
 """In front of a repository's name, OWNER/NAME; anything else is a folder."""
@@ -38,8 +38,8 @@ def upload(place: Path, artifact: Artifact, target: str) -> str:
     with _told(target):
         address = str(api.create_repo(repository, private=True, exist_ok=True))
         if api.revision_exists(repository, tag):
-            there = json.loads(Path(api.hf_hub_download(repository, MANIFEST, revision=tag)).read_text(encoding="utf-8"))
-            if there.get("identity") != artifact.identity:
+            there = Artifact.load(Path(api.hf_hub_download(repository, MANIFEST, revision=tag)))
+            if there.identity != artifact.identity:
                 raise AlignError(f"{target} has another {tag}; push {artifact.reference} to another repository")
             return address
         commit = api.upload_folder(
@@ -78,11 +78,14 @@ def _api() -> Any:
 
 @contextmanager
 def _told(target: str) -> Iterator[None]:
-    """What the hub's client raises, as one line."""
-    from huggingface_hub.errors import HFValidationError
+    """What the hub's client raises, as one line; that the disk is full is told elsewhere."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    theirs: Any = (OSError, HFValidationError, *HfHubHTTPError.__bases__)  # with no network, those of its HTTP library
     try:
         yield
-    except (OSError, HFValidationError) as error:  # everything of the client is one of them: no network, no token, no such thing
+    except theirs as error:
+        if disk_is_full(error):
+            raise
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise AlignError(f"{target}: {first}; `hf auth login` logs in, and HF_HUB_OFFLINE must not be set") from error
