@@ -36,6 +36,18 @@ def is_adapter(path: str) -> bool:
     return (Path(path) / "adapter_config.json").is_file()
 
 
+def adapter_base(path: str) -> str:
+    """The base that the adapter in the folder `path` names. Where that was a folder and is gone, the two may have been moved
+    together: it is the folder of that name within the adapter's, or beside it.
+    """
+    named = str(json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+    if not Path(named).is_absolute() or Path(named).is_dir():
+        return named
+    here = Path(path).resolve()
+    moved = (place / Path(named).name for place in (here, here.parent))
+    return next((str(folder) for folder in moved if (folder / "config.json").is_file()), named)
+
+
 def family_of(config: Any) -> Literal["causal", "masked", "encoder-decoder"]:
     """What kind of language model a transformers config describes: what it was trained for where the config says so, else the first
     that its type can be.
@@ -111,9 +123,7 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
     Raises:
         AlignError: there is none.
     """
-    source = path
-    if is_adapter(path):
-        source = json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    source = adapter_base(path) if is_adapter(path) else path
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -178,7 +188,7 @@ def load_model(
         return _with_score_head(path, dtype, trust_remote_code, on_adapter, four_bits)
     if four_bits:
         kwargs["quantization_config"] = _in_four_bits(path, merged=adapter is not None and on_adapter == "merge")
-    source = path if adapter is None else adapter["base_model_name_or_path"]
+    source = path if adapter is None else adapter_base(path)
     try:
         if auto is AutoModelForCausalLM:
             family = family_of(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code))

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import assert_close, build, llama, pairs, tokens
+from helpers import VOCABULARY, assert_close, build, llama, pairs, tokens
 from peft import AutoPeftModelForCausalLM, PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -30,6 +30,7 @@ from align.models import (
     ensure_pad_token,
     is_adapter,
     load_causal_lm,
+    load_config,
     load_reward_model,
     load_tokenizer,
     save_model,
@@ -158,6 +159,26 @@ def test_an_adapter_on_an_adapter(tmp_path, base, tokenizer, kind):
     assert named == str((tmp_path / "child" / "base").resolve())
     assert_close(logits(PeftModel.from_pretrained(auto.from_pretrained(named), tmp_path / "child")), expected)
     assert_close(logits(load(str(tmp_path / "child"))), expected)
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_an_adapter_that_was_moved_together_with_its_base(within, tmp_path, base, tokenizer):
+    """As with the folder of a run; or, of an adapter on an adapter, one that another machine pulled: its base is within."""
+    shutil.copytree(base, tmp_path / "run" / "sft")
+    model = load_causal_lm(str(tmp_path / "run" / "sft"))
+    model.merged_from = "an adapter" if within else None
+    model = shaken(tune(model, LORA, tmp_path / "run" / "lora"))
+    save_model(model, tokenizer, tmp_path / "run" / "lora")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    if within:
+        shutil.rmtree(tmp_path / "moved" / "sft")
+    adapter = str(tmp_path / "moved" / "lora")
+    assert_close(logits(load_causal_lm(adapter)), logits(model))
+    assert load_config(adapter).vocab_size == VOCABULARY
+    (tmp_path / "moved" / "lora").rename(tmp_path / "alone")
+    if not within:
+        with pytest.raises(AlignError, match="run/sft"):
+            load_causal_lm(str(tmp_path / "alone"))
 
 
 def test_a_reward_model_on_a_merged_adapter_has_its_trunk(tmp_path, base, tokenizer):

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from align.budget import START
 from align.forest import Forest, Tree, plant
-from align.models import is_adapter
+from align.models import adapter_base, is_adapter
 from align.preflight.cards import GB, Machine
 from align.preflight.checks import Finding
 from align.preflight.memory import LIBRARIES, Skeleton, peak
@@ -85,9 +83,7 @@ def estimate(subject: Subject, machine: Machine) -> Estimate | None:
 
 def _config(subject: Subject) -> Any:
     if subject.model is not None:
-        path = subject.model
-        if is_adapter(path):
-            path = json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
+        path = adapter_base(subject.model) if is_adapter(subject.model) else subject.model
         return AutoConfig.from_pretrained(path, trust_remote_code=subject.stage.trust_remote_code)
     if subject.architecture is not None and subject.encoder is not None:
         fields = dict(subject.architecture)
