@@ -312,6 +312,7 @@ MISTAKES = {
     "unknown field in --set": (RUN + "--set sft.sede=1", r"unknown key 'sede' \(did you mean 'seed'\?\)"),
     "wrong type in --set": (RUN + "--set sft.seed=one", "'seed' is 'one': input should be a valid integer"),
     "--set without a value": (RUN + "--set sft.seed", "write it as KEY=VALUE"),
+    "--set of one key twice": (RUN + "--set sft.seed=1 --set sft.seed=2", "--set sft.seed is given twice, as '1' and as '2'"),
     "unknown stage in --only": (RUN + "--only stf", r"has no stage 'stf' \(did you mean 'sft'\?\)"),
     "unknown stage in --only of a plan": (RUN + "--only stf --plan", r"has no stage 'stf' \(did you mean 'sft'\?\)"),
     "unknown stage in --only of a check": ("check recipe.py --only stf", r"has no stage 'stf' \(did you mean 'sft'\?\)"),

@@ -90,13 +90,15 @@ def assigned(assignments: Sequence[str], flag: str = "--set") -> dict[str, str]:
     """The values of ``--set KEY=VALUE`` by key.
 
     Raises:
-        AlignError: one is written in another way.
+        AlignError: one is written in another way, or a key is set twice.
     """
     found = {}
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not equals:
             raise AlignError(f"{flag} {assignment}: write it as KEY=VALUE")
+        if key in found and flag == "--set":
+            raise AlignError(f"--set {key} is given twice, as {found[key]!r} and as {value!r}: leave one out")
         found[key] = value
     return found
 
