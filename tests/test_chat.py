@@ -1,6 +1,7 @@
 """Talking to models: what is answered, what a vote leaves behind, and the server that speaks OpenAI's protocol."""
 
 import json
+import resource
 import socket
 import subprocess
 import sys
@@ -157,6 +158,21 @@ def test_votes_hold_any_text(tmp_path):
     add_vote(tmp_path / "v.jsonl", [Message(role="user", content="a\tb")], ("m", answer), ("n", "no"))
     (row,) = load_rows(tmp_path / "v.jsonl", "preference").rows
     assert (row.prompt[0].content, row.chosen[0].content) == ("a\tb", answer)
+
+
+def test_a_vote_that_finds_no_room_leaves_no_half_row(tmp_path):
+    """The largest size that this process may give a file is reached within the row: as on a full disk, a part is written."""
+    file, asked = tmp_path / "v.jsonl", [Message(role="user", content="?")]
+    add_vote(file, asked, ("m", "yes"), ("n", "no"))
+    before = file.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 40, limits[1]))
+    try:
+        with pytest.raises(AlignError, match=r"the disk of .*v\.jsonl is full"):
+            add_vote(file, asked, ("m", "yes"), ("n", "no"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before
 
 
 def test_votes_train_dpo(folders, tmp_path, monkeypatch):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from align.registry import home
+from align.runner.files import no_room
 from align.schema import Message
 
 
@@ -17,7 +19,7 @@ def default_votes() -> Path:
 
 
 def add_vote(path: Path, prompt: Sequence[Message], chosen: tuple[str, str], rejected: tuple[str, str]) -> None:
-    """Append one row to `path`, whole: the columns ``prompt``, ``chosen`` and ``rejected``, and who gave which answer.
+    """Append one row to `path`, whole or not at all: ``prompt``, ``chosen``, ``rejected``, and who gave which answer.
 
     Args:
         chosen, rejected: the name of the model and its answer.
@@ -30,10 +32,14 @@ def add_vote(path: Path, prompt: Sequence[Message], chosen: tuple[str, str], rej
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(row) + "\n").encode()
-    # One write to a file opened for appending: two votes at a time never mix their bytes.
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(descriptor, line)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with path.open("ab", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # two votes at a time never mix their bytes
+        end = file.seek(0, os.SEEK_END)
+        try:
+            written = file.write(line)
+            os.fsync(file.fileno())
+            if written < len(line):
+                raise no_room(path)
+        except BaseException:
+            file.truncate(end)  # half a row would spoil the next one, too
+            raise
