@@ -92,7 +92,7 @@ def assigned(assignments: Sequence[str], flag: str = "--set") -> dict[str, str]:
     Raises:
         AlignError: one is written in another way, or a key is set twice.
     """
-    found = {}
+    found: dict[str, str] = {}
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not equals:
