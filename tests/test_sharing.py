@@ -215,6 +215,27 @@ def test_pushed_and_pulled_by_another_registry(tmp_path, monkeypatch):
         pull(Registry(), str(shelf), "r-a@7", home())
 
 
+def test_what_is_cut_leaves_no_half(tmp_path, monkeypatch):
+    run({"a": Act(text="precious")})
+    shelf, copytree = tmp_path / "shelf", shutil.copytree
+
+    def cut(*arguments, **others):
+        copytree(*arguments, **others)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", cut)
+        assert main(["models", "push", "r-a", str(shelf)]) == 130
+    assert not list(shelf.rglob("*.*"))
+    push(Registry(), "r-a", str(shelf))
+    monkeypatch.setenv("ALIGN_HOME", str(tmp_path / "other"))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", cut)
+        assert main(["models", "pull", "r-a", str(shelf)]) == 130
+    assert not list(home().rglob("*.*"))
+    assert pull(Registry(), str(shelf), "r-a", home()).version == 1
+
+
 def link_out(place):
     (place / "text.txt").unlink()
     (place / "text.txt").symlink_to("/etc/hostname")

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,22 +59,33 @@ def _put(artifact: Artifact, shelf: Path) -> Path:
             return place
         raise AlignError(f"{place} holds something else than {artifact.reference}; remove it first")
     aside = place.with_name(f".{place.name}.part")
-    with lock(place):
-        shutil.rmtree(aside, ignore_errors=True)
+    with lock(place), _whole(aside):
         shutil.copytree(artifact.path, aside, ignore=shutil.ignore_patterns("checkpoints", ".*"))
         seal(aside)
         os.replace(aside, place)
     return place
 
 
+@contextmanager
+def _whole(folder: Path) -> Iterator[None]:
+    """`folder` anew; what is half made of it when the block is cut is taken away."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def pull(registry: Registry, source: str, reference: str, into: Path) -> Artifact:
     """Copy what `push` wrote (the latest version by default) into the folder `into` and register it.
 
     Raises:
-        AlignError: it is not there, not whole, or not what it says.
+        AlignError: it is not there, not whole, or not what it says; or nothing can be written into `into`.
     """
     name, _, version = reference.partition("@")
     check_name(name)
+    refuse_unwritable(into, "set ALIGN_HOME to a folder that can take the model")
     if not is_hub(source):
         place = _on_shelf(Path(source), name, version)
         return _take(registry, place, name, into, str(place))
@@ -102,8 +115,8 @@ def _take(registry: Registry, place: Path, name: str, into: Path, where: str) ->
     folder = (into / f"{name}-{check_name(artifact.identity)[:8]}").resolve()
     with lock(folder):
         if Artifact.read(folder) is None:
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(place, folder, ignore=shutil.ignore_patterns(SEAL, MANIFEST))
+            with _whole(folder):
+                shutil.copytree(place, folder, ignore=shutil.ignore_patterns(SEAL, MANIFEST))
         artifact = registry.add(replace(artifact, path=str(folder)))
         artifact.write()
     return artifact
