@@ -5,6 +5,7 @@ exit code 2.
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -73,6 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename is not None:
+            print(f"align: error: {error.filename}: {error.strerror}; give this user the right to it", file=sys.stderr)
+            return 2
         if not disk_is_full(error):
             raise
         print("align: error: the disk is full; make room, and the same command goes on from where it was", file=sys.stderr)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from align.artifact import Artifact
 from align.errors import AlignError, near_miss
-from align.runner.files import write_atomically
+from align.runner.files import refuse_unwritable, write_atomically
 from align.runner.locks import lock
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -225,11 +225,13 @@ class Registry:
         """Let `alias` stand for what `target` means now: the folder of a registered NAME[@VERSION], any other folder, or a hub id.
 
         Raises:
-            AlignError: `target` leads nowhere, or a registered model has the name `alias` and would hide it.
+            AlignError: `target` leads nowhere, a registered model has the name `alias` and would hide it, or the registry cannot be
+                written.
         """
         if check_name(alias) in self.names():
             raise AlignError(f"{alias!r} is the name of a registered model; choose another alias")
         path = self.resolve(target).path
+        refuse_unwritable(self.root, "set ALIGN_HOME to a folder that can take the registry")
         file = self.root / "aliases.json"
         with lock(file):
             own = {name: value for name, value in self.aliases().items() if ALIASES.get(name) != value}

@@ -1,6 +1,7 @@
 """The registry: versions, lineage, names, aliases, and what a model reference means."""
 
 import json
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from align.artifact import Artifact, write_atomically
+from align.cli import main
 from align.errors import AlignError
 from align.registry import ALIASES, Registry, check_name, home
 
@@ -72,6 +74,28 @@ def test_a_name_is_checked_before_it_becomes_a_path(name, registry, artifact, tm
     with pytest.raises(AlignError, match="must be letters"):
         registry.add_alias(name, "owner/name")
     assert not (tmp_path / "home").exists()
+
+
+def test_what_nothing_can_be_written_into_is_told_in_one_line(artifact, tmp_path, monkeypatch, capsys):
+    """Of /proc, whose permissions do not tell; and of a file system that is only read."""
+    monkeypatch.setenv("ALIGN_HOME", "/proc/home")
+    assert main(["models", "alias", "small", "owner/name"]) == 2
+    assert "nothing can be written into /proc" in capsys.readouterr().err
+    assert main(["models", "pull", "sft", str(tmp_path)]) == 2
+    assert "nothing can be written into /proc" in capsys.readouterr().err
+    home, (mount, unmount) = tmp_path / "read", (["mount", "--bind"], ["umount"])
+    home.mkdir()
+    monkeypatch.setenv("ALIGN_HOME", str(home))
+    Registry().add(artifact("sft"))
+    if subprocess.run([*mount, str(home), str(home)], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(home)], check=True)
+        assert main(["models", "delete", "sft@1"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "registry/sft/1.json: Read-only file system" in line
+    finally:
+        subprocess.run([*unmount, str(home)], check=True)
 
 
 @pytest.mark.parametrize("reference", ["../x", "../x@1", "@1", "a/b@1"])
