@@ -25,7 +25,7 @@ from align.preflight.memory import Ledger, Skeleton, peak
 from align.preflight.show import html, paths, terminal
 from align.recipe import Recipe
 from align.schema import PreferenceRow
-from align.stages import SFT, Evaluate, Pairs, Preference
+from align.stages import GRPO, PPO, RLOO, SFT, Evaluate, Pairs, Preference
 from align.tuning.strategies import Tuning
 from align.tuning.tune import tune
 
@@ -292,6 +292,14 @@ def test_a_parameter_of_another_loss_is_found_before_the_pairs_are_made(folder):
     assert findings(sft=sft(), pairs=Pairs(model="sft", data="sft.jsonl", reward_funcs=["repetition"]), orpo=after) == [
         ("error", "input")
     ]
+
+
+@pytest.mark.parametrize("stage", [PPO, GRPO, RLOO, Pairs])
+def test_answers_that_nothing_judges_are_found_before_the_policy_is_trained(folder, stage):
+    asked = {"model": "sft", "data": "sft.jsonl"}
+    assert findings(sft=sft(), after=stage(**asked)) == [("error", "input")]
+    assert findings(sft=sft(), after=stage(**asked, reward_funcs=["repetition"], reward_weights=[1, 2])) == [("error", "input")]
+    assert findings(sft=sft(), after=stage(**asked, reward_funcs=["repetition"])) == []
 
 
 def test_a_model_that_is_yet_to_be_trained_speaks_through_its_base(folder):

@@ -82,6 +82,10 @@ class GroupStage(TrainingStage, ProbeFields, SamplingFields, RewardFields):
                     raise ValueError(f"{name} runs on engine 'forest' only")
         return self
 
+    def check(self) -> None:
+        super().check()
+        self.rewards()
+
     def settings(self, prompts: int) -> PPOSettings:
         """The stage as PPO's trainer has it, for so many prompts."""
         from align.trainers.ppo import processes

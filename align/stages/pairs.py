@@ -36,6 +36,9 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
     seed: Seed = 0
     """Seed of sampling and noise."""
 
+    def check(self) -> None:
+        self.rewards()
+
     def run(self, context: Context) -> dict[str, Any]:
         import torch
 

@@ -84,6 +84,7 @@ class PPO(
         from align.trainers.libraries import check_libraries
 
         check_libraries(self)
+        self.rewards()
 
     def essence(self) -> dict[str, Any]:
         """Episodes, mini-batches and draws of chance are the same for any number of processes."""

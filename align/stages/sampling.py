@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from align.errors import AlignError
+from align.rewards.spec import REWARD_MODEL, RewardSpec
 from align.stages.base import Address, Fields, MaxTokens, ModelRef, RewardRefs
 
 if TYPE_CHECKING:
@@ -70,23 +72,12 @@ class RewardFields(Fields):
     normalize_scores: bool = True
     """Shift and scale the reward model's scores by the mean and deviation it had on held-out answers."""
 
-    def judge(
-        self, tokenizer: Any, *, dtype: str, max_tokens: MaxTokens, model: nn.Module | None = None, totals: Totals = list
-    ) -> Judge:
-        """Build the judge.
-
-        Args:
-            model: the reward model, where it is in memory already.
-            totals: sums numbers over the processes that share a batch.
+    def rewards(self) -> list[str | dict[str, Any]]:
+        """What judges, the reward model among it.
 
         Raises:
-            AlignError: there is nothing to judge by, or a weight too many or too few.
+            AlignError: nothing does, or a weight is too many or too few.
         """
-        from align.errors import AlignError
-        from align.rewards import RewardSet, RewardSpec
-        from align.rewards.spec import REWARD_MODEL
-        from align.scoring import Judge, RewardScorer
-
         entries = list(self.reward_funcs)
         named = REWARD_MODEL in (RewardSpec.of(entry).reward for entry in entries)
         if named and self.reward_model is None:
@@ -100,6 +91,24 @@ class RewardFields(Fields):
                 f"reward_weights has {len(self.reward_weights)} numbers; there are {len(entries)} rewards (functions first, then "
                 "the reward model)"
             )
+        return entries
+
+    def judge(
+        self, tokenizer: Any, *, dtype: str, max_tokens: MaxTokens, model: nn.Module | None = None, totals: Totals = list
+    ) -> Judge:
+        """Build the judge.
+
+        Args:
+            model: the reward model, where it is in memory already.
+            totals: sums numbers over the processes that share a batch.
+
+        Raises:
+            AlignError: see `rewards`, `RewardSet` and `RewardScorer`.
+        """
+        from align.rewards import RewardSet
+        from align.scoring import Judge, RewardScorer
+
+        entries = self.rewards()
         scorer = None
         if self.reward_model is not None:
             scorer = RewardScorer(
