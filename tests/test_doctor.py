@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -261,6 +262,24 @@ def test_late_share():
     assert late_share(straight, cosine) > 0.28
     assert learned_by(150, straight, cosine) == pytest.approx(0.75, abs=0.01)
     assert late_share(series(lambda t: 1.0), constant) is None
+
+
+def test_a_window_is_a_mean_of_its_values_however_wild_those_before_it():
+    """Windows of 2 // 2 neighbours to each side: (5 + 1) / 2, (5 + 1 + 1e30) / 3 ..., and (1 + 3) / 2 where 1e30 is gone."""
+    wild = Series((1.0, 2.0, 2.0, 4.0, 5.0), (5.0, 1.0, 1e30, 1.0, 3.0))
+    assert wild.smoothed(2).values == (3.0, 1e30 / 3, 1e30 / 3, 1e30 / 3, 2.0)
+    assert [wild.at(step) for step in (0.5, 1, 1.5, 2, 3, 4.0, 9)] == [5.0, 5.0, 5.0, 1e30, 1e30, 1.0, 3.0]
+
+
+def test_a_history_of_twenty_thousand_steps_is_read_in_seconds():
+    draw, count = random.Random(0), 20_000
+    records = [
+        {"step": step, "loss": 1 + 2 * 0.01 ** (step / count) + draw.gauss(0, 0.05), "learning_rate": 1e-4 * (1 - step / count)}
+        for step in range(1, count + 1)
+    ]
+    started = time.monotonic()
+    assert ask(case(records=records)) == []
+    assert time.monotonic() - started < 20  # a walk over all steps for each of them takes more than a minute
 
 
 # -- curvature and the learning rate ---------------------------------------------------------------------------------------------

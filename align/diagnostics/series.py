@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
+
+UNITS = 2**1074
+"""Every float is a whole number of these parts of one."""
 
 
 @dataclass(frozen=True)
@@ -14,6 +19,7 @@ class Series:
     """Logged values of one name, in the order of their steps; what is not finite is left out."""
 
     steps: tuple[float, ...]
+    """Never falling."""
     values: tuple[float, ...]
 
     @classmethod
@@ -52,7 +58,7 @@ class Series:
 
     def at(self, step: float) -> float:
         """The last value at or before `step`; the first where there is none."""
-        return next((v for s, v in zip(reversed(self.steps), reversed(self.values), strict=True) if s <= step), self.first)
+        return self.values[max(bisect_right(self.steps, step) - 1, 0)]
 
     @property
     def lowest(self) -> int:
@@ -62,8 +68,11 @@ class Series:
     def smoothed(self, width: int = 0) -> Series:
         """Means over a window of `width` neighbours (a tenth of the series by default), shorter at both ends."""
         half = max(1, (width or len(self) // 10) // 2)
-        means = [statistics.fmean(self.values[max(0, i - half) : i + half + 1]) for i in range(len(self))]
-        return Series(self.steps, tuple(means))
+        # Differences of running sums, which are exact as whole numbers: a wild value leaves nothing in the means behind it.
+        parts = (top * (UNITS // below) for top, below in map(float.as_integer_ratio, self.values))
+        sums = list(accumulate(parts, initial=0))
+        windows = ((max(0, i - half), min(len(self), i + half + 1)) for i in range(len(self)))
+        return Series(self.steps, tuple((sums[end] - sums[begin]) / (UNITS * (end - begin)) for begin, end in windows))
 
     @property
     def noise(self) -> float:
