@@ -310,6 +310,29 @@ def test_a_run_without_evaluation(tmp_path, make, capsys):
     assert "No stage of this run measures models." in markdown
 
 
+def test_what_no_axis_can_show_is_left_out_and_counted(tmp_path, make):
+    """Of each history three of six values, NaN, 1e308 and -1e308, between which no float is; of three models one."""
+    values = [3.0, float("nan"), 1e308, -1e308, 2.0, 1.0]
+    losses = [{"step": step, "loss": value, "eval_loss": float("inf")} for step, value in enumerate(values, 1)]
+    policy = [
+        {"step": step, "objective/scores": value, "objective/kl": 0.1 * step, "completions/mean_length": 9.0}
+        for step, value in enumerate(values, 1)
+    ]
+    models = {"sft": measured(0.4), "dpo": measured(0.5), "lost": measured(1e308, kl_to_sft=-1e308)}
+    artifacts = {
+        "sft": make("sft", "sft", {"probe/stories/perplexity_before": 4.0, "probe/stories/perplexity": float("nan")}, losses),
+        "ppo": make("ppo", "ppo", history=policy),
+        "evaluate": make("evaluate", "evaluate", {"models": models}),
+    }
+    write_report(tmp_path, "demo", artifacts)
+    html, markdown = written(tmp_path)
+    said = re.findall(r"left out, as NaN, infinite or larger than any axis: ([^<]*)<", html)
+    assert said == ["9 of the values", "3 of the values", "lost", "lost", "3 of the batches", "3 of the batches"]
+    assert "| sft | loss | train | 1–6 | 3.000 → 1.000 (left out, as NaN, infinite or larger than any axis: 3 of" in markdown
+    assert "| sft | loss | held out | – | – (left out, as NaN, infinite or larger than any axis: 6 of" in markdown
+    assert "nan%" not in html
+
+
 def test_a_history_that_a_kill_has_cut_is_read_up_to_there(tmp_path, make):
     artifact = make("sft", "sft", history=LOSSES)
     with (Path(artifact.path) / "metrics.jsonl").open("a") as file:

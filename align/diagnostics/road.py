@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from align.diagnostics.case import Case, Diagnosis, rule
 
@@ -36,7 +36,12 @@ def _before_and_after(case: Case) -> list[tuple[str, float, float]]:
     for name, before in case.metrics.items():
         if name.startswith("probe/") and name.endswith("/perplexity_before"):
             found.append((f"the probe {name.split('/')[1]}", before, case.metrics.get(name.removesuffix("_before"))))
-    return [(what, then, now) for what, then, now in found if isinstance(then, int | float) and isinstance(now, int | float)]
+    return [(what, then, now) for what, then, now in found if _positive(then) and _positive(now)]
+
+
+def _positive(perplexity: Any) -> TypeGuard[float]:
+    """Whether it was measured, and is a number."""
+    return isinstance(perplexity, int | float) and perplexity > 0
 
 
 @rule("preference", "kto", verdict="degenerate")

@@ -8,15 +8,22 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeGuard
 
+LARGEST = 1e100
+"""What is larger is as good as infinite: sums of its squares, and the ends of an axis around it, soon are."""
 UNITS = 2**1074
 """Every float is a whole number of these parts of one."""
 
 
+def usable(value: Any) -> TypeGuard[float]:
+    """Whether `value` is a number that can be reckoned with and drawn: neither NaN nor larger than `LARGEST`."""
+    return isinstance(value, int | float) and abs(value) <= LARGEST
+
+
 @dataclass(frozen=True)
 class Series:
-    """Logged values of one name, in the order of their steps; what is not finite is left out."""
+    """Logged values of one name, in the order of their steps; what is not `usable` is left out."""
 
     steps: tuple[float, ...]
     """Never falling."""
@@ -24,7 +31,7 @@ class Series:
 
     @classmethod
     def of(cls, records: Iterable[Mapping[str, Any]], name: str) -> Series:
-        found = [(r["step"], r[name]) for r in records if isinstance(r.get(name), int | float) and math.isfinite(r[name])]
+        found = [(r["step"], r[name]) for r in records if usable(r.get(name))]
         return cls(tuple(step for step, _ in found), tuple(float(value) for _, value in found))
 
     def __len__(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from align.artifact import Artifact
+from align.diagnostics.series import usable
 from align.report.tables import Cell, Table, measured, number, rewards_of
 
 
@@ -27,6 +28,8 @@ class Cloud(NamedTuple):
     x_title: str
     y_title: str
     points: list[Point]
+    left_out: list[str] = []  # noqa: RUF012  a tuple's default, which nobody changes
+    """Models that are no points, as what was measured of them is not `usable`."""
 
 
 def clouds(models: Mapping[str, Mapping[str, Any]]) -> list[Cloud]:
@@ -40,16 +43,18 @@ def clouds(models: Mapping[str, Mapping[str, Any]]) -> list[Cloud]:
     axes["mean_completion_tokens"] = "tokens an answer"
     found = []
     for key, title in axes.items():
-        points = []
+        points, left_out = [], []
         for model, metrics in models.items():
             mean, interval = measured(metrics, reward)
-            x = metrics.get(key)
-            if isinstance(mean, int | float) and isinstance(x, int | float) and math.isfinite(x):
-                low, high = interval or (mean, mean)
+            x: Any = metrics.get(key)
+            low, high = interval or (mean, mean)
+            if all(map(usable, (x, mean, low, high))):
                 points.append(Point(model, float(x), mean, low, high))
+            elif reward in metrics and key in metrics:
+                left_out.append(model)
         if len(points) > 1:
             name = f"{reward.removesuffix('_reward')} reward"
-            found.append(Cloud(f"{name} against {title.partition(',')[0]}", title, name, points))
+            found.append(Cloud(f"{name} against {title.partition(',')[0]}", title, name, points, left_out))
     return found
 
 
@@ -107,7 +112,7 @@ def _evaluated_as(stages: Mapping[str, Artifact]) -> dict[str, str]:
 
 
 def _change(what: str, before: Any, after: Any) -> list[Cell]:
-    known = isinstance(before, int | float) and isinstance(after, int | float) and before > 0
+    known = isinstance(before, int | float) and isinstance(after, int | float) and before > 0 and after < math.inf
     return [Cell(what), Cell(number(before, 2)), Cell(number(after, 2)), Cell(f"{after / before - 1:+.0%}" if known else "–")]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from align.diagnostics.series import usable
 from align.report.tables import number
 from align.runner.files import json_lines
 
@@ -26,10 +27,16 @@ class Series(NamedTuple):
 
     label: str
     points: list[tuple[float, float]]
+    left_out: int = 0
+    """How many values are no points, as they are not `usable`."""
+
+    @property
+    def steps(self) -> str:
+        return f"{self.points[0][0]}–{self.points[-1][0]}" if self.points else "–"
 
     @property
     def ends(self) -> str:
-        return f"{number(self.points[0][1])} → {number(self.points[-1][1])}"
+        return f"{number(self.points[0][1])} → {number(self.points[-1][1])}" if self.points else "–"
 
 
 class Panel(NamedTuple):
@@ -38,15 +45,19 @@ class Panel(NamedTuple):
     title: str
     series: list[Series]
 
+    @property
+    def left_out(self) -> int:
+        return sum(line.left_out for line in self.series)
+
 
 def panels(folder: Path) -> list[Panel]:
     """The learning curves in a stage's ``metrics.jsonl``."""
     records = json_lines(folder / "metrics.jsonl")
     found = []
     for title, train, held_out in PANELS:
-        lines = [Series(label, points_of(records, key)) for label, key in (("train", train), ("held out", held_out))]
-        if any(len(line.points) > 1 for line in lines):
-            found.append(Panel(title, [line for line in lines if line.points]))
+        lines = [Series(label, *points_of(records, key)) for label, key in (("train", train), ("held out", held_out))]
+        if any(len(line.points) + line.left_out > 1 for line in lines):
+            found.append(Panel(title, [line for line in lines if line.points or line.left_out]))
     return found
 
 
@@ -55,6 +66,8 @@ class Journey(NamedTuple):
 
     title: str
     points: list[tuple[float, float]]
+    left_out: int = 0
+    """How many batches are no points, as their score or their divergence is not `usable`."""
 
 
 def journeys(folder: Path) -> list[Journey]:
@@ -62,11 +75,15 @@ def journeys(folder: Path) -> list[Journey]:
     records = [r for r in json_lines(folder / "metrics.jsonl") if isinstance(r.get("objective/scores"), int | float)]
     found = []
     for key, title in (("objective/kl", "KL to the start, nats an answer"), ("completions/mean_length", "tokens an answer")):
-        points = [(r[key], r["objective/scores"]) for r in records if isinstance(r.get(key), int | float)]
+        given = [(r[key], r["objective/scores"]) for r in records if isinstance(r.get(key), int | float)]
+        points = [point for point in given if all(map(usable, point))]
         if len(points) > 2:
-            found.append(Journey(title, points))
+            found.append(Journey(title, points, len(given) - len(points)))
     return found
 
 
-def points_of(records: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    return [(record["step"], record[key]) for record in records if isinstance(record.get(key), int | float)]
+def points_of(records: Iterable[Mapping[str, Any]], key: str) -> tuple[list[tuple[float, float]], int]:
+    """Step and value where the value of `key` is usable, and how many others there are."""
+    given = [(record["step"], record[key]) for record in records if isinstance(record.get(key), int | float)]
+    points = [point for point in given if usable(point[1])]
+    return points, len(given) - len(points)

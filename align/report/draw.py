@@ -21,7 +21,7 @@ def curve(panel: Panel, index: int) -> str:
     from matplotlib.ticker import MaxNLocator
 
     with _axes(panel.title, "step", index) as (axes, drawn):
-        for label, points in panel.series:
+        for label, points, _ in panel.series:
             color = TRAIN if label == "train" else HELD
             few: dict[str, Any] = {"marker": "o", "markersize": 3.2} if len(points) < 12 else {}
             axes.plot(*zip(*points, strict=True), color=color, linewidth=1.5, label=label, solid_joinstyle="round", **few)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -72,9 +73,9 @@ def _cell(metrics: Mapping[str, Any], key: str, scale: tuple[float, float] | Non
         return Cell(number(mean, 1 if key == "mean_completion_tokens" else 2 if key.startswith(("perplexity", "kl_to_")) else 3))
     low, high = interval
     text = f"[{number(low)}, {number(high)}]"
-    if scale is None or scale[0] == scale[1]:
+    start, width = (scale[0], scale[1] - scale[0]) if scale is not None else (0.0, 0.0)
+    if not 0 < width < math.inf:
         return Cell(number(mean), text)
-    start, width = scale[0], scale[1] - scale[0]
     return Cell(number(mean), text, tuple(round(100 * (value - start) / width, 1) for value in (low, mean, high)))
 
 
