@@ -132,7 +132,10 @@ def _splits_of(path: Path, names: Iterable[str]) -> list[str]:
 def _saved(path: Path, split: str) -> Iterator[tuple[int, Raw]]:
     import datasets
 
-    saved = datasets.load_from_disk(str(path))
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:  # damaged or cut files raise whatever met them first
+        raise AlignError(f"{path}: this data set cannot be read: {type(error).__name__}: {error}; save it again") from error
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise AlignError(f"{path}: no split {split!r}{near_miss(split, saved)}; it has: {', '.join(saved)}")

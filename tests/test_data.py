@@ -77,6 +77,11 @@ def test_arrow_sources_forget_nulls_in_nested_dictionaries(tmp_path: Path) -> No
     rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]}]
     table = datasets.Dataset.from_list(rows * 2)
     table.to_parquet(tmp_path / "rows.parquet")
+    table.save_to_disk(tmp_path / "cut")
+    (arrow,) = (tmp_path / "cut").glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:100])
+    with pytest.raises(AlignError, match=r"cut: this data set cannot be read: .*; save it again"):
+        load_rows(tmp_path / "cut", "sft")
     datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(tmp_path / "saved")
     loaded = [
         load_rows(tmp_path / "rows.parquet", "sft"),
