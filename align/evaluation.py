@@ -33,13 +33,18 @@ from align.stages.base import Context
 from align.tasks.base import is_task_model
 from align.tasks.measure import measure_task_model
 
+RESAMPLED = 2**22
+"""Values that a bootstrap has in memory at a time."""
+
 
 def bootstrap_interval(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> list[float]:
     """The 95 % interval of the mean of `values` by the percentile bootstrap (Efron 1979), as [low, high]."""
     data = torch.tensor(values, dtype=torch.double)
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(len(data), (resamples, len(data)), generator=generator)
-    return torch.quantile(data[draws].mean(1), torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    rows = max(1, RESAMPLED // len(data))
+    counts = [min(rows, resamples - start) for start in range(0, resamples, rows)]
+    means = [data[torch.randint(len(data), (count, len(data)), generator=generator)].mean(1) for count in counts]
+    return torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
 
 
 def summarize(values: Sequence[float]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import llama
 
+from align import evaluation
 from align.artifact import Artifact
 from align.cli import main
 from align.data import write_rows
@@ -388,3 +389,14 @@ def test_a_reference_with_another_tokenizer(folder, tokenizer, capsys):
     assert found["other"]["preference_accuracy"]["n"] == 1
     assert "kl_to_one" in found["one"]
     assert "kl_to_one" not in found["other"]
+
+
+def test_the_interval_of_many_values_is_drawn_a_part_at_a_time(monkeypatch):
+    """2,000 resamples of 100,000 pairs at once were 3 GB; the draws are the same ones."""
+    values, sizes, draw = [(7 * i % 11) / 10 for i in range(50)], list[tuple[int, int]](), torch.randint
+    whole = evaluation.bootstrap_interval(values)
+    monkeypatch.setattr(torch, "randint", lambda high, size, **more: sizes.append(size) or draw(high, size, **more))
+    monkeypatch.setattr(evaluation, "RESAMPLED", 7_000)
+    assert evaluation.bootstrap_interval(values) == whole
+    assert len(sizes) == 15
+    assert all(rows * count <= 7_000 for rows, count in sizes)
