@@ -15,7 +15,7 @@ from align.quality.personal import mask, patterns
 from align.quality.rules import DEFAULT, rules
 from align.quality.splits import split_rows
 from align.quality.texts import key, mojibake
-from align.schema import LabelledRow, Message, PreferenceRow, PromptRow, QARow, SFTRow, TextRow
+from align.schema import LabelledRow, LabelledText, Message, PreferenceRow, PromptRow, QARow, SFTRow, TaggedTokens, TextRow
 from benchmarks.duplicates import SMALL, made_up, planted, precision_and_recall
 
 
@@ -100,6 +100,29 @@ def test_identical_and_contradictory_pairs():
 def test_exact_duplicates_keep_the_first():
     rows = [sft("Who?", "Mina."), sft("who", " mina"), sft("Who?", "Ada."), sft("1 + 1", "2"), sft("1 - 1", "0")]
     assert removed(rows, "exact_duplicates") == [(2, "the same as 'Who?\\nMina.'")]
+
+
+def test_rows_that_are_labelled_otherwise_are_no_copies():
+    """The second of each three is a near copy with another verdict, the third one with the same."""
+    said = "The wren of the old mill sings every morning before the bell of the church is heard"
+    texts = [said, said + "!", said + "?"]
+    labels = ("good", "bad", "good")
+    sentences = [LabelledText(text=text, label=label) for text, label in zip(texts, labels, strict=True)]
+    answers = [LabelledRow(prompt="Who?", completion=t, label=label == "good") for t, label in zip(texts, labels, strict=True)]
+    tagged = [TaggedTokens(tokens=said.split(), tags=["O", "B-bird" if label == "good" else "O", *["O"] * 15]) for label in labels]
+    for rows in (sentences, answers, tagged):
+        for rule in ("exact_duplicates", "near_duplicates"):
+            assert [number for number, _ in removed(rows, rule)] == [3]
+
+
+def test_the_vowels_of_indian_and_thai_words_count():
+    """Day and gift in Hindi: without their vowels, which are marks, they are one word."""
+    day, gift, thai = "\u0926\u093f\u0928", "\u0926\u093e\u0928", ("\u0e14\u0e35", "\u0e14\u0e38")
+    assert key(day) == day != key(gift)
+    assert key(thai[0]) != key(thai[1])
+    assert key("\u00c9t\u00e9, e\u0301te\u0301") == "\u00e9t\u00e9 \u00e9t\u00e9"
+    assert removed([pair("a", day, gift)], "identical_pairs") == []
+    assert removed([sft("a", day), sft("a", gift)], "exact_duplicates") == []
 
 
 def test_questions_about_one_context_are_no_copies():

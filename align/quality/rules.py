@@ -116,24 +116,31 @@ def contradictory_pairs(rows: Sequence[Row]) -> Found:
             yield number, "another row says the opposite"
 
 
+def _verdict(row: Row) -> str:
+    """The label or the tags of `row`: what two rows of one text must also have in common to be copies."""
+    return f"{getattr(row, 'label', '')}{getattr(row, 'tags', '')}"
+
+
 @rules.add
 def exact_duplicates(rows: Sequence[Row]) -> Found:
-    """Rows that are equal to an earlier one but for case, punctuation and white space."""
+    """Rows that are equal to an earlier one, and labelled as it is, but for case, punctuation and white space."""
     first: dict[tuple[str, ...], int] = {}
     for number, row in enumerate(rows):
-        same = (*(f"{name}: {key(text)}" for name, text in texts(row).items()), str(getattr(row, "label", "")))
+        same = (*(f"{name}: {key(text)}" for name, text in texts(row).items()), _verdict(row))
         if first.setdefault(same, number) != number:
             yield number, f"the same as {short(whole(rows[first[same]]))}"
 
 
 @rules.add
 def near_duplicates(rows: Sequence[Row], *, threshold: float = THRESHOLD) -> Found:
-    """Rows that share at least `threshold` of their five-character pieces with an earlier one; questions about one context, which
-    is most of their text, only if the questions do.
+    """Rows that share at least `threshold` of their five-character pieces with an earlier one that is labelled as they are;
+    questions about one context, which is most of their text, only if the questions do.
     """
     questions = [pieces(key(row.question)) if isinstance(row, QARow) else None for row in rows]
 
     def ask_alike(number: int, other: int) -> bool:
+        if _verdict(rows[number]) != _verdict(rows[other]):
+            return False
         one, two = questions[number], questions[other]
         return one is None or two is None or similarity(one, two) >= threshold
 

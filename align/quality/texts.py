@@ -6,6 +6,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from align.schema import Message, Row
@@ -14,7 +15,19 @@ PROMPTS = ("prompt", "question")
 REPLIES = ("completion", "chosen", "rejected")
 
 CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
-_WORD = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")
+
+
+@cache
+def marks() -> str:
+    """The characters that are part of the letter before them, as the vowels of Hindi and Thai are; ``\\w`` has none of them."""
+    letters = map(chr, (*range(0x300, 0xFE00), *range(0xFE10, 0x1F000)))  # between: variants of how a character looks
+    return "".join(letter for letter in letters if unicodedata.category(letter).startswith("M"))
+
+
+@cache
+def _word() -> re.Pattern[str]:
+    letters = rf"[^\W_{CJK}]"
+    return re.compile(rf"[{CJK}]|{letters}+(?:[{marks()}]+{letters}*)*")
 
 
 def texts(row: Row) -> dict[str, str]:
@@ -58,7 +71,7 @@ def _said(message: Message) -> str:
 
 def words(text: str) -> list[str]:
     """The words of `text` in lower case, without punctuation; every character of Chinese, Japanese and Korean is a word."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+    return _word().findall(unicodedata.normalize("NFKC", text).lower())
 
 
 def key(text: str) -> str:
