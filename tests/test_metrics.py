@@ -364,6 +364,33 @@ def test_other_mistakes_are_explained():
         measure("ifeval", predictions=["a"], instruction_id_list=[["startend:quotation"]], kwargs=[[{}, {}]])
 
 
+def test_what_is_no_label_or_tag_is_refused():
+    with pytest.raises(AlignError, match=r"predictions\[1\] is float nan, expected a label"):
+        measure("accuracy", predictions=[1.0, math.nan], references=[1.0, 1.0])
+    assert measure("accuracy", predictions=[None, None], references=[None, None]) == {"accuracy": 1.0}
+    assert measure("accuracy", predictions=[0.5, 0.25], references=[0.5, 0.5]) == {"accuracy": 0.5}
+    for tags in ("B-X O", [1, 2], None):
+        with pytest.raises(AlignError, match=r"'seqeval': predictions\[0\] is .*, expected a list of tags"):
+            measure("seqeval", predictions=[tags], references=[tags])
+    with pytest.raises(AlignError, match=r"field kwargs: got 'x', expected an object"):
+        measure("ifeval", predictions=["a"], instruction_id_list=[["startend:quotation"]], kwargs=[["x"]])
+
+
+def test_words_that_sacrebleu_cannot_find_are_told_in_one_line(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "MeCab", None)
+    with pytest.raises(AlignError, match=r"tokenize='ja-mecab' cannot be had: .*pip install sacrebleu\[ja\]$"):
+        measure("bleu(tokenize='ja-mecab')", predictions=["a"], references=["a"])
+
+
+def test_meteor_keeps_the_marks_of_a_word():
+    """Of two Hindi words one is the same. Cut at their vowels, which are marks, they are four pieces, three of which are."""
+    day, gift, my = "\u0926\u093f\u0928", "\u0926\u093e\u0928", "\u092e\u0947\u0930\u0947"
+    score = measure("meteor", predictions=[f"{my} {day}"], references=[f"{my} {gift}"])["meteor"]
+    assert score == measure("meteor", predictions=["my day"], references=["my gift"])["meteor"]
+
+
 def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch):
     import sys
 

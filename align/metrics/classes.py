@@ -14,16 +14,16 @@ def _labels(predictions: Sequence[Any], references: Sequence[Any]) -> tuple[list
     """Both sides as labels of one type: 1, 1.0, True and a file's "1" are the same label. (Of words alone, "True" is True.)
 
     Raises:
-        AlignError: one is no label, such as a list of several, which no prediction would equal.
+        AlignError: one is no label: NaN, or a list of several, which no prediction would equal.
     """
     for column, labels in (("predictions", predictions), ("references", references)):
         for i, label in enumerate(labels):
-            if isinstance(label, list | tuple | dict):
+            if label != label or isinstance(label, list | tuple | dict):
                 raise AlignError(
                     f"{column}[{i}] is {type(label).__name__} {label!r:.40}, expected a label; exact_match takes several"
                 )
     types = {type(label) for label in (*predictions, *references)}
-    if len(types) < 2:
+    if types <= {str} or types <= {int} or types <= {bool}:  # scikit-learn takes 0.5 for a measured value
         return list(predictions), list(references)
     name = str if types == {bool, str} else label_name
     return list(map(name, predictions)), list(map(name, references))
@@ -77,6 +77,9 @@ def matthews(predictions: Sequence[Any], references: Sequence[Any]) -> dict[str,
 def seqeval(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]], *, strict: bool = False) -> dict[str, float]:
     """Precision, recall and F1 of whole entities in BIO tags (as conlleval counts them; `strict` is seqeval's IOB2 mode)."""
     for i, (ours, theirs) in enumerate(zip(predictions, references, strict=True)):
+        for column, tags in (("predictions", ours), ("references", theirs)):
+            if not isinstance(tags, list | tuple) or not all(isinstance(tag, str) for tag in tags):
+                raise AlignError(f"metric 'seqeval': {column}[{i}] is {tags!r:.40}, expected a list of tags")
         if len(ours) != len(theirs):
             raise AlignError(f"metric 'seqeval': sentence {i} has {len(ours)} predicted tags and {len(theirs)} reference tags")
     package("seqeval")

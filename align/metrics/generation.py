@@ -15,6 +15,7 @@ from pydantic import Field
 
 from align.errors import AlignError
 from align.metrics.base import metrics, package, several, texts
+from align.quality.texts import marks
 
 Count = Annotated[int, Field(gt=0)]
 Words = Literal["13a", "intl", "zh", "char", "none", "ja-mecab", "ko-mecab", "spm", "flores101", "flores200"]
@@ -31,7 +32,11 @@ def bleu(
     predictions: Sequence[str], references: Sequence[Any], *, max_order: Count = 4, lowercase: bool = False, tokenize: Words = "13a"
 ) -> dict[str, float]:
     """Corpus BLEU by sacrebleu (0 to 100)."""
-    maker = package("sacrebleu.metrics").BLEU(max_ngram_order=max_order, lowercase=lowercase, tokenize=tokenize)
+    module = package("sacrebleu.metrics")
+    try:
+        maker = module.BLEU(max_ngram_order=max_order, lowercase=lowercase, tokenize=tokenize)
+    except (RuntimeError, ImportError, OSError) as error:  # it needs a package or a model of its own
+        raise AlignError(f"metric 'bleu': tokenize={tokenize!r} cannot be had: {' '.join(str(error).split())}") from error
     score = maker.corpus_score(texts(predictions, "bleu", "predictions"), _streams(several(references, "bleu")))
     return {"bleu": score.score}
 
@@ -78,7 +83,7 @@ def meteor(predictions: Sequence[str], references: Sequence[Any]) -> dict[str, f
     Its third stage matches synonyms from WordNet, whose data nltk fetches separately. Where they are absent, the exact and stem
     stages run alone, and ``meteor_synonyms`` is 0 instead of 1.
     """
-    module, words = package("nltk.translate.meteor_score"), re.compile(r"\w+|[^\w\s]")
+    module, words = package("nltk.translate.meteor_score"), re.compile(rf"\w+(?:[{marks()}]+\w*)*|[^\w\s]")
     pairs = zip(texts(predictions, "meteor", "predictions"), several(references, "meteor"), strict=True)
     wordnet = _wordnet()
     scores = [

@@ -219,6 +219,8 @@ def followed(answer: str, instruction: str, arguments: dict[str, Any] | None) ->
     Raises:
         AlignError: there is no such instruction, or it has other arguments.
     """
+    if not isinstance(arguments or {}, dict):
+        raise AlignError(f"field kwargs: got {arguments!r:.40}, expected an object: the arguments of {instruction!r}")
     given = {key: value for key, value in (arguments or {}).items() if value is not None}
     instructions.check_arguments(instruction, given)
     try:
