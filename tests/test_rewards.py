@@ -253,6 +253,21 @@ class TestProtocol:
 
         assert RewardSet([greedy, words]).score(PROMPTS, COMPLETIONS, {}).components["words"] == [3, 1]
 
+    def test_nor_one_that_changes_what_is_in_them(self):
+        """Ids are what is trained on, and both completions have one row's cell."""
+
+        def greedy(prompts, completions, completion_ids, tests, **columns):
+            for prompt, completion, ids in zip(prompts, completions, completion_ids, strict=True):
+                prompt.append(completion.pop())
+                ids.clear()
+            return [len(cell.pop()) for cell in tests]
+
+        prompts, completions = ([[{"role": role, "content": text}] for text in "ab"] for role in ("user", "assistant"))
+        ids, cell = [[5, 2], [6, 2]], ["one", "two"]
+        found = RewardSet([greedy, words]).score(prompts, completions, {"tests": [cell, cell]}, ids)
+        assert found.components == {"greedy": [3, 3], "words": [1, 1]}
+        assert (ids, cell, prompts[0]) == ([[5, 2], [6, 2]], ["one", "two"], [{"role": "user", "content": "a"}])
+
     def test_async_functions_run_together(self):
         both_started = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import inspect
 import math
@@ -41,7 +42,12 @@ def arguments_for(name: str, function: RewardFunction, own: Mapping[str, Any], c
             raise AlignError(f"reward {name!r} needs a column {p.name!r}{near_miss(p.name, columns)}; the rows have: {known}")
     if not takes_any(parameters):
         passed = {key: value for key, value in passed.items() if key in parameters}
-    return {key: value if value is None else list(value) for key, value in passed.items()}
+    return {key: value if value is None else _copies(key, value) for key, value in passed.items()}
+
+
+def _copies(key: str, value: Any) -> list[Any]:
+    """One for each cell: completions of one prompt share its cells."""
+    return [*map(copy.copy if key == "completion_ids" else copy.deepcopy, value)]  # numbers need no deep copy, which takes long
 
 
 def call(name: str, function: RewardFunction, arguments: Mapping[str, Any], timeout: float | None) -> Any:
