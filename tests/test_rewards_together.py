@@ -35,6 +35,19 @@ def hangs(completions, **columns):
             time.sleep(0.01)
         except Exception:
             pass
+def swallows(completions, **columns):
+    scores = []
+    for _ in completions:
+        try:
+            time.sleep(2)
+            scores.append(1.0)
+        except:
+            scores.append(0.0)
+    return scores
+def cancelled(completions, **columns):
+    import asyncio
+    raise asyncio.CancelledError("the judge hung up")
+async def cancelled_async(completions, **columns): cancelled(completions)
 async def hangs_async(completions, **columns):
     import asyncio
     await asyncio.sleep(60)
@@ -156,6 +169,9 @@ BROKEN = {
     "leaves": "reward 'leaves' raised SystemExit: 3",
     "leaves_async": "reward 'leaves_async' raised SystemExit: 3",
     "hangs": "reward 'hangs' took more than its timeout of 0.1 s",
+    "swallows": "reward 'swallows' took more than its timeout of 0.1 s",
+    "cancelled": "reward 'cancelled' raised CancelledError: the judge hung up",
+    "cancelled_async": "reward 'cancelled_async' raised CancelledError: the judge hung up",
     "hangs_async": "reward 'hangs_async' took more than its timeout of 0.1 s",
     "backtracks": "reward 'backtracks' took more than its timeout of 0.1 s",
     "nothing": "reward 'nothing' returned None; expected a list of 4 numbers",

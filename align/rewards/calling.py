@@ -27,8 +27,16 @@ class _TimeIsUp(BaseException):
     """Not an Exception, which the function itself might catch."""
 
 
+AGAIN = 0.1
+"""Seconds until an alarm rings again."""
+
+RAISED = (Exception, SystemExit, asyncio.CancelledError)
+"""What a function of somebody's own may raise without ending the run: not Ctrl-C. The last is that of a client which gave up."""
+
+
 def arguments_for(name: str, function: RewardFunction, own: Mapping[str, Any], columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies of the lists that the function's signature takes.
+    """Copies of the lists that the function's signature takes, and of what is in them: ids are what is trained on, and a column's
+    cells come again with each completion and each epoch.
 
     Raises:
         AlignError: it needs a column that is not there.
@@ -63,7 +71,7 @@ def call(name: str, function: RewardFunction, arguments: Mapping[str, Any], time
         raise
     except _TimeIsUp:
         raise Failure(_too_long(name, timeout)) from None
-    except (Exception, SystemExit) as error:  # a function of somebody's own does not end the run
+    except RAISED as error:
         raise raised(name, error) from error
 
 
@@ -79,18 +87,22 @@ def _too_long(name: str, timeout: float | None) -> str:
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
     """`work`'s result, unless it takes more than `seconds`.
 
-    On the main thread an alarm ends it, wherever it is in Python (a loop, a sleep, a regular expression). Elsewhere, and on
-    Windows, it runs on a thread that is left behind when time is up.
+    On the main thread an alarm ends it, wherever it is in Python (a loop, a sleep, a regular expression). It rings until it is
+    heard: a bare ``except`` in a loop catches it. Elsewhere, and on Windows, it runs on a thread that is left behind when time is
+    up.
     """
     if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
-        with _alarm(seconds):
-            return work()
+        with _alarm(seconds) as rung:
+            result = work()
+        if rung:
+            raise _TimeIsUp
+        return result
     results: list[Any] = []
 
     def run() -> None:
         try:
             results.append((work(), None))
-        except (Exception, SystemExit) as error:
+        except RAISED as error:
             results.append((None, error))
 
     thread = threading.Thread(target=run, daemon=True, name="align-reward")
@@ -105,15 +117,22 @@ def _within(seconds: float, work: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
+def _alarm(seconds: float) -> Iterator[list[int]]:
+    rung: list[int] = []
+    over = False
+
     def ring(number: int, frame: Any) -> None:
-        raise _TimeIsUp
+        if not over:
+            rung.append(number)
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+            raise _TimeIsUp
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        yield
+        yield rung
     finally:
+        over = True
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
@@ -135,7 +154,7 @@ def await_all(pending: Mapping[str, tuple[Awaitable[Any], float | None]]) -> dic
                 return await awaitable
         except AlignError as error:
             return error
-        except (Exception, SystemExit) as error:
+        except RAISED as error:
             failure = Failure(_too_long(name, timeout)) if timeout is not None and limit.expired() else raised(name, error)
             failure.__cause__ = error
             return failure
