@@ -44,6 +44,20 @@ def test_json_valid():
         (r"$\boxed{1{,}000}$ or \boxed{1,000}", "1000"),
         (r"\boxed{x + 1}", "x+1"),
         (r"\boxed{\left( 1, 2 \right)}", r"\boxed{(1,2)}"),
+        # the cell is the answer itself, as in MATH
+        (r"\boxed{90^\circ}", r"90^\circ"),
+        (r"\boxed{90^{\circ}}", "90"),
+        (r"\boxed{(1,2)}", "(1, 2)"),
+        (r"\boxed{[0,\infty)}", r"[0,\infty)"),
+        (r"\boxed{x^2+1}", "x^2 + 1"),
+        (r"\boxed{x=5}", "x = 5"),
+        (r"\boxed{5\text{ cm}^2}", "5"),
+        (r"\boxed{60 km/h}", "60"),
+        (r"\boxed{\text{Monday}}", "Monday"),
+        (r"\boxed{\frac12}", "0.5"),
+        (r"\boxed{0.5}", r"\tfrac12"),
+        (r"\boxed{10000}", r"10,\!000"),
+        (r"\boxed{10\,000}", "10,000"),
         # words
         ("The answer is 5, not 6.", "5"),
         ("Answer: $1,250.50 in 3 parts", "1250.5"),
@@ -70,7 +84,20 @@ def test_math_answer_finds_the_final_number(text, wanted):
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [("", "3"), ("no idea", "3"), ("3.01", "3"), ("#### 30", "3"), ("3 1", "3"), (r"\boxed{x}", "y"), ("1/0", "1"), ("-3", "3")],
+    [
+        *[
+            ("", "3"),
+            ("no idea", "3"),
+            ("3.01", "3"),
+            ("#### 30", "3"),
+            ("3 1", "3"),
+            (r"\boxed{x}", "y"),
+            ("1/0", "1"),
+            ("-3", "3"),
+        ],
+        *[(r"\boxed{y + 1}", "x+1"), (r"\boxed{3}", r"\sqrt{3}"), (r"\boxed{2}", r"\frac{\pi}{2}"), ("2", "(1, 2)")],
+        (r"\boxed{2y}", "2x"),
+    ],
 )
 def test_math_answer_is_not_taken_in(text, wanted):
     assert load_reward("math_answer")([text], [wanted]) == [0]

@@ -12,7 +12,7 @@ NUMBER = re.compile(
     r"""(?<![\w.])                                  # not within a word, as the 3 of x3
     (?P<sign>[-+−]\s?)?
     [$€£]?
-    (?:\\d?t?frac\{\s*(?P<tex_top>-?(?:\d+(?:\.\d*)?|\.\d+))\s*\}\{\s*(?P<tex_bottom>\d+(?:\.\d*)?|\.\d+)\s*\}
+    (?:\\[cdt]?frac\{\s*(?P<tex_top>-?(?:\d+(?:\.\d*)?|\.\d+))\s*\}\{\s*(?P<tex_bottom>\d+(?:\.\d*)?|\.\d+)\s*\}
       |(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)
        (?:[eE](?P<power>[-+]?\d+))?
        (?:\s?/\s?(?P<bottom>\d+(?:\.\d+)?))?
@@ -21,6 +21,12 @@ NUMBER = re.compile(
 )
 MARKED = (re.compile(r"####[ \t]*(.+)"), re.compile(r"\b(?:final answer|answer)\b(?:\s+is\b|\s*[:=])\s*(.+)", re.IGNORECASE))
 """What announces the final number: GSM8K's mark, then words."""
+UNIT = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{[^{}]*\}(?:\^\{?\d\}?)?|\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\?%|\\\$|\\[ ~]")
+"""What may stand around a number, in LaTeX."""
+MATHS = re.compile(r"[=(),;^+*_|<>!\[\]{}\\]|(?<![a-zA-Z])[-−/]|[-−/](?![a-zA-Z])|\b[xyz]\b")
+"""What makes an expression of a number. A slash or hyphen between letters is one of a unit (km/h)."""
+PROSE = re.compile(r"[^\W\d_]{2,}\s+[^\W\d_]{2,}")
+"""Two words."""
 LONGEST = 600
 """Characters of a number. A longer one is compared as text: Python refuses to read a few thousand digits."""
 
@@ -31,14 +37,14 @@ def math_answer(completions: list, answer: list, *, tolerance: float = 1e-6, **c
 
     The final number is what ``#### N`` marks, else what stands in the last ``\\boxed{}``, else what follows the last "answer is" or
     "answer:", else the last number. Thousands commas, signs of currency and units around it do not count; fractions (3/4,
-    ``\\frac{3}{4}``) are numbers. A boxed answer that holds no number (x + 1) must be the same text as `answer`, white space apart;
-    so must a number of more than 600 characters.
+    ``\\frac{3}{4}``, ``\\frac34``) are numbers. A boxed answer that is not one number (x + 1, an interval) must be the same text as
+    `answer`, white space apart; so must a number of more than 600 characters.
 
     Args:
         tolerance: largest relative difference, for 0.333333 and 1/3.
     """
     return [
-        None if wanted is None else float(_same(final_answer(text_of(completion)), _wanted(wanted), tolerance))
+        None if wanted is None else float(_right(text_of(completion), str(wanted), tolerance))
         for completion, wanted in zip(completions, answer, strict=True)
     ]
 
@@ -50,9 +56,7 @@ def final_answer(text: str) -> Fraction | str | None:
         return numbers[0]
     boxed = _last_boxed(text)
     if boxed is not None:
-        numbers = _numbers(boxed)
-        # One number and perhaps a unit; (1, 2) and x = 1 are compared as text.
-        return numbers[0] if len(numbers) == 1 and not re.search(r"[=(),;^]", NUMBER.sub("", boxed)) else _squeezed(boxed)
+        return _held(boxed)
     for line in reversed(MARKED[1].findall(text)):
         if numbers := _numbers(line):
             return numbers[0]
@@ -60,18 +64,43 @@ def final_answer(text: str) -> Fraction | str | None:
     return numbers[-1] if numbers else None
 
 
-def _wanted(answer: Any) -> Fraction | str:
-    found = final_answer(str(answer))
-    return _squeezed(str(answer)) if found is None else found
+def _held(text: str) -> Fraction | str:
+    """The number that `text` is, perhaps with a unit; (1, 2), x = 1 and x + 1 are no numbers but the text."""
+    tidied = UNIT.sub(" ", _tidied(text))
+    numbers, match = _numbers(tidied), NUMBER.search(tidied)
+    if match is None or len(numbers) != 1:
+        return _squeezed(text)
+    before, after = tidied[: match.start()], tidied[match.end() :]
+    alone = not (match["sign"] and before.strip(" $")) and not MATHS.search(f"{before} 0 {after}")
+    return numbers[0] if alone else _squeezed(text)
 
 
-def _same(found: Fraction | str | None, wanted: Fraction | str, tolerance: float) -> bool:
+def _wanted(answer: str) -> Fraction | str:
+    """A column holds the answer itself, or a worked one, in which it is found as in a completion."""
+    marked = "####" in answer or "\\boxed{" in answer or MARKED[1].search(answer)
+    if marked or "\n" in answer.strip() or PROSE.search(re.sub(r"\\\w+", "", answer)):
+        found = final_answer(answer)
+        return _squeezed(answer) if found is None else found
+    return _held(answer.rpartition("=")[2])
+
+
+def _right(completion: str, answer: str, tolerance: float) -> bool:
+    found, wanted = final_answer(completion), _wanted(answer)
     if isinstance(found, Fraction) and isinstance(wanted, Fraction):
         return abs(found - wanted) <= Fraction(tolerance) * abs(wanted)
-    return found == wanted
+    return found is not None and found in (wanted, _squeezed(answer))
+
+
+def _tidied(text: str) -> str:
+    """`text` without the spaces that LaTeX sets between thousands, and with braces around both digits of a short fraction."""
+    text = re.sub(r"\{,\}|,\\!", ",", text)
+    text = re.sub(r"(?<=\d)\\,(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"(\\[cdt]?frac)\s*(\d)", r"\1{\2}", text)
+    return re.sub(r"(\\[cdt]?frac\{[^{}]*\})\s*(\d)", r"\1{\2}", text)
 
 
 def _numbers(text: str) -> list[Fraction | str]:
+    text = _tidied(text)
     found: list[Fraction | str] = []
     for match in NUMBER.finditer(text):
         if len(match[0]) > LONGEST:
@@ -105,5 +134,6 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _squeezed(text: str) -> str:
-    """Without white space and the commands that only set it."""
-    return re.sub(r"\s+|\\(?:left|right|,|;|!)|\$", "", text)
+    """Without white space and the commands that only set it, or type."""
+    text = re.sub(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}", r"\1", _tidied(text))
+    return re.sub(r"\s+|\\(?:left|right|,|;|!)|\$", "", text).replace("dfrac", "frac").replace("tfrac", "frac")
