@@ -98,6 +98,8 @@ class AttentionPlan:
         """Cells of the row (cells,) that hold learned keys and values instead of their tokens', and those, (1, heads, n, dim), for
         each layer; n divides the cells.
         """
+        self.read: tuple[object, Tensor] | None = None
+        """Who answers at some of the tokens alone, and at which (rows,); see `align.last_layer`."""
         self._windowed: dict[int, Buckets] = {}
 
     @cached_property
@@ -131,7 +133,9 @@ class AttentionPlan:
             else Segment(place[s.start], s.length, place[s.prefix_start] - count, s.prefix_length + count)
             for s in self.segments
         )
-        return AttentionPlan(Layout(segments, positions, self.longest + count)), slots, kept
+        plan = AttentionPlan(Layout(segments, positions, self.longest + count))
+        plan.read = None if self.read is None else (self.read[0], kept[self.read[1]])
+        return plan, slots, kept
 
     @cached_property
     def runs(self) -> Runs:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from align import last_layer
 from align.attention import FOREST, AttentionPlan
 from align.errors import AlignError
 from align.forest import Forest, Tree, pad, plant
@@ -64,7 +65,9 @@ def enable_forest(model: nn.Module, longest: int | None = None) -> str | None:
         raise AlignError(f"{type(base).__name__} is an encoder and a decoder; take a decoder alone, as Llama, Qwen or GPT-2")
     if longest is not None:
         check_reach(model, longest)
-    by_onednn(trunk_of(base))
+    trunk = trunk_of(base)
+    by_onednn(trunk)
+    last_layer.answer_everywhere(trunk)
     model.forward = MethodType(_forward, model)
     with _evaluating(model), short_windows(base, longest):
         try:
@@ -88,18 +91,24 @@ def enable_forest(model: nn.Module, longest: int | None = None) -> str | None:
             except PROBE_ERRORS as error:
                 reason = _line(error)
         if reason is None:
+            last_layer.answer_where_read(trunk)
+            if _problem(probe):  # its feed-forward block does not treat each token by itself
+                last_layer.answer_everywhere(trunk)
             return None
         base.set_attn_implementation(before)
         model.forest_padded = True  # type: ignore[assignment]
-        try:
-            problem = probe.problem()
-        except PROBE_ERRORS as error:
-            problem = _line(error)
-        if problem:
+        if problem := _problem(probe):
             raise AlignError(
                 f"{type(base).__name__} can be trained neither on the forest ({reason}) nor on padded rows ({problem})"
             )
     return reason
+
+
+def _problem(probe: _Probe) -> str | None:
+    try:
+        return probe.problem()
+    except PROBE_ERRORS as error:
+        return _line(error)
 
 
 def _line(error: Exception) -> str:
@@ -176,9 +185,11 @@ def _forward(
     if forest is None:
         return type(self).forward(self, *args, **kwargs)
     base = base_model(self)
-    hidden, sources, ends = _hidden_states(base, forest, padded=bool(self.forest_padded))
     if score_head is None and hasattr(base, "score"):
         score_head, with_logps = base.score, language_head is not None
+    scored = forest.sources if read == "sources" else forest.ends
+    everything = [*([forest.sources] if with_logps else []), *([] if score_head is None else [scored])]
+    hidden, sources, ends = _hidden_states(base, forest, torch.cat(everything), padded=bool(self.forest_padded))
     values = None if score_head is None else score_head(rows_at(hidden, sources if read == "sources" else ends)).squeeze(-1).float()
     if not with_logps:
         return values
@@ -193,20 +204,24 @@ def trunk_of(base: Any) -> Any:
     return getattr(base, "model", base) if base.base_model is base else base.base_model
 
 
-def _hidden_states(base: Any, forest: Forest, *, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Last hidden states (rows, hidden), and where in them the forest's sources and ends lie."""
+def _hidden_states(base: Any, forest: Forest, read: Tensor, *, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Last hidden states (rows, hidden), and where in them the forest's sources and ends lie. Those of the tokens `read` (n,) are
+    right; others need not be.
+    """
     if padded:
         batch = pad(forest)
         output = trunk_of(base)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         return output.last_hidden_state.flatten(0, 1), batch.sources, batch.ends
     # A four-dimensional mask is taken as ready-made by transformers, which would otherwise build one of (tokens, tokens).
     no_mask = torch.empty(1, 1, 0, 0, device=forest.input_ids.device)
-    output = trunk_of(base)(
+    trunk, plan = trunk_of(base), AttentionPlan(forest)
+    plan.read = last_layer.read_at(trunk, read, forest.tokens)
+    output = trunk(
         input_ids=forest.input_ids[None],
         position_ids=forest.position_ids[None],
         attention_mask=no_mask,
         use_cache=False,
-        forest=AttentionPlan(forest),
+        forest=plan,
     )
     return output.last_hidden_state[0], forest.sources, forest.ends
 
