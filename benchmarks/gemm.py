@@ -25,6 +25,8 @@ class Arithmetic:
 
     linears: Counter[Shape]
     """Linear layers of the body and how many there are of each shape."""
+    last_block: Counter[Shape]
+    """Those of them in the last layer's feed-forward block."""
     head: Shape
     layers: int
     attention_width: int
@@ -39,7 +41,8 @@ class Arithmetic:
         linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
         heads = model.config.num_attention_heads
         return cls(
-            Counter((layer.in_features, layer.out_features) for layer in linears),
+            _shapes(linears),
+            _shapes(module for module in model.model.layers[-1].mlp.modules() if isinstance(module, nn.Linear)),
             (head.in_features, head.out_features),
             model.config.num_hidden_layers,
             heads * (getattr(model.config, "head_dim", None) or model.config.hidden_size // heads),
@@ -50,19 +53,35 @@ class Arithmetic:
         """At how many positions the head is needed."""
         return len(tree.branches) if self.head_at_ends else tree.targets
 
+    def read(self, tree: Tree) -> int:
+        """How many tokens' answers are needed: the first of each branch comes from the prompt's last."""
+        if self.head_at_ends:
+            return len(tree.branches)
+        return tree.targets - max(len(tree.branches) - 1, 0) * bool(tree.prompt)
+
     def forward(self, tree: Tree) -> float:
-        """Operations of a forward pass: each unique token once, attention over the keys that are seen, the head where it is read.
+        """Operations of a forward pass: each unique token once, attention over the keys that are seen, the last layer's
+        feed-forward block and the head where they are read.
 
         A multiplication with its addition counts as two.
         """
-        body = sum(n * inputs * outputs for (inputs, outputs), n in self.linears.items())
+        last = _size(self.last_block)
+        body = tree.tokens * (_size(self.linears) - last) + self.read(tree) * last
         # Scores and the weighted sum of values: two products per query, key and channel.
         attention = 2 * keys_seen(tree) * self.attention_width * self.layers
-        return 2.0 * (tree.tokens * body + attention + self.head_rows(tree) * self.head[0] * self.head[1])
+        return 2.0 * (body + attention + self.head_rows(tree) * self.head[0] * self.head[1])
 
     def training(self, trees: Iterable[Tree], *, reference: bool) -> float:
         """Forward and backward (twice the forward), and one forward more for a reference."""
         return (4 if reference else 3) * sum(map(self.forward, trees))
+
+
+def _shapes(layers: Iterable[Any]) -> Counter[Shape]:
+    return Counter((layer.in_features, layer.out_features) for layer in layers)
+
+
+def _size(shapes: Counter[Shape]) -> int:
+    return sum(n * inputs * outputs for (inputs, outputs), n in shapes.items())
 
 
 def keys_seen(tree: Tree) -> int:

@@ -54,12 +54,12 @@ def test_arithmetic_of_a_hand_counted_model():
     """Heads are 4 wide, so keys and values have 8 channels. Each layer: query and output 16 x 16, key and value 16 x 8, gate and
     up 16 x 24, down 24 x 16: 2 * 256 + 2 * 128 + 3 * 384 = 1920 weights. Two layers: 3840.
 
-    Forward on `PAIR`, 6 tokens with 3 targets: 2 * 6 * 3840 for the body, 2 layers * 2 products * 2 * 19 keys * 16 for attention,
-    2 * 3 * 16 * 64 for the head.
+    Forward on `PAIR`, 6 tokens with 3 targets from 2 of them: 2 * 6 * 3840 for the body, less 4 tokens in the last 3 * 384,
+    2 layers * 2 products * 2 * 19 keys * 16 for attention, 2 * 3 * 16 * 64 for the head.
     """
     count = Arithmetic.of(work.Job("dpo", TINY, []))
     assert count.linears == Counter({(16, 16): 4, (16, 8): 4, (16, 24): 4, (24, 16): 2})
-    forward = 2 * 6 * 3840 + 2 * 2 * 2 * 19 * 16 + 2 * 3 * 16 * 64
+    forward = 2 * (6 * 3840 - 4 * 3 * 384) + 2 * 2 * 2 * 19 * 16 + 2 * 3 * 16 * 64
     assert count.forward(PAIR) == forward
     assert count.training([PAIR, PAIR], reference=False) == 2 * 3 * forward
     assert count.training([PAIR], reference=True) == 4 * forward
