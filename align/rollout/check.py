@@ -10,6 +10,7 @@ from torch import nn
 
 from align.engine import (
     PROBE_BOUNDS,
+    PROBE_ERRORS,
     PROBE_TOLERANCE,
     base_model,
     frequency_border,
@@ -64,7 +65,7 @@ def _probe(model: nn.Module) -> str | None:
             with rounding_twice(base):
                 noise = (_own_logps(base, rows.to(device)) - own).abs().mean().item()
             difference = (_engine_logps(model, rows) - own).abs().mean().item()
-    except (NotImplementedError, ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+    except (*PROBE_ERRORS, KeyError) as error:
         return f"a probe of it ended with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     finally:
         model.train(was_training)
