@@ -61,7 +61,7 @@ def patients(reference: str, registry: Registry | None = None) -> list[Patient]:
     if (alone := Patient.read(folder)) is not None:
         return [alone]
     latest: dict[str, Patient] = {}
-    for path in sorted(folder.iterdir(), key=_age):
+    for path in sorted(folder.iterdir(), key=_changed):
         if path.is_dir() and (found := Patient.read(path)) is not None:
             latest.pop(found.name, None)
             latest[found.name] = found
@@ -70,9 +70,10 @@ def patients(reference: str, registry: Registry | None = None) -> list[Patient]:
     return list(latest.values())
 
 
-def _age(path: Path) -> float:
-    manifest = path / "metrics.jsonl"
-    return manifest.stat().st_mtime if manifest.is_file() else path.stat().st_mtime
+def _changed(path: Path) -> float:
+    """When the stage in `path` last logged something (seconds since 1970); of a folder without a history, when it changed."""
+    history = path / "metrics.jsonl"
+    return history.stat().st_mtime if history.is_file() else path.stat().st_mtime
 
 
 def diagnose(found: Sequence[Patient]) -> dict[str, list[Finding]]:
@@ -82,7 +83,7 @@ def diagnose(found: Sequence[Patient]) -> dict[str, list[Finding]]:
 
 def cases(found: Sequence[Patient]) -> list[Case]:
     """What the rules need to know of each stage, what the run's evaluations say of it included."""
-    measured, of_parent = _evaluations(found)
+    measured = _evaluations(found)
     return [
         Case(
             patient.name,
@@ -92,22 +93,22 @@ def cases(found: Sequence[Patient]) -> list[Case]:
             patient.folder,
             metrics=patient.artifact.metrics if patient.artifact is not None else {},
             measured=measured.get(patient.name, {}),
-            reference=of_parent.get(str(patient.config.get("model")), {}),
+            reference=measured.get(str(patient.config.get("model")), {}),
             curvature=json_record(patient.folder / CURVATURE),
         )
         for patient in found
     ]
 
 
-def _evaluations(found: Sequence[Patient]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metrics of each model that an evaluation of the run measured, by what the evaluation's config calls it."""
+def _evaluations(found: Sequence[Patient]) -> dict[str, dict[str, Any]]:
+    """Metrics of each model that an evaluation of the run measured, by the reference that the evaluation's config has of it."""
     measured: dict[str, dict[str, Any]] = {}
     for patient in found:
         models = patient.artifact.metrics.get("models") if patient.artifact is not None else None
         if isinstance(models, dict):
             for label, reference in (patient.config.get("models") or {}).items():
                 measured[reference] = {**measured.get(reference, {}), **models.get(label, {})}
-    return measured, measured
+    return measured
 
 
 def verdict(findings: Sequence[Finding]) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.artifact import write_atomically
 from align.data import load_rows, split_by_prompt
 from align.errors import AlignError
 from align.preflight.cards import Machine
@@ -17,6 +16,7 @@ from align.preflight.estimate import Estimate, estimate
 from align.preflight.show import Piece, html, paths
 from align.preflight.subject import ROWS, NotYet, Planned, Subject, subject
 from align.progress import say
+from align.runner.files import write_atomically
 from align.schema import Row
 
 

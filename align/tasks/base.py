@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from align.artifact import write_atomically
 from align.catalog import Catalog
 from align.errors import AlignError
 from align.metrics import columns_of, measure
 from align.metrics.base import check
 from align.models import load_model
 from align.progress import say
+from align.runner.files import write_atomically
 
 TASK_FILE = "task.json"
 """In a trained model's folder: which task it does, with which labels and arguments."""
