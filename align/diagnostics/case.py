@@ -88,8 +88,15 @@ class Case:
         """The change that trains `factor` times as long."""
         if int(self.config.get("max_steps") or -1) > 0:
             return {"max_steps": max(1, round(self.config["max_steps"] * factor))}
-        epochs = float(self.config.get("num_train_epochs", 1.0)) * factor
-        return {"num_train_epochs": float(f"{epochs:.2g}")}
+        return {"num_train_epochs": rounded(float(self.config.get("num_train_epochs", 1.0)) * factor)}
+
+    def slower(self, factor: float) -> dict[str, Any]:
+        """The change that trains at a learning rate `factor` times lower."""
+        return {"learning_rate": rounded(self.learning_rate / factor)}
+
+    def closer(self, factor: float) -> dict[str, Any]:
+        """The change that makes a policy pay `factor` times as much for leaving its reference."""
+        return {"kl_coef": rounded(max(float(self.config.get("kl_coef", 0.05)), 0.02) * factor)}
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,11 @@ class Diagnosis:
     """The knob to turn."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the stage and their suggested values; empty where no field mends it."""
+
+
+def rounded(value: float) -> float:
+    """`value` to two digits: no suggestion is more exact."""
+    return float(f"{value:.2g}")
 
 
 def figure(value: float) -> str:

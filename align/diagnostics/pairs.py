@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from align.diagnostics.case import PAIRS, Case, Diagnosis, rule
+from align.diagnostics.case import PAIRS, Case, Diagnosis, rounded, rule
 
 CHANCE, COIN = 0.6, math.log(2)
 """Share of held-out pairs ranked right, and the loss of a coin, that a model which learned nothing does not beat."""
@@ -35,7 +35,7 @@ def chance(case: Case) -> Diagnosis | None:
         else f"it ranks {train.tail():.0%} of its own training pairs right: the labels contradict each other, or it cannot see "
         "what they are about"
     )
-    changes = case.longer(0.3) if learned else {"learning_rate": float(f"{case.learning_rate * 5:.1e}")}
+    changes = case.longer(0.3) if learned else {"learning_rate": rounded(case.learning_rate * 5)}
     return Diagnosis(
         {"held_out_accuracy": held.last, "train_accuracy": train.tail()},
         cause,
@@ -92,7 +92,7 @@ def both_logps_fall(case: Case) -> Diagnosis | None:
     fall, other = chosen.first - chosen.last, rejected.first - rejected.last
     if fall < FALL_NATS or fall < FALL_SHARE * abs(chosen.first) or other < fall:
         return None
-    changes: dict[str, Any] = {"learning_rate": float(f"{case.learning_rate / 3:.1e}")}
+    changes = case.slower(3)
     if case.config.get("loss", "dpo") == "dpo" and not case.config.get("label_smoothing"):
         changes |= {"loss": "rpo", "rpo_alpha": 1.0}
     return Diagnosis(
@@ -142,7 +142,7 @@ def _saturation(case: Case, accuracy: str, margin: str) -> Diagnosis | None:
         return None
     step = smooth.steps[first]
     share = max(0.1, step / smooth.steps[-1])
-    changes = case.longer(float(f"{share:.2g}")) | {"learning_rate": float(f"{case.learning_rate / 2:.1e}")}
+    changes = case.longer(rounded(share)) | case.slower(2)
     return Diagnosis(
         {"margin": margins.tail(), "loss": loss.tail(), "accuracy": right.tail(), "saturated_at_step": step},
         f"from step {step:.0f} on the loss is under {SATURATED_LOSS} and every pair right, with a margin of {margins.tail():.1f}: "

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from align.diagnostics.case import Case, Diagnosis, rule
+from align.diagnostics.case import Case, Diagnosis, rounded, rule
 from align.diagnostics.series import Series
 from align.rewards.spec import RewardSpec
 
@@ -79,7 +79,7 @@ def reward_hacking(case: Case) -> Diagnosis | None:
                 f"the paid score went from {before:.3g} to {paid.tail():.3g} while {watched.name}, which nobody pays for, fell "
                 f"from {watched.before:.3g}{since} to {watched.after:.3g}: the policy found what the score does not see",
                 "pull harder to the reference (kl_coef), train for fewer episodes, and mend the reward: pay for what fell",
-                _closer(case, 10.0) | _pay(case, watched.name),
+                case.closer(10.0) | _pay(case, watched.name),
             )
     return None
 
@@ -143,15 +143,6 @@ def _pay(case: Case, name: str) -> dict[str, Any]:
     return {"reward_funcs": [replace(s, weight=most if reward_name(s) == name else s.weight).plain() for s in specs]}
 
 
-def _closer(case: Case, factor: float) -> dict[str, Any]:
-    """The change that holds the policy closer to its reference."""
-    return {"kl_coef": float(f"{max(float(case.config.get('kl_coef', 0.05)), 0.02) * factor:.2g}")}
-
-
-def _slower(case: Case, factor: float) -> dict[str, Any]:
-    return {"learning_rate": float(f"{case.learning_rate / factor:.1e}")}
-
-
 @rule(
     "ppo",
     verdict="unstable",
@@ -163,7 +154,7 @@ def clip_share(case: Case) -> Diagnosis | None:
     clipped = case.series("policy/clipfrac_avg")
     if len(clipped) < 4 or max(clipped.smoothed(3).values) < CLIPPED:
         return None
-    changes = _slower(case, 5.0)
+    changes = case.slower(5.0)
     if int(case.config.get("num_ppo_epochs", 1)) > 2:
         changes["num_ppo_epochs"] = 2
     return Diagnosis(
@@ -185,7 +176,7 @@ def length_drift(case: Case) -> Diagnosis | None:
     endless = len(cut) > 0 and cut.tail() > CUT > 2 * cut.head()
     if SHORTER <= ratio <= LONGER and not endless:
         return None
-    changes = _closer(case, 5.0) | _slower(case, 2.0)
+    changes = case.closer(5.0) | case.slower(2.0)
     if ratio > 1 or endless:
         changes["missing_eos_penalty"] = max(1.0, float(case.config.get("missing_eos_penalty") or 0.0) * 2)
     return Diagnosis(
@@ -206,7 +197,7 @@ def entropy_collapse(case: Case) -> Diagnosis | None:
     entropy = case.series("policy/entropy_avg")
     if len(entropy) < 5 or entropy.head() <= 0 or entropy.tail() > COLLAPSED * entropy.head():
         return None
-    changes = _closer(case, 5.0) | _slower(case, 3.0)
+    changes = case.closer(5.0) | case.slower(3.0)
     return Diagnosis(
         {"entropy_before": entropy.head(), "entropy_after": entropy.tail()},
         f"entropy fell from {entropy.head():.3g} to {entropy.tail():.3g} nats a token: every prompt gets the answer that scored "
@@ -225,7 +216,7 @@ def kl_blow_up(case: Case) -> Diagnosis | None:
     a_token = kl.tail() / max(length.tail(), 1.0)
     if a_token < KL_A_TOKEN:
         return None
-    changes = _closer(case, 5.0) | _slower(case, 5.0)
+    changes = case.closer(5.0) | case.slower(5.0)
     return Diagnosis(
         {"kl": kl.tail(), "kl_a_token": a_token, "kl_coef": float(case.config.get("kl_coef", 0.05))},
         f"{kl.tail():.1f} nats an answer, {a_token:.2f} a token, from the reference: the price of diverging is too low for the "
@@ -250,7 +241,7 @@ def value_blind(case: Case) -> Diagnosis | None:
         return None  # both learn at the same rate, and neither does
     rate = float(case.config.get("critic_learning_rate") or case.learning_rate)
     from_judge = case.config.get("reward_model") is not None and case.config.get("critic", "separate") != "shared"
-    changes = {"critic_learning_rate": float(f"{max(rate, case.learning_rate) * 10:.1e}")}
+    changes = {"critic_learning_rate": rounded(max(rate, case.learning_rate) * 10)}
     return Diagnosis(
         {
             "explained_variance": late.tail(0.5),
@@ -272,7 +263,7 @@ def policy_stands_still(case: Case) -> Diagnosis | None:
     kl, score = case.series("objective/kl"), case.series("objective/scores")
     if len(kl) < 5 or abs(kl.tail()) > STILL or score.tail() > score.head() + 2 * score.noise:
         return None
-    rate = float(f"{case.learning_rate * 100:.1e}")
+    rate = rounded(case.learning_rate * 100)
     return Diagnosis(
         {"kl": kl.tail(), "score_before": score.head(), "score_after": score.tail(), "learning_rate": case.learning_rate},
         f"{len(kl)} rounds moved the policy by {kl.tail():.2g} nats an answer",
@@ -294,5 +285,5 @@ def score_falls(case: Case) -> Diagnosis | None:
         {"score_before": score.head(), "score_after": score.tail()},
         f"the score fell from {score.head():.3g} to {score.tail():.3g}: the updates do not point where the score does",
         "lower learning_rate; look at the reward's sign and scale, and at missing_eos_penalty",
-        _slower(case, 5.0),
+        case.slower(5.0),
     )

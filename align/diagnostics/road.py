@@ -18,14 +18,12 @@ def forgetting(case: Case) -> Diagnosis | None:
     what, then, now = max(_before_and_after(case), key=lambda found: found[2] / found[1], default=("", 1.0, 0.0))
     if now < FORGOTTEN * then:
         return None
-    rate = float(f"{case.learning_rate / 5:.1e}")
-    changes: dict[str, Any] = {"learning_rate": rate}
-    if case.kind == "ppo":
-        changes["kl_coef"] = float(f"{max(float(case.config.get('kl_coef', 0.05)), 0.02) * 4:.2g}")
+    changes = case.slower(5) | (case.closer(4) if case.kind == "ppo" else {})
     return Diagnosis(
         {"perplexity_before": then, "perplexity_after": now, "learning_rate": case.learning_rate},
         f"perplexity on {what} went from {then:.2f} to {now:.2f}: what the model learned overwrote what it knew",
-        f"lower learning_rate to {rate:.1e}, train a LoRA adapter (use_peft), or mix rows of the earlier kind into the data",
+        f"lower learning_rate to {changes['learning_rate']:.1e}, train a LoRA adapter (use_peft), or mix rows of the earlier kind "
+        "into the data",
         changes,
     )
 
@@ -50,7 +48,7 @@ def length_exploited(case: Case) -> Diagnosis | None:
     now, then = case.measured.get("mean_completion_tokens"), case.reference.get("mean_completion_tokens")
     if not isinstance(now, int | float) or not isinstance(then, int | float) or now < WORDIER * then:
         return None
-    changes: dict[str, Any] = {"learning_rate": float(f"{case.learning_rate / 2:.1e}")}
+    changes = case.slower(2)
     if case.config.get("loss", "dpo") == "dpo" and not case.config.get("label_smoothing"):
         changes |= {"loss": "ld_dpo", "alpha": 0.0}
     return Diagnosis(

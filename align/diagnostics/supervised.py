@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from align.diagnostics.case import LANGUAGE, SUPERVISED, Case, Diagnosis, rule
+from align.diagnostics.case import LANGUAGE, SUPERVISED, Case, Diagnosis, rounded, rule
 from align.diagnostics.series import late_share, learned_by
 
 SET_BACK, SET_BACK_TRAIN, SMALL_RISE = 0.25, 0.1, 0.03
@@ -150,7 +150,7 @@ def _calm_rate(case: Case) -> float:
         at_best = rates.at(smooth.steps[smooth.lowest])
         if 0 < at_best < rate and rates.steps and smooth.steps[smooth.lowest] < rates.steps[-1] / 3:
             rate = max(at_best / 2, case.learning_rate / 50)
-    return float(f"{rate:.1e}")
+    return rounded(rate)
 
 
 def _edge(case: Case) -> float | None:
@@ -225,7 +225,7 @@ def learning_rate_too_low(case: Case) -> Diagnosis | None:
     if fall > 0.01 and late is not None and late < STILL_FALLING:
         return None  # it has arrived where it can get: there was little to learn
     factor = min(max(1.0 / max(fall, 1e-3), 5.0), 200.0)
-    rate = float(f"{case.learning_rate * factor:.1e}")
+    rate = rounded(case.learning_rate * factor)
     return Diagnosis(
         {"loss_before": before, "loss_after": after, "relative_fall": fall, "steps": steps, "learning_rate": case.learning_rate},
         f"{steps:.0f} steps moved the loss by {fall:.1%}: each of them is too small to matter",
