@@ -63,15 +63,11 @@ def length_biased(case: Case) -> Diagnosis | None:
     if held[liked].first >= LENGTH_RIGHT and held[disliked].first <= LENGTH_WRONG:
         return None  # it was so before training: without a reference, the shorter answer is often the likelier one
     reward = case.kind == "reward"
-    loss = case.config.get("loss", "dpo")
-    beta = float(case.config.get("beta") or 0.1)
     changes: dict[str, Any] = {}
-    if not reward and loss in ("dpo", "rpo", "robust", "hinge"):
-        changes = {"loss": "ld_dpo", "alpha": 0.0, "beta": beta}
-    if changes and case.config.get("rpo_alpha") is not None:
-        changes["rpo_alpha"] = None
-    if changes and case.config.get("label_smoothing") is not None:
-        changes["label_smoothing"] = None
+    if not reward and case.config.get("loss", "dpo") in ("dpo", "rpo", "robust", "hinge"):
+        changes = {"loss": "ld_dpo", "alpha": 0.0, "beta": float(case.config.get("beta") or 0.1)}
+        # Parameters of the old loss that the new one does not take.
+        changes |= {name: None for name in ("rpo_alpha", "label_smoothing") if case.config.get(name) is not None}
     return Diagnosis(
         {"right_if_chosen_is_longer": longer, "right_if_chosen_is_shorter": shorter},
         f"it ranks {max(longer, shorter):.0%} of the pairs right whose {side} answer was chosen, and "
@@ -122,23 +118,14 @@ def saturated(case: Case) -> Diagnosis | None:
 
 
 def _saturation(case: Case, accuracy: str, margin: str) -> Diagnosis | None:
+    """What both of them say. Only a loss that is the logarithm of a sigmoid tells by its size that no gradient is left."""
     loss, right, margins = case.loss, case.series(accuracy), case.series(margin)
-    if len(loss) < 8 or not len(right) or not len(margins):
+    logistic = case.kind == "reward" or case.config.get("loss", "dpo") in ("dpo", "robust", "dpo_norm", "ld_dpo", "simpo")
+    if not logistic or len(loss) < 8 or not len(right) or not len(margins):
         return None
-    plain = (
-        loss
-        if case.kind == "reward" or case.config.get("loss", "dpo") in ("dpo", "robust", "dpo_norm", "ld_dpo", "simpo")
-        else None
-    )
-    smooth = (plain or loss).smoothed(3)
+    smooth = loss.smoothed(3)
     first = next((i for i, value in enumerate(smooth.values) if value < SATURATED_LOSS), None)
-    if (
-        plain is None
-        or first is None
-        or first > SATURATED_HALF * len(smooth)
-        or right.tail() < 0.99
-        or loss.tail() > SATURATED_LOSS
-    ):
+    if first is None or first > SATURATED_HALF * len(smooth) or right.tail() < 0.99 or loss.tail() > SATURATED_LOSS:
         return None
     step = smooth.steps[first]
     share = max(0.1, step / smooth.steps[-1])
