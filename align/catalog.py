@@ -61,18 +61,7 @@ class Catalog(Generic[Entry]):
         Raises:
             AlignError: no such entry, or it takes other arguments.
         """
-        match = re.fullmatch(r"([^()]+)(\(.*\))?", spec.strip(), re.DOTALL)
-        name, arguments = (match[1].strip(), match[2] or "()") if match else (spec, "()")
-        self[name]
-        try:
-            call = ast.parse(f"f{arguments}", mode="eval").body
-            if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
-                raise ValueError("only key=value arguments")
-            values = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-        except (SyntaxError, ValueError) as error:
-            raise AlignError(
-                f"{self.kind} {spec!r}: its arguments must read (key=value, ...) with plain values: {error}"
-            ) from error
+        name, values = parse_call(spec, self.kind)
         self.check_arguments(name, values)
         return name, values
 
