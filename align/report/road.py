@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from align.artifact import Artifact
 from align.diagnostics.doctor import Patient
 from align.runner.locks import is_locked
+from align.runner.view import status_of
 
 BOX, GAP = (148, 62), (52, 18)
 """Width and height of a box, and the space between boxes, in pixels."""
@@ -37,25 +37,16 @@ def stops(out: Path, stages: Mapping[str, Artifact]) -> list[Stop]:
     for folder in sorted(out.iterdir()) if out.is_dir() else ():
         patient = Patient.read(folder) if folder.is_dir() and folder.resolve() not in known else None
         if patient is not None and patient.artifact is None and patient.name not in stages:
-            state = status(folder).get("state", "not finished")
+            state = status_of(folder).get("state", "not finished")
             if state == "running" and not is_locked(folder):  # who was killed cannot say so
                 state = "interrupted"
             found.append(Stop(patient.name, patient.kind, state, None, memory(folder), needs(patient.config, stages)))
     return found
 
 
-def status(folder: Path) -> dict[str, Any]:
-    """What the process of the stage in `folder` last said of itself, where it did."""
-    path = folder.parent / "logs" / f"{folder.name}.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
 def memory(folder: Path) -> float | None:
     """The most memory (GB) that the stage's process used, where it was measured."""
-    value = status(folder).get("memory_gb")
+    value = status_of(folder).get("memory_gb")
     return float(value) if isinstance(value, int | float) else None
 
 

@@ -22,6 +22,11 @@ def read_status(path: Path) -> dict[str, Any]:
         return {}
 
 
+def status_of(folder: Path) -> dict[str, Any]:
+    """`read_status` of the stage in `folder`: what its process, on the first of several machines, last said of itself."""
+    return read_status(folder.parent / "logs" / f"{folder.name}.json")
+
+
 class View:
     """Bars at the bottom of the terminal, one a stage; lines are said above them."""
 

@@ -34,7 +34,7 @@ from align.runner.launch import is_first_machine, is_main_process, launched, mac
 from align.runner.locks import is_locked, lock
 from align.runner.plan import Step
 from align.runner.stop import Stopped, listen, saving_first
-from align.runner.view import read_status
+from align.runner.view import status_of
 from align.stages import Stage, stages
 from align.stages.base import Context
 
@@ -182,7 +182,7 @@ def _await(draft: Artifact, before: Artifact | None) -> Artifact:
             done = None
         if done is not None and done != before:
             return done
-        state = read_status(folder.parent / "logs" / f"{folder.name}.json").get("state")
+        state = status_of(folder).get("state")
         if state is None or (state == "running" and is_locked(folder)):
             quiet_since = time.monotonic()
         elif time.monotonic() - quiet_since > PATIENCE:
