@@ -36,11 +36,16 @@ def is_adapter(path: str) -> bool:
     return (Path(path) / "adapter_config.json").is_file()
 
 
+def adapter_config(path: str) -> dict[str, Any] | None:
+    """What the adapter in the folder `path` says of itself (``base_model_name_or_path``, ``task_type`` …); None without one."""
+    return json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8")) if is_adapter(path) else None
+
+
 def adapter_base(path: str) -> str:
     """The base that the adapter in the folder `path` names. Where that was a folder and is gone, the two may have been moved
     together: it is the folder of that name within the adapter's, or beside it.
     """
-    named = str(json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+    named = str((adapter_config(path) or {})["base_model_name_or_path"])
     if not Path(named).is_absolute() or Path(named).is_dir():
         return named
     here = Path(path).resolve()
@@ -132,10 +137,10 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
 
 def is_classifier(path: str, *, trust_remote_code: bool = False) -> bool:
     """Whether the model or adapter at `path` answers with scores (a reward model or a classifier), not with words."""
-    if is_adapter(path):
-        kinds = [json.loads((Path(path) / "adapter_config.json").read_text())["task_type"] or ""]
-    else:
-        kinds = load_config(path, trust_remote_code=trust_remote_code).architectures
+    adapter = adapter_config(path)
+    if adapter is not None:
+        return (adapter["task_type"] or "").endswith(CLASSIFIERS)
+    kinds = load_config(path, trust_remote_code=trust_remote_code).architectures
     return any(kind.endswith(CLASSIFIERS) for kind in kinds or ())
 
 
@@ -181,7 +186,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise AlignError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    adapter = json.loads((Path(path) / "adapter_config.json").read_text()) if is_adapter(path) else None
+    adapter = adapter_config(path)
     if adapter is None and on_adapter == "continue":
         raise AlignError(f"{path} is a whole model, not an adapter that could be continued: leave on_adapter at merge")
     if adapter is not None and adapter["task_type"] == "CAUSAL_LM" and auto is AutoModelForSequenceClassification:

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from align.budget import START
 from align.forest import Forest, Tree, plant
-from align.models import adapter_base, is_adapter
+from align.models import load_config
 from align.preflight.cards import GB, Machine
 from align.preflight.checks import Finding
 from align.preflight.memory import LIBRARIES, Skeleton, peak
@@ -83,8 +83,7 @@ def estimate(subject: Subject, machine: Machine) -> Estimate | None:
 
 def _config(subject: Subject) -> Any:
     if subject.model is not None:
-        path = adapter_base(subject.model) if is_adapter(subject.model) else subject.model
-        return AutoConfig.from_pretrained(path, trust_remote_code=subject.stage.trust_remote_code)
+        return load_config(subject.model, trust_remote_code=subject.stage.trust_remote_code)
     if subject.architecture is not None and subject.encoder is not None:
         fields = dict(subject.architecture)
         return AutoConfig.for_model(fields.pop("model_type", "llama"), **{"vocab_size": len(subject.encoder.tokenizer), **fields})
