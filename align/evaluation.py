@@ -22,7 +22,7 @@ from align.metrics import columns_of, measure
 from align.metrics.base import check
 from align.metrics.judge import JudgeModel
 from align.metrics.preferences import preferences
-from align.models import load_causal_lm, load_tokenizer, stop_token_ids
+from align.models import best_device, load_causal_lm, load_tokenizer, stop_token_ids
 from align.progress import bar, say
 from align.rewards import text_of
 from align.rollout import Completion, complete
@@ -206,7 +206,7 @@ class Evaluation:
         set_chat_template(tokenizer, stage.chat_template)
         encoder = Encoder(tokenizer, stage.max_length)
         model = load_causal_lm(path, dtype=stage.dtype, trust_remote_code=stage.trust_remote_code)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(best_device())
         enable_forest(model)
         result: dict[str, Any] = {}
         if self.demonstrations:

@@ -31,6 +31,11 @@ from align.tuning.soft import SOFT_TYPES, load_soft_prompt
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def best_device() -> str:
+    """Where models run: on the GPU, where torch sees one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def is_adapter(path: str) -> bool:
     """Whether `path` is a folder with a PEFT adapter instead of whole weights."""
     return (Path(path) / "adapter_config.json").is_file()

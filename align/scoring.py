@@ -16,7 +16,7 @@ from align.budget import Budget, MaxTokens, Packed
 from align.engine import enable_forest
 from align.errors import AlignError
 from align.forest import WINDOW, Forest, Tree
-from align.models import is_classifier, load_reward_model, load_tokenizer
+from align.models import best_device, is_classifier, load_reward_model, load_tokenizer
 from align.rewards import RewardSet
 from align.rollout import Completion
 from align.schema import PromptRow, Text
@@ -103,7 +103,7 @@ class RewardScorer:
             raise AlignError(f"the reward model {path} has another tokenizer than the policy; train both from one base")
         if model is None:
             model = load_reward_model(path, dtype=dtype)
-            model.to("cuda" if torch.cuda.is_available() else "cpu")
+            model.to(best_device())
             model.requires_grad_(False)
             enable_forest(model)
         self.model = model

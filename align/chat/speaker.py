@@ -12,7 +12,7 @@ from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from align.encode import Encoder, set_chat_template
 from align.errors import AlignError
-from align.models import load_causal_lm, load_tokenizer, stop_token_ids
+from align.models import best_device, load_causal_lm, load_tokenizer, stop_token_ids
 from align.registry import Registry
 from align.schema import Message
 
@@ -47,7 +47,7 @@ class Speaker:
         set_chat_template(self.tokenizer, chat_template)
         self.encoder = Encoder(self.tokenizer)
         self.model: Any = load_causal_lm(path, dtype=dtype, trust_remote_code=trust_remote_code).eval()
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.model.to(best_device())
         self.stops = sorted({*stop_token_ids(self.model, self.tokenizer), self.encoder.end_of_turn})
 
     def answer(self, messages: Sequence[Message], decoding: Decoding) -> Iterator[str]:

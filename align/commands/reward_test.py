@@ -150,13 +150,13 @@ def _sampled(options: argparse.Namespace) -> tuple[list[Any], list[Any], list[li
 
     from align.data import load_rows
     from align.encode import Encoder, set_chat_template
-    from align.models import load_causal_lm, load_tokenizer, stop_token_ids
+    from align.models import best_device, load_causal_lm, load_tokenizer, stop_token_ids
     from align.rollout import Sampling, complete
     from align.scoring import answer
 
     path = Registry().resolve(options.model).path
     tokenizer, model = load_tokenizer(path), load_causal_lm(path)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(best_device())
     set_chat_template(tokenizer, "auto")
     rows = load_rows(options.data, "prompts", format=options.data_format, limit=options.max_rows).rows
     encoder = Encoder(tokenizer, None)

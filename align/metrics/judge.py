@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-
 from align.budget import MaxTokens
 from align.encode import Encoder
 from align.engine import enable_forest
 from align.errors import AlignError
 from align.forest import Tree
-from align.models import load_causal_lm, load_tokenizer
+from align.models import best_device, load_causal_lm, load_tokenizer
 from align.schema import Message
 from align.scoring import branch_logps
 
@@ -43,7 +41,7 @@ class JudgeModel:
         tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         self.encoder = Encoder(tokenizer, max_length)
         self.model = load_causal_lm(path, dtype=dtype, trust_remote_code=trust_remote_code)
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
+        self.model.to(best_device()).requires_grad_(False)
         enable_forest(self.model)
         self.max_tokens, self.chats = max_tokens, bool(tokenizer.chat_template)
         lead = "" if self.chats else " "

@@ -177,7 +177,7 @@ def _translate(path: str, texts: Sequence[str], batch_size: int, max_new_tokens:
     import torch
     from transformers import AutoModelForSeq2SeqLM
 
-    from align.models import load_tokenizer
+    from align.models import best_device, load_tokenizer
     from align.progress import bar
 
     path = Registry().resolve(path).path
@@ -186,7 +186,7 @@ def _translate(path: str, texts: Sequence[str], batch_size: int, max_new_tokens:
         model: Any = AutoModelForSeq2SeqLM.from_pretrained(path, use_safetensors=True).eval()
     except (OSError, ValueError, KeyError) as error:
         raise AlignError(f"cannot load a translation model from {path!r}: {str(error).strip().splitlines()[0]}") from error
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(best_device())
     done: list[str] = []
     with bar("translating", len(texts), "text") as progress, torch.no_grad():
         for start in range(0, len(texts), batch_size):

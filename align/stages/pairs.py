@@ -44,7 +44,7 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
 
         from align.data import write_rows
         from align.encode import Encoder
-        from align.models import load_causal_lm, stop_token_ids
+        from align.models import best_device, load_causal_lm, stop_token_ids
         from align.progress import bar, say
         from align.rollout import complete
         from align.stages import training as t
@@ -54,7 +54,7 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
         encoder = Encoder(tokenizer, None if self.max_length is None else self.max_length - self.max_completion_length)
         judge = self.judge(tokenizer, dtype=self.dtype, max_tokens=self.max_tokens_per_micro_batch)
         model = load_causal_lm(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(best_device())
         stops = sorted({*stop_token_ids(model, tokenizer), t.end_token(encoder, rows)})
         sampler = self.sampler(model, context.folder)
         generator = torch.Generator().manual_seed(self.seed)

@@ -23,7 +23,15 @@ from align.errors import AlignError, near_miss
 from align.forest import Tree
 from align.heads import Head, head_of
 from align.intake.store import TreeFile
-from align.models import ensure_pad_token, load_causal_lm, load_language_model, load_reward_model, load_tokenizer, save_model
+from align.models import (
+    best_device,
+    ensure_pad_token,
+    load_causal_lm,
+    load_language_model,
+    load_reward_model,
+    load_tokenizer,
+    save_model,
+)
 from align.progress import say
 from align.runner.checkpoints import last_good, step_of
 from align.runner.stop import saving_first
@@ -80,7 +88,7 @@ def language_head(stage: Any, tokenizer: PreTrainedTokenizerBase) -> Head:
         raise AlignError(f"sft_coef: {error}") from error
     if len(tokenizer) > len(head.weight):
         raise AlignError(f"sft_coef: the language model knows {len(head.weight)} tokens, and the tokenizer {len(tokenizer)}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device()
     weight = head.weight.detach().clone().to(device)
     bias = None if head.bias is None else head.bias.detach().clone().to(device)
     return replace(head, weight=weight, bias=bias)
@@ -114,7 +122,7 @@ def make_ready(
     count, share = trainable(model).values()
     say(f"{label}: {what}: {count:,} of {round(count / share):,} parameters train ({share:.2%})")
     if stage.strategy.name != "qlora":  # 4-bit weights are on the GPU already
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(best_device())
     if longest is not None and getattr(stage, "engine", "forest") == "forest" and (reason := enable_forest(model, longest)):
         say(f"{label}: trains on padded rows, as {reason}")
     return model
@@ -122,7 +130,7 @@ def make_ready(
 
 def precision(stage: LaunchFields) -> AbstractContextManager[None]:
     """Within, forward passes are as precise as those of training."""
-    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=stage.in_bf16)
+    return torch.autocast(best_device(), torch.bfloat16, enabled=stage.in_bf16)
 
 
 def teach_end_token(model: nn.Module, end: int) -> None:

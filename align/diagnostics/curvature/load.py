@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from align.data import load_rows
 from align.diagnostics.curvature.surface import Surface
 from align.encode import Encoder, set_chat_template
@@ -15,6 +13,7 @@ from align.errors import AlignError
 from align.forest import Tree
 from align.models import (
     OnAdapter,
+    best_device,
     disable_dropout,
     ensure_pad_token,
     is_adapter,
@@ -59,7 +58,7 @@ def surface_of(path: str, rows: Rows) -> Surface:
     model = _trainable(path, judge)
     ensure_pad_token(tokenizer, model)
     disable_dropout(model)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(best_device())
     if reason := enable_forest(model, max(tree.longest for tree in trees)):
         say(f"{path}: measured on padded rows, as {reason}")
     return Surface(model, RewardModel() if judge else LanguageModel(), trees, rows.max_tokens)
