@@ -133,6 +133,15 @@ class Encoder:
             )
         return self._end
 
+    def end_of_answer(self, row: Any) -> int:
+        """The token that ends an answer in `row`: `end_of_turn` of a conversation, `end_of_text` of raw text.
+
+        Raises:
+            AlignError: there is none.
+        """
+        conversational = getattr(row, "messages", None) is not None or isinstance(row.prompt, list)
+        return self.end_of_turn if conversational else self.end_of_text
+
     # -- rendering -----------------------------------------------------------------------------------------------------------
 
     def render(self, messages: Iterable[Message], *, generate: bool = False, tools: Tools = None) -> str:

@@ -238,8 +238,7 @@ class Evaluation:
         if len(encoded.trees) < len(self.prompts):
             raise AlignError(f"{name}: {encoded.summary()}; raise max_length so that every model answers the same prompts")
         prompts = [tree.prompt for tree in encoded.trees]
-        conversational = not isinstance(self.prompts[0].prompt, str)
-        stops = {*stop_token_ids(model, tokenizer), encoder.end_of_turn if conversational else encoder.end_of_text}
+        stops = {*stop_token_ids(model, tokenizer), encoder.end_of_answer(self.prompts[0])}
         judge = None
         if stage.reward_funcs or stage.reward_model:
             judge = stage.judge(tokenizer, dtype=stage.dtype, max_tokens=stage.max_tokens_per_micro_batch)

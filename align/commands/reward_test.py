@@ -163,8 +163,7 @@ def _sampled(options: argparse.Namespace) -> tuple[list[Any], list[Any], list[li
     encoded = encoder.prompts(rows)
     if len(encoded.rows) < len(rows):
         say(f"{options.data}: {encoded.summary()}")
-    conversational = not isinstance(rows[0].prompt, str)
-    stops = {*stop_token_ids(model, tokenizer), encoder.end_of_turn if conversational else encoder.end_of_text}
+    stops = {*stop_token_ids(model, tokenizer), encoder.end_of_answer(rows[0])}
     sampling = Sampling(options.max_completion_length, temperature=options.temperature)
     generator = torch.Generator().manual_seed(options.seed)
     with bar("sampling", len(encoded.trees), "answer") as progress:

@@ -17,7 +17,7 @@ from align.preflight.subject import Subject
 from align.quality.overlap import Overlap
 from align.quality.rules import contradictory_pairs, exact_duplicates, mojibake_rows
 from align.quality.texts import texts
-from align.schema import Message, PreferenceRow, Row
+from align.schema import PreferenceRow, Row
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def end_token(subject: Subject) -> Iterator[Finding]:
     trees, encoder = subject.encoded.trees, subject.encoder
     if not trees or encoder is None or subject.kind not in ("sft", "preference", "unpaired"):
         return
-    end = encoder.end_of_turn if conversational(subject.encoded.rows[0]) else encoder.end_of_text
+    end = encoder.end_of_answer(subject.encoded.rows[0])
     limit = encoder.max_length
     whole = [tree for tree in trees if limit is None or tree.longest < limit]
     lacking = sum(not _teaches(tree, end) for tree in whole)
@@ -294,12 +294,6 @@ def swapped_labels(subject: Subject) -> Iterator[Finding]:
             f"{_of(count, len(pairs), 'pairs')} {reason}",
             "Look whether chosen and rejected are swapped there; `align data show` prints rows",
         )
-
-
-def conversational(row: Any) -> bool:
-    """Whether `row` goes through the chat template."""
-    start = getattr(row, "messages", None) or getattr(row, "prompt", None)
-    return isinstance(start, list) and bool(start) and isinstance(start[0], Message)
 
 
 def broken(name: str, error: AlignError) -> Finding:

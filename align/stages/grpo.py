@@ -138,7 +138,7 @@ class GroupStage(TrainingStage, ProbeFields, SamplingFields, RewardFields):
                 f"{prompts} prompts do not fill a batch, which takes {needed}; raise num_generations or lower the batch"
             )
         model = t.causal_lm(self)
-        t.teach_end_token(model, t.end_token(encoder, rows))
+        t.teach_end_token(model, encoder.end_of_answer(rows[0]))
         longest = t.longest(train.trees) + self.max_completion_length
         model = t.make_ready(self, context.name, model, tokenizer, longest, context.folder)
         disable_dropout(model)  # after LoRA, whose own dropout would part old and new log-probs

@@ -62,7 +62,7 @@ class KTO(TrainingStage, ProbeFields):
             for part in (train, test)
         )
         model = t.causal_lm(self)
-        t.teach_end_token(model, t.end_token(encoder, rows))
+        t.teach_end_token(model, encoder.end_of_answer(rows[0]))
         disable_dropout(model)
         model = t.make_ready(self, context.name, model, tokenizer, t.longest(trees, held_trees), context.folder)
         arguments = t.training_arguments(self, context, has_eval=bool(held)) | {"train_sampling_strategy": "sequential"}

@@ -55,7 +55,7 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
         judge = self.judge(tokenizer, dtype=self.dtype, max_tokens=self.max_tokens_per_micro_batch)
         model = load_causal_lm(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
         model.to(best_device())
-        stops = sorted({*stop_token_ids(model, tokenizer), t.end_token(encoder, rows)})
+        stops = sorted({*stop_token_ids(model, tokenizer), encoder.end_of_answer(rows[0])})
         sampler = self.sampler(model, context.folder)
         generator = torch.Generator().manual_seed(self.seed)
         noise = random.Random(self.seed)

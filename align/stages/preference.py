@@ -98,7 +98,7 @@ class Preference(ComparingStage, ProbeFields):
         trees = t.encoded(encoder.preference, rows, context.name)
         held_trees = t.encoded(encoder.preference, held, f"{context.name} (held out)")
         model = t.causal_lm(self)
-        t.teach_end_token(model, t.end_token(encoder, rows))
+        t.teach_end_token(model, encoder.end_of_answer(rows[0]))
         disable_dropout(model)
         model = t.make_ready(self, context.name, model, tokenizer, t.longest(trees, held_trees), context.folder)
         if self.engine == "trl":

@@ -79,7 +79,7 @@ def train_on_samples(
     ptx = _ptx(stage, settings, tokenizer, context)
 
     policy: Any = t.causal_lm(stage)
-    end = t.end_token(encoder, rows)
+    end = encoder.end_of_answer(rows[0])
     t.teach_end_token(policy, end)
     stop_ids = sorted({end, *stop_token_ids(policy, tokenizer)})
     longest = max(t.longest(train.trees) + stage.max_completion_length, *(tree.longest for tree in ptx), 1)

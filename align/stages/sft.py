@@ -30,7 +30,7 @@ class SFT(TrainingStage, ReplayFields, ProbeFields):
         t.check_end_token(encoder, rows, trees)
         trees = with_replay(self, context, "sft", encoder.sft, trees)
         model = t.causal_lm(self)
-        t.teach_end_token(model, t.end_token(encoder, rows))
+        t.teach_end_token(model, encoder.end_of_answer(rows[0]))
         model = t.make_ready(self, context.name, model, tokenizer, t.longest(trees, held_trees), context.folder)
         if self.engine == "trl":
             from align.trainers.trl import sft_trainer

@@ -325,24 +325,13 @@ def seed_everything(stage: OptimizerFields) -> None:
     set_seed(stage.seed)
 
 
-def end_token(encoder: Encoder, rows: Sequence[Any]) -> int:
-    """The token that ends an answer in `rows`: the chat template's for conversations, the tokenizer's for raw text.
-
-    Raises:
-        AlignError: there is none.
-    """
-    first = rows[0]
-    conversational = isinstance(getattr(first, "messages", None), list) or isinstance(getattr(first, "prompt", None), list)
-    return encoder.end_of_turn if conversational else encoder.end_of_text
-
-
 def check_end_token(encoder: Encoder, rows: Sequence[Any], trees: Sequence[Tree]) -> None:
     """Make sure that an end token carries a loss somewhere: otherwise the model never learns to stop.
 
     Raises:
         AlignError: it does not.
     """
-    end = end_token(encoder, rows)
+    end = encoder.end_of_answer(rows[0])
     for tree in trees:
         assert tree.prompt_mask is not None
         if any(token == end and counts for token, counts in zip(tree.prompt, tree.prompt_mask, strict=True)):
