@@ -25,7 +25,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from align.errors import AlignError, near_miss
 from align.registry import check_name
 from align.stages import Stage, stages
-from align.stages.base import Reference
+from align.stages.config import Reference
 
 Build = Callable[..., "Recipe"]
 

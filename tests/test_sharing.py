@@ -34,7 +34,7 @@ from align.runner.notify import notify
 from align.runner.share import delete, pull, push
 from align.runner.sweep import expand
 from align.stages import PPO, SFT, Evaluate, Preference, stages
-from align.stages.base import Launch
+from align.stages.fields import Launch
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from align.errors import AlignError, StageFailed
 from align.runner.stop import Stopped, saving_first, stop_requested
-from align.stages.base import Launch, Stage
+from align.stages.base import Stage
+from align.stages.fields import Launch
 
 RANK, MACHINE = "RANK", "ALIGN_MACHINE_RANK"
 

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from align.data import write_rows
-from align.stages.base import Context, DataRefs, MaxTokens, MetricSpecs, ModelRef, Seed, Stage, stage
+from align.stages.base import Context, Stage, stage
+from align.stages.config import DataRefs, MaxTokens, MetricSpecs, ModelRef, Seed
 from align.stages.sampling import RewardFields, SamplingFields
 
 

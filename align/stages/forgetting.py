@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from align.errors import AlignError
-from align.stages.base import Context, DataRefs, Fields, Reference
+from align.stages.base import Context
+from align.stages.config import DataRefs, Fields, Reference
 
 if TYPE_CHECKING:
     from torch import nn

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from align.stages.base import Context, DataFields, MaxTokens, ModelFields, Seed, Stage, stage
+from align.stages.base import Context, Stage, stage
+from align.stages.config import MaxTokens, Seed
+from align.stages.fields import DataFields, ModelFields
 from align.stages.sampling import RewardFields, SamplingFields
 
 if TYPE_CHECKING:

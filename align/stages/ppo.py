@@ -6,19 +6,17 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from align.stages.base import (
+from align.stages.base import Context, Stage, stage
+from align.stages.config import DataRefs
+from align.stages.fields import (
     AdapterFields,
-    Context,
     DataFields,
-    DataRefs,
     Launch,
     LaunchFields,
     ModelFields,
     OptimizerFields,
     RunFields,
     SelectionFields,
-    Stage,
-    stage,
 )
 from align.stages.forgetting import ProbeFields
 from align.stages.sampling import RewardFields, SamplingFields

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import AliasChoices, Field, model_validator
 
-from align.stages.base import Context, ModelRef, TrainingStage, stage
+from align.stages.base import Context, TrainingStage, stage
+from align.stages.config import ModelRef
 from align.stages.forgetting import ProbeFields, ReplayFields, probe, with_replay
 
 

@@ -16,7 +16,8 @@ from align.intake.info import entry_of
 from align.intake.mixture import chosen, shares
 from align.intake.store import RowFile, TreeFile
 from align.progress import bar, say
-from align.stages.base import Context, DataFields
+from align.stages.base import Context
+from align.stages.fields import DataFields
 
 STREAMING_STAGES = ("pretrain", "sft", "reward", "preference")
 """Stages that read their rows from front to back, and after that need trees alone."""

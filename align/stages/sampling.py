@@ -9,7 +9,7 @@ from pydantic import Field
 
 from align.errors import AlignError
 from align.rewards.spec import REWARD_MODEL, RewardSpec
-from align.stages.base import Address, Fields, MaxTokens, ModelRef, RewardRefs
+from align.stages.config import Address, Fields, MaxTokens, ModelRef, RewardRefs
 
 if TYPE_CHECKING:
     from torch import nn

@@ -11,7 +11,8 @@ from torch import nn
 from align.errors import AlignError, near_miss
 from align.progress import say
 from align.runner.checkpoints import checkpoints, step_of
-from align.stages.base import Context, SelectionFields
+from align.stages.base import Context
+from align.stages.fields import SelectionFields
 from align.trainers.ppo import processes
 
 

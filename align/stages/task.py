@@ -8,7 +8,9 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from align.stages.base import Context, Launch, MetricSpecs, TrainingStage, stage
+from align.stages.base import Context, TrainingStage, stage
+from align.stages.config import MetricSpecs
+from align.stages.fields import Launch
 
 
 @stage("task")

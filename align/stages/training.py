@@ -36,7 +36,8 @@ from align.progress import say
 from align.runner.checkpoints import last_good, step_of
 from align.runner.stop import saving_first
 from align.scoring import SCORE_SCALE, branch_scores
-from align.stages.base import Context, LaunchFields, OptimizerFields, TrainingStage
+from align.stages.base import Context, TrainingStage
+from align.stages.fields import LaunchFields, OptimizerFields
 from align.stages.rows import encoded as encoded
 from align.stages.rows import longest as longest
 from align.stages.rows import read_rows as read_rows
