@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,16 +78,8 @@ def train_on_samples(
     needs_critic = estimators[settings.advantage_estimator].needs_critic
     check(settings, sampling, has_critic=needs_critic)
     ptx = _ptx(stage, settings, tokenizer, context)
-
-    policy: Any = t.causal_lm(stage)
-    end = encoder.end_of_answer(rows[0])
-    t.teach_end_token(policy, end)
-    stop_ids = sorted({end, *stop_token_ids(policy, tokenizer)})
     longest = max(t.longest(train.trees) + stage.max_completion_length, *(tree.longest for tree in ptx), 1)
-    if stage.gradient_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = t.make_ready(stage, context.name, policy, tokenizer, longest, context.folder)
-    disable_dropout(policy)  # after LoRA, whose own dropout would part old and new log-probs
+    policy, stop_ids = _policy(stage, context, tokenizer, encoder.end_of_answer(rows[0]), longest)
     after = probe(stage, context, Encoder(tokenizer, stage.max_length), policy)
     judge = stage.judge(
         tokenizer,
@@ -99,7 +92,6 @@ def train_on_samples(
     sampler = stage.sampler(policy, context.folder)
     models = Models(policy, value, temperature=stage.temperature, bf16=stage.in_bf16)
     optimizer, scheduler = _optimizer(stage, settings, models)
-    checkpoints = Checkpoints(context.folder / "checkpoints", stage.save_steps, stage.save_minutes, stage.save_total_limit)
 
     def score(indices: list[int], completions: list[Any]) -> tuple[list[float], dict[str, float]]:
         totals, components = judge([train.rows[i] for i in indices], [prompts[i] for i in indices], completions)
@@ -119,23 +111,69 @@ def train_on_samples(
         max_tokens=stage.max_tokens_per_micro_batch,
         max_grad_norm=stage.max_grad_norm,
         seed=stage.seed,
-        checkpoints=checkpoints,
+        checkpoints=Checkpoints(context.folder / "checkpoints", stage.save_steps, stage.save_minutes, stage.save_total_limit),
         ptx=ptx,
         text=tokenizer.decode,
     )
+    best = Best(stage, context, policy) if stage.keeps_best else None
+    _train(stage, context, trainer, HeldOut(test, sampler, judge, sampling, stop_ids, stage.seed), best)
+    kept = None if best is None else best.restore()
+    if processes.number() == 0:
+        t.save_model(policy, tokenizer, context.folder)
+    return {**_metrics(context, kept), **trainable(policy), **after()}
+
+
+def _policy(
+    stage: Any, context: Context, tokenizer: PreTrainedTokenizerBase, end: int, longest: int
+) -> tuple[nn.Module, list[int]]:
+    """The model that learns, made ready for paths of `longest` tokens, and the tokens that end its answers, `end` among them."""
+    policy: Any = t.causal_lm(stage)
+    t.teach_end_token(policy, end)
+    stop_ids = sorted({end, *stop_token_ids(policy, tokenizer)})
+    if stage.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = t.make_ready(stage, context.name, policy, tokenizer, longest, context.folder)
+    disable_dropout(policy)  # after LoRA, whose own dropout would part old and new log-probs
+    return policy, stop_ids
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out prompts, who answers them, and who judges."""
+
+    prompts: Encoded
+    sampler: nn.Module | Engine
+    judge: Judge
+    sampling: Sampling
+    stop_ids: list[int]
+    seed: int
+
+    def scores(self) -> dict[str, float]:
+        """Mean score of sampled answers, and of each of its components. The draws of chance are the same every time, and every
+        process answers a share.
+        """
+        prompts = [tree.prompt for tree in self.prompts.trees]
+        generator = torch.Generator().manual_seed(self.seed)
+        completions = processes.complete(self.sampler, prompts, self.sampling, self.stop_ids, generator)
+        totals, components = self.judge(processes.share(self.prompts.rows), processes.share(prompts), completions)
+        totals, components = processes.gathered(totals), processes.joined(components)
+        return {"eval_score": sum(totals) / len(totals), **{f"eval_{k}": v for k, v in component_means(components).items()}}
+
+
+def _train(stage: Any, context: Context, trainer: PPOTrainer, held_out: HeldOut, best: Best | None) -> None:
+    """Train from the last checkpoint on, to the end or until `best` has seen enough; measured before, after and in between."""
+    assert trainer.checkpoints is not None
     resumed = stage.resume_from_checkpoint and trainer.resume()
     if not stage.resume_from_checkpoint:
-        checkpoints.clear()  # otherwise what was sampled before the first checkpoint is there to be used
+        trainer.checkpoints.clear()  # otherwise what was sampled before the first checkpoint is there to be used
     context.history.rewind(trainer.done if resumed else -1)
-
-    best = Best(stage, context, policy) if stage.keeps_best else None
 
     def evaluate(step: int) -> bool:
         """Where it is time to. Returns whether it is also time to stop."""
-        if not test.trees or not (step in (0, settings.steps) or (stage.eval_steps and step % stage.eval_steps == 0)):
+        due = step in (0, trainer.settings.steps) or (stage.eval_steps and step % stage.eval_steps == 0)
+        if not held_out.prompts.trees or not due:
             return False
-        generator = torch.Generator().manual_seed(stage.seed)  # the same draws of chance every time
-        context.history.add(step, held_out_score(sampler, test, judge, sampling, stop_ids, generator))
+        context.history.add(step, held_out.scores())
         return best is not None and step > 0 and best.see(step)
 
     with tracked(context.history, stage.report_to, context.folder):
@@ -146,21 +184,6 @@ def train_on_samples(
         with saving_first():
             if not (resumed and best is not None and best.enough()):  # it may have been cut between its early stop and its end
                 trainer.train(context.name, stage.logging_steps, after_step=evaluate)
-    kept = None if best is None else best.restore()
-    if processes.number() == 0:
-        t.save_model(policy, tokenizer, context.folder)
-    return {**_metrics(context, kept), **trainable(policy), **after()}
-
-
-def held_out_score(
-    sampler: nn.Module | Engine, test: Encoded, judge: Judge, sampling: Sampling, stop_ids: list[int], generator: torch.Generator
-) -> dict[str, float]:
-    """Mean score of sampled answers to held-out prompts, and of each of its components; every process answers a share of them."""
-    prompts = [tree.prompt for tree in test.trees]
-    completions = processes.complete(sampler, prompts, sampling, stop_ids, generator)
-    totals, components = judge(processes.share(test.rows), processes.share(prompts), completions)
-    totals, components = processes.gathered(totals), processes.joined(components)
-    return {"eval_score": sum(totals) / len(totals), **{f"eval_{k}": v for k, v in component_means(components).items()}}
 
 
 def _ptx(stage: Any, settings: PPOSettings, tokenizer: PreTrainedTokenizerBase, context: Context) -> list[Tree]:
