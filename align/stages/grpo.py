@@ -119,7 +119,6 @@ class GroupStage(TrainingStage, ProbeFields, SamplingFields, RewardFields):
         return train_on_samples(self, context, self.settings)
 
     def _run_trl(self, context: Context) -> dict[str, Any]:
-        from align.encode import Encoder
         from align.errors import AlignError
         from align.models import disable_dropout
         from align.stages import training as t
@@ -127,8 +126,7 @@ class GroupStage(TrainingStage, ProbeFields, SamplingFields, RewardFields):
 
         t.seed_everything(self)
         rows, held = t.rows_of(self, "prompts", context)
-        tokenizer, _ = t.tokenizer_of(self)
-        encoder = Encoder(tokenizer, None if self.max_length is None else self.max_length - self.max_completion_length)
+        tokenizer, encoder = t.tokenizer_of(self, room=self.max_completion_length)
         judge = self.judge(tokenizer, dtype=self.dtype, max_tokens=self.max_tokens_per_micro_batch)
         train, test = encoder.prompts(rows), encoder.prompts(held[: self.eval_prompts])
         prompts = len(t.usable(train, context.name))

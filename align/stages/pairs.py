@@ -45,15 +45,13 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
         import torch
 
         from align.data import write_rows
-        from align.encode import Encoder
         from align.models import best_device, load_causal_lm, stop_token_ids
         from align.progress import bar, say
         from align.rollout import complete
         from align.stages import training as t
 
         rows, held = t.rows_of(self, "prompts", context)
-        tokenizer, _ = t.tokenizer_of(self)
-        encoder = Encoder(tokenizer, None if self.max_length is None else self.max_length - self.max_completion_length)
+        tokenizer, encoder = t.tokenizer_of(self, room=self.max_completion_length)
         judge = self.judge(tokenizer, dtype=self.dtype, max_tokens=self.max_tokens_per_micro_batch)
         model = load_causal_lm(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
         model.to(best_device())

@@ -70,8 +70,7 @@ def train_on_samples(
     """
     t.seed_everything(stage)
     rows, held = t.rows_of(stage, "prompts", context)
-    tokenizer, _ = t.tokenizer_of(stage)
-    encoder = Encoder(tokenizer, None if stage.max_length is None else stage.max_length - stage.max_completion_length)
+    tokenizer, encoder = t.tokenizer_of(stage, room=stage.max_completion_length)
     train, test = encoder.prompts(rows), encoder.prompts(held[: stage.eval_prompts])
     prompts = [tree.prompt for tree in t.usable(train, context.name)]
     settings, sampling = settings_of(len(prompts)), stage.sampling(tokenizer)

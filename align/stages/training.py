@@ -54,11 +54,15 @@ TIMING = ("runtime", "per_second", "preparation_time")
 """Ends of names that the Trainer adds to an evaluation, and that are no measures."""
 
 
-def tokenizer_of(stage: Any) -> tuple[PreTrainedTokenizerBase, Encoder]:
-    """The tokenizer of the stage's model with its chat template set, and an encoder of the stage's maximum length."""
+def tokenizer_of(stage: Any, room: int = 0) -> tuple[PreTrainedTokenizerBase, Encoder]:
+    """The tokenizer of the stage's model with its chat template set, and an encoder of the stage's maximum length.
+
+    Args:
+        room: tokens of that length to leave for an answer.
+    """
     tokenizer = load_tokenizer(stage.model, trust_remote_code=stage.trust_remote_code)
     set_chat_template(tokenizer, stage.chat_template)
-    return tokenizer, Encoder(tokenizer, stage.max_length)
+    return tokenizer, Encoder(tokenizer, None if stage.max_length is None else stage.max_length - room)
 
 
 def causal_lm(stage: Any) -> nn.Module:
