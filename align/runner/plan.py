@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,20 @@ class Step:
         return self.log.with_suffix(".json")
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What the references of a stage mean, each by how the recipe writes it."""
+
+    places: dict[str, str] = field(default_factory=dict)
+    """Path or hub id of models and data."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """What it is, wherever it lies: a stage's identity, or a fingerprint."""
+    parents: dict[str, str] = field(default_factory=dict)
+    """What the manifest calls a model or another stage's output."""
+    data: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of data that no stage made."""
+
+
 class Planner:
     """Resolves the stages of a recipe one after the other.
 
@@ -101,40 +115,18 @@ class Planner:
             raise AlignError(f"stage {name!r}: {error}" if others else str(error)) from error
 
     def resolve(self, name: str, earlier: Mapping[str, Step]) -> Step:
-        """The stage `name`, given those that it needs."""
-        stage = self.recipe.stages[name]
-        parents: dict[str, str] = {}
-        data: dict[str, str] = {}
-        inputs: dict[str, str] = {}  # reference -> what it is, independent of where it lies
-        meaning: dict[str, str] = {}
+        """The stage `name`, given those that it needs.
 
-        for kind, reference in references(stage):
-            owner = self.recipe.stage_of(kind, reference)
-            if owner is not None:
-                step = earlier[owner]
-                meaning[reference] = str(step.folder) + reference[len(owner) :]
-                inputs[reference] = step.identity + reference[len(owner) :]
-                parents[reference] = step.done.reference if step.done else f"{self.recipe.name}-{owner}"
-            elif kind == "model":
-                resolved = self._resolve(name, reference)
-                meaning[reference] = resolved.path
-                inputs[reference] = resolved.artifact.identity if resolved.artifact else self._fingerprint(kind, resolved.path)
-                registered = resolved.artifact is not None and resolved.artifact.version > 0
-                parents[reference] = resolved.artifact.reference if resolved.artifact and registered else resolved.path
-            elif kind == "data":
-                meaning[reference] = reference
-                inputs[reference] = data[reference] = self._fingerprint(kind, reference)
-            else:
-                meaning[reference] = reference
-                inputs[reference] = self._fingerprint(kind, reference)
-        fields = list(reference_fields(stage))
-        resolved_stage = stage.model_copy(update={field: _map(value, meaning) for field, kind, value in fields if kind != "reward"})
+        Raises:
+            AlignError: a reference leads nowhere, or the stage's folder holds something else.
+        """
+        stage = self.recipe.stages[name]
+        found = self._look_up(name, earlier)
+        # Rewards keep their names in the config; what they were at the time is among the inputs.
+        fields = [(key, value) for key, kind, value in reference_fields(stage) if kind != "reward"]
         code = code_of(type(stage))
-        config = stage.essence()
-        for field, kind, value in fields:
-            if kind != "reward":  # rewards keep their names, beside what they were at the time
-                config[field] = _map(value, inputs)
-        identity = _hash({"stage": stage.stage, "config": config, "inputs": sorted(inputs.values()), "code": code})
+        config = stage.essence() | {key: _map(value, found.inputs) for key, value in fields}
+        identity = _hash({"stage": stage.stage, "config": config, "inputs": sorted(found.inputs.values()), "code": code})
         folder = (self.folder or self.out / f"{name}-{identity[:8]}").resolve()
         done = read_artifact(folder)
         if done is not None and done.identity != identity:
@@ -145,23 +137,37 @@ class Planner:
             identity=identity,
             path=str(folder),
             config=json.loads(stage.model_dump_json()),
-            parents=parents,
-            data=data,
-            inputs=inputs,
+            parents=found.parents,
+            data=found.data,
+            inputs=found.inputs,
             code=code,
         )
         if done is None and name not in self.forced:
             _refuse_anothers(draft)
-        step = Step(name, resolved_stage, draft, done, "up to date")
-        if done is not None:
-            above = [owner for owner in self.recipe.needs(name) if earlier[owner].reason.startswith(FORCED)]
-            if name not in self.forced and not above:
-                return step
-            return replace(
-                step, reason=FORCED if name in self.forced else f"{FORCED}: follows {', '.join(above)}", last_seconds=done.seconds
-            )
-        reason, seconds = self._reason(draft)
-        return replace(step, reason=reason, last_seconds=seconds)
+        resolved = stage.model_copy(update={key: _map(value, found.places) for key, value in fields})
+        return Step(name, resolved, draft, done, *self._reason(name, draft, done, earlier))
+
+    def _look_up(self, name: str, earlier: Mapping[str, Step]) -> _Found:
+        """What the references of the stage `name` mean now."""
+        found = _Found()
+        for kind, reference in references(self.recipe.stages[name]):
+            owner = self.recipe.stage_of(kind, reference)
+            if owner is not None:
+                step, rest = earlier[owner], reference[len(owner) :]
+                found.places[reference], found.inputs[reference] = str(step.folder) + rest, step.identity + rest
+                found.parents[reference] = step.done.reference if step.done else f"{self.recipe.name}-{owner}"
+            elif kind == "model":
+                resolved = self._resolve(name, reference)
+                path, artifact = resolved.path, resolved.artifact
+                found.places[reference] = path
+                found.inputs[reference] = artifact.identity if artifact else self._fingerprint(kind, path)
+                found.parents[reference] = artifact.reference if artifact and artifact.version else path
+            elif kind == "data":
+                found.places[reference] = reference
+                found.inputs[reference] = found.data[reference] = self._fingerprint(kind, reference)
+            else:
+                found.inputs[reference] = self._fingerprint(kind, reference)
+        return found
 
     def _fingerprint(self, kind: str, reference: str) -> str:
         """Of a model that no stage made, a file or a reward; each is read once in a plan."""
@@ -170,8 +176,17 @@ class Planner:
             self._fingerprints[key] = FINGERPRINTS[kind](reference)
         return self._fingerprints[key]
 
-    def _reason(self, draft: Artifact) -> tuple[str, float | None]:
-        """Why `draft` has not run, compared with the latest result of a stage of that name, and how long that took."""
+    def _reason(self, name: str, draft: Artifact, done: Artifact | None, earlier: Mapping[str, Step]) -> tuple[str, float | None]:
+        """Why the stage would run, or that it is up to date; and where it would run, how many seconds it took the last time."""
+        if done is None:
+            return self._news(draft)
+        above = [owner for owner in self.recipe.needs(name) if earlier[owner].reason.startswith(FORCED)]
+        if name in self.forced:
+            return FORCED, done.seconds
+        return (f"{FORCED}: follows {', '.join(above)}", done.seconds) if above else ("up to date", None)
+
+    def _news(self, draft: Artifact) -> tuple[str, float | None]:
+        """What is new in `draft` beside the latest result of a stage of that name, and how long that took."""
         stem = Path(draft.path).name.removesuffix(f"-{draft.identity[:8]}")
         before = [a for folder in self.out.glob(f"{stem}-????????") if (a := read_artifact(folder))]
         if not before:
