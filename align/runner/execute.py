@@ -67,6 +67,37 @@ class _Running:
     """How much of its log was shown."""
 
 
+class _Jobs:
+    """The stages that wait, those at work, and the devices that are free.
+
+    Args:
+        waiting: names, in the order of the recipe.
+        free: see `devices`.
+    """
+
+    def __init__(self, waiting: list[str], free: list[str]) -> None:
+        self.waiting, self.free, self.slots = waiting, free, len(free)
+        self.threads = None if self.slots == 1 or free[0] else max(1, (os.cpu_count() or 1) // self.slots)
+        """Of each stage, where several share the CPU; None leaves it to torch."""
+        self.running: dict[int, _Running] = {}
+        """By the number that each has for the zygote."""
+        self.later: list[tuple[float, _Running]] = []
+        """What is to be tried again, and from when on."""
+        self.view = View()
+        self._number = 0
+
+    @property
+    def at_work(self) -> set[str]:
+        """Names of the stages that have begun, and may begin again."""
+        return {job.step.name for job in (*self.running.values(), *(job for _, job in self.later))}
+
+    def enter(self, job: _Running) -> int:
+        """Count `job` among those that run; returns its number."""
+        self._number += 1
+        self.running[self._number] = job
+        return self._number
+
+
 @dataclass
 class Graph:
     """Runs the stages of a recipe.
@@ -144,62 +175,63 @@ class Graph:
     # -- in processes of their own ----------------------------------------------------------------------------------------------
 
     def _side_by_side(self, order: list[str], only: str | None) -> None:
-        waiting = list(order)
-        free = devices(self.options.jobs)
-        slots = len(free)
-        threads = None if slots == 1 or free[0] else max(1, (os.cpu_count() or 1) // slots)
-        running: dict[int, _Running] = {}
-        later: list[tuple[float, _Running]] = []
-        view, number = View(), 0
+        jobs = _Jobs(list(order), devices(self.options.jobs))
         if _shared and not _shared[0].alive:
             _shared.pop().close()
         with _terminable():
             try:
-                while waiting or running or later:
-                    for name in list(waiting):
-                        if any(need in waiting or need in _names(running, later) for need in self.recipe.needs(name)):
-                            continue
-                        if not free:
-                            break
-                        waiting.remove(name)
-                        if (step := self._settled(name, only)) is not None:
-                            taken = take(free, step, slots)
-                            if taken is None:
-                                waiting.insert(0, name)
-                                break
-                            number += 1
-                            running[number] = _Running(step, taken)
-                            self._submit(number, running[number], threads)
-                    for due, job in list(later):
-                        if time.monotonic() >= due:
-                            later.remove((due, job))
-                            number += 1
-                            running[number] = job
-                            self._submit(number, job, threads)
-                    if not running and not later:
-                        continue
-                    for event in _zygote().events(POLL):
-                        if "pid" in event:
-                            running[event["id"]].pid = event["pid"]
-                        else:
-                            job = running.pop(event["id"])
-                            self._show(job, view)
-                            view.close(job.step.name)
-                            if not self._ended(job, event["exit"], later):
-                                free += job.devices
-                    _check_zygote()
-                    for job in running.values():
-                        self._show(job, view)
+                while jobs.waiting or jobs.running or jobs.later:
+                    self._begin_ready(jobs, only)
+                    self._begin_again(jobs)
+                    if jobs.running or jobs.later:
+                        self._listen(jobs)
             except BaseException:
-                _stop(running, self.options.grace, lambda job: self._show(job, view))
+                _stop(jobs.running, self.options.grace, lambda job: self._show(job, jobs.view))
                 raise
             finally:
-                view.close_all()
+                jobs.view.close_all()
+
+    def _begin_ready(self, jobs: _Jobs, only: str | None) -> None:
+        """Begin the stages whose needs are done, in the order of the recipe, while there are devices for the next one."""
+        for name in list(jobs.waiting):
+            if any(need in jobs.waiting or need in jobs.at_work for need in self.recipe.needs(name)):
+                continue
+            if not jobs.free:
+                return
+            jobs.waiting.remove(name)
+            if (step := self._settled(name, only)) is not None:
+                taken = take(jobs.free, step, jobs.slots)
+                if taken is None:
+                    jobs.waiting.insert(0, name)
+                    return
+                self._submit(_Running(step, taken), jobs)
+
+    def _begin_again(self, jobs: _Jobs) -> None:
+        """Begin the new attempts whose time has come."""
+        for due, job in list(jobs.later):
+            if time.monotonic() >= due:
+                jobs.later.remove((due, job))
+                self._submit(job, jobs)
+
+    def _listen(self, jobs: _Jobs) -> None:
+        """Hear for a moment what has begun and ended, and show how the others stand."""
+        for event in _zygote().events(POLL):
+            if "pid" in event:
+                jobs.running[event["id"]].pid = event["pid"]
+            else:
+                job = jobs.running.pop(event["id"])
+                self._show(job, jobs.view)
+                jobs.view.close(job.step.name)
+                if not self._ended(job, event["exit"], jobs.later):
+                    jobs.free += job.devices
+        _check_zygote()
+        for job in jobs.running.values():
+            self._show(job, jobs.view)
 
     def _task(self, step: Step) -> Task:
         return Task.of(step, self.registry, wait=self.options.wait)
 
-    def _submit(self, number: int, job: _Running, threads: int | None) -> None:
+    def _submit(self, job: _Running, jobs: _Jobs) -> None:
         environment = dict(os.environ)
         if any(job.devices):
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(job.devices)
@@ -208,7 +240,7 @@ class Graph:
         job.offset = log.stat().st_size if log.exists() else 0
         job.pid = None
         job.attempts += 1
-        _zygote().submit(number, asdict(self._task(job.step)), environment, threads)
+        _zygote().submit(jobs.enter(job), asdict(self._task(job.step)), environment, jobs.threads)
 
     def _show(self, job: _Running, view: View) -> None:
         """New lines of the stage's log, and its bar."""
@@ -285,10 +317,6 @@ def look(names: list[str], plan: list[Step], notes: Path | None) -> set[str]:
 
 def _with(step: Step, done: Any) -> Step:
     return replace(step, done=done)
-
-
-def _names(running: dict[int, _Running], later: list[tuple[float, _Running]]) -> set[str]:
-    return {job.step.name for job in running.values()} | {job.step.name for _, job in later}
 
 
 # -- the process that forks -------------------------------------------------------------------------------------------------------
