@@ -14,6 +14,8 @@ from align.stages import Stage
 
 Variant = dict[str, str]
 """Swept stage to the suffix that tells its branches apart."""
+Option = tuple[str, Stage]
+"""A swept stage with some values, and the suffix that they give its name."""
 
 
 def values_of(text: str) -> list[str]:
@@ -42,20 +44,9 @@ def expand(recipe: Recipe, sweeps: Mapping[str, Sequence[str]], seeds: int = 1) 
     """
     if not sweeps:
         raise AlignError("--seeds needs to know of what: add --sweep STAGE.FIELD=VALUES, or write --sweep STAGE.seed=0,1,2 instead")
-    options: dict[str, list[tuple[str, Stage]]] = {name: [("", stage)] for name, stage in recipe.stages.items()}
+    options: dict[str, list[Option]] = {name: [("", stage)] for name, stage in recipe.stages.items()}
     for swept, fields in _by_stage(recipe, sweeps).items():
-        stage = recipe.stages[swept]
-        if seeds > 1 and "seed" not in fields:
-            first = getattr(stage, "seed", None)
-            if first is None:
-                raise AlignError(f"--seeds: stage {swept!r} has no seed")
-            fields["seed"] = [str(first + i) for i in range(seeds)]
-        options[swept] = []
-        for values in itertools.product(*fields.values()):
-            suffix = "".join(f"-{field}-{_plain(value)}" for field, value in zip(fields, values, strict=True))
-            changed = {field: field_value(type(stage), field, value) for field, value in zip(fields, values, strict=True)}
-            whole = {**stage.model_dump(exclude_unset=True), **changed}
-            options[swept].append((suffix, make_stage(type(stage), whole, f"--sweep, stage {swept + suffix!r}")))
+        options[swept] = _options(swept, recipe.stages[swept], fields, seeds)
 
     def needs(name: str) -> set[str]:
         """With all values: a swept field may name other stages than the recipe does."""
@@ -67,12 +58,7 @@ def expand(recipe: Recipe, sweeps: Mapping[str, Sequence[str]], seeds: int = 1) 
     for name in in_order({name: needs(name) for name in recipe.stages}, recipe.name):
         variants[name] = []
         for suffix, stage in options[name]:
-            joint: list[Variant] = [{name: suffix} if suffix else {}]
-            for _, kind, value in reference_fields(stage):
-                for reference in [value] if isinstance(value, str) else [] if isinstance(value, dict) else value:
-                    if owner := recipe.stage_of(kind, reference):
-                        joint = [{**one, **theirs} for one in joint for _, theirs in variants[owner] if _agree(one, theirs)]
-            for variant in joint:
+            for variant in _joint(recipe, stage, {name: suffix} if suffix else {}, variants):
                 branch = name + "".join(variant[origin] for origin in sorted(variant))
                 if branch in built:
                     raise AlignError(
@@ -85,6 +71,35 @@ def expand(recipe: Recipe, sweeps: Mapping[str, Sequence[str]], seeds: int = 1) 
                 built[branch] = make_stage(type(stage), followed, f"--sweep, stage {branch!r}")
                 variants[name].append((branch, variant))
     return Recipe(recipe.name, built)
+
+
+def _options(name: str, stage: Stage, fields: dict[str, Sequence[str]], seeds: int) -> list[Option]:
+    """`stage` with each combination of values of `fields`, and `seeds` seeds of each."""
+    if seeds > 1 and "seed" not in fields:
+        first = getattr(stage, "seed", None)
+        if first is None:
+            raise AlignError(f"--seeds: stage {name!r} has no seed")
+        fields = {**fields, "seed": [str(first + i) for i in range(seeds)]}
+    found = []
+    for values in itertools.product(*fields.values()):
+        chosen = dict(zip(fields, values, strict=True))
+        suffix = "".join(f"-{field}-{_plain(value)}" for field, value in chosen.items())
+        changed = {field: field_value(type(stage), field, value) for field, value in chosen.items()}
+        whole = {**stage.model_dump(exclude_unset=True), **changed}
+        found.append((suffix, make_stage(type(stage), whole, f"--sweep, stage {name + suffix!r}")))
+    return found
+
+
+def _joint(recipe: Recipe, stage: Stage, own: Variant, variants: Mapping[str, list[tuple[str, Variant]]]) -> list[Variant]:
+    """`own` joined with each variant of the stages that `stage` needs, as far as they agree. Branches of a stage that is named in a
+    mapping, as models of `evaluate` are, do not multiply: all of them meet.
+    """
+    joint = [own]
+    for _, kind, value in reference_fields(stage):
+        for reference in [value] if isinstance(value, str) else [] if isinstance(value, dict) else value:
+            if owner := recipe.stage_of(kind, reference):
+                joint = [{**one, **theirs} for one in joint for _, theirs in variants[owner] if _agree(one, theirs)]
+    return joint
 
 
 def _by_stage(recipe: Recipe, sweeps: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Sequence[str]]]:
