@@ -27,8 +27,7 @@ from align.progress import bar, say
 from align.rewards import text_of
 from align.rollout import Completion, complete
 from align.schema import TextRow, problem
-from align.scoring import Judge, RewardScorer, branch_logps, branch_scores, component_means, mean_nll, plain
-from align.scoring import columns_of as answer_columns
+from align.scoring import Judge, RewardScorer, branch_logps, branch_scores, component_means, mean_nll, plain, row_columns
 from align.stages.base import Context
 from align.tasks.base import is_task_model
 from align.tasks.measure import measure_task_model
@@ -106,7 +105,7 @@ class Evaluation:
         asked = self._read(stage.data, "prompts") if talks and not alone else []
         self.references: list[Any] | None = None
         if asked and self._needs_references():
-            asked, self.references = self._answered(asked)
+            asked, self.references = self._with_references(asked)
         self.prompts = [row for row, _, _ in asked[: stage.max_prompts]]
         perplexity = talks and len(answered) < len(stage.metrics)  # asked for by its name
         self.demonstrations = self._readable(stage.perplexity_data or (stage.data if perplexity else None))
@@ -152,7 +151,7 @@ class Evaluation:
         names = [check(spec)[0] for spec in self.answer_metrics]
         return self.stage.baseline == "references" or any("references" in columns_of(name) for name in names)
 
-    def _answered(self, asked: list[Read]) -> tuple[list[Read], list[Any]]:
+    def _with_references(self, asked: list[Read]) -> tuple[list[Read], list[Any]]:
         """The first `max_prompts` of `asked` that have a reference answer, and these: a column, or the row's own answer.
 
         Raises:
@@ -194,15 +193,10 @@ class Evaluation:
 
     def policy(self, name: str, path: str) -> dict[str, Any]:
         """Everything that is measured of a language model, or of a model that was trained for a task."""
-        stage = self.stage
         if is_task_model(path):
-            if not stage.data:
-                raise AlignError(f"{name} was trained for a task; set data to rows of that task")
-            options = {"dtype": stage.dtype, "trust_remote_code": stage.trust_remote_code}
-            return measure_task_model(
-                path, lambda kind: self._rows(stage.data, kind), stage.metrics, self.context.folder, **options
-            )
-        tokenizer = load_tokenizer(path, trust_remote_code=self.stage.trust_remote_code)
+            return self._task_model(name, path)
+        stage = self.stage
+        tokenizer = load_tokenizer(path, trust_remote_code=stage.trust_remote_code)
         set_chat_template(tokenizer, stage.chat_template)
         encoder = Encoder(tokenizer, stage.max_length)
         model = load_causal_lm(path, dtype=stage.dtype, trust_remote_code=stage.trust_remote_code)
@@ -210,27 +204,47 @@ class Evaluation:
         enable_forest(model)
         result: dict[str, Any] = {}
         if self.demonstrations:
-            documents = isinstance(self.demonstrations[0], TextRow)
-            encoded = encoder.windows(self.demonstrations, stage.stride) if documents else encoder.sft(self.demonstrations)
-            trees = self._trees(name, model, encoded)
-            result["perplexity"] = math.exp(min(mean_nll(model, trees, stage.max_tokens_per_micro_batch), 700))
+            result["perplexity"] = self._perplexity(name, model, encoder)
         if self.prompts:
             result.update(self._answer(name, model, Encoder(tokenizer, stage.max_length - stage.max_completion_length)))
-        gaps: dict[int, float] = {}
-        if self.pairs:
-            encoded = encoder.preference(self.pairs)
-            logps = branch_logps(model, self._trees(name, model, encoded), stage.max_tokens_per_micro_batch)
-            gaps = {id(row): chosen - rejected for row, (chosen, rejected) in zip(encoded.rows, logps, strict=True)}
-            if self._reference is not None:
-                # Another tokenizer may have set other rows aside.
-                theirs = self._reference.gaps
-                both = [row for row in gaps if row in theirs]
-                right = preferences("preference_accuracy", [gaps[row] for row in both], [theirs[row] for row in both])
-                result["preference_accuracy"] = summarize(right)
+        gaps = self._gaps(name, model, encoder) if self.pairs else {}
+        if self.pairs and self._reference is not None:
+            result["preference_accuracy"] = self._preference_accuracy(gaps, self._reference.gaps)
         if name == stage.reference:
             self._reference = Reference(model, tokenizer.get_vocab(), gaps)
         self.context.history.add(0, {"model": name, **{key: value for key, value in result.items() if isinstance(value, float)}})
         return result
+
+    def _task_model(self, name: str, path: str) -> dict[str, Any]:
+        stage = self.stage
+        if not stage.data:
+            raise AlignError(f"{name} was trained for a task; set data to rows of that task")
+        return measure_task_model(
+            path,
+            lambda kind: self._rows(stage.data, kind),
+            stage.metrics,
+            self.context.folder,
+            dtype=stage.dtype,
+            trust_remote_code=stage.trust_remote_code,
+        )
+
+    def _perplexity(self, name: str, model: nn.Module, encoder: Encoder) -> float:
+        documents = isinstance(self.demonstrations[0], TextRow)
+        encoded = encoder.windows(self.demonstrations, self.stage.stride) if documents else encoder.sft(self.demonstrations)
+        nll = mean_nll(model, self._trees(name, model, encoded), self.stage.max_tokens_per_micro_batch)
+        return math.exp(min(nll, 700))
+
+    def _gaps(self, name: str, model: nn.Module, encoder: Encoder) -> dict[int, float]:
+        """See `Reference.gaps`, of `model`."""
+        encoded = encoder.preference(self.pairs)
+        logps = branch_logps(model, self._trees(name, model, encoded), self.stage.max_tokens_per_micro_batch)
+        return {id(row): chosen - rejected for row, (chosen, rejected) in zip(encoded.rows, logps, strict=True)}
+
+    @staticmethod
+    def _preference_accuracy(gaps: dict[int, float], reference: dict[int, float]) -> dict[str, Any]:
+        """How often the implicit reward of the chosen answer is the higher one; a tie counts one half."""
+        both = [row for row in gaps if row in reference]  # another tokenizer may have set other rows aside
+        return summarize(preferences("preference_accuracy", [gaps[row] for row in both], [reference[row] for row in both]))
 
     def _answer(self, name: str, model: nn.Module, encoder: Encoder) -> dict[str, Any]:
         stage, tokenizer = self.stage, encoder.tokenizer
@@ -272,7 +286,7 @@ class Evaluation:
 
     def _measured(self, texts: list[str]) -> dict[str, float]:
         """Every metric that was asked for, of one model's answers."""
-        columns = {**answer_columns(self.prompts), "predictions": texts, "references": self.references}
+        columns = {**row_columns(self.prompts), "predictions": texts, "references": self.references}
         return {key: value for spec in self.answer_metrics for key, value in measure(spec, **columns).items()}
 
     def _judge_references(self, judge: Judge, encoder: Encoder, rows: list[Any], prompts: list[list[int]]) -> None:
@@ -335,7 +349,7 @@ class Evaluation:
         stage = self.stage
         result: dict[str, Any] = {}
         if totals:
-            result[f"{self._headline_name(components)}_reward"] = summarize(self._headline(totals, components))
+            result[f"{next(iter(components))}_reward"] = summarize(self._headline(totals, components))
             result["parts"] = component_means(components)
         result["mean_completion_tokens"] = statistics.fmean(len(answer.tokens) for answer in answers)
         result["finished_share"] = statistics.fmean(answer.finished for answer in answers)
@@ -350,12 +364,9 @@ class Evaluation:
             result[f"kl_to_{stage.reference}"] = statistics.fmean(a - b for (a,), (b,) in zip(own, other, strict=True))
         return result
 
-    def _headline_name(self, components: dict[str, Any]) -> str:
-        return next(iter(components))
-
     def _headline(self, totals: list[float], components: dict[str, list[float | None]]) -> list[float]:
         """The first component; the weighted total where it abstained."""
-        first = components[self._headline_name(components)]
+        first = next(iter(components.values()))
         return [total if value is None else value for value, total in zip(first, totals, strict=True)]
 
     def reward_model(self, name: str, path: str) -> dict[str, Any]:

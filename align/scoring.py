@@ -140,7 +140,7 @@ class Judge:
         ids = [completion.tokens for completion in completions]
         model_scores = None if self.reward_model is None else self.reward_model(prompts, ids)
         answers = [answer(row, text) for row, text in zip(rows, self.texts(completions), strict=True)]
-        result = self.rewards.score([plain(row.prompt) for row in rows], answers, columns_of(rows), ids, model_scores)
+        result = self.rewards.score([plain(row.prompt) for row in rows], answers, row_columns(rows), ids, model_scores)
         return result.total, result.components
 
     def texts(self, completions: Sequence[Completion]) -> list[str]:
@@ -148,7 +148,7 @@ class Judge:
         return [self.tokenizer.decode(completion.tokens, skip_special_tokens=True).strip() for completion in completions]
 
 
-def columns_of(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
+def row_columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
     """The rows' other columns as reward functions get them."""
     names = sorted({name for row in rows for name in row.columns})
     return {name: [row.columns.get(name) for row in rows] for name in names}

@@ -78,11 +78,11 @@ def _trial(rewards: RewardSet, options: argparse.Namespace) -> Trial:
     from align.rewards.trial import run_trial
 
     rows, completions, ids, pairs = _sampled(options) if options.model else _given(options)
-    from align.scoring import columns_of, plain
+    from align.scoring import plain, row_columns
 
     prompts = [plain(row.prompt) for row in rows]
     more = {"completion_ids": ids, "model_scores": _model_scores(options, rows, completions, ids)}
-    return run_trial(rewards, prompts, completions, columns_of(rows), pairs=pairs, **more)
+    return run_trial(rewards, prompts, completions, row_columns(rows), pairs=pairs, **more)
 
 
 def _spec(text: str, options: argparse.Namespace) -> RewardSpec:
