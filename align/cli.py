@@ -9,7 +9,6 @@ import errno
 import io
 import os
 import sys
-from typing import NoReturn
 
 from align import __version__
 from align.commands import (
@@ -28,6 +27,7 @@ from align.commands import (
     status,
     ui,
 )
+from align.commands.parser import Parser
 from align.errors import AlignError, StageFailed
 from align.runner.files import disk_is_full
 
@@ -47,11 +47,6 @@ COMMANDS = (
     serve,
     ui,
 )
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise AlignError(f"{message}; see `{self.prog} --help`")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,9 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of every verb."""
-    root = _Parser(prog="align", description="From a base language model to an aligned chat model, on one machine.")
+    root = Parser(prog="align", description="From a base language model to an aligned chat model, on one machine.")
     root.add_argument("--version", action="version", version=__version__)
-    verbs = root.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
+    verbs = root.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
     for command in COMMANDS:
         command.add(verbs)
     return root

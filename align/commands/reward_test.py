@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from align.commands.parser import Parser
 from align.errors import AlignError
 from align.progress import bar, say
 from align.recipe import parse_value
@@ -22,13 +23,8 @@ if TYPE_CHECKING:
     from align.rewards.trial import Summary, Trial
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise AlignError(f"{message}; see `{self.prog} --help`")
-
-
 def parser() -> argparse.ArgumentParser:
-    made = _Parser(
+    made = Parser(
         prog="align reward test", description="Score completions with reward functions before anything is trained on them."
     )
     made.add_argument(

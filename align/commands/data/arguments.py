@@ -7,16 +7,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from align.errors import AlignError
+from align.schema import KINDS
 
 
-def add_reading(parser: argparse.ArgumentParser) -> None:
-    """How the rows are read, and whether the account is printed as JSON."""
-    from align.schema import KINDS
-
-    parser.add_argument("--kind", choices=list(KINDS), help="what the rows are; recognised by default")
-    parser.add_argument("--format", help="name of the data's format; recognised by default")
-    parser.add_argument("--split", default="train", help="split of a folder or hub data set")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+def add_reading(parser: argparse.ArgumentParser, json: str | None = "print JSON") -> None:
+    """How the rows are read, and the flag ``--json`` with the help `json`, if any."""
+    parser.add_argument("--kind", choices=list(KINDS), help="what the rows shall be used as (default: what they are)")
+    parser.add_argument("--format", help="name of the data's format (default: recognised)")
+    parser.add_argument("--split", default="train", help="split of a folder or data set (default: train)")
+    if json is not None:
+        parser.add_argument("--json", action="store_true", help=json)
 
 
 def check_outputs(sources: Iterable[str], *outputs: Path) -> None:

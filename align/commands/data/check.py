@@ -7,19 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align.commands.data.arguments import check_outputs, visible
+from align.commands.data.arguments import add_reading, check_outputs, visible
 from align.errors import AlignError
-from align.schema import KINDS
 
 
 def add(actions: Any) -> None:
     parser = actions.add_parser("check", help="does every row load, and what becomes of it; exit code 1 if some rows do not")
     parser.add_argument("files", nargs="+", metavar="FILE", help="a file, a folder, or any other source of data")
-    parser.add_argument("--kind", choices=list(KINDS), help="what the rows shall be used as (default: what they are)")
-    parser.add_argument("--format", help="the format of the files (default: recognised)")
-    parser.add_argument("--split", default="train", help="which split of a folder or data set (default: train)")
+    add_reading(parser, json="print a line of JSON for each file")
     parser.add_argument("--quarantine", type=Path, metavar="FILE.jsonl", help="write rows that are set aside, with their reasons")
-    parser.add_argument("--json", action="store_true", help="print a line of JSON for each file")
     parser.set_defaults(handler=check)
 
 

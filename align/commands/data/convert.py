@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from align.commands.data.arguments import check_outputs
+from align.commands.data.arguments import add_reading, check_outputs
 from align.errors import AlignError
-from align.schema import KINDS
 
 
 def add(actions: Any) -> None:
@@ -17,9 +16,7 @@ def add(actions: Any) -> None:
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--to", required=True, metavar="FORMAT", help="native, openai, sharegpt, alpaca, hh, ultrafeedback or text")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
-    parser.add_argument("--kind", choices=list(KINDS), help="what to make of the rows (default: what they are)")
-    parser.add_argument("--format", help="the format of the file (default: recognised)")
-    parser.add_argument("--split", default="train")
+    add_reading(parser, json=None)
     parser.add_argument("--on_bad_row", default="raise", choices=["raise", "quarantine"])
     parser.set_defaults(handler=convert)
 

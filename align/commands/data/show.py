@@ -7,10 +7,9 @@ import json
 from itertools import islice
 from typing import Any
 
-from align.commands.data.arguments import visible
+from align.commands.data.arguments import add_reading, visible
 from align.errors import AlignError
 from align.registry import Registry
-from align.schema import KINDS
 
 
 def add(actions: Any) -> None:
@@ -18,12 +17,9 @@ def add(actions: Any) -> None:
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="how many (default: 3)")
     parser.add_argument("--skip", type=int, default=0, metavar="N", help="rows before the first one shown")
-    parser.add_argument("--kind", choices=list(KINDS), help="what the rows shall be used as (default: what they are)")
-    parser.add_argument("--format", help="the format of the file (default: recognised)")
-    parser.add_argument("--split", default="train")
+    add_reading(parser, json="print a line of JSON for each row")
     parser.add_argument("--model", help="render messages with this model's chat template")
     parser.add_argument("--chat_template", default="auto", help="auto, the name of a shipped template, or a file")
-    parser.add_argument("--json", action="store_true", help="print a line of JSON for each row")
     parser.set_defaults(handler=show)
 
 

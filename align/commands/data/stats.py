@@ -7,10 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align.commands.data.arguments import check_outputs, visible
+from align.commands.data.arguments import add_reading, check_outputs, visible
 from align.errors import AlignError
 from align.registry import Registry
-from align.schema import KINDS
 
 PLOTS = (".png", ".svg", ".pdf", ".jpg")
 
@@ -18,12 +17,9 @@ PLOTS = (".png", ".svg", ".pdf", ".jpg")
 def add(actions: Any) -> None:
     parser = actions.add_parser("stats", help="lengths, turns, languages, labels; with a plot if you like")
     parser.add_argument("files", nargs="+", metavar="FILE")
-    parser.add_argument("--kind", choices=list(KINDS), help="what the rows shall be used as (default: what they are)")
-    parser.add_argument("--format", help="the format of the files (default: recognised)")
-    parser.add_argument("--split", default="train")
+    add_reading(parser, json="print a line of JSON for each file")
     parser.add_argument("--model", help="count tokens of this model's tokenizer instead of characters")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the lengths of the first file")
-    parser.add_argument("--json", action="store_true", help="print a line of JSON for each file")
     parser.set_defaults(handler=stats)
 
 
