@@ -83,7 +83,12 @@ class Config(BaseModel):
     """Typed fields: no others than these, numbers finite, whole ones of at most 64 bits, and a number is never a yes."""
 
     model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, frozen=True, populate_by_name=True, allow_inf_nan=False
+        extra="forbid",
+        use_attribute_docstrings=True,
+        frozen=True,
+        populate_by_name=True,
+        allow_inf_nan=False,
+        defer_build=True,  # every command imports all stages, and uses few
     )
 
     @field_validator("*", mode="before")

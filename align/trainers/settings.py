@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class PPOSettings(BaseModel):
     """The algorithm of Ziegler et al. (arXiv:1909.08593) and Ouyang et al. (arXiv:2203.02155), names as in TRL."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, defer_build=True)
 
     total_episodes: int = Field(10_000, gt=0)
     """Completions to sample over the whole run."""
