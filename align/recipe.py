@@ -272,11 +272,11 @@ def apply(build: Build, assignments: Mapping[str, str], where: str) -> Recipe:
     for key, value in assignments.items():
         if "." not in key:
             continue
-        name, _, field_name = key.partition(".")
+        name, _, field = key.partition(".")
         if name not in recipe.stages:
             raise AlignError(f"--set {key}: recipe {recipe.name!r} has no stage {name!r}{near_miss(name, recipe.stages)}")
         fields = changed.setdefault(name, {})
-        fields |= _nested(recipe.stages[name], fields, field_name, value)
+        fields |= _nested(recipe.stages[name], fields, field, value)
     # Fields of one stage are judged together: what each asks of the others may be set by a later one.
     made = {
         name: make_stage(
