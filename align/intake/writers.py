@@ -13,7 +13,7 @@ from align.catalog import Catalog
 from align.errors import AlignError
 from align.intake.catalog import SetAside, formats
 from align.intake.kinds import NATIVE, convert
-from align.schema import Row, validate
+from align.schema import SPOKEN, Row, validate
 from align.turns import Fields, Raw, cut
 
 writers: Catalog[Callable[[str, Fields], Raw]] = Catalog("format to write")
@@ -54,7 +54,7 @@ def native(kind: str, fields: Fields) -> Raw:
 @writers.add
 def openai(kind: str, fields: Fields) -> Raw:
     """`messages`, with `label`; pairs as `chosen_messages` and `rejected_messages`."""
-    rest = {name: value for name, value in fields.items() if name not in ("messages", "prompt", "completion", "chosen", "rejected")}
+    rest = _beside_speech(fields)
     if kind == "preference":
         return {f"{side}_messages": _messages(fields["prompt"]) + fields[side] for side in ("chosen", "rejected")} | rest
     if "messages" in fields or kind == "prompts":
@@ -63,6 +63,11 @@ def openai(kind: str, fields: Fields) -> Raw:
         prompt = [{**turn, "weight": 0} for turn in _messages(fields["prompt"])]
         return {"messages": prompt + [{**turn, "weight": 1} for turn in fields["completion"]], **rest}
     return {"messages": _messages(fields["prompt"]) + fields["completion"], **rest}
+
+
+def _beside_speech(fields: Fields) -> Fields:
+    """The fields that hold neither strings nor messages that somebody says: label, margin, tools, columns."""
+    return {name: value for name, value in fields.items() if name not in ("messages", *SPOKEN)}
 
 
 def _messages(value: Any) -> list[Fields]:
@@ -77,11 +82,9 @@ SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system", "tool": "ob
 @writers.add
 def sharegpt(kind: str, fields: Fields) -> Raw:
     """`conversations`, with `chosen` and `rejected` as a message each, or with `label`."""
-    rest = {
-        name: fields[name] for name in fields if name not in ("messages", "prompt", "completion", "chosen", "rejected", "tools")
-    }
-    if "tools" in fields:
-        rest["tools"] = json.dumps(fields["tools"], ensure_ascii=False)
+    rest = _beside_speech(fields)
+    if "tools" in rest:
+        rest["tools"] = json.dumps(rest["tools"], ensure_ascii=False)
     turns = fields.get("messages") or _messages(fields["prompt"]) + fields.get("completion", [])
     found = {"conversations": [_said(turn) for turn in turns]}
     if kind == "preference":
@@ -101,7 +104,7 @@ def _said(turn: Fields) -> Fields:
 @writers.add
 def alpaca(kind: str, fields: Fields) -> Raw:
     """`instruction`, `input`, `output` with `system` and `history`; pairs with `chosen` and `rejected`."""
-    rest = {name: fields[name] for name in fields if name not in ("messages", "prompt", "completion", "chosen", "rejected")}
+    rest = _beside_speech(fields)
     turns, reply = cut(fields["messages"]) if "messages" in fields else (_messages(fields["prompt"]), fields.get("completion", []))
     found: Raw = {}
     if turns[0]["role"] == "system":

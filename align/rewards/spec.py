@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from align.errors import near_miss
 
 OnError = Literal["raise", "abstain"] | float
+Protocol = Literal["trl", "verl", "openrlhf"]
+PROTOCOLS = get_args(Protocol)
 REWARD_MODEL = "reward_model"
 """The reward that stands for the stage's reward model."""
 
@@ -31,7 +33,7 @@ class RewardSpec:
     """A built-in, ``package.module:function`` or ``file.py:function``, with arguments if any."""
     name: str | None = None
     """What the component is called in logs and gates; the function's name by default."""
-    protocol: Literal["trl", "verl", "openrlhf"] | None = None
+    protocol: Protocol | None = None
     """For whom the function was written; recognized by its parameters by default."""
     timeout: float | None = None
     """Seconds that a call may take."""
@@ -49,7 +51,7 @@ class RewardSpec:
     def __post_init__(self) -> None:
         if not self.reward or not isinstance(self.reward, str):
             raise ValueError("a reward must be named: a built-in, package.module:function or file.py:function")
-        if self.protocol not in (None, "trl", "verl", "openrlhf"):
+        if self.protocol not in (None, *PROTOCOLS):
             raise ValueError(
                 f"protocol must be trl, verl or openrlhf, not {self.protocol!r}{near_miss(str(self.protocol), PROTOCOLS)}"
             )
@@ -96,9 +98,6 @@ class RewardSpec:
             if value != field.default:
                 found[field.name] = vars(value) if isinstance(value, Gate) else list(value) if isinstance(value, tuple) else value
         return self.reward if found.keys() == {"reward"} else found
-
-
-PROTOCOLS = ("trl", "verl", "openrlhf")
 
 
 def _known(cls: type[RewardSpec] | type[Gate], value: Mapping[str, Any], what: str) -> dict[str, Any]:
