@@ -222,9 +222,6 @@ def _optimizer(stage: Any, settings: PPOSettings, models: Models) -> tuple[Any, 
 def _metrics(context: Context, kept: int | None) -> dict[str, Any]:
     """The held-out scores before and after, up to the step whose weights are kept, and how it ended."""
     records = [record for record in context.history.records if kept is None or record["step"] <= kept]
-    names = {name: None for record in records for name in record if name.startswith("eval_")}
-    found: dict[str, Any] = {} if kept is None else {"best_step": kept}
-    for name in names:
-        values = [record[name] for record in records if name in record]
-        found |= {name: values[-1], f"{name}_before": values[0]}
-    return {**found, **{name: context.history.last(name) for name in ("objective/kl", "objective/scores")}}
+    best = {} if kept is None else {"best_step": kept}
+    last = {name: context.history.last(name) for name in ("objective/kl", "objective/scores")}
+    return {**best, **t.held_out_metrics(records), **last}

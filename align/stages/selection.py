@@ -8,11 +8,12 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from align.errors import AlignError, near_miss
+from align.errors import AlignError
 from align.progress import say
 from align.runner.checkpoints import checkpoints, step_of
 from align.stages.base import Context
 from align.stages.fields import SelectionFields
+from align.stages.training import check_metric
 from align.trainers.ppo import processes
 
 
@@ -30,12 +31,10 @@ class Best:
 
     def check(self) -> None:
         """Raise `AlignError` unless the evaluation before training measured the metric."""
-        measured = [name.removeprefix("eval_") for name in next(iter(self.context.history.records), {}) if name.startswith("eval_")]
+        measured = [name for name in next(iter(self.context.history.records), {}) if name.startswith("eval_")]
         if not measured:
             raise AlignError("keeping the best weights needs held-out prompts: set eval_data or held_out, and eval_prompts")
-        if (name := self.name.removeprefix("eval_")) not in measured:
-            known = ", ".join(measured)
-            raise AlignError(f"metric_for_best_model {name!r} is not measured here{near_miss(name, measured)}; known: {known}")
+        check_metric(self.stage, measured)
 
     def see(self, step: int) -> bool:
         """After the evaluation at `step`: keep its weights if none was better. Returns whether it is time to stop."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -37,7 +37,7 @@ from align.runner.checkpoints import last_good, step_of
 from align.runner.stop import saving_first
 from align.scoring import SCORE_SCALE, branch_scores
 from align.stages.base import Context, TrainingStage
-from align.stages.fields import LaunchFields, OptimizerFields
+from align.stages.fields import LaunchFields, OptimizerFields, SelectionFields
 from align.stages.rows import encoded as encoded
 from align.stages.rows import longest as longest
 from align.stages.rows import read_rows as read_rows
@@ -229,7 +229,7 @@ def run_trainer(trainer: Any, stage: TrainingStage, context: Context, *, has_eva
     context.history.rewind(-1 if last is None else step_of(last))
     if last is None and has_eval:
         with precision(stage):  # the Trainer prepares the model for it no earlier than in `train`
-            check_metric(stage, trainer.evaluate())
+            check_metric(stage, [name for name in trainer.evaluate() if not name.endswith(TIMING)])
     if last is not None:
         say(f"{context.name}: going on from step {step_of(last)}")
     try:
@@ -276,9 +276,9 @@ def save_trained(trainer: Any, folder: Path) -> None:
         save_model(accelerator.unwrap_model(trainer.model), trainer.processing_class, folder, weights)
 
 
-def check_metric(stage: TrainingStage, measured: dict[str, float]) -> None:
-    """Raise `AlignError` before training where `metric_for_best_model` is none of what is `measured`."""
-    names = [name.removeprefix("eval_") for name in measured if not name.endswith(TIMING)]
+def check_metric(stage: SelectionFields, measured: Iterable[str]) -> None:
+    """Raise `AlignError` before training where `metric_for_best_model` is none of the names that are `measured`."""
+    names = [name.removeprefix("eval_") for name in measured]
     wanted = stage.metric_for_best_model.removeprefix("eval_")
     if stage.keeps_best and wanted not in names:
         raise AlignError(
@@ -291,11 +291,20 @@ def summary(context: Context, best: int | None = None) -> dict[str, Any]:
     records = [record for record in context.history.records if best is None or record["step"] <= best]
     train_loss = next((record["loss"] for record in reversed(records) if "loss" in record), None)
     metrics: dict[str, Any] = {"train_loss": train_loss, **({} if best is None else {"best_step": best})}
-    for name in {key: None for record in records for key in record if key.startswith("eval_") and not key.endswith(TIMING)}:
+    return metrics | held_out_metrics(records, but=TIMING)
+
+
+def held_out_metrics(records: Sequence[Mapping[str, Any]], but: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The last value of every held-out metric in `records` of a history, and as ``NAME_before`` the first.
+
+    Args:
+        but: ends of names that are left out.
+    """
+    found: dict[str, Any] = {}
+    for name in {key: None for record in records for key in record if key.startswith("eval_") and not key.endswith(but)}:
         values = [record[name] for record in records if name in record]
-        metrics[name] = values[-1]
-        metrics[f"{name}_before"] = values[0]
-    return metrics
+        found |= {name: values[-1], f"{name}_before": values[0]}
+    return found
 
 
 def train_on_forest(
