@@ -5,10 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -60,6 +63,21 @@ def documents(seed: int, count: int = 6) -> list[Tree]:
     draw = random.Random(seed)
     lengths = [draw.randint(2, 24) for _ in range(count)]
     return [Tree(tokens(draw, n), prompt_mask=[False, *(draw.random() < 0.5 for _ in range(n - 2)), True]) for n in lengths]
+
+
+def add_begin(tokenizer: Any) -> Any:
+    """Have `tokenizer` put its begin token in front of every text, as Llama's does; returns it."""
+    begin, number = tokenizer.bos_token, tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, number)])
+    assert tokenizer("one")["input_ids"][0] == number
+    return tokenizer
+
+
+def learned(encoder: Any, tree: Tree) -> list[str]:
+    """The runs of tokens of `tree`'s prompt that carry a loss, as text."""
+    both = zip(tree.prompt, tree.prompt_mask or (), strict=True)
+    runs = [[token for token, _ in run] for counts, run in groupby(both, key=itemgetter(1)) if counts]
+    return [encoder.tokenizer.decode(run) for run in runs]
 
 
 class Alone:

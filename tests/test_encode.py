@@ -4,7 +4,7 @@ import copy
 import random
 
 import pytest
-from tokenizers.processors import TemplateProcessing
+from helpers import add_begin, learned
 
 from align.encode import Encoder, set_chat_template
 from align.errors import AlignError
@@ -29,27 +29,6 @@ def encoder(tokenizer, request):
 @pytest.fixture
 def plain(tokenizer):
     return Encoder(copy.deepcopy(tokenizer))
-
-
-def with_bos(tokenizer):
-    """`tokenizer`, putting its begin token in front of every text, as Llama's does."""
-    tokenizer = copy.deepcopy(tokenizer)
-    bos = tokenizer.bos_token
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
-    )
-    assert tokenizer("one")["input_ids"][0] == tokenizer.bos_token_id
-    return tokenizer
-
-
-def learned(encoder, tree):
-    """Runs of text with a loss."""
-    runs, previous = [], False
-    for token, counts in zip(tree.prompt, tree.prompt_mask, strict=True):
-        if counts:
-            runs = [*runs[:-1], [*runs[-1], token]] if previous else [*runs, [token]]
-        previous = counts
-    return [encoder.tokenizer.decode(run) for run in runs]
 
 
 def end(encoder):
@@ -114,7 +93,7 @@ class TestChat:
 
     def test_no_begin_token_comes_twice(self, tokenizer):
         """The template writes it, so the tokenizer must not add it again."""
-        encoder = Encoder(with_bos(tokenizer))
+        encoder = Encoder(add_begin(copy.deepcopy(tokenizer)))
         rows = [SFTRow(messages=chat("user: hello", "assistant: one"))]
         rows.append(SFTRow(messages=chat("user: hello", "assistant: one", "user: two", "assistant: three")))
         for tree in [*encoder.sft(rows).trees, *encoder.prompts([PromptRow(prompt=chat("user: hello"))]).trees]:
@@ -220,7 +199,7 @@ class TestRawText:
             plain.prompts(rows)
 
     def test_a_begin_token_comes_once(self, tokenizer):
-        encoder = Encoder(with_bos(tokenizer))
+        encoder = Encoder(add_begin(copy.deepcopy(tokenizer)))
         (tree,) = encoder.preference([PreferenceRow(prompt="one", chosen=" two", rejected=" three")]).trees
         assert tree.prompt[0] == tokenizer.bos_token_id
         assert tokenizer.bos_token_id not in [*tree.prompt[1:], *tree.branches[0], *tree.branches[1]]

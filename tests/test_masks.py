@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from tokenizers.processors import TemplateProcessing
+from helpers import add_begin, learned
 
 from align.encode import Encoder, set_chat_template
 from align.errors import AlignError
@@ -138,20 +138,15 @@ def style(request, tokenizer):
     return Encoder(tokenizer), end, call
 
 
-def learned(encoder, tree):
-    """Runs of tokens with a loss, as text."""
-    runs, previous = [], False
-    for token, counts in zip(tree.prompt, tree.prompt_mask, strict=True):
-        if counts:
-            runs = [*runs[:-1], [*runs[-1], token]] if previous else [*runs, [token]]
-        previous = counts
-    return [encoder.tokenizer.decode(run).strip() for run in runs]
+def words_of(encoder, tree):
+    """What is learned, without the line ends that some templates put around it."""
+    return [run.strip() for run in learned(encoder, tree)]
 
 
 def test_several_turns(style):
     encoder, end, _ = style
     (tree,) = encoder.sft([SFTRow(messages=CHAT)]).trees
-    assert learned(encoder, tree) == [f"one two{end}", f"Fine, thanks!{end}", f"three\n\nfour{end}"]
+    assert words_of(encoder, tree) == [f"one two{end}", f"Fine, thanks!{end}", f"three\n\nfour{end}"]
     assert encoder.tokenizer.decode(tree.prompt) == encoder.render(CHAT)
 
 
@@ -160,9 +155,9 @@ def test_tool_calls_are_the_assistants_words(style):
     if call is None:
         pytest.skip("the template writes no calls")
     (tree,) = encoder.sft([SFTRow(messages=TOOL_CHAT, tools=TOOLS)]).trees
-    assert learned(encoder, tree) == [f"How are you?{end}", f"{call}{end}", f"Seven.{end}", f"Fine!{end}"]
+    assert words_of(encoder, tree) == [f"How are you?{end}", f"{call}{end}", f"Seven.{end}", f"Fine!{end}"]
     (last,) = encoder.sft([SFTRow(prompt=TOOL_CHAT[:4], completion=TOOL_CHAT[4:5], tools=TOOLS)]).trees
-    assert learned(encoder, last) == [f"{call}{end}"]
+    assert words_of(encoder, last) == [f"{call}{end}"]
 
 
 def test_what_a_tool_says_within_a_completion_is_not_learned(style):
@@ -171,7 +166,7 @@ def test_what_a_tool_says_within_a_completion_is_not_learned(style):
     if call is None:
         pytest.skip("the template writes no calls")
     (tree,) = encoder.sft([SFTRow(prompt=TOOL_CHAT[:4], completion=TOOL_CHAT[4:7], tools=TOOLS)]).trees
-    assert learned(encoder, tree) == [f"{call}{end}", f"Seven.{end}"]
+    assert words_of(encoder, tree) == [f"{call}{end}", f"Seven.{end}"]
 
 
 def test_a_conversation_that_the_assistant_opens(style):
@@ -183,14 +178,14 @@ def test_a_conversation_that_the_assistant_opens(style):
         assert list(result.set_aside) == ["the chat template refuses the row (Roles must alternate user/assistant)"]
         assert result.summary().startswith("1 rows = 0 used + 1 set aside")
         return
-    assert learned(encoder, result.trees[0]) == [f"hello{end}", f"two{end}"]
+    assert words_of(encoder, result.trees[0]) == [f"hello{end}", f"two{end}"]
 
 
 def test_empty_answers_teach_to_stop(style):
     encoder, end, _ = style
     turns = [message("user", "one"), message("assistant", ""), message("user", "two"), message("assistant", "")]
     (tree,) = encoder.sft([SFTRow(messages=turns)]).trees
-    assert learned(encoder, tree) == [end, end]
+    assert words_of(encoder, tree) == [end, end]
 
 
 def test_training_and_chat_render_the_same_text(style):
@@ -213,9 +208,7 @@ def test_a_begin_token_comes_once(style):
     begin = encoder.tokenizer.bos_token
     rows = [SFTRow(messages=turns) for turns in (CHAT, CHAT[1:3])]
     before = encoder.sft(rows).trees
-    encoder.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{begin} $A", special_tokens=[(begin, encoder.tokenizer.bos_token_id)]
-    )
+    add_begin(encoder.tokenizer)
     assert encoder.sft(rows).trees == before
     encoder.tokenizer.chat_template = "{{ bos_token }}" + encoder.tokenizer.chat_template
     for tree in encoder.sft(rows).trees:
@@ -251,7 +244,7 @@ def test_reasoning_that_later_turns_leave_out(tokenizer):
     )
     thought = [message("user", "one"), message("assistant", "<think>a cat</think>two")]
     (tree,) = encoder.sft([SFTRow(messages=[*thought, message("user", "three"), message("assistant", "four")])]).trees
-    assert learned(encoder, tree) == ["two<|eos|>", "four<|eos|>"]
+    assert words_of(encoder, tree) == ["two<|eos|>", "four<|eos|>"]
 
 
 def test_an_end_token_that_a_base_model_has_but_does_not_name(tokenizer, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import llama
+from helpers import add_begin, llama
 
 from align import onednn
 from align.cli import main
@@ -130,13 +130,7 @@ def test_a_begin_token_that_comes_twice(folder, where):
 
 
 def test_a_begin_token_that_chat_leaves_out(folder):
-    from tokenizers.processors import TemplateProcessing
-
-    begin = folder.bos_token
-    folder.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{begin} $A", special_tokens=[(begin, folder.bos_token_id)]
-    )
-    folder.save_pretrained("model")
+    add_begin(folder).save_pretrained("model")
     assert findings(sft=sft()) == []  # the tokenizer adds it, the template writes it: the encoder takes one
     Path("bare.jinja").write_text("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
     assert findings(sft=sft(chat_template="bare.jinja")) == [("warning", "missing_begin")]
