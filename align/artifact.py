@@ -49,6 +49,7 @@ class Artifact:
 
     @property
     def reference(self) -> str:
+        """``name@version``, as the registry and its commands take it."""
         return f"{self.name}@{self.version}"
 
     def begin(self) -> None:

@@ -66,6 +66,8 @@ class LossOutput:
 
 
 class PreferenceLoss(Protocol):
+    """A function of the catalog: its name, and what the trainer has to measure for it; see `preference_loss`."""
+
     __name__: str
     needs_reference: bool
     needs_common: bool

@@ -43,10 +43,12 @@ IGNORED = ("id", "refusal", "annotations", "audio")
 
 
 def user(text: str) -> Fields:
+    """A turn of the user."""
     return {"role": "user", "content": text}
 
 
 def assistant(text: str) -> Fields:
+    """A turn of the assistant."""
     return {"role": "assistant", "content": text}
 
 

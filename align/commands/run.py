@@ -119,6 +119,7 @@ def _notified(target: str | None, name: str, out: Path) -> Iterator[None]:
 
 
 def show_plan(run: Run, only: str | None = None, *, as_json: bool) -> int:
+    """Print which stages of `run` would run, and why; returns the exit code."""
     if only is not None:
         run.check(only)
     rows = [

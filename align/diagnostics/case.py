@@ -42,6 +42,7 @@ class Case:
     """``curvature.json`` of its model, where it was measured."""
 
     def series(self, name: str) -> Series:
+        """What was logged under `name`."""
         return Series.of(self.records, name)
 
     @cached_property
@@ -77,6 +78,7 @@ class Case:
 
     @property
     def learning_rate(self) -> float:
+        """The peak learning rate; 0 where the stage has none."""
         return float(self.config.get("learning_rate") or 0.0)
 
     @property

@@ -33,11 +33,13 @@ class Account:
         return self.rows - self.used
 
     def use(self, rows: int, parts: list[str]) -> None:
+        """Count `rows` as used; `parts` are the reasons why some of what they held was not."""
         self.rows += rows
         self.used += rows
         self.parts.update(map(family, parts))
 
     def put_aside(self, rows: int, reason: str) -> None:
+        """Count `rows` as set aside."""
         self.rows += rows
         name = family(reason)
         self.reasons[name if name in self.reasons or len(self.reasons) < MOST_REASONS else "other reasons"] += rows

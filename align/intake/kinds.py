@@ -89,6 +89,7 @@ def _kind_in(name: str, raw: Raw) -> str | None:
 
 
 def match(raw: Raw, kind: str | None) -> str | None:
+    """The name of the first format that `raw` matches, or None. Where documents are wanted, a row with a text is one."""
     if kind == "text" and "text" in raw:
         return "text"
     return next((name for name in formats if formats[name].matches(raw)), None)

@@ -39,6 +39,7 @@ class Estimate:
 
     @property
     def peak(self) -> float:
+        """Bytes at the worst moment, the libraries' own among them."""
         return max(self.parts.values()) + LIBRARIES
 
     def line(self) -> str:
@@ -50,8 +51,16 @@ class Estimate:
         return f"on {self.machine}: peak memory {self.peak / GB:.2f} GB while {phase} ({inside}){duration}"
 
     def plain(self) -> dict[str, Any]:
-        return {"machine": self.machine, "peak_bytes": round(self.peak), "phases": self.parts, "made_of": self.made_of,
-                "states_bytes": round(self.states), "tokens_per_pass": self.tokens, "seconds": self.seconds}  # fmt: skip
+        """For ``--json``."""
+        return {
+            "machine": self.machine,
+            "peak_bytes": round(self.peak),
+            "phases": self.parts,
+            "made_of": self.made_of,
+            "states_bytes": round(self.states),
+            "tokens_per_pass": self.tokens,
+            "seconds": self.seconds,
+        }
 
     def findings(self, machine: Machine) -> list[Finding]:
         """A warning where memory will be short, an error where no smaller pass helps."""

@@ -168,6 +168,7 @@ class Skeleton:
 
     @cached_property
     def model(self) -> Any:
+        """The model on the meta device, tuned as the stage would tune it."""
         auto: Any = AutoModelForSequenceClassification if self.score_head else AutoModelForCausalLM
         self.config.num_labels = 1
         with torch.device("meta"):
@@ -195,6 +196,7 @@ class Skeleton:
 
     @cached_property
     def parameters(self) -> int:
+        """How many numbers it has, those of its adapter among them."""
         return sum(p.numel() for p in self.model.parameters())
 
     @cached_property

@@ -58,6 +58,7 @@ def evaluations(stages: Mapping[str, Artifact]) -> list[Artifact]:
 
 
 def up_to_date(out: Path, digest: str) -> bool:
+    """Whether `out` holds a whole report of what has this digest."""
     try:
         old = json.loads((out / RESULTS).read_text(encoding="utf-8"))
         return old["digest"] == digest and all((out / file).is_file() for file in PAGES)

@@ -31,6 +31,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
+    """The optimizer step (of PPO: the batch of episodes) that a checkpoint was made after, by its name."""
     return int(checkpoint.name.rpartition("-")[2])
 
 

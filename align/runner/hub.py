@@ -22,6 +22,7 @@ KEPT = ("*.safetensors", "*.json", "*.jsonl", "*.yaml", "*.txt", "*.md", "*.csv"
 
 
 def is_hub(target: str) -> bool:
+    """Whether `target` is a repository of the hub, and not a folder."""
     return target.startswith(HUB)
 
 

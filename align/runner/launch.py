@@ -43,6 +43,7 @@ def machine_rank() -> int:
 
 
 def is_first_machine() -> bool:
+    """Whether this is the only machine of a run, or the one that registers what comes out."""
     return machine_rank() == 0
 
 

@@ -20,6 +20,7 @@ from align.runner.zygote import die_with_parent
 
 
 def main(task_file: str, outcome_file: str) -> int:
+    """Do this process' part of the stage; returns the exit code. How it ended is in `outcome_file`: ``metrics``, or ``mistake``."""
     die_with_parent(signal.SIGKILL, os.getppid())
     listen()
     task = read_task(task_file)

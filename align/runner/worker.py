@@ -65,6 +65,7 @@ class Task:
 
     @classmethod
     def of(cls, step: Step, registry: Registry, *, wait: bool = True) -> Task:
+        """The task that runs `step`; `wait` for another process that works in its folder, or refuse."""
         module = type(step.stage).__module__
         return cls(
             step.name,
@@ -310,4 +311,5 @@ def is_transient(error: BaseException) -> bool:
 
 
 def read_task(path: str) -> Task:
+    """The task in a JSON file, as `align.runner.launch.run_launched` writes it."""
     return Task(**json.loads(Path(path).read_text(encoding="utf-8")))
