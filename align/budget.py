@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 import torch
 from accelerate.utils.memory import clear_device_cache
 
-from align.errors import AlignError
+from align.errors import AlignError, first_line
 from align.forest import Forest, Tree, pack, plant
 from align.progress import say
 
@@ -54,7 +54,7 @@ class Budget:
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
             else:
                 if self.grows:
                     free, _ = torch.cuda.mem_get_info()

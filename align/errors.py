@@ -28,3 +28,8 @@ def near_miss(word: str, options: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"`` for the option closest to `word`, or an empty string when none is close."""
     close = difflib.get_close_matches(word, list(options), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what `error` says; its type, where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

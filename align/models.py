@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from align.errors import AlignError
+from align.errors import AlignError, first_line
 from align.tuning.adapters import HEADS, save_adapter
 from align.tuning.soft import SOFT_TYPES, load_soft_prompt
 
@@ -279,9 +279,8 @@ def _with_score_head(path: str, dtype: str, trust_remote_code: bool, on_adapter:
 
 
 def _not_loadable(what: str, path: str, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     where = "the folder" if os.path.isdir(path) else "no folder of that name, and the hub gave"
-    return f"cannot load a {what} from {path!r}: {where}: {first}"
+    return f"cannot load a {what} from {path!r}: {where}: {first_line(error)}"
 
 
 LANGUAGE_MODELS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "encoder-decoder": AutoModelForSeq2SeqLM}

@@ -41,6 +41,7 @@ def test_work_gets_forests_and_the_indices_of_their_trees():
     "error",
     [
         NO_MEMORY,
+        torch.OutOfMemoryError(),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],

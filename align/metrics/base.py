@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any
 
 from align.catalog import Catalog, parse_call
-from align.errors import AlignError, near_miss
+from align.errors import AlignError, first_line, near_miss
 
 Metric = Callable[..., dict[str, float]]
 metrics: Catalog[Metric] = Catalog("metric")
@@ -121,8 +121,9 @@ def _from_the_hub(name: str, settings: dict[str, Any], columns: Mapping[str, Any
     try:
         found = evaluate.load(name.removeprefix(HUB)).compute(**needed, **settings)
     except (OSError, ValueError, ImportError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise AlignError(f"metric {name!r}: the hub gave: {first}; the local metrics are {', '.join(metrics)}") from error
+        raise AlignError(
+            f"metric {name!r}: the hub gave: {first_line(error)}; the local metrics are {', '.join(metrics)}"
+        ) from error
     numbers = {key: value for key, value in found.items() if isinstance(value, (int, float)) and math.isfinite(value)}
     if not numbers:
         raise AlignError(f"metric {name!r} returned no number: {found!r:.80}")

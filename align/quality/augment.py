@@ -14,7 +14,7 @@ from pydantic import Field
 
 from align.catalog import Catalog
 from align.data import plain_fields
-from align.errors import AlignError
+from align.errors import AlignError, first_line
 from align.registry import Registry
 from align.schema import PreferenceRow, Row
 
@@ -185,7 +185,7 @@ def _translate(path: str, texts: Sequence[str], batch_size: int, max_new_tokens:
     try:
         model: Any = AutoModelForSeq2SeqLM.from_pretrained(path, use_safetensors=True).eval()
     except (OSError, ValueError, KeyError) as error:
-        raise AlignError(f"cannot load a translation model from {path!r}: {str(error).strip().splitlines()[0]}") from error
+        raise AlignError(f"cannot load a translation model from {path!r}: {first_line(error)}") from error
     model.to(best_device())
     done: list[str] = []
     with bar("translating", len(texts), "text") as progress, torch.no_grad():

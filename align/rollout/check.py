@@ -19,6 +19,7 @@ from align.engine import (
     short_windows,
     trunk_of,
 )
+from align.errors import first_line
 from align.rollout.engine import Batch, serving
 from align.rollout.sampling import Sampling
 
@@ -66,7 +67,7 @@ def _probe(model: nn.Module) -> str | None:
                 noise = (_own_logps(base, rows.to(device)) - own).abs().mean().item()
             difference = (_engine_logps(model, rows) - own).abs().mean().item()
     except (*PROBE_ERRORS, KeyError) as error:
-        return f"a probe of it ended with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return f"a probe of it ended with {type(error).__name__}: {first_line(error)}"
     finally:
         model.train(was_training)
     lower, upper = PROBE_BOUNDS

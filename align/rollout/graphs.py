@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from align.errors import first_line
 from align.progress import say
 from align.rollout.cache import SlotCache, Spans
 
@@ -43,7 +44,7 @@ class Graphs:
                 self.made[key] = self._capture(step, rows, width)
             except RuntimeError as error:
                 self.refused = True
-                say(f"rollouts run without CUDA graphs: {str(error).splitlines()[0]}")
+                say(f"rollouts run without CUDA graphs: {first_line(error)}")
                 return step([(0, rows, width)])
         return self.made[key].replay()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from align.artifact import MANIFEST, Artifact
-from align.errors import AlignError
+from align.errors import AlignError, first_line
 from align.registry import check_name
 from align.runner.checkpoints import SEAL
 from align.runner.files import disk_is_full
@@ -88,5 +88,4 @@ def _told(target: str) -> Iterator[None]:
     except theirs as error:
         if disk_is_full(error):
             raise
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise AlignError(f"{target}: {first}; `hf auth login` logs in, and HF_HUB_OFFLINE must not be set") from error
+        raise AlignError(f"{target}: {first_line(error)}; `hf auth login` logs in, and HF_HUB_OFFLINE must not be set") from error
