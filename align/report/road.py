@@ -64,6 +64,12 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
+Columns = defaultdict[int, dict[str, list[str]]]
+"""Who is in a column, boxes and lanes, and what each comes from."""
+Places = dict[tuple[str, int], tuple[int, int]]
+"""Name and column to x and y, in pixels, of the upper left corner."""
+
+
 @dataclass(frozen=True)
 class Diagram:
     """Boxes with their places, and arrows as paths of an SVG of `width` x `height`."""
@@ -82,7 +88,7 @@ def diagram(road: list[Stop]) -> Diagram:
     for stop in _ordered(road):
         depth[stop.name] = 1 + max((depth[name] for name in stop.needs if name in depth), default=-1)
     direct = {stop.name: [name for name in _direct(stop, road) if name in depth and name != stop.name] for stop in road}
-    columns: defaultdict[int, dict[str, list[str]]] = defaultdict(dict)  # who is in a column, and what it comes from
+    columns: Columns = defaultdict(dict)
     for name, sources in direct.items():
         columns[depth[name]][name] = sources
         for source in sources:
@@ -90,7 +96,20 @@ def diagram(road: list[Stop]) -> Diagram:
                 columns[column][source] = [source]
     (width, height), (right, below) = BOX, GAP
     rows = max(map(len, columns.values()), default=0)
-    places: dict[tuple[str, int], tuple[int, int]] = {}
+    places = _places(columns, rows)
+    arrows = [
+        _arrow([(source, column) for column in range(depth[source], depth[name])] + [(name, depth[name])], places)
+        for name, sources in direct.items()
+        for source in sources
+    ]
+    boxes = [(stop, *places[stop.name, depth[stop.name]]) for stop in road]
+    return Diagram(len(columns) * (width + right) - right, max(rows * (height + below) - below, 0), boxes, arrows)
+
+
+def _places(columns: Columns, rows: int) -> Places:
+    """Who stands where: within a column in the order of what they come from, in the middle of the `rows` that the longest has."""
+    (width, height), (right, below) = BOX, GAP
+    places: Places = {}
     for column in sorted(columns):
         levels = {
             name: [places[source, column - 1][1] for source in sources if (source, column - 1) in places]
@@ -99,19 +118,20 @@ def diagram(road: list[Stop]) -> Diagram:
         top = (rows - len(levels)) * (height + below) // 2
         for row, name in enumerate(sorted(levels, key=lambda name: sum(levels[name]) / max(len(levels[name]), 1))):
             places[name, column] = column * (width + right), top + row * (height + below)
-    arrows = []
-    for name, sources in direct.items():
-        for source in sources:
-            x, y = places[source, depth[source]]
-            arrow = f"M{x + width} {y + height // 2}"
-            for stop_at in [(source, column) for column in range(depth[source] + 1, depth[name])] + [(name, depth[name])]:
-                start, level = x + width, y + height // 2
-                x, y = places[stop_at]
-                arrow += f"C{start + right // 2} {level} {x - right // 2} {y + height // 2} {x} {y + height // 2}"
-                arrow += f"H{x + width}" if stop_at[0] == source else ""
-            arrows.append(arrow)
-    boxes = [(stop, *places[stop.name, depth[stop.name]]) for stop in road]
-    return Diagram(len(columns) * (width + right) - right, max(rows * (height + below) - below, 0), boxes, arrows)
+    return places
+
+
+def _arrow(way: list[tuple[str, int]], places: Places) -> str:
+    """A path from the first of `way` to the last, straight through the lanes between."""
+    (width, height), (right, _) = BOX, GAP
+    x, y = places[way[0]]
+    arrow = f"M{x + width} {y + height // 2}"
+    for place in way[1:]:
+        start, level = x + width, y + height // 2
+        x, y = places[place]
+        arrow += f"C{start + right // 2} {level} {x - right // 2} {y + height // 2} {x} {y + height // 2}"
+        arrow += f"H{x + width}" if place != way[-1] else ""
+    return arrow
 
 
 def _direct(stop: Stop, road: list[Stop]) -> list[str]:
