@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from align.stages.base import Context, TrainingStage, stage
 from align.stages.forgetting import ProbeFields, probe
+
+if TYPE_CHECKING:
+    from align.encode import Encoded
+    from align.forest import Tree
 
 
 @stage("kto")
@@ -37,10 +41,9 @@ class KTO(TrainingStage, ProbeFields):
     def run(self, context: Context) -> dict[str, Any]:
         from transformers import TrainingArguments
 
-        from align.encode import Encoder
         from align.models import disable_dropout
         from align.stages import training as t
-        from align.trainers.kto import KTOTrainer, add_mismatched
+        from align.trainers.kto import KTOTrainer
         from align.trainers.objectives import Unpaired, add_reference_logps
 
         t.seed_everything(self)
@@ -52,15 +55,7 @@ class KTO(TrainingStage, ProbeFields):
         t.usable(train, context.name)
         if held:
             t.usable(test, f"{context.name} (held out)")
-        trees, held_trees = (
-            add_mismatched(
-                part.trees,
-                [tree.branches[0] for tree in Encoder(tokenizer).unpaired(part.rows).trees],
-                self.rows_per_step,
-                self.max_length,
-            )
-            for part in (train, test)
-        )
+        trees, held_trees = (self._mismatched(tokenizer, part) for part in (train, test))
         model = t.causal_lm(self)
         t.teach_end_token(model, encoder.end_of_answer(rows[0]))
         disable_dropout(model)
@@ -99,3 +94,11 @@ class KTO(TrainingStage, ProbeFields):
         after = probe(self, context, encoder, model)
         metrics = t.run_trainer(trainer, self, context, has_eval=bool(held))
         return {**metrics, **after()}
+
+    def _mismatched(self, tokenizer: Any, part: Encoded) -> list[Tree]:
+        """The trees of `part`, each with the answer of a neighbour as well, whole before it is cut behind its new prompt."""
+        from align.encode import Encoder
+        from align.trainers.kto import add_mismatched
+
+        answers = [tree.branches[0] for tree in Encoder(tokenizer).unpaired(part.rows).trees]
+        return add_mismatched(part.trees, answers, self.rows_per_step, self.max_length)
