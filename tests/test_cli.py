@@ -316,6 +316,7 @@ MISTAKES = {
     "unknown stage in --only": (RUN + "--only stf", r"has no stage 'stf' \(did you mean 'sft'\?\)"),
     "unknown stage in --only of a plan": (RUN + "--only stf --plan", r"has no stage 'stf' \(did you mean 'sft'\?\)"),
     "unknown stage in --only of a check": ("check recipe.py --only stf", r"has no stage 'stf' \(did you mean 'sft'\?\)"),
+    "a switch with an entry": (SFT + "sft.jsonl --plan.x", "--plan is no mapping with an entry 'x'"),
     "a switch with a value": (SFT + "sft.jsonl --plan false", "--plan is a switch and takes no 'false'"),
     "a list in parts": (SFT + "sft.jsonl --dataset_name raw.jsonl", "--data is given twice: write all of its values behind one"),
     "an optional list in parts": (

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,7 +32,8 @@ PREFERENCE_VERBS = {
 ROAD = ("pretrain", "sft", "pairs", "reward", "ppo", "grpo", "rloo", *PREFERENCE_VERBS, "preference", "kto", "task", "evaluate")
 """The order in which help lists the stages; those of others follow."""
 
-OWN_FLAGS = ("config", "output_dir", "name", "plan", "json")
+SWITCHES = ("plan", "json")
+OWN_FLAGS = ("config", "output_dir", "name", *SWITCHES)
 """What a stage verb takes besides the stage's fields."""
 
 
@@ -105,9 +108,9 @@ def _flags(rest: list[str], cls: type[Stage], verb: str) -> dict[str, Any]:
     """``--key value``, ``--key=value`` and ``--switch`` to fields; several values make a list."""
     known = {*cls.model_fields, *OWN_FLAGS, *(name for info in cls.model_fields.values() for name in other_names(info))}
     fields: dict[str, Any] = {}
-    index = 0
-    while index < len(rest):
-        flag = rest[index]
+    words = deque(rest)
+    while words:
+        flag = words.popleft()
         if not flag.startswith("--"):
             raise AlignError(f"align {verb}: {flag!r} is not a flag; write --KEY VALUE")
         key, equals, value = flag[2:].partition("=")
@@ -116,26 +119,42 @@ def _flags(rest: list[str], cls: type[Stage], verb: str) -> dict[str, Any]:
         if key not in known:
             raise AlignError(f"align {verb}: unknown flag --{key}{near_miss(key, known)}; see `align {verb} --help`")
         key = field_name(cls, key)
-        index += 1
         values = [value] if equals else []
-        while not equals and index < len(rest) and not rest[index].startswith("--"):
-            values.append(rest[index])
-            index += 1
-        read = parse_value if entry else partial(field_value, cls, key)
-        parsed = values if key in OWN_FLAGS else [read(item) for item in values]
-        result = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
-        if key in ("config", "output_dir", "name") and not (isinstance(result, str) and result):
-            raise AlignError(f"align {verb}: --{key} takes one value")
-        if key in ("plan", "json") and values:
-            raise AlignError(f"align {verb}: --{key} is a switch and takes no {values[0]!r}")
-        if not entry and key in fields and takes_list(cls, key):
-            raise AlignError(f"align {verb}: --{key} is given twice: write all of its values behind one")
-        if entry:
+        while not equals and words and not words[0].startswith("--"):
+            values.append(words.popleft())
+        if key in OWN_FLAGS and entry:
+            raise AlignError(f"align {verb}: --{key} is no mapping with an entry {entry!r}")
+        if key in OWN_FLAGS:
+            fields[key] = _own_value(key, values, verb)
+        elif entry:
             before = fields.get(key)
-            fields[key] = {**(before if isinstance(before, dict) else {}), entry: result}
+            fields[key] = {**(before if isinstance(before, dict) else {}), entry: _value(values, parse_value)}
+        elif key in fields and takes_list(cls, key):
+            raise AlignError(f"align {verb}: --{key} is given twice: write all of its values behind one")
         else:
-            fields[key] = result
+            fields[key] = _value(values, partial(field_value, cls, key))
     return fields
+
+
+def _value(texts: list[str], read: Callable[[str], Any]) -> Any:
+    """What stands behind a flag: nothing is yes, several values are a list."""
+    values = [read(text) for text in texts]
+    return True if not values else values[0] if len(values) == 1 else values
+
+
+def _own_value(key: str, texts: list[str], verb: str) -> str | bool:
+    """The value of one of `OWN_FLAGS`.
+
+    Raises:
+        AlignError: it has none where it takes one, or one where it is a switch.
+    """
+    if key in SWITCHES:
+        if texts:
+            raise AlignError(f"align {verb}: --{key} is a switch and takes no {texts[0]!r}")
+        return True
+    if len(texts) != 1 or not texts[0]:
+        raise AlignError(f"align {verb}: --{key} takes one value")
+    return texts[0]
 
 
 def _config_file(path: Path, cls: type[Stage]) -> dict[str, Any]:
