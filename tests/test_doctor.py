@@ -346,8 +346,8 @@ def test_a_planted_fault_is_named_and_a_healthy_run_left_alone(train, name):
     found = patients(str(folder))
     assert [finding.rule for finding in diagnose(found)["run"]][:1] == ([planted.fault] if planted.fault else [])
     if name == "dpo_both_fall":
-        text, recipe = prescription("again", found, diagnose(found)["run"])
-        assert recipe["stages"]["run"]["loss"] == "rpo"
+        text = prescription("again", found, diagnose(found)["run"])
+        assert yaml.safe_load(text)["stages"]["run"]["loss"] == "rpo"
         assert text.startswith("# run.learning_rate: 0.005 -> ")
 
 
@@ -399,7 +399,8 @@ def test_the_recipe_names_what_it_cannot_make_by_its_path(tmp_path):
     config = {"model": "base", "data": ["world/b.jsonl", "c.jsonl"], "learning_rate": 1e-3, "num_train_epochs": 2.0}
     stage_folder(tmp_path, "sft", "sft", config, FEW, "3")
     found = patients(str(tmp_path))
-    text, recipe = prescription("again", found, [finding for said in diagnose(found).values() for finding in said])
+    text = prescription("again", found, [finding for said in diagnose(found).values() for finding in said])
+    recipe = yaml.safe_load(text)
     assert recipe["stages"].keys() == {"base", "sft"}
     assert recipe["stages"]["base"]["data"] == [f"{world}/a.jsonl"]
     assert recipe["stages"]["sft"]["data"] == [f"{world}/b.jsonl", "c.jsonl"]

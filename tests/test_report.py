@@ -394,7 +394,7 @@ def test_win_rates(make):
 
 def test_rewards_against_their_price():
     kl, length = compare.clouds({"sft": measured(0.4, kl_to_sft=0.0), "ppo": measured(0.5), "judge": {"accuracy": 0.9}})
-    assert (kl.x_title, kl.y_title) == ("KL to sft, nats an answer", "gold reward")
+    assert (kl.title, kl.x_title) == ("gold reward against KL to sft", "KL to sft, nats an answer")
     assert kl.points[1] == ("ppo", 1.25, 0.5, 0.47, 0.54)
     assert [point.x for point in length.points] == [22.4, 22.4]
 

@@ -119,8 +119,8 @@ def verdict(findings: Sequence[Finding]) -> str:
 # -- the recipe that follows the advice -----------------------------------------------------------------------------------------
 
 
-def prescription(name: str, found: Sequence[Patient], findings: Iterable[Finding]) -> tuple[str, dict[str, Any]]:
-    """The recipe of the stages `found` with the changes of `findings`, as commented YAML and as its content.
+def prescription(name: str, found: Sequence[Patient], findings: Iterable[Finding]) -> str:
+    """The recipe of the stages `found` with the changes of `findings`, as commented YAML.
 
     A stage that only its own recipe's file knows is not run again: what it wrote is named by its path. So is the output of a stage
     outside `found`.
@@ -149,8 +149,7 @@ def prescription(name: str, found: Sequence[Patient], findings: Iterable[Finding
         recipe["stages"][patient.name] = {"stage": patient.kind, **json.loads(stage.model_dump_json(exclude_defaults=True))}
         for field, value in changes.items():
             comments.append(f"# {patient.name}.{field}: {patient.config.get(field)} -> {value} ({first[patient.name].rule})")
-    text = "\n".join([*comments, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)])
-    return text, recipe
+    return "\n".join([*comments, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)])
 
 
 def _default(info: Any) -> Any:
@@ -194,5 +193,4 @@ def write_prescription(path: Path, name: str, found: Sequence[Patient], findings
     """
     if path.suffix not in {".yaml", ".yml"}:
         raise AlignError(f"--apply {path}: a recipe's file ends in .yaml")
-    text, _ = prescription(name, found, findings)
-    write_named(path, text)
+    write_named(path, prescription(name, found, findings))

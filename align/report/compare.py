@@ -26,7 +26,6 @@ class Cloud(NamedTuple):
 
     title: str
     x_title: str
-    y_title: str
     points: list[Point]
     left_out: list[str] = []  # noqa: RUF012  a tuple's default, which nobody changes
     """Models that are no points, as what was measured of them is not `usable`."""
@@ -54,7 +53,7 @@ def clouds(models: Mapping[str, Mapping[str, Any]]) -> list[Cloud]:
                 left_out.append(model)
         if len(points) > 1:
             name = f"{reward.removesuffix('_reward')} reward"
-            found.append(Cloud(f"{name} against {title.partition(',')[0]}", title, name, points, left_out))
+            found.append(Cloud(f"{name} against {title.partition(',')[0]}", title, points, left_out))
     return found
 
 
