@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from align import last_layer
 from align.attention import FOREST, AttentionPlan
-from align.errors import AlignError
+from align.errors import AlignError, first_line
 from align.forest import Forest, Tree, pad, plant
 from align.heads import Head, TokenScores, head_of, token_scores
 from align.onednn import by_onednn
@@ -75,7 +75,7 @@ def enable_forest(model: nn.Module, longest: int | None = None) -> str | None:
             causal = probe.is_causal()
         except PROBE_ERRORS as error:
             raise AlignError(
-                f"{type(base).__name__} cannot be trained: its own forward on random tokens gave {_line(error)}"
+                f"{type(base).__name__} cannot be trained: its own forward on random tokens gave {first_line(error)}"
             ) from error
         if not causal:
             raise AlignError(
@@ -89,7 +89,7 @@ def enable_forest(model: nn.Module, longest: int | None = None) -> str | None:
                 model.forest_padded = False  # type: ignore[assignment]
                 reason = probe.problem()
             except PROBE_ERRORS as error:
-                reason = _line(error)
+                reason = first_line(error)
         if reason is None:
             last_layer.answer_where_read(trunk)
             if _problem(probe):  # its feed-forward block does not treat each token by itself
@@ -108,11 +108,7 @@ def _problem(probe: _Probe) -> str | None:
     try:
         return probe.problem()
     except PROBE_ERRORS as error:
-        return _line(error)
-
-
-def _line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+        return first_line(error)
 
 
 def check_reach(model: nn.Module, longest: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from align.forest import Forest
-from align.models import is_adapter
+from align.models import adapter_base, is_adapter
 from align.reference import base_weights
 from align.trainers.ppo.critics import CRITIC, POLICY, AdapterCritic, ValueHead, adapter
 
@@ -60,7 +59,7 @@ def same_base(policy: PeftModel, folder: str) -> bool:
     """
     if not is_adapter(folder):
         return False
-    theirs = json.loads((Path(folder) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    theirs = adapter_base(folder)
     if theirs == policy.peft_config[POLICY].base_model_name_or_path:
         return True
     files = sorted(Path(theirs).glob("*.safetensors"))
