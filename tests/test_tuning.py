@@ -26,6 +26,7 @@ from align.scoring import branch_logps
 from align.stages import SFT, Preference, Pretrain, RewardModel
 from align.trainers.objectives import LanguageModel
 from align.trainers.objectives import RewardModel as Scores
+from align.tuning.adapters import save_adapter
 from align.tuning.strategies import SOFT, Tuning, strategies
 from align.tuning.tune import Reference, trainable, tune, untouched
 
@@ -33,6 +34,9 @@ LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 BERT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 T5 = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
+DISTILBERT = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64}
+BART = {"d_model": 32, "encoder_layers": 4, "encoder_ffn_dim": 48, "encoder_attention_heads": 4}
+BART |= {"decoder_layers": 2, "decoder_ffn_dim": 64, "decoder_attention_heads": 4, "max_position_embeddings": 64}
 ARGUMENTS = {"freeze": {"train_last": 1}, **{name: {"num_virtual_tokens": 3} for name in SOFT}}
 TRAINED = [name for name in strategies if name != "qlora"]
 IDS = torch.tensor([tokens(random.Random(0), 12)])
@@ -104,6 +108,12 @@ def test_use_peft_is_another_spelling_of_lora():
         ("adapter", {}, lambda: build("bloom", hidden_size=32, n_layer=1, n_head=4), "a width that its config does not hold"),
         ("bias_norm", {}, lambda: without_norms(llama()), "nothing would train"),
         ("prefix", {}, lambda: build("openai-gpt", n_embd=32, n_layer=1, n_head=4), "OpenAIGPTLMHeadModel has none"),
+        (
+            "pissa",
+            {},
+            lambda: build("mixtral", num_local_experts=4, **LLAMA),
+            "the experts of MixtralForCausalLM are none: use 'lora'",
+        ),
         ("prompt", {}, lambda: masked("bert", **BERT), "would move the places at which its answers are read: use tuning 'prefix'"),
     ],
 )
@@ -156,6 +166,15 @@ def test_an_encoder_s_task_head_always_trains(name):
         assert trainable(model)["trainable_share"] < 0.6
 
 
+def test_pissa_on_a_weight_that_has_fewer_components_than_the_rank(tmp_path):
+    """Keys and values of one head of 8: with rank 16 peft gives their updates rank 8."""
+    model = llama(num_key_value_heads=1)
+    model.save_pretrained(tmp_path / "base")
+    model = shaken(tuned("pissa", load_causal_lm(str(tmp_path / "base")), r=16))
+    save_adapter(model, tmp_path / "pissa")
+    assert_close(logits(load_causal_lm(str(tmp_path / "pissa"))), logits(model), 2e-5)
+
+
 @pytest.mark.parametrize("name", ["freeze", "ffn", "attention", "bias_norm", "adapter", "lora", "ia3", "prompt"])
 def test_an_encoder_with_a_decoder(name):
     model = tuned(name, build_t5())
@@ -171,11 +190,6 @@ def build_t5():
 
     torch.manual_seed(0)
     return T5ForConditionalGeneration(AutoConfig.for_model("t5", vocab_size=320, decoder_start_token_id=0, **T5))
-
-
-DISTILBERT = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64}
-BART = {"d_model": 32, "encoder_layers": 4, "encoder_ffn_dim": 48, "encoder_attention_heads": 4}
-BART |= {"decoder_layers": 2, "decoder_ffn_dim": 64, "decoder_attention_heads": 4, "max_position_embeddings": 64}
 
 
 def build_bart():

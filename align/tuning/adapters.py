@@ -11,6 +11,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from align.engine import base_model
@@ -45,7 +46,7 @@ def add_lora(
     """See `align.tuning.strategies.lora`.
 
     Raises:
-        AlignError: a target module is not in the model.
+        AlignError: a target module is not in the model, or (pissa) holds experts in one stack, which have no such components.
     """
     wrapped = _wrap(
         model,
@@ -78,7 +79,10 @@ def add_ia3(model: Any, target_modules: str | list[str] | None, feedforward_modu
     wrapped = _wrap(
         model,
         IA3Config(
-            task_type=task_of(model), target_modules=targets, feedforward_modules=inner, fan_in_fan_out=_is_transposed(model)
+            task_type=task_of(model),
+            target_modules=targets,
+            feedforward_modules=inner,
+            fan_in_fan_out=_is_transposed(model),
         ),
     )
     wrapped.off_is_base = True
@@ -99,6 +103,13 @@ def _wrap(model: Any, config: PeftConfig) -> PeftModel:
         return get_peft_model(model, config).train(model.training)
     except ValueError as error:
         raise AlignError(f"target_modules {config.target_modules or 'of the family'}: {error}") from error
+    except AttributeError as error:
+        if getattr(config, "init_lora_weights", None) != "pissa":
+            raise
+        raise AlignError(
+            "tuning 'pissa' takes the principal components of linear layers, and the experts of "
+            f"{type(base_model(model)).__name__} are none: use 'lora', or name other target_modules"
+        ) from error
 
 
 def _adapter_state(model: PeftModel) -> dict[str, Tensor]:
@@ -109,7 +120,8 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write the adapter of `model` as a folder that peft loads on the base that it names.
 
     PiSSA took its starting values A₀, B₀ out of the base, which is not what is on disk. What it learned, BA - B₀A₀, is LoRA of
-    twice the rank: [B | -B₀] [A ; A₀] (arXiv:2404.02948, App. C).
+    twice the rank: [B | -B₀] [A ; A₀] (arXiv:2404.02948, App. C). A weight that has fewer components than the rank gets zeros for
+    the others, as peft loads all layers by the one rank.
     """
     only = {"selected_adapters": ["default"]}  # TRL adds a copy as its reference; it is not what was trained
     start = getattr(model, "pissa_start", None)
@@ -119,9 +131,11 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     state, config = _adapter_state(model), model.peft_config["default"]
     for name, first in start.items():
         if ".lora_A." in name:
-            state[name] = torch.cat([state[name], first.to(state[name].device)], dim=0)
+            both = torch.cat([state[name], first.to(state[name].device)], dim=0)
+            state[name] = pad(both, (0, 0, 0, 2 * config.r - len(both)))
         elif ".lora_B." in name:
-            state[name] = torch.cat([state[name], -first.to(state[name].device)], dim=1)
+            both = torch.cat([state[name], -first.to(state[name].device)], dim=1)
+            state[name] = pad(both, (0, 2 * config.r - both.shape[1]))
     doubled = copy(config)
     doubled.r, doubled.lora_alpha, doubled.init_lora_weights = 2 * config.r, 2 * config.lora_alpha, True
     if config.use_rslora:  # alpha / sqrt(2 r) is to be what alpha / sqrt(r) was
