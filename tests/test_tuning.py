@@ -1,6 +1,7 @@
 """Strategies on their own: what they refuse, virtual tokens against peft's own, references without a second copy, hand-over."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -127,6 +128,11 @@ def masked(kind, **sizes):
     return AutoModelForMaskedLM.from_config(AutoConfig.for_model(kind, vocab_size=320, pad_token_id=0, **sizes))
 
 
+def classifier(kind, **sizes):
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, vocab_size=320, num_labels=3, **sizes))
+
+
 def without_norms(model):
     for module in model.modules():
         for name, child in list(module.named_children()):
@@ -164,6 +170,19 @@ def test_an_encoder_s_task_head_always_trains(name):
     assert {path for path, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0} <= trained
     if name not in ("full", "freeze"):
         assert trainable(model)["trainable_share"] < 0.6
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3"])
+@pytest.mark.parametrize(("kind", "sizes"), [("t5", T5), ("bart", BART)])
+def test_the_head_of_an_encoder_with_a_decoder_trains_beside_an_adapter(name, kind, sizes, tmp_path):
+    classifier(kind, decoder_start_token_id=0, **sizes).save_pretrained(tmp_path / "base")
+    load = partial(AutoModelForSequenceClassification.from_pretrained, tmp_path / "base")
+    model = shaken(tuned(name, load()))
+    head = [p for path, p in model.named_parameters() if "classification_head.modules_to_save" in path and p.requires_grad]
+    assert len(head) == 4
+    save_adapter(model, tmp_path / "adapter")
+    ids = torch.cat([IDS, torch.full((1, 1), model.config.eos_token_id)], dim=1)
+    assert_close(logits(PeftModel.from_pretrained(load(), tmp_path / "adapter"), ids), logits(model, ids))
 
 
 def test_pissa_on_a_weight_that_has_fewer_components_than_the_rank(tmp_path):

@@ -28,7 +28,7 @@ TASKS = {
 """What peft calls the tasks of transformers' classes, by the end of their names; a masked language model is none of them."""
 
 
-HEADS = r"(.*\.)?(score|(pre_)?classifier|qa_outputs)(\..*)?"
+HEADS = r"(.*\.)?(score|(pre_)?classifier|classification_head|qa_outputs)(\..*)?"
 """Paths of what tasks' heads are made of: peft saves them whole, with the adapter."""
 
 
@@ -61,6 +61,7 @@ def add_lora(
             use_dora=dora,
             fan_in_fan_out=_is_transposed(model),
             init_lora_weights="pissa" if pissa else True,
+            modules_to_save=_head_unknown_to_peft(model),
         ),
     )
     wrapped.off_is_base = not pissa
@@ -83,10 +84,17 @@ def add_ia3(model: Any, target_modules: str | list[str] | None, feedforward_modu
             target_modules=targets,
             feedforward_modules=inner,
             fan_in_fan_out=_is_transposed(model),
+            modules_to_save=_head_unknown_to_peft(model),
         ),
     )
     wrapped.off_is_base = True
     return wrapped
+
+
+def _head_unknown_to_peft(model: Any) -> list[str] | None:
+    """The classes' head of an encoder-decoder: peft knows those of other models by name."""
+    name = "classification_head"
+    return [name] if hasattr(base_model(model), name) else None
 
 
 def _is_transposed(model: Any) -> bool:
