@@ -185,6 +185,15 @@ def test_the_head_of_an_encoder_with_a_decoder_trains_beside_an_adapter(name, ki
     assert_close(logits(PeftModel.from_pretrained(load(), tmp_path / "adapter"), ids), logits(model, ids))
 
 
+@pytest.mark.parametrize("name", ["prompt", "ptuning"])
+def test_virtual_tokens_are_as_wide_as_the_embeddings(name):
+    """ALBERT's are narrower than its layers."""
+    model = tuned(name, classifier("albert", embedding_size=16, **BERT))
+    model.train()(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=torch.tensor([1])).loss.backward()
+    moved = [p.grad for path, p in model.named_parameters() if path.startswith("prompt_encoder")]
+    assert all(grad.abs().max() > 0 for grad in moved)
+
+
 def test_pissa_on_a_weight_that_has_fewer_components_than_the_rank(tmp_path):
     """Keys and values of one head of 8: with rank 16 peft gives their updates rank 8."""
     model = llama(num_key_value_heads=1)

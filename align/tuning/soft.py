@@ -46,7 +46,7 @@ MASKED = "FEATURE_EXTRACTION"
 
 def add_prompt(model: Any, count: int) -> Any:
     """See `align.tuning.strategies.prompt`."""
-    wrapped = _wrap(model, PromptTuningConfig(num_virtual_tokens=count))
+    wrapped = _wrap(model, PromptTuningConfig(num_virtual_tokens=count, token_dim=_width(model)))
     with torch.no_grad():
         embed, weight = base_model(wrapped).get_input_embeddings(), wrapped.prompt_encoder["default"].embedding.weight
         weight.copy_(embed(_random_tokens(wrapped, len(weight))))  # an encoder-decoder has a prompt for each
@@ -59,7 +59,11 @@ def add_ptuning(model: Any, count: int, hidden_size: int | None, encoder: str) -
     return _wrap(
         model,
         PromptEncoderConfig(
-            num_virtual_tokens=count, encoder_hidden_size=size, encoder_reparameterization_type=encoder.upper(), encoder_dropout=0.0
+            num_virtual_tokens=count,
+            token_dim=_width(model),
+            encoder_hidden_size=size,
+            encoder_reparameterization_type=encoder.upper(),
+            encoder_dropout=0.0,
         ),
     )
 
@@ -89,6 +93,11 @@ def add_prefix(model: Any, count: int) -> Any:
 def _random_tokens(model: Any, count: int) -> Tensor:
     base = base_model(model)
     return torch.randint(base.config.vocab_size, (count,)).to(base.device)
+
+
+def _width(model: Any) -> int:
+    """Of its embeddings, which may be narrower than its layers (ALBERT, ELECTRA)."""
+    return model.get_input_embeddings().weight.shape[1]
 
 
 def _name(model: Any) -> str:
