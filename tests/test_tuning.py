@@ -109,6 +109,10 @@ def test_use_peft_is_another_spelling_of_lora():
         ("adapter", {}, lambda: build("bloom", hidden_size=32, n_layer=1, n_head=4), "a width that its config does not hold"),
         ("bias_norm", {}, lambda: without_norms(llama()), "nothing would train"),
         ("prefix", {}, lambda: build("openai-gpt", n_embd=32, n_layer=1, n_head=4), "OpenAIGPTLMHeadModel has none"),
+        ("prefix", {}, lambda: masked("albert", embedding_size=16, **BERT), "AlbertForMaskedLM has none"),
+        ("prefix", {}, lambda: classifier("distilbert", **DISTILBERT), "DistilBertForSequenceClassification has none"),
+        ("prefix", {}, lambda: classifier("t5", **T5), "T5ForSequenceClassification answers with scores"),
+        ("prompt", {}, lambda: classifier("bart", **BART), "BartForSequenceClassification answers with scores"),
         (
             "pissa",
             {},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -111,6 +112,13 @@ def _wrap(model: Any, config: PeftConfig) -> Any:
         raise AlignError(
             f"virtual tokens in front of {_name(model)} would move the places at which its answers are read: use tuning 'prefix'"
         )
+    if model.config.is_encoder_decoder and config.task_type != "SEQ_2_SEQ_LM":
+        raise AlignError(
+            f"virtual tokens go in front of an encoder-decoder that writes, and {_name(model)} answers with scores: use another "
+            "tuning"
+        )
+    if isinstance(config, PrefixTuningConfig) and "past_key_values" not in signature(trunk_of(model).forward).parameters:
+        raise AlignError(f"tuning 'prefix' puts keys and values into a model's cache, and {_name(model)} has none")
     try:
         # Encoders, alone or with a decoder, never run on a forest: peft's own way will do.
         wrapped: Any = (CLASSES[config.task_type] if is_decoder(model) else get_peft_model)(model, config)
