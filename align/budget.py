@@ -35,13 +35,14 @@ class Budget:
         self.tokens = START if max_tokens == "auto" else max_tokens
         self.grows = max_tokens == "auto" and torch.cuda.is_available()
 
-    def fit(self, trees: Sequence[Tree], work: Callable[[Packed], Result], *, alone: bool = True) -> Result:
+    def fit(self, trees: Sequence[Tree], work: Callable[[Packed], Result], *, alone: bool = True, telling: bool = True) -> Result:
         """What `work` makes of `trees`, packed into forests.
 
         `work` must start from nothing, as it is done again with smaller forests when memory runs out.
 
         Args:
             alone: no other process waits for this one in `work`.
+            telling: the memory that it takes from here on is what such forests take.
 
         Raises:
             AlignError: a tree does not fit by itself; or memory ran out and the process is not alone.
@@ -56,7 +57,7 @@ class Budget:
                     raise
                 reason = first_line(error)
             else:
-                if self.grows:
+                if self.grows and telling:
                     free, _ = torch.cuda.mem_get_info()
                     limit = SHARE * (free + torch.cuda.memory_reserved())
                     self.grow(_largest(packed), before, torch.cuda.max_memory_allocated(), limit)

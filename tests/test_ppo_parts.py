@@ -79,6 +79,47 @@ def test_answers_to_one_prompt_are_one_tree(make):  # noqa: F811
         assert_close(getattr(together, name), getattr(apart, name), what=name)
 
 
+ROLES = {
+    "shared": lambda policy, folder: SharedCritic(ValueHead(policy)),
+    "separate": lambda policy, folder: None,  # `make` builds one
+    "adapter": lambda policy, folder: critic_on_base(policy, None),
+}
+
+
+@pytest.mark.parametrize("critic", [*ROLES, "none"])
+def test_the_update_begins_with_the_pass_that_measured(make, tmp_path, critic):  # noqa: F811
+    """Where one forest holds the batch: a pass less, and the same gradients as where it is cut and the policy asked again."""
+    llama().save_pretrained(tmp_path / "base")
+
+    def learned(max_tokens):
+        policy = load_causal_lm(str(tmp_path / "base"))
+        if critic == "adapter":
+            torch.manual_seed(2)
+            policy = tune(policy, Tuning("lora", {"r": 4}), tmp_path)
+        enable_forest(policy)
+        settings = {"advantage_estimator": "reinforce"} if critic == "none" else {"critic": ROLES[critic](policy, tmp_path)}
+        trainer = make(policy, max_tokens=max_tokens, num_mini_batches=1, num_ppo_epochs=2, **settings)
+        forests, gradients = [], []
+        answer = trainer.models.answer
+        trainer.models.answer = lambda forest, **more: forests.append(forest.tokens) or answer(forest, **more)
+        parameters = [p for named in trainer.models.parameters().values() for p in named.values()]
+        trainer.learner.optimizer.register_step_pre_hook(
+            lambda *_: gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+        )
+        found = trainer.estimate(*episodes())
+        said = trainer.learner.update(found, KL)
+        assert found.first_pass == [], "memory is held no longer than needed"
+        return forests, gradients, said, sum(tree.tokens for tree in found.trees)
+
+    forests, gradients, said, total = learned(10_000)
+    assert forests == [total] * 2, "measured, and asked again for the second epoch alone"
+    cut, others, other_said, _ = learned(total - 1)
+    assert sum(cut) == 3 * total
+    assert said == pytest.approx(other_said, rel=1e-3, abs=1e-6)
+    assert_close(gradients[0], others[0])
+    assert_close(gradients[1], others[1], rel=1e-2)  # after a step of AdamW, which blows rounding up
+
+
 @pytest.mark.parametrize("average", ["tokens", "completions", "constant"])
 def test_the_gradient_is_that_of_the_stated_average(make, average):  # noqa: F811
     """By each sequence alone, the entropy bonus and the price in the loss (k2, whose slope is the log ratio) included."""

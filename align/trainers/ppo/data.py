@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from align.forest import Tree
+from align.heads import TokenScores
 from align.rollout import Completion
 
 
@@ -75,6 +76,8 @@ class Episodes:
     returns: Tensor | None = None
     sampled_logps: Tensor | None = None
     """What the engine that sampled says `old_logps` are, if it says so. Nothing is trained on them."""
+    first_pass: list[TokenScores] = field(default_factory=list)
+    """The pass of the policy that `old_logps` come from, to learn from before any update; whoever does takes it out."""
 
     def with_columns(self) -> list[Tree]:
         """The trees, with what the losses need of each of their tokens."""

@@ -24,6 +24,8 @@ class Measured:
     entropy: Tensor
     reference_logps: Tensor
     values: Tensor | None
+    first_pass: list[TokenScores]
+    """What the policy said, to begin its update with; empty unless asked for."""
 
 
 class Models:
@@ -64,18 +66,26 @@ class Models:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     @torch.no_grad()
-    def measure(self, trees: Sequence[Tree], budget: Budget) -> Measured:
-        """Log-probs, entropy and values of every branch of `trees`, from forests without padding."""
-        self.train(False)
+    def measure(self, trees: Sequence[Tree], budget: Budget, *, learning: bool = False) -> Measured:
+        """Log-probs, entropy and values of every branch of `trees`, from forests without padding.
+
+        Args:
+            learning: if one forest holds `trees`, the policy's pass is one that the update can begin with.
+        """
+        first_pass: list[TokenScores] = []
         lengths = torch.tensor([len(branch) for tree in trees for branch in tree.branches], device=self.device)
         mask = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]
         firsts = torch.tensor([0, *(tree.targets for tree in trees)]).cumsum(0).tolist()
 
         def work(packed: Packed) -> dict[str, Tensor]:
+            first_pass.clear()
             columns: dict[str, Tensor] = {}
             for indices, forest in packed:
                 place = torch.cat([torch.arange(firsts[i], firsts[i + 1], device=self.device) for i in indices])
-                for name, values in self._said(forest.to(self.device)).items():
+                answers, said = self._said(forest.to(self.device), learning and len(packed) == 1)
+                if answers.logps.requires_grad:
+                    first_pass.append(answers)
+                for name, values in said.items():
                     columns.setdefault(name, torch.zeros(firsts[-1], device=self.device))[place] = values.float()
             return columns
 
@@ -83,15 +93,18 @@ class Models:
         matrices = {
             name: torch.zeros(mask.shape, device=self.device).masked_scatter_(mask, column) for name, column in columns.items()
         }
-        return Measured(mask, matrices["logps"], matrices["entropy"], matrices["reference"], matrices.get("values"))
+        return Measured(mask, matrices["logps"], matrices["entropy"], matrices["reference"], matrices.get("values"), first_pass)
 
-    def _said(self, forest: Forest) -> dict[str, Tensor]:
-        with self.precision():
+    def _said(self, forest: Forest, learning: bool) -> tuple[TokenScores, dict[str, Tensor]]:
+        self.train(learning)
+        with self.precision(), torch.set_grad_enabled(learning):
             answers = self.answer(forest, with_entropy=True)
+        self.train(False)
+        with self.precision():
             with self.reference() as model:
                 reference = model(forest=forest, temperature=self.temperature)
             said = {"logps": answers.logps, "entropy": answers.entropy, "reference": reference.logps, "values": answers.values}
             if self.critic is not None and self.critic.on_policy_pass is None:
                 with self.critic.acting():
                     said["values"] = self.critic(forest)
-        return {name: values for name, values in said.items() if values is not None}
+        return answers, {name: values for name, values in said.items() if values is not None}

@@ -156,7 +156,7 @@ class PPOTrainer:
             episodes = self.estimate(prompts, sampled.completions, sampled.scores)
         # 4. Improve policy and critic on these episodes.
         with self._timed("update"):
-            update = self.learner.update(episodes, self.kl.coef, policy=self.done >= self.settings.critic_warmup_steps)
+            update = self.learner.update(episodes, self.kl.coef, policy=self._policy_learns())
         # 5. Say what happened, and set the price for the next round.
         said = {**self.describe(episodes), **sampled.components}
         self.kl.update(said["objective/kl"], self.settings.episodes_per_step)
@@ -184,7 +184,7 @@ class PPOTrainer:
         if settings.missing_eos_penalty is not None:
             score = score - settings.missing_eos_penalty * (~finished)
 
-        said = self.models.measure(trees, self.budget)
+        said = self.models.measure(trees, self.budget, learning=self.learner.takes_at_once(trees) and self._policy_learns())
         kl = KL_ESTIMATORS[settings.kl_estimator](said.logps, said.reference_logps)
         rewards = -self.kl.coef * kl if settings.kl_in == "reward" else torch.zeros_like(kl)
         last = said.mask.sum(1) - 1
@@ -203,6 +203,7 @@ class PPOTrainer:
             finished=finished,
             old_logps=said.logps,
             sampled_logps=sampled_logps(completions, said.mask),
+            first_pass=said.first_pass,
             reference_logps=said.reference_logps,
             entropy=said.entropy,
             kl=kl,
@@ -211,6 +212,9 @@ class PPOTrainer:
             old_values=said.values,
             returns=returns,
         )
+
+    def _policy_learns(self) -> bool:
+        return self.done >= self.settings.critic_warmup_steps
 
     def describe(self, episodes: Episodes) -> dict[str, float]:
         """What the episodes of all processes looked like before they were trained on. Sums over tokens, means over episodes."""

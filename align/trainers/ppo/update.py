@@ -70,6 +70,12 @@ class Learner:
         self.max_grad_norm, self.longest, self.shuffle = max_grad_norm, longest, shuffle
         self.ptx, self.ptx_order = ptx, Shuffled(len(ptx), shuffle)
         self.roles = {role: list(named.values()) for role, named in models.parameters().items()}
+        self.first_pass: list[TokenScores] = []
+        """What the policy said already of the forest that comes next."""
+
+    def takes_at_once(self, trees: Sequence[Tree]) -> bool:
+        """Whether the first mini-batch is all of this process' `trees`, in one forest."""
+        return self.settings.num_mini_batches == 1 and sum(tree.tokens for tree in trees) <= self.budget.tokens
 
     def update(self, episodes: Episodes, kl_coef: float, *, policy: bool = True) -> dict[str, float]:
         """Epochs of mini-batches; means of what was seen.
@@ -83,6 +89,7 @@ class Learner:
         size = len(trees) // self.settings.num_mini_batches
         planned, done = self.settings.num_ppo_epochs * self.settings.num_mini_batches, 0
         sums: dict[str, Tensor] = {}
+        self.first_pass = episodes.first_pass
         self.models.train(True)
         for mini_batch in self._mini_batches(trees, size):
             seen = self._gradient(mini_batch, kl_coef, policy)
@@ -105,6 +112,8 @@ class Learner:
     def _mini_batches(self, trees: list[Tree], size: int) -> Iterator[list[Tree]]:
         for _ in range(self.settings.num_ppo_epochs):
             order = torch.randperm(len(trees), generator=self.shuffle).tolist()
+            if size == len(trees):
+                order.sort()  # so that the forest is the one that was measured
             for start in range(0, len(order), size):
                 yield [trees[i] for i in order[start : start + size]]
 
@@ -115,7 +124,7 @@ class Learner:
         tokens, ptx_tokens = (float(sum(tree.targets for tree in every)) for every in (trees, ptx))
         batch = Batch(tokens, completions, self.longest, ptx_tokens)
         work = partial(self._accumulate, batch, processes.share(ptx), kl_coef, policy)
-        seen = self.budget.fit(processes.share(trees), work)
+        seen = self.budget.fit(processes.share(trees), work, telling=not self.first_pass)
         if not policy:
             for parameter in self.roles["policy"]:
                 parameter.grad = None
@@ -149,8 +158,7 @@ class Learner:
         """The losses of a forest, each with the sums it is logged by; policy and critic apart where their passes are."""
         critic, values = self.models.critic, None
         if policy or (critic is not None and critic.on_policy_pass is not None):
-            with self.models.precision():
-                answers = self.models.answer(forest, with_entropy=bool(self.settings.entropy_coef))
+            answers = self.first_pass.pop() if self.first_pass else self._asked(forest)
             values = answers.values
             loss = torch.zeros((), device=self.models.device)
             seen: dict[str, Tensor] = {}
@@ -166,6 +174,10 @@ class Learner:
                     values = critic(forest)
                 yield self._value_loss(values, forest, batch)
 
+    def _asked(self, forest: Forest) -> TokenScores:
+        with self.models.precision():
+            return self.models.answer(forest, with_entropy=bool(self.settings.entropy_coef))
+
     def _policy_loss(self, answers: TokenScores, forest: Forest, batch: Batch, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
         settings, columns = self.settings, forest.values
         clipped = ppo_policy_loss(
@@ -178,7 +190,7 @@ class Learner:
         loss = clipped.loss
         if settings.kl_in == "loss":
             loss = loss + kl_coef * KL_ESTIMATORS[settings.kl_estimator](answers.logps, columns["reference_logps"])
-        if answers.entropy is not None:
+        if settings.entropy_coef and answers.entropy is not None:
             loss = loss - settings.entropy_coef * answers.entropy
         lengths = forest.target_counts()[forest.owner].float()
         weights = LOSS_WEIGHTS[settings.loss_average](lengths, batch)
