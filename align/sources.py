@@ -86,6 +86,9 @@ def _digest(path: Path) -> Any:
 def _files(folder: Path) -> list[Path]:
     """Every file below `folder` but hidden ones and the caches that `datasets` leaves in its folders. Links to folders are
     followed, to each folder once.
+
+    Raises:
+        AlignError: a data file is a link that leads nowhere.
     """
     found: list[Path] = []
     seen: set[str] = set()
@@ -97,7 +100,13 @@ def _files(folder: Path) -> list[Path]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(place, name) for name in names if not name.startswith((".", "cache-"))]
+    if lost := next((path for path in found if path.is_symlink() and not path.exists() and type_of(path) in READERS), None):
+        raise AlignError(_leads_nowhere(lost))
     return sorted(path for path in found if path.is_file())
+
+
+def _leads_nowhere(link: Path) -> str:
+    return f"{link}: is a link to {os.readlink(link)}, where nothing is; mend the link or remove it"
 
 
 def _data_files(path: Path, split: str) -> list[Path]:
@@ -150,6 +159,8 @@ def _hub_id(source: str) -> str:
         AlignError: it is a path, and there is nothing there.
     """
     path = Path(source).expanduser()
+    if path.is_symlink():
+        raise AlignError(_leads_nowhere(path))
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?", source) or type_of(path) in READERS:
         raise AlignError(f"{source}: no such file or folder{_neighbours(path)}")
     return source

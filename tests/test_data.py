@@ -341,6 +341,17 @@ def test_written_rows_come_back(tmp_path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) == 2
     assert [file.name for file in path.parent.iterdir()] == ["rows.jsonl"]
     assert path.read_text(encoding="utf-8").startswith('{"answer": 3')
+def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
+    """It was left out of its folder in silence; named by itself, it was "no such file (did you mean" itself."""
+    write(tmp_path / "rows" / "train-0.jsonl", lines(PAIRS))
+    (tmp_path / "rows" / "README.md").symlink_to("gone.md")
+    assert len(load_rows(tmp_path / "rows", "preference").rows) == 6
+    link = tmp_path / "rows" / "train-1.jsonl"
+    link.symlink_to("gone.jsonl")
+    for source in (link, tmp_path / "rows"):
+        assert refusal(source, "preference") == f"{link}: is a link to gone.jsonl, where nothing is; mend the link or remove it"
+
+
 
 
 def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
