@@ -165,6 +165,18 @@ def test_folders_named_for_splits(tmp_path: Path) -> None:
     """Rows of a test set in ``test/`` are not trained on; a file's own name tells before its folder's does."""
     write(tmp_path / "train" / "0.jsonl", lines(PAIRS[:3]))
     write(tmp_path / "test" / "0.jsonl", lines(PAIRS[3:5]))
+def test_the_first_line_of_a_table(tmp_path: Path) -> None:
+    """Quotation marks hid that a cell is a number; and where the first line was no header, nothing said so."""
+    bare = write(tmp_path / "a.csv", b'"A warm, funny film.","1"\n"Dull.","0"\n')
+    assert [(row.text, row.label) for row in load_rows(bare, "classification").rows] == [
+        ("A warm, funny film.", "1"),
+        ("Dull.", "0"),
+    ]
+    for header in (b"prompt,completion,", b"prompt,completion,prompt"):
+        said = refusal(write(tmp_path / "b.csv", header + b"\na,b,c\n"), "sft")
+        assert "b.csv row 1, the columns fit no format of sft rows, as the first line has a number, an empty cell or one" in said
+
+
     write(tmp_path / "train" / "test.jsonl", lines(PAIRS[5:]))
     assert [row.prompt for row in load_rows(tmp_path, "preference").rows] == [row["prompt"] for row in PAIRS[:3]]
     assert [row.prompt for row in load_rows(tmp_path, "preference", split="test").rows] == [row["prompt"] for row in PAIRS[3:]]

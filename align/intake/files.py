@@ -235,7 +235,8 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Numbered]]:
     def read(path: Path) -> Iterator[Numbered]:
         csv.field_size_limit(sys.maxsize)
         with _text(path) as stream:
-            first = stream.readline().rstrip("\n").split(delimiter)
+            line = stream.readline().rstrip("\n")
+        first = next(csv.reader([line], delimiter=delimiter), [])
         columns = layouts.header(first)
         # Programs that write no header, write no quotes either.
         quoting: Any = csv.QUOTE_NONE if columns is None and delimiter == "\t" else csv.QUOTE_MINIMAL
@@ -250,7 +251,8 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Numbered]]:
             # Where a space stands behind the commas of the header, one stands behind all of them, in front of quotes, too.
             spaced = columns is not None and any(name.startswith(" ") for name in first[1:])
             rows = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=True, skipinitialspace=spaced)
-            columns = layouts.columns_of(first) if columns is None else [name.strip() or "column 1" for name in next(rows, [])]
+            unquoted = line.split(delimiter) if quoting == csv.QUOTE_NONE else first
+            columns = layouts.columns_of(unquoted) if columns is None else [name.strip() or "column 1" for name in next(rows, [])]
             number = 0
             while True:
                 taken.clear()

@@ -95,6 +95,9 @@ def match(raw: Raw, kind: str | None) -> str | None:
     return next((name for name in formats if formats[name].matches(raw)), None)
 
 
+UNNAMED = ", as the first line has a number, an empty cell or one cell twice, and so is no header: give each column a name"
+
+
 def detect(raw: Raw, kind: str | None) -> str:
     """The name of the first format that `raw` matches.
 
@@ -104,7 +107,8 @@ def detect(raw: Raw, kind: str | None) -> str:
     if (name := match(raw, kind)) is not None:
         return name
     wanted = "no format" if kind is None else f"no format of {kind} rows"
-    raise AlignError(f"the columns fit {wanted}; {_lacking(raw, kind)}; formats: {', '.join(formats)}")
+    unnamed = UNNAMED if {"column 1", "column 2"} <= raw.keys() else ""
+    raise AlignError(f"the columns fit {wanted}{unnamed}; {_lacking(raw, kind)}; formats: {', '.join(formats)}")
 
 
 def read(name: str, raw: Raw) -> Sequence[Fields | SetAside]:
