@@ -67,7 +67,16 @@ def test_files(tmp_path: Path, name: str, content: bytes) -> None:
 
 def test_zst(tmp_path: Path) -> None:
     zstandard = pytest.importorskip("zstandard")
-    assert len(load_rows(write(tmp_path / "a.jsonl.zst", zstandard.compress(lines(PAIRS))), "preference").rows) == 6
+    content, twice = zstandard.compress(lines(PAIRS)), zstandard.compress(lines(PAIRS)) * 2
+    assert len(load_rows(write(tmp_path / "a.jsonl.zst", content), "preference").rows) == 6
+    assert len(load_rows(write(tmp_path / "a.jsonl.zst", twice), "preference").rows) == 12
+    assert len(load_rows(write(tmp_path / "a.csv.zst", zstandard.compress(csv(","))), "preference").rows) == 6
+    # Of what was cut, the reader of the library gives what there is, and no error: here whole documents.
+    documents = zstandard.ZstdCompressor(write_content_size=False).compressobj()
+    first = documents.compress(b"one\n\ntwo\n\n") + documents.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    cut = write(tmp_path / "a.txt.zst", first)
+    assert "a.txt.zst: cannot be read: EOFError: Compressed file ended" in refusal(cut, "text")
+    assert len(load_rows(write(cut, first + documents.compress(b"three\n") + documents.flush()), "text").rows) == 3
 
 
 def test_arrow_sources_forget_nulls_in_nested_dictionaries(tmp_path: Path) -> None:
@@ -130,6 +139,18 @@ def test_the_numbers_of_rows_that_pandas_writes_are_no_texts(tmp_path: Path, kin
     assert load_rows(pairs, "prompts").rows[0].columns == {"column 1": "0", "answer": "Lily"}
 
 
+def test_the_first_line_of_a_table(tmp_path: Path) -> None:
+    """Quotation marks hid that a cell is a number; and where the first line was no header, nothing said so."""
+    bare = write(tmp_path / "a.csv", b'"A warm, funny film.","1"\n"Dull.","0"\n')
+    assert [(row.text, row.label) for row in load_rows(bare, "classification").rows] == [
+        ("A warm, funny film.", "1"),
+        ("Dull.", "0"),
+    ]
+    for header in (b"prompt,completion,", b"prompt,completion,prompt"):
+        said = refusal(write(tmp_path / "b.csv", header + b"\na,b,c\n"), "sft")
+        assert "b.csv row 1, the columns fit no format of sft rows, as the first line has a number, an empty cell or one" in said
+
+
 def test_spaces_behind_the_commas_of_a_table(tmp_path: Path) -> None:
     """The second column was called " completion", so that rows were prompts without answers, and its quotes were text."""
     table = write(tmp_path / "a.csv", b'prompt, completion\nWho?, "Lily, I say"\nWhy?, So\n')
@@ -165,18 +186,6 @@ def test_folders_named_for_splits(tmp_path: Path) -> None:
     """Rows of a test set in ``test/`` are not trained on; a file's own name tells before its folder's does."""
     write(tmp_path / "train" / "0.jsonl", lines(PAIRS[:3]))
     write(tmp_path / "test" / "0.jsonl", lines(PAIRS[3:5]))
-def test_the_first_line_of_a_table(tmp_path: Path) -> None:
-    """Quotation marks hid that a cell is a number; and where the first line was no header, nothing said so."""
-    bare = write(tmp_path / "a.csv", b'"A warm, funny film.","1"\n"Dull.","0"\n')
-    assert [(row.text, row.label) for row in load_rows(bare, "classification").rows] == [
-        ("A warm, funny film.", "1"),
-        ("Dull.", "0"),
-    ]
-    for header in (b"prompt,completion,", b"prompt,completion,prompt"):
-        said = refusal(write(tmp_path / "b.csv", header + b"\na,b,c\n"), "sft")
-        assert "b.csv row 1, the columns fit no format of sft rows, as the first line has a number, an empty cell or one" in said
-
-
     write(tmp_path / "train" / "test.jsonl", lines(PAIRS[5:]))
     assert [row.prompt for row in load_rows(tmp_path, "preference").rows] == [row["prompt"] for row in PAIRS[:3]]
     assert [row.prompt for row in load_rows(tmp_path, "preference", split="test").rows] == [row["prompt"] for row in PAIRS[3:]]
@@ -306,6 +315,17 @@ def test_refused_sources(tmp_path: Path) -> None:
     assert "on_bad_row: got 'skip'" in refusal(tmp_path / "pairs.jsonl", "sft", on_bad_row="skip")
 
 
+def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
+    """It was left out of its folder in silence; named by itself, it was "no such file (did you mean" itself."""
+    write(tmp_path / "rows" / "train-0.jsonl", lines(PAIRS))
+    (tmp_path / "rows" / "README.md").symlink_to("gone.md")
+    assert len(load_rows(tmp_path / "rows", "preference").rows) == 6
+    link = tmp_path / "rows" / "train-1.jsonl"
+    link.symlink_to("gone.jsonl")
+    for source in (link, tmp_path / "rows"):
+        assert refusal(source, "preference") == f"{link}: is a link to gone.jsonl, where nothing is; mend the link or remove it"
+
+
 def test_hub_id_without_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
 
@@ -353,17 +373,6 @@ def test_written_rows_come_back(tmp_path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) == 2
     assert [file.name for file in path.parent.iterdir()] == ["rows.jsonl"]
     assert path.read_text(encoding="utf-8").startswith('{"answer": 3')
-def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
-    """It was left out of its folder in silence; named by itself, it was "no such file (did you mean" itself."""
-    write(tmp_path / "rows" / "train-0.jsonl", lines(PAIRS))
-    (tmp_path / "rows" / "README.md").symlink_to("gone.md")
-    assert len(load_rows(tmp_path / "rows", "preference").rows) == 6
-    link = tmp_path / "rows" / "train-1.jsonl"
-    link.symlink_to("gone.jsonl")
-    for source in (link, tmp_path / "rows"):
-        assert refusal(source, "preference") == f"{link}: is a link to gone.jsonl, where nothing is; mend the link or remove it"
-
-
 
 
 def test_writing_is_all_or_nothing(tmp_path: Path) -> None:

@@ -79,11 +79,43 @@ def _open(path: Path) -> IO[bytes]:
         return gzip.open(path)  # type: ignore[return-value]
     if path.suffix.lower() != ".zst":
         return path.open("rb")
-    try:
-        import zstandard
-    except ImportError:
-        raise AlignError(f"{path}: reading .zst needs the package zstandard: pip install 'align[zst]'") from None
-    return io.BufferedReader(zstandard.open(path, "rb"))
+    return io.BufferedReader(_Zst(path))
+
+
+class _Zst(io.RawIOBase):
+    """The content of a .zst file. zstandard's own reader takes a file that was cut for one that ends there."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import zstandard
+        except ImportError:
+            raise AlignError(f"{path}: reading .zst needs the package zstandard: pip install 'align[zst]'") from None
+        self._file = path.open("rb")
+        self._frame_of = zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None  # the one that has begun and not ended
+        self._rest, self._ready = b"", memoryview(b"")  # not decompressed yet, not given out yet
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            # Little at a time: what repeats itself takes up thousands of times as much memory.
+            piece = self._rest or self._file.read(1 << 13)
+            if not piece and self._frame is not None:
+                raise EOFError("Compressed file ended before the end of its last frame")
+            if not piece:
+                return 0
+            frame = self._frame or self._frame_of()
+            self._ready = memoryview(frame.decompress(piece))
+            self._rest, self._frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        taken, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
+        buffer[: len(taken)] = taken
+        return len(taken)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _text(path: Path, *, newline: str | None = None) -> IO[str]:
