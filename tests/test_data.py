@@ -79,6 +79,14 @@ def test_zst(tmp_path: Path) -> None:
     assert len(load_rows(write(cut, first + documents.compress(b"three\n") + documents.flush()), "text").rows) == 3
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.txt"])
+def test_utf16_is_named(tmp_path: Path, name: str) -> None:
+    """It was a row of bytes that are not UTF-8, and behind it rows of letters with zero bytes between them."""
+    content = "text\r\nOnce upon a time\r\n".encode("utf-16")
+    path = write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
+    assert refusal(path, "text", on_bad_row="quarantine").startswith(f"{path}: is UTF-16, expected UTF-8; convert it: iconv")
+
+
 def test_arrow_sources_forget_nulls_in_nested_dictionaries(tmp_path: Path) -> None:
     """Arrow gives every message the keys of any: here a null tool_calls beside each text, and a null content beside the call."""
     datasets = pytest.importorskip("datasets")

@@ -5,6 +5,7 @@ All but JSON documents are read in bounded memory, whatever their size.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -75,6 +76,19 @@ def type_of(path: Path) -> str:
 
 
 def _open(path: Path) -> IO[bytes]:
+    """The bytes of a file, without its compression.
+
+    Raises:
+        AlignError: they are UTF-16, as some programs on Windows write it: nothing here would find a row in it.
+    """
+    stream: Any = _decompressed(path)
+    if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        stream.close()
+        raise AlignError(f"{path}: is UTF-16, expected UTF-8; convert it: iconv -f UTF-16 -t UTF-8 {path.name}")
+    return stream
+
+
+def _decompressed(path: Path) -> IO[bytes]:
     if path.suffix.lower() == ".gz":
         return gzip.open(path)  # type: ignore[return-value]
     if path.suffix.lower() != ".zst":
