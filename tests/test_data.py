@@ -87,6 +87,24 @@ def test_utf16_is_named(tmp_path: Path, name: str) -> None:
     assert refusal(path, "text", on_bad_row="quarantine").startswith(f"{path}: is UTF-16, expected UTF-8; convert it: iconv")
 
 
+def test_a_key_that_stands_twice(tmp_path: Path) -> None:
+    """The last of its values was taken, and nothing was said."""
+    again = '{"prompt": "q", "chosen": "c", "rejected": "r", "chosen": "d"}'
+    inside = '{"prompt": [{"role": "user", "content": "q", "content": "p"}], "chosen": "c", "rejected": "r"}'
+    for name, content in (
+        ("a.jsonl", lines(PAIRS).decode() + f"{again}\n{inside}\n"),
+        ("a.json", f"[{lines(PAIRS).decode().replace(chr(10), ',')}{again}, {inside}]"),
+    ):
+        path = write(tmp_path / name, content.encode())
+        expected = f"{name} row 7, field chosen: stands twice in one object; leave one of the two out"
+        assert refusal(path, "preference").startswith(expected)
+        loaded = load_rows(path, "preference", on_bad_row="quarantine")
+        assert (loaded.account.used, loaded.account.set_aside) == (6, 2)
+        assert "field content: stands twice" in loaded.set_aside[1][1]
+    document = write(tmp_path / "b.json", f'{{"data": [{again}]}}'.encode())
+    assert "b.json, field chosen: stands twice" in refusal(document, "preference")
+
+
 def test_arrow_sources_forget_nulls_in_nested_dictionaries(tmp_path: Path) -> None:
     """Arrow gives every message the keys of any: here a null tool_calls beside each text, and a null content beside the call."""
     datasets = pytest.importorskip("datasets")

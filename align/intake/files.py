@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 
 from align.errors import AlignError, near_miss
 from align.intake import layouts
-from align.schema import problem
+from align.schema import problem, short
 
 Raw = dict[str, Any]
 
@@ -151,19 +151,42 @@ def _broken_text(text: str) -> str | None:
 # JSON
 
 
+class _Decoder(json.JSONDecoder):
+    """Python's, which of a key that stands twice in an object keeps the last value in silence. This one notes it."""
+
+    wrong: str | None = None
+    """What is wrong with the value that was read last."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._object)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> Raw:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for i, name in enumerate(names) if name in names[:i])
+            self.wrong = f"field {short(twice)[1:-1]}: stands twice in one object; leave one of the two out"
+        return found
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        self.wrong = None
+        return super().raw_decode(s, idx)
+
+
 def _json_lines(path: Path) -> Iterator[Numbered]:
     """One object a line. Lines end at the byte ``\\n`` alone: U+2028 and the like belong to the text."""
+    decoder = _Decoder()
     with _open(path) as stream:
         for number, line in enumerate(stream, start=1):
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if line.strip():
-                yield number, _parsed(line)
+                yield number, _parsed(line, decoder)
 
 
-def _parsed(line: bytes) -> Raw | Unreadable:
+def _parsed(line: bytes, decoder: _Decoder) -> Raw | Unreadable:
     line = line.rstrip(b"\r\n")
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = decoder.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         reason = f"byte {error.start + 1}: not UTF-8{_field_before(line[: error.start].decode())}"
     except json.JSONDecodeError as error:
@@ -173,9 +196,9 @@ def _parsed(line: bytes) -> Raw | Unreadable:
     except RecursionError:
         reason = "invalid JSON: nested too deeply"
     else:
-        if isinstance(value, dict):
+        if isinstance(value, dict) and not decoder.wrong:
             return value
-        reason = problem("row", value, "an object with named columns")
+        reason = decoder.wrong or problem("row", value, "an object with named columns")
     return Unreadable(reason, line.decode("utf-8", "surrogateescape"))
 
 
@@ -207,10 +230,13 @@ def _json(path: Path) -> Iterator[Numbered]:
         content = stream.read()
     if not content.strip():
         return
+    decoder = _Decoder()
     try:
-        document = json.loads(content)
+        document = decoder.decode(content)
     except json.JSONDecodeError as error:
         raise AlignError(f"{path.name} line {error.lineno}, column {error.colno}: invalid JSON: {error.msg}") from error
+    if decoder.wrong:
+        raise AlignError(f"{path.name}, {decoder.wrong}")
     sound = _broken_text(content) is None
     for number, row in enumerate(layouts.rows_of(document), start=1):
         yield number, _sound(row, "" if sound else json.dumps(row, ensure_ascii=False))
@@ -218,7 +244,7 @@ def _json(path: Path) -> Iterator[Numbered]:
 
 def _json_array(path: Path) -> Iterator[Numbered]:
     """The elements of an array, read a piece at a time."""
-    decoder, buffer, number, lines = json.JSONDecoder(), "", 0, 1
+    decoder, buffer, number, lines = _Decoder(), "", 0, 1
     with _text(path) as stream:
 
         def more() -> bool:
@@ -256,7 +282,8 @@ def _json_array(path: Path) -> Iterator[Numbered]:
                     continue
                 raise wrong(error) from error
             number += 1
-            yield number, _sound(value, buffer[position:end])
+            text = buffer[position:end]
+            yield number, Unreadable(decoder.wrong, text) if decoder.wrong else _sound(value, text)
             if end > 1 << 20:
                 lines += buffer.count("\n", 0, end)
                 buffer, end = buffer[end:], 0
