@@ -120,6 +120,12 @@ def test_use_peft_is_another_spelling_of_lora():
             "the experts of MixtralForCausalLM are none: use 'lora'",
         ),
         ("prompt", {}, lambda: masked("bert", **BERT), "would move the places at which its answers are read: use tuning 'prefix'"),
+        (
+            "ia3",
+            {},
+            lambda: build("olmo2", **LLAMA),
+            "does not know which layers of Olmo2ForCausalLM to scale: set target_modules .* and, of these, feedforward_modules",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(name, arguments, model, message):

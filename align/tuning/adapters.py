@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
@@ -78,6 +79,11 @@ def add_ia3(model: Any, target_modules: str | list[str] | None, feedforward_modu
         AlignError: a target module is not in the model, or must be named as the family is not known.
     """
     targets, inner = _names(target_modules), _names(feedforward_modules)
+    if None in (targets, inner) and model.config.model_type not in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
+        raise AlignError(
+            f"tuning 'ia3': peft does not know which layers of {type(base_model(model)).__name__} to scale: set target_modules "
+            "(such as k_proj, v_proj and down_proj) and, of these, feedforward_modules (down_proj)"
+        )
     wrapped = _wrap(
         model,
         IA3Config(
