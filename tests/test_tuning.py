@@ -33,6 +33,7 @@ from align.tuning.tune import Reference, trainable, tune, untouched
 
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+OPT = {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 BERT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 T5 = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
 DISTILBERT = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64}
@@ -44,7 +45,7 @@ IDS = torch.tensor([tokens(random.Random(0), 12)])
 
 
 def shape(kind, **more):
-    return llama(**more) if kind == "llama" else build("gpt2", **GPT2, **more)
+    return llama(**more) if kind == "llama" else build(kind, **(GPT2 if kind == "gpt2" else OPT), **more)
 
 
 def tuned(name, model=None, folder=None, **arguments):
@@ -119,13 +120,13 @@ def test_use_peft_is_another_spelling_of_lora():
             lambda: build("mixtral", num_local_experts=4, **LLAMA),
             "the experts of MixtralForCausalLM are none: use 'lora'",
         ),
-        ("prompt", {}, lambda: masked("bert", **BERT), "would move the places at which its answers are read: use tuning 'prefix'"),
         (
             "ia3",
             {},
             lambda: build("olmo2", **LLAMA),
             "does not know which layers of Olmo2ForCausalLM to scale: set target_modules .* and, of these, feedforward_modules",
         ),
+        ("prompt", {}, lambda: masked("bert", **BERT), "would move the places at which its answers are read: use tuning 'prefix'"),
     ],
 )
 def test_what_does_not_go_together_is_refused(name, arguments, model, message):
@@ -286,13 +287,12 @@ def shapes_of_trees():
     ]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("name", SOFT)
 @pytest.mark.parametrize("score_head", [False, True])
 def test_virtual_tokens_on_the_forest_are_those_of_padded_rows(name, kind, score_head):
     """Losses and every gradient."""
-    model = build(kind, score_head=score_head, **(LLAMA if kind == "llama" else GPT2))
-    model = shaken(tuned(name, model))
+    model = shaken(tuned(name, shape(kind, score_head=score_head)))
     assert enable_forest(model) is None
     goal, trees = (Scores(), pairs(4)) if score_head else (LanguageModel(), shapes_of_trees())
     ours = run(goal, model, trees, 30)
@@ -306,7 +306,7 @@ def test_virtual_tokens_on_the_forest_are_those_of_padded_rows(name, kind, score
             run(goal, model, trees)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("name", SOFT)
 def test_plain_peft_gives_the_same_answers(name, kind, tmp_path, tokenizer):
     save_model(shape(kind), tokenizer, tmp_path / "base")

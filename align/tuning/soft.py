@@ -157,6 +157,7 @@ class _Soft(PeftModel):
         super().__init__(model, config, *args, **kwargs)
         self.is_off = False
         trunk = trunk_of(model)
+        trunk = getattr(trunk, "decoder", trunk)  # OPT's head calls this part of the trunk, past the trunk
         trunk.__dict__["virtual"] = self  # past nn.Module, which would take it for a child
         trunk.forward = MethodType(_with_virtual_tokens, trunk)
 
