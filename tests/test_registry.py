@@ -1,6 +1,7 @@
 """The registry: versions, lineage, names, aliases, and what a model reference means."""
 
 import json
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -87,7 +88,7 @@ def test_what_nothing_can_be_written_into_is_told_in_one_line(artifact, tmp_path
     home.mkdir()
     monkeypatch.setenv("ALIGN_HOME", str(home))
     Registry().add(artifact("sft"))
-    if subprocess.run([*mount, str(home), str(home)], capture_output=True).returncode:
+    if not shutil.which("mount") or subprocess.run([*mount, str(home), str(home)], capture_output=True).returncode:
         pytest.skip("nothing can be mounted here")
     try:
         subprocess.run(["mount", "-o", "remount,bind,ro", str(home)], check=True)
