@@ -121,6 +121,21 @@ def test_a_task_is_learnt_and_measured_the_same_again(capsys, task, model, data,
     assert again["n"] == metrics["held_out_rows"]
 
 
+@pytest.mark.parametrize("model", ["t5", "bart"])
+def test_an_encoder_decoder_reads_at_one_end_token(capsys, folder, model):
+    """Its head counts end tokens: where the tokenizer adds none, or a text holds one, training ended in an error."""
+    rows = [
+        {"text": f"the {label} {end}sat", "label": label}
+        for label in ("cat", "mat")
+        for end in ("", "", "", "<|eos|>", "<|eos|><|eos|>")
+    ]
+    write_rows(folder / "ends.jsonl", rows)
+    command = f"task{LEARN} --task classification --model {model} --data ends.jsonl --eval_data ends.jsonl --name ended"
+    metrics = run(capsys, command)["metrics"]
+    again = run(capsys, "eval ended --data ends.jsonl")["metrics"]["models"]["ended"]
+    assert again["accuracy"] == pytest.approx(metrics["eval_accuracy"], abs=1e-6) == 1.0
+
+
 @pytest.mark.parametrize("model", ["bert", "llama"])
 def test_a_cloze_is_learnt_from_a_few_rows_without_a_new_weight(capsys, folder, model):
     config = folder / "cloze.yaml"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from align.errors import AlignError
@@ -15,11 +16,13 @@ from align.tasks.base import Feature, Features, Task, task
 
 @task("classification")
 class Classification(Task):
-    """A head over the labels on the first token (encoders) or the last one (decoders)."""
+    """A head over the labels on the first token (encoders), the last one (decoders) or the end token (encoder-decoders)."""
 
     kind = "classification"
     metrics = ("accuracy", "f1", "matthews")
     auto = AutoModelForSequenceClassification
+    _read_at: int | None = None
+    """The token at which the head reads, where it is found by its number."""
 
     @classmethod
     def labels_of(cls, rows: Sequence[LabelledText]) -> list[str]:
@@ -32,6 +35,11 @@ class Classification(Task):
         if len(labels) < 2:
             raise AlignError(f"all {len(rows)} rows have the label {labels[0]!r}; there is nothing to tell apart")
         return labels
+
+    def model(self, path: str, **options: Any) -> nn.Module:
+        model: Any = super().model(path, **options)
+        self._read_at = model.config.eos_token_id if model.config.is_encoder_decoder else None
+        return model
 
     def features(self, rows: Sequence[LabelledText], *, training: bool) -> Features:
         made = Features()
@@ -53,7 +61,15 @@ class Classification(Task):
         return (dict(self.tokenizer(text, truncation=True, max_length=self.max_length)) if cut else item), cut
 
     def collate(self, batch: Sequence[Feature]) -> dict[str, torch.Tensor]:
-        return dict(DataCollatorWithPadding(self.tokenizer)(list(batch)))
+        return dict(DataCollatorWithPadding(self.tokenizer)(list(map(self._ended, batch))))
+
+    def _ended(self, item: Feature) -> Feature:
+        """`item` with one token to read at, at its end: some tokenizers add none, and a text may hold one."""
+        ids, end = item["input_ids"], self._read_at
+        if end is None or ids.count(end) == 1:
+            return item
+        ids = [*[token for token in ids if token != end][: self.max_length - 1], end]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": item["labels"]}
 
     def columns(self, output: Any, features: Features) -> dict[str, list[Any]]:
         found = output[0] if isinstance(output, tuple) else output
