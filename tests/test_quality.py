@@ -97,6 +97,18 @@ def test_identical_and_contradictory_pairs():
     assert removed(labelled, "exact_duplicates") == []
 
 
+@pytest.mark.parametrize(
+    ("one", "other"), [("It is -5.", "It is 5."), ("3 * 4", "3 + 4"), ("x > 3", "x < 3"), ("Pay $5", "Pay 5%"), ("1/2", "1-2")]
+)
+def test_signs_of_arithmetic_are_no_punctuation(one, other):
+    """Right and wrong answers that differ in a sign were taken for the same, and went."""
+    rows = [PreferenceRow(prompt="Which?", chosen=one, rejected=other), PreferenceRow(prompt=one, chosen="a", rejected="b")]
+    rows.append(PreferenceRow(prompt=other, chosen="a", rejected="b"))
+    assert clean(rows, ["identical_pairs", "exact_duplicates"]).kept == rows
+    same = [PreferenceRow(prompt="Which?", chosen="a well-known *one*", rejected="A well known one!")]
+    assert not clean(same, ["identical_pairs"]).kept
+
+
 def test_exact_duplicates_keep_the_first():
     rows = [sft("Who?", "Mina."), sft("who", " mina"), sft("Who?", "Ada."), sft("1 + 1", "2"), sft("1 - 1", "0")]
     assert removed(rows, "exact_duplicates") == [(2, "the same as 'Who?\\nMina.'")]

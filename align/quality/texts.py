@@ -30,6 +30,15 @@ def _word() -> re.Pattern[str]:
     return re.compile(rf"[{CJK}]|{letters}+(?:[{marks()}]+{letters}*)*")
 
 
+SIGNS = r"[+<>=≤≥≠±×÷%^$€£]|(?<!\*)[-−*/](?=\s?\d)"
+"""What is no word and yet makes another question or answer of one: -5 is not 5, and 3 * 4 not 3 + 4. A hyphen is not among them."""
+
+
+@cache
+def _word_or_sign() -> re.Pattern[str]:
+    return re.compile(f"{_word().pattern}|{SIGNS}")
+
+
 def texts(row: Row) -> dict[str, str]:
     """Every text of `row` by its field: messages joined by line ends, assistants' turns of a conversation apart as ``reply``."""
     found: dict[str, str] = {}
@@ -75,8 +84,10 @@ def words(text: str) -> list[str]:
 
 
 def key(text: str) -> str:
-    """Equal for texts that differ in case, punctuation and white space only; texts without words keep theirs."""
-    return " ".join(words(text)) or text.strip()
+    """Equal for texts that differ in case, punctuation and white space only; texts without words keep theirs. `SIGNS` are no
+    punctuation.
+    """
+    return " ".join(_word_or_sign().findall(unicodedata.normalize("NFKC", text).lower())) or text.strip()
 
 
 def ngrams(items: Sequence[str], n: int) -> Iterator[str]:
