@@ -39,6 +39,14 @@ def test_the_shipped_thesaurus_and_chance():
     assert 15 < sum(a != b for a, b in zip(made["prompt"].split(), rows[0].prompt.split(), strict=True)) < 45
 
 
+def test_copies_that_come_out_alike_are_one(tmp_path):
+    file = tmp_path / "words.json"
+    file.write_text('{"big": ["large"], "happy": ["glad", "cheerful"]}')
+    rows = [PromptRow(prompt="A big one"), PromptRow(prompt="A happy one")]
+    made = [row["prompt"] for row in augment(rows, [f"synonyms(rate=1.0, copies=8, thesaurus={str(file)!r})"])[2:]]
+    assert sorted(made) == ["A cheerful one", "A glad one", "A large one"]
+
+
 def test_paraphrases(tmp_path):
     ways = tmp_path / "ways.txt"
     ways.write_text("Please: {prompt}\n{prompt}\\nBe brief.\n")

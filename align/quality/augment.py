@@ -96,9 +96,12 @@ def synonyms(
         return word.capitalize() if match[0][0].isupper() else word
 
     for i, row in enumerate(rows):
+        found: list[Row] = []
         for _ in range(copies):
-            if (made := reword(row, lambda text: re.sub(r"\w+", swap, text))) is not None:
-                yield i, made
+            made = reword(row, lambda text: re.sub(r"\w+", swap, text))
+            if made is not None and made not in found:
+                found.append(made)
+        yield from ((i, made) for made in found)
 
 
 def load_thesaurus(path: str | None) -> dict[str, list[str]]:
