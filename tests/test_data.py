@@ -317,6 +317,15 @@ def test_refused_files(tmp_path: Path, content: bytes, message: str) -> None:
     assert message in refusal(write(tmp_path / "data.jsonl", content), "preference")
 
 
+def test_rows_about_pictures_are_refused(tmp_path: Path) -> None:
+    """They were used, and taught to say who is on a picture that nobody saw. An empty list says that there is none."""
+    turns = [{"role": "user", "content": "<image>Who is it?"}, {"role": "assistant", "content": "Mina."}]
+    rows = [{"messages": turns, "images": []}, {"messages": turns, "images": ["a.jpg"]}]
+    path = write(tmp_path / "data.jsonl", lines(rows))
+    assert "data.jsonl row 2, field images: got ['a.jpg'], expected none, as only text is read;" in refusal(path, "sft")
+    assert len(load_rows(path, "sft", on_bad_row="quarantine").rows) == 1
+
+
 def test_missing_columns_of_a_named_format(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", lines([{"conversation": []}]))
     found = (

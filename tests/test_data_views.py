@@ -329,6 +329,7 @@ INFO = {
     "messages": {"file_name": "messages.jsonl", "formatting": "openai", "columns": {"messages": "conversation"}},
     "labels": {"file_name": "labels.jsonl", "columns": {"kto_tag": "liked"}},
     "texts": {"file_name": "texts.jsonl", "columns": {"prompt": "content"}},
+    "seen": {"file_name": "seen.jsonl", "columns": {"images": "pictures"}},
     "script": {"script_url": "run_me"},
     "odd": {"file_name": "x.jsonl", "columns": {"promt": "q"}},
     "listed": {"file_name": "plain.json", "columns": ["prompt"]},
@@ -346,6 +347,7 @@ def info(tmp_path):
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     write_rows(tmp_path / "messages.jsonl", [{"conversation": turns}])
     write_rows(tmp_path / "labels.jsonl", [{"instruction": "Q", "output": "A", "liked": False}])
+    write_rows(tmp_path / "seen.jsonl", [{"instruction": "<image>Who?", "output": "Mina.", "pictures": ["a.jpg"]}])
     write_rows(tmp_path / "texts.jsonl", [{"content": "A document."}])
     return tmp_path
 
@@ -379,6 +381,7 @@ def test_a_llama_factory_dataset_info_is_read_as_it_is(info):
         (":script", "expected file_name or hf_hub_url"),
         (":odd", "field columns.promt: unknown \\(did you mean 'prompt'\\?\\)"),
         (":listed", "field columns: got \\['prompt'\\], expected names, each with its name in the file"),
+        (":seen", "seen.jsonl row 1, field images: got \\['a.jpg'\\], expected none, as only text is read"),
         (":numbered", "expected file_name or hf_hub_url"),
     ],
 )

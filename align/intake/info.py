@@ -23,6 +23,9 @@ COLUMNS = {
     "chosen": "chosen",
     "rejected": "rejected",
     "kto_tag": "kto_tag",
+    "images": "images",
+    "videos": "videos",
+    "audios": "audios",
 }
 """What LLaMA-Factory calls a column, and the column that `align.formats` knows it by, which is also its default."""
 
@@ -38,7 +41,6 @@ TAGS = {
 """What LLaMA-Factory calls the keys and roles of a message, and their defaults."""
 
 ROLES = ("user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")
-IGNORED = ("images", "videos", "audios")
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def _entry(given: dict[str, Any], folder: Path, where: str) -> Entry:
         if not isinstance(names, dict) or not all(isinstance(theirs, str) for theirs in names.values()):
             raise AlignError(f"{where}, {problem(what, names, 'names, each with its name in the file')}")
     tags = {**TAGS, **renamed}
-    for names, known, what in ((columns, (*COLUMNS, *IGNORED), "columns"), (tags, TAGS, "tags")):
+    for names, known, what in ((columns, COLUMNS, "columns"), (tags, TAGS, "tags")):
         for name in names:
             if name not in known:
                 raise AlignError(f"{where}, field {what}.{name}: unknown{near_miss(name, known)}; known: {', '.join(known)}")

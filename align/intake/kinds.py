@@ -111,6 +111,10 @@ def detect(raw: Raw, kind: str | None) -> str:
     raise AlignError(f"the columns fit {wanted}{unnamed}; {_lacking(raw, kind)}; formats: {', '.join(formats)}")
 
 
+MEDIA = ("images", "videos", "audios")
+"""Columns of what a row speaks of beside its text: without it, the text teaches to answer about what is not there."""
+
+
 def read(name: str, raw: Raw) -> Sequence[Fields | SetAside]:
     """What format `name` finds in `raw`.
 
@@ -118,6 +122,9 @@ def read(name: str, raw: Raw) -> Sequence[Fields | SetAside]:
         AlignError: the row lacks a column or is malformed. The message does not say where it stands.
     """
     entry = formats[name]
+    for column in MEDIA:
+        if isinstance(raw.get(column), list) and raw[column]:
+            raise AlignError(problem(column, raw[column], "none, as only text is read; leave the row out, or the column"))
     for column in entry.needs:
         if column not in raw:
             raise AlignError(f"column {column!r} of format {name!r}: {missing(column, raw)}")
