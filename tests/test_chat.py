@@ -1,5 +1,6 @@
 """Talking to models: what is answered, what a vote leaves behind, and the server that speaks OpenAI's protocol."""
 
+import errno
 import json
 import resource
 import socket
@@ -153,6 +154,34 @@ def test_undo_takes_back_a_turn_and_never_the_system_prompt():
     assert [message.content for message in talk.messages] == ["Be brief."]
 
 
+def test_what_is_no_vote_is_asked_again_and_quit_ends(tmp_path, monkeypatch, capsys):
+    lines = iter(["1", "bb", "B", "2", "/QUIT", "3"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    talk_at_terminal(Talk([Parrot("x"), Parrot("y")], GREEDY, votes=tmp_path / "v.jsonl"))
+    assert next(lines) == "3", "nothing was asked after /quit"
+    assert capsys.readouterr().out.count("bb is no vote") == 1
+    (row,) = load_rows(tmp_path / "v.jsonl", "preference").rows
+    assert (row.prompt[-1].content, row.chosen[0].content) == ("1", "y 1")
+
+
+def test_the_same_answer_twice_is_not_voted_on(tmp_path):
+    talk = Talk([Parrot("x"), Parrot("x")], GREEDY, votes=tmp_path / "v.jsonl")
+    talk.ask("1", lambda text: None, lambda: pytest.fail("a vote was asked for"))
+    assert [message.content for message in talk.messages] == ["1", "x 1"]
+    assert not talk.votes.exists()
+
+
+def test_a_vote_begins_a_line_of_its_own(tmp_path):
+    """The last line was written by hand, without its end."""
+    file = tmp_path / "v.jsonl"
+    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}')
+    for number in ("1", "2"):
+        add_vote(file, [Message(role="user", content=number)], ("m", "yes"), ("n", "no"))
+    assert [row.prompt if isinstance(row.prompt, str) else row.prompt[0].content for row in load_rows(file, "preference").rows] == [
+        *("a", "1", "2")
+    ]
+
+
 def test_votes_hold_any_text(tmp_path):
     answer = 'line\nbreak "quote" \u2028 <script>'
     add_vote(tmp_path / "v.jsonl", [Message(role="user", content="a\tb")], ("m", answer), ("n", "no"))
@@ -173,6 +202,18 @@ def test_a_vote_that_finds_no_room_leaves_no_half_row(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_bytes() == before
+
+
+def test_a_vote_on_a_full_disk_does_not_end_the_conversation(tmp_path, monkeypatch, capsys):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    lines = iter(["1", "a", "2", "a", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr("os.fsync", full)
+    talk_at_terminal(Talk([Parrot("x"), Parrot("y")], GREEDY, votes=tmp_path / "v.jsonl"))
+    assert capsys.readouterr().err.count("v.jsonl is full") == 2
+    assert (tmp_path / "v.jsonl").read_bytes() == b""
 
 
 def test_votes_train_dpo(folders, tmp_path, monkeypatch):

@@ -20,20 +20,20 @@ from align.registry import Registry
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, tokenizer):
     root = tmp_path_factory.mktemp("ui")
-    for seed, name in enumerate(("one", "two", "three")):
+    for seed, name in [*enumerate(("one", "two", "three")), (0, "again")]:
         save_model(llama(seed), tokenizer, root / name)
     return root
 
 
 @pytest.fixture
-def page(folders, tmp_path):
+def page(folders, tmp_path, request):
     """The running page's address, and where its votes go."""
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     (tmp_path / "runs" / "demo" / "report.html").write_text(
         "<h1>The <em>report</em></h1><script>top.document.title = 'taken'</script>"
     )
     votes = tmp_path / "votes.jsonl"
-    names = [str(folders / name) for name in ("one", "two")]
+    names = [str(folders / name) for name in getattr(request, "param", ("one", "two"))]
     built = build(names, votes=votes, runs=tmp_path / "runs", decoding=Decoding(8, temperature=0.0))
     _, address, _ = built.launch(prevent_thread_lock=True, quiet=True, share=False, server_name="127.0.0.1")
     yield address, votes, names
@@ -57,6 +57,19 @@ def test_a_blind_vote_becomes_a_preference_row(page):
     with pytest.raises(AppError, match="Ask something first"):  # a second click, before the buttons are off
         client.predict(api_name="/left")
     assert len(load_rows(votes, "preference").rows) == 1
+
+
+@pytest.mark.parametrize("page", [("one", "again")], indirect=True)
+def test_the_same_answer_twice_is_not_voted_on(page):
+    from gradio_client import Client
+
+    address, votes, names = page
+    client = Client(address, verbose=False)
+    _, _, left, right, said = client.predict(*names, "Hi", "", 0.0, 1.0, 0, 8, api_name="/ask")
+    assert left == right
+    assert said == "Both say the same."
+    client.predict(api_name="/left")
+    assert not votes.exists()
 
 
 def test_a_question_that_cannot_be_answered_is_taken_back(page):

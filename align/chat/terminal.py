@@ -40,7 +40,9 @@ class Talk:
             self.messages.pop()
 
     def ask(self, text: str, write: Callable[[str], object], vote: Callable[[], str] | None = None) -> list[str]:
-        """The answers to `text`, written as they come; the first one, or the one that `vote` (a or b) prefers, is kept."""
+        """The answers to `text`, written as they come; the first one, or the one that `vote` (a or b) prefers, is kept. There is no
+        vote on the same answer twice.
+        """
         self.messages.append(Message(role="user", content=text))
         answers: list[str] = []
         for speaker in self.speakers:
@@ -53,7 +55,7 @@ class Talk:
             answers.append("".join(pieces).strip())
             write("\n")
         kept = 0
-        if len(answers) == 2 and vote is not None:
+        if len(answers) == 2 and vote is not None and answers[0] != answers[1]:  # the same twice leaves nothing to prefer
             choice = vote()
             if choice in ("a", "b"):
                 kept = "ab".index(choice)
@@ -84,7 +86,11 @@ def talk_at_terminal(talk: Talk) -> None:
         return input(prompt if sys.stdin.isatty() else "")
 
     def vote() -> str:
-        return read("better (a, b, or Enter for neither): ").strip().lower()
+        while (choice := read("better (a, b, or Enter for neither): ").strip().lower()) not in ("a", "b", ""):
+            if choice == "/quit":
+                raise EOFError
+            write(f"{harmless(choice)} is no vote.\n")
+        return choice
 
     if sys.stdin.isatty():
         print(" against ".join(speaker.name for speaker in talk.speakers) + f". {HELP}.")

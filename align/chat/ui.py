@@ -162,8 +162,10 @@ def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: P
             answers = [(name, "".join(speakers[name].answer(prompt, how)).strip()) for name in order]
         except AlignError as error:
             raise _refusal(str(error)) from error
-        ready = [gr.Button(interactive=True)] * len(choices)
-        return "", history, _shown(history), *(answer for _, answer in answers), *ready, "Which is better?", (prompt, answers)
+        same = answers[0][1] == answers[1][1]
+        ready = [gr.Button(interactive=side == "neither" or not same) for side in choices]
+        question = "Both say the same." if same else "Which is better?"
+        return "", history, _shown(history), *(answer for _, answer in answers), *ready, question, (prompt, answers)
 
     def vote(side: str) -> Any:
         def record(seen: tuple[list[Message], list[tuple[str, str]]], history: list[Message]) -> tuple[Any, ...]:
@@ -172,8 +174,11 @@ def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: P
                 raise _refusal("Ask something first.")
             text = f"Left was **{_plain(answers[0][0])}**, right was **{_plain(answers[1][0])}**."
             kept = ["left", "right"].index(side) if side != "neither" else 0
-            if side != "neither":
-                add_vote(votes, prompt, answers[kept], answers[1 - kept])
+            if side != "neither" and answers[0][1] != answers[1][1]:
+                try:
+                    add_vote(votes, prompt, answers[kept], answers[1 - kept])
+                except AlignError as error:
+                    raise _refusal(str(error)) from error
                 text += f" Saved to `{votes}`."
             history = [*history, Message(role="assistant", content=answers[kept][1])]
             return *off, text, history, _shown(history), ([], [])  # one vote an answer

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from align.registry import home
-from align.runner.files import no_room
+from align.runner.files import disk_is_full, no_room
 from align.schema import Message
 
 
@@ -23,6 +23,9 @@ def add_vote(path: Path, prompt: Sequence[Message], chosen: tuple[str, str], rej
 
     Args:
         chosen, rejected: the name of the model and its answer.
+
+    Raises:
+        DiskFull: there is no room for it.
     """
     row = {
         "prompt": [message.model_dump(exclude_none=True) for message in prompt],
@@ -32,14 +35,18 @@ def add_vote(path: Path, prompt: Sequence[Message], chosen: tuple[str, str], rej
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(row) + "\n").encode()
-    with path.open("ab", buffering=0) as file:
+    with path.open("ab+", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # two votes at a time never mix their bytes
         end = file.seek(0, os.SEEK_END)
+        if end:  # a row that somebody wrote by hand may lack its line's end
+            file.seek(end - 1)
+            line = (b"" if file.read(1) == b"\n" else b"\n") + line
         try:
-            written = file.write(line)
-            os.fsync(file.fileno())
-            if written < len(line):
+            if file.write(line) < len(line):
                 raise no_room(path)
-        except BaseException:
+            os.fsync(file.fileno())
+        except BaseException as error:
             file.truncate(end)  # half a row would spoil the next one, too
+            if disk_is_full(error):
+                raise no_room(path) from error
             raise
