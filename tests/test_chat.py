@@ -284,6 +284,7 @@ def test_a_question_that_cannot_be_answered_is_taken_back(monkeypatch, capsys):
         (["chat", "a", "--temperature", "-1"], "0 is greedy"),
         (["chat", "a", "--top_p", "0"], "a probability above 0"),
         (["serve", "nowhere"], "no model 'nowhere'"),
+        (["ui", "--max_completion_length", "0"], "--max_completion_length 0"),
         (["serve", "one", "--rollouts"], "are for --engine vllm"),
     ],
 )
@@ -295,6 +296,23 @@ def test_mistakes_are_one_line(arguments, said, capsys):
 
 
 # -- serving -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["serve", "ui"])
+def test_an_address_where_nothing_can_listen_is_refused_before_a_model_is_loaded(verb, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        addresses = (
+            ("127.0.0.1", port, "Address already in use"),
+            ("127.0.0.1", 99_999, "0-65535"),
+            ("no.such.host.invalid", port, ""),
+        )
+        for host, number, why in addresses:
+            assert main([verb, "one", "--host", host, "--port", str(number)]) == 2
+            error = capsys.readouterr().err
+            assert f"nothing can listen at {host}:{number} (" in error
+            assert why in error
+            assert error.count("\n") == 1
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from align.commands.address import refuse_taken
 from align.errors import AlignError
 
 
@@ -41,6 +42,7 @@ def serve(options: argparse.Namespace) -> int:
         raise AlignError(problem)
     if options.engine != "vllm" and (options.rollouts or options.engine_args):
         raise AlignError("--rollouts and --engine_args are for --engine vllm")
+    refuse_taken(options.host, options.port)
     resolved = Registry().resolve(options.model)
     config = None
     try:

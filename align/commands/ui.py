@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from align.commands.address import refuse_taken
 from align.errors import AlignError
 
 
@@ -24,6 +25,9 @@ def add(verbs: Any) -> None:
 def ui(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("gradio") is None:
         raise AlignError("align ui needs gradio: pip install 'align[ui]'")
+    if options.max_completion_length < 1:
+        raise AlignError(f"--max_completion_length {options.max_completion_length}: an answer has at least 1 token")
+    refuse_taken(options.host, options.port)
     from align.progress import say
     from align.registry import Registry, home
 
