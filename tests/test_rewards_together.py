@@ -48,6 +48,22 @@ def cancelled(completions, **columns):
     import asyncio
     raise asyncio.CancelledError("the judge hung up")
 async def cancelled_async(completions, **columns): cancelled(completions)
+def generator_exit(completions, **columns): raise GeneratorExit
+async def generator_exit_async(completions, **columns): raise GeneratorExit
+class Speechless(Exception):
+    def __str__(self): raise RuntimeError
+def speechless(completions, **columns): raise Speechless
+class Unreadable:
+    def __repr__(self): raise RuntimeError
+    def tolist(self): raise RuntimeError
+def unreadable(completions, **columns): return Unreadable()
+def unreadables(completions, **columns): return [Unreadable()] * len(completions)
+def no_numbers(completions, **columns):
+    import fractions
+    class NoFloat(fractions.Fraction):
+        __repr__ = Unreadable.__repr__
+        def __float__(self): raise RuntimeError
+    return [NoFloat(1, 2)] * len(completions)
 async def hangs_async(completions, **columns):
     import asyncio
     await asyncio.sleep(60)
@@ -172,6 +188,12 @@ BROKEN = {
     "swallows": "reward 'swallows' took more than its timeout of 0.1 s",
     "cancelled": "reward 'cancelled' raised CancelledError: the judge hung up",
     "cancelled_async": "reward 'cancelled_async' raised CancelledError: the judge hung up",
+    "generator_exit": "reward 'generator_exit' raised GeneratorExit",
+    "generator_exit_async": "reward 'generator_exit_async' raised GeneratorExit",
+    "speechless": "reward 'speechless' raised Speechless: it cannot say what",
+    "unreadable": "reward 'unreadable' returned <.*Unreadable object at .*; expected a list",
+    "unreadables": r"reward 'unreadables', row 0 \(prompt 'first'\): got <.*Unreadable object",
+    "no_numbers": r"reward 'no_numbers', row 0 \(prompt 'first'\): got <.*no_numbers.<locals>",
     "hangs_async": "reward 'hangs_async' took more than its timeout of 0.1 s",
     "backtracks": "reward 'backtracks' took more than its timeout of 0.1 s",
     "nothing": "reward 'nothing' returned None; expected a list of 4 numbers",
@@ -206,6 +228,16 @@ def test_a_broken_function_abstains(name, capsys):
 def test_a_broken_function_costs_a_penalty(name):
     found = score(of(name, timeout=0.1, on_error=-2))
     assert found.total == ([1, -2, 3, 4] if name == "not_a_number" else [-2, -2, -2, -2])
+
+
+def test_what_only_trls_trainer_passes_is_no_missing_column():
+    def scheduled(completions, trainer_state, **columns):
+        return [float(trainer_state is not None)] * len(completions)
+
+    with pytest.raises(AlignError, match=r"'scheduled' wants 'trainer_state', which TRL's trainer passes .*: give it a default"):
+        RewardSet([scheduled]).score(PROMPTS, COMPLETIONS)
+    given = RewardSet([scheduled]).score(PROMPTS, COMPLETIONS, {"trainer_state": [1, 2, 3, 4]})
+    assert given.total == [1, 1, 1, 1], "a column of that name is one"
 
 
 def test_nothing_left_to_score_by_says_why():

@@ -6,7 +6,6 @@ import asyncio
 import copy
 import functools
 import inspect
-import math
 import signal
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -30,8 +29,14 @@ class _TimeIsUp(BaseException):
 AGAIN = 0.1
 """Seconds until an alarm rings again."""
 
-RAISED = (Exception, SystemExit, asyncio.CancelledError)
+RAISED = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
 """What a function of somebody's own may raise without ending the run: not Ctrl-C. The last is that of a client which gave up."""
+
+LARGEST = 3.4028234663852886e38
+"""Of float32, in which rewards are trained on: a larger one is infinite there."""
+
+TRL_ONLY = ("trainer_state", "log_extra", "log_metric", "environments")
+"""Arguments by which TRL's trainer hands itself to a reward function."""
 
 
 def arguments_for(name: str, function: RewardFunction, own: Mapping[str, Any], columns: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,6 +51,10 @@ def arguments_for(name: str, function: RewardFunction, own: Mapping[str, Any], c
     passed = {**own, **{key: value for key, value in columns.items() if key not in bound}}
     for p in parameters.values():
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in passed:
+            if p.name in TRL_ONLY:
+                raise AlignError(
+                    f"reward {name!r} wants {p.name!r}, which TRL's trainer passes and nothing here does: give it a default"
+                )
             known = ", ".join(columns) or "none"
             raise AlignError(f"reward {name!r} needs a column {p.name!r}{near_miss(p.name, columns)}; the rows have: {known}")
     if not takes_any(parameters):
@@ -77,7 +86,13 @@ def call(name: str, function: RewardFunction, arguments: Mapping[str, Any], time
 
 def raised(name: str, error: BaseException) -> AlignError:
     """What is said of an exception in the function `name`."""
-    return error if isinstance(error, AlignError) else Failure(f"reward {name!r} raised {type(error).__name__}: {error}")
+    if isinstance(error, AlignError):
+        return error
+    try:
+        said = str(error)
+    except RAISED:
+        said = "it cannot say what"
+    return Failure(f"reward {name!r} raised {type(error).__name__}: {said}")
 
 
 def _too_long(name: str, timeout: float | None) -> str:
@@ -179,7 +194,7 @@ def checked(name: str, result: Any, prompts: Sequence[Any]) -> list[float | Fail
     Raises:
         Failure: it is no list, or has not one entry per completion.
     """
-    values = result.tolist() if hasattr(result, "tolist") else result
+    values = _plain(result)
     if not isinstance(values, list | tuple):
         raise Failure(f"reward {name!r} returned {short(result)}; expected a list of {len(prompts)} numbers, one per completion")
     if len(values) != len(prompts):
@@ -187,17 +202,25 @@ def checked(name: str, result: Any, prompts: Sequence[Any]) -> list[float | Fail
         raise Failure(f"reward {name!r} returned {len(values)} values; expected {len(prompts)}, one per completion{first}")
     found: list[float | Failure | None] = []
     for row, (value, prompt) in enumerate(zip(values, prompts, strict=True)):
-        number = value.tolist() if hasattr(value, "tolist") else value  # numpy and torch scalars
+        number = _plain(value)
         if number is None or _finite(number):
             found.append(None if number is None else float(number))
         else:
             where = f"reward {name!r}, row {row} (prompt {short(prompt)})"
-            found.append(Failure(f"{where}: got {short(value)}; expected a finite number, or None to abstain"))
+            found.append(Failure(f"{where}: got {short(value)}; expected a finite number (of float32), or None to abstain"))
     return found
+
+
+def _plain(value: Any) -> Any:
+    """`value`, of numpy's and torch's as Python's own; as it is where it cannot be had, as of a tensor without data."""
+    try:
+        return value.tolist() if hasattr(value, "tolist") else value
+    except RAISED:
+        return value
 
 
 def _finite(number: Any) -> bool:
     try:
-        return isinstance(number, Real) and math.isfinite(number)
-    except OverflowError:  # an integer that no float holds
+        return isinstance(number, Real) and abs(float(number)) <= LARGEST
+    except RAISED:  # an integer that no float holds, or an object that fails at being a number
         return False

@@ -29,7 +29,10 @@ def short(value: Any, width: int = 60) -> str:
     """`value` for an error message: of messages the last one's text, cut to `width` characters."""
     if isinstance(value, list) and value and isinstance(value[-1], dict) and "content" in value[-1]:
         value = text_of(value[-1:])
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # a message about it is no place to fail in
+        text = object.__repr__(value)
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
