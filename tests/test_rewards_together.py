@@ -445,6 +445,14 @@ def test_rows_of_one_prompt_keep_their_own_columns(capsys):
     assert report_of(capsys, "exact_match", "--data", "rows.jsonl")["components"][0]["mean"] == 1
 
 
+def test_a_row_that_is_set_aside_leaves_its_columns_to_no_other(tmp_path, capsys):
+    """Both rows ask the same, and the first is no pair."""
+    (tmp_path / "my.py").write_text("def worth(completions, worth, **columns): return worth\n")
+    write_rows("rows.jsonl", [{"prompt": "q", "chosen": "a", "rejected": said, "worth": i} for i, said in enumerate("ab")])
+    report = report_of(capsys, "my.py:worth", "--data", "rows.jsonl")
+    assert report["components"][0]["histogram"] == [[1.0, 1.0, 2]]
+
+
 def test_the_last_turn_of_a_conversation_is_its_completion(capsys):
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello you"}]
     write_rows("chat.jsonl", [{"messages": turns}, {"messages": [*turns, *turns]}])

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,9 @@ from align.rewards import RewardSet, RewardSpec
 
 if TYPE_CHECKING:
     from align.rewards.trial import Summary, Trial
+
+Place = tuple[str, int, str]
+"""A file, the number of a row there, and a prompt: a row may hold several."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -94,39 +96,43 @@ def _spec(text: str, options: argparse.Namespace) -> RewardSpec:
 
 def _given(options: argparse.Namespace) -> tuple[list[Any], list[Any], None, int]:
     """Prompts (with their columns) and the completions in the data: the chosen ones and then the rejected, or demonstrations."""
-    from align.data import load_rows
+    from align.data import RowStream, refuse_empty
     from align.schema import PromptRow
     from align.scoring import plain
 
-    def load(kind: str) -> Any:
-        return load_rows(options.data, kind, format=options.data_format, limit=options.max_rows)
+    def stream(kind: str, limit: int | None = options.max_rows) -> RowStream:
+        return RowStream(options.data, kind, format=options.data_format, limit=limit)
 
-    asked: dict[str, deque[Any]] = defaultdict(deque)  # rows that ask the same have columns of their own, in the order of the data
-    for row in load("prompts").rows:
-        asked[json.dumps(plain(row.prompt))].append(row)
+    def placed(rows: RowStream) -> Iterator[tuple[Place, Any]]:
+        for row in rows:
+            row = _split(row) if rows.kind == "sft" else row
+            assert rows.item is not None
+            yield (rows.item.file, rows.item.number, json.dumps(plain(row.prompt))), row
+
     sides: tuple[str, ...] = ("chosen", "rejected")
     try:
-        loaded = load("preference")
+        rows = [*placed(read := stream("preference"))]
+        refuse_empty(read)
     except AlignError:
         try:
-            loaded, sides = load("sft"), ("completion",)
+            rows, sides = [*placed(read := stream("sft"))], ("completion",)
+            refuse_empty(read)
         except AlignError as error:
             raise AlignError(
                 f"{options.data} holds no completions to score; name a --model that answers its prompts ({error})"
             ) from error
-    if loaded.set_aside:
-        say(f"{options.data}: {loaded.summary()}")
-    rows = [_split(row) if sides == ("completion",) else row for row in loaded.rows]
-
-    def as_prompt(row: Any) -> Any:
-        """As prompts the same rows have their other columns, too."""
-        found = asked[json.dumps(plain(row.prompt))]
-        if len(found) > 1:
-            return found.popleft()
-        return found[0] if found else PromptRow.model_construct(prompt=row.prompt, columns={})  # a ranking has several pairs
-
-    prompts = [as_prompt(row) for row in rows]
-    completions = [plain(getattr(row, side)) for side in sides for row in rows]
+    if read.set_aside:
+        say(f"{options.data}: {read.account.summary()}")
+    asked: dict[Place, Any] = {}
+    missing = {place for place, _ in rows}
+    for place, prompt in placed(stream("prompts", limit=None)):  # as prompts the same rows have their other columns, too
+        if place in missing:
+            asked[place] = prompt
+            missing.remove(place)
+            if not missing:
+                break
+    prompts = [asked.get(place) or PromptRow.model_construct(prompt=row.prompt, columns={}) for place, row in rows]
+    completions = [plain(getattr(row, side)) for side in sides for _, row in rows]
     return prompts * len(sides), completions, None, len(prompts) if len(sides) == 2 else 0
 
 
