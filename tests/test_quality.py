@@ -95,6 +95,9 @@ def test_identical_and_contradictory_pairs():
     labelled = [LabelledRow(prompt="a", completion="b", label=label) for label in (True, False)]
     assert len(removed([*labelled, LabelledRow(prompt="a", completion="c", label=True)], "contradictory_pairs")) == 2
     assert removed(labelled, "exact_duplicates") == []
+    said = [("Good.", "1"), ("fine", "1"), ("good", "0"), ("Fine!", "1")]
+    classes = [LabelledText(text=text, label=label) for text, label in said]
+    assert [number for number, _ in removed(classes, "contradictory_pairs")] == [1, 3]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from align.quality.duplicates import THRESHOLD, leaders, pieces, similarity
 from align.quality.overlap import N, Overlap
 from align.quality.reading import read
 from align.quality.texts import key, mojibake, replies, texts, whole, words
-from align.schema import LabelledRow, PreferenceRow, QARow, Row, short
+from align.schema import LabelledRow, LabelledText, PreferenceRow, QARow, Row, short
 
 Found = Iterator[tuple[int, str]]
 """Indices of rows and what is wrong with each."""
@@ -97,14 +97,18 @@ def identical_pairs(rows: Sequence[Row]) -> Found:
 
 @rules.add
 def contradictory_pairs(rows: Sequence[Row]) -> Found:
-    """Pairs that another row has the other way round; replies that are wanted in one row and unwanted in another."""
-    judged: dict[tuple[str, ...], set[bool]] = defaultdict(set)
-    verdicts: list[tuple[tuple[str, ...], bool] | None] = []
+    """Pairs that another row has the other way round; replies that are wanted in one row and unwanted in another; texts of two
+    classes.
+    """
+    judged: dict[tuple[str, ...], set[bool | str]] = defaultdict(set)
+    verdicts: list[tuple[tuple[str, ...], bool | str] | None] = []
     for row in rows:
-        verdict: tuple[tuple[str, ...], bool] | None = None
-        if isinstance(row, PreferenceRow | LabelledRow):
+        verdict: tuple[tuple[str, ...], bool | str] | None = None
+        if isinstance(row, PreferenceRow | LabelledRow | LabelledText):
             said = {name: key(text) for name, text in texts(row).items()}
-            if isinstance(row, LabelledRow):
+            if isinstance(row, LabelledText):
+                verdict = ((said["text"],), row.label)
+            elif isinstance(row, LabelledRow):
                 verdict = ((said["prompt"], said["completion"]), row.label)
             else:
                 one, other = sorted((said["chosen"], said["rejected"]))
