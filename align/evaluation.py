@@ -19,7 +19,7 @@ from align.errors import AlignError
 from align.forest import Tree
 from align.intake.kinds import replies
 from align.metrics import columns_of, measure
-from align.metrics.base import check
+from align.metrics.base import check, refuse_missing
 from align.metrics.judge import JudgeModel
 from align.metrics.preferences import preferences
 from align.models import best_device, load_causal_lm, load_tokenizer, stop_token_ids
@@ -102,6 +102,7 @@ class Evaluation:
         if not talks and (unused := [name for name in ("reward_funcs", "reward_model", "baseline") if getattr(stage, name)]):
             raise AlignError(f"{unused[0]} is about answers of language models; all models were trained for a task, so use metrics")
         self.answer_metrics = answered
+        refuse_missing(answered)
         asked = self._read(stage.data, "prompts") if talks and not alone else []
         self.references: list[Any] | None = None
         if asked and self._needs_references():

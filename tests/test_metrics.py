@@ -8,6 +8,7 @@ import pytest
 
 from align.errors import AlignError
 from align.metrics import measure, metrics
+from align.metrics.base import refuse_missing
 from align.metrics.generation import _NoWordNet
 from align.metrics.instructions import followed, follows, instructions, sentences
 from align.metrics.preferences import length_controlled
@@ -382,6 +383,24 @@ def test_words_that_sacrebleu_cannot_find_are_told_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "MeCab", None)
     with pytest.raises(AlignError, match=r"tokenize='ja-mecab' cannot be had: .*pip install sacrebleu\[ja\]$"):
         measure("bleu(tokenize='ja-mecab')", predictions=["a"], references=["a"])
+
+
+def test_what_a_metric_stands_on_is_missed_before_any_work(monkeypatch):
+    import sys
+
+    from align.evaluation import Evaluation
+    from align.stages import Evaluate
+    from align.tasks import tasks
+
+    refuse_missing([f"{name}(tokenize='zh')" if name == "bleu" else name for name in metrics])
+    monkeypatch.setitem(sys.modules, "MeCab", None)
+    monkeypatch.setitem(sys.modules, "evaluate", None)
+    lacking = {"bleu(tokenize='ja-mecab')": "tokenize='ja-mecab' cannot be had", "hub:bleu": "needs the package 'evaluate'"}
+    for spec, said in lacking.items():
+        with pytest.raises(AlignError, match=said):
+            Evaluation(Evaluate(models={"one": "nowhere"}, data="nowhere.jsonl", metrics=spec), None)
+        with pytest.raises(AlignError, match=said):
+            tasks["seq2seq"](None, 8, []).check_metrics([spec])
 
 
 def test_meteor_keeps_the_marks_of_a_word():

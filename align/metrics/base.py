@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence, Sized
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 from align.catalog import Catalog, parse_call
@@ -16,6 +17,11 @@ metrics: Catalog[Metric] = Catalog("metric")
 """A metric is one function: its positional parameters are columns of equal length (``predictions``, ``references`` …), its
 keyword-only ones are settings. It returns its numbers by name.
 """
+
+
+class Missing(AlignError):
+    """A metric stands on something that is not installed."""
+
 
 HUB = "hub:"
 """In front of the name of a metric that `evaluate` fetches from the hub."""
@@ -60,6 +66,26 @@ def check(spec: str) -> tuple[str, dict[str, Any]]:
     return name, settings
 
 
+def refuse_missing(specs: Iterable[str]) -> None:
+    """Find out before any work, from a trial on two letters, whether what metrics stand on is there.
+
+    Raises:
+        Missing: it is not.
+    """
+    for spec in specs:
+        name, _ = check(spec)
+        if name.startswith(HUB):
+            package("evaluate")
+            continue
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                measure(spec, **{column: ["a", "b"] for column in columns_of(name)})
+        except Missing:
+            raise
+        except Exception:  # what else it has to say of two letters does not matter
+            continue
+
+
 def columns_of(name: str) -> list[str]:
     """The columns that the metric `name` reads; those of one of the hub are predictions and references."""
     if name.startswith(HUB):
@@ -81,12 +107,12 @@ def package(module: str, extra: str = "metrics") -> Any:
     """The module, which belongs to an optional extra.
 
     Raises:
-        AlignError: it is not installed; the message names the extra.
+        Missing: it is not installed; the message names the extra.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise AlignError(f"this needs the package {error.name!r}: pip install 'align[{extra}]'") from error
+        raise Missing(f"this needs the package {error.name!r}: pip install 'align[{extra}]'") from error
 
 
 def texts(values: Sequence[Any], metric: str, column: str) -> list[str]:

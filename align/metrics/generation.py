@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from align.errors import AlignError
-from align.metrics.base import metrics, package, several, texts
+from align.metrics.base import Missing, metrics, package, several, texts
 from align.quality.texts import marks
 
 Count = Annotated[int, Field(gt=0)]
@@ -36,7 +36,7 @@ def bleu(
     try:
         maker = module.BLEU(max_ngram_order=max_order, lowercase=lowercase, tokenize=tokenize)
     except (RuntimeError, ImportError, OSError) as error:  # it needs a package or a model of its own
-        raise AlignError(f"metric 'bleu': tokenize={tokenize!r} cannot be had: {' '.join(str(error).split())}") from error
+        raise Missing(f"metric 'bleu': tokenize={tokenize!r} cannot be had: {' '.join(str(error).split())}") from error
     score = maker.corpus_score(texts(predictions, "bleu", "predictions"), _streams(several(references, "bleu")))
     return {"bleu": score.score}
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from align.catalog import Catalog
 from align.errors import AlignError
 from align.metrics import columns_of, measure
-from align.metrics.base import check
+from align.metrics.base import check, refuse_missing
 from align.models import load_model
 from align.progress import say
 from align.runner.files import write_atomically
@@ -114,11 +114,12 @@ class Task:
         return {key: value for spec in specs for key, value in measure(spec, **columns).items()}
 
     def check_metrics(self, specs: Sequence[str]) -> None:
-        """Raise `AlignError` where one of `specs` needs what this task does not give."""
+        """Raise `AlignError` where one of `specs` needs what this task does not give, or what is not installed."""
         for spec in specs:
             name, _ = check(spec)
             if lacking := [column for column in columns_of(name) if column not in ("predictions", "references")]:
                 raise AlignError(f"metric {name!r} needs {lacking[0]!r}, and a task gives predictions and references")
+        refuse_missing(specs)
 
 
 tasks: Catalog[Any] = Catalog("task")
