@@ -16,7 +16,7 @@ from align.errors import AlignError
 from align.progress import duration
 from align.report import compare, draw, pages, tables, write_report
 from align.report.answers import payload
-from align.report.curves import panels
+from align.report.curves import journeys, panels
 from align.report.road import Stop, diagram, stops
 from align.runner.locks import lock
 
@@ -331,6 +331,26 @@ def test_what_no_axis_can_show_is_left_out_and_counted(tmp_path, make):
     assert "| sft | loss | train | 1–6 | 3.000 → 1.000 (left out, as NaN, infinite or larger than any axis: 3 of" in markdown
     assert "| sft | loss | held out | – | – (left out, as NaN, infinite or larger than any axis: 6 of" in markdown
     assert "nan%" not in html
+
+
+def test_a_long_history_is_no_large_page_and_loses_no_peak(tmp_path, make):
+    """Of 5,001 batches a point of the way is the mean of 26; a curve keeps the one wild value of its 5,001."""
+    history = [
+        {"step": s, "loss": math.sin(s), "objective/scores": math.cos(s), "objective/kl": s % 7, "completions/mean_length": s % 11}
+        for s in range(5_001)
+    ]
+    history[1234]["loss"] = 50.0
+    artifact = make("ppo", "ppo", history=history)
+    loss = draw.thinned(panels(Path(artifact.path))[0].series[0].points)
+    assert len(loss) <= 502
+    assert (1234, 50.0) in loss
+    assert (loss[0][0], loss[-1][0]) == (0, 5_000)
+    way = journeys(Path(artifact.path))[0]
+    assert (len(way.points), way.batches) == (193, 26)
+    assert way.points[0] == pytest.approx((sum(s % 7 for s in range(26)) / 26, sum(map(math.cos, range(26))) / 26))
+    write_report(tmp_path, "demo", {"ppo": artifact})
+    assert "a point is the mean of 26 batches" in written(tmp_path)[0]
+    assert (tmp_path / "report.html").stat().st_size < 300_000
 
 
 def test_a_history_that_a_kill_has_cut_is_read_up_to_there(tmp_path, make):

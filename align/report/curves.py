@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from align.diagnostics.series import usable
@@ -20,6 +21,9 @@ PANELS = (
     ("tokens an answer", "completions/mean_length", "eval_mean_length"),
 )
 """Learning curves: title, and the log names of training and held-out values. A panel is drawn where a history has the values."""
+
+WAYPOINTS = 200
+"""Most points of a journey: more are a tangle, and megabytes of a page."""
 
 
 class Series(NamedTuple):
@@ -68,17 +72,25 @@ class Journey(NamedTuple):
     points: list[tuple[float, float]]
     left_out: int = 0
     """How many batches are no points, as their score or their divergence is not `usable`."""
+    batches: int = 1
+    """How many batches a point is the mean of."""
 
 
 def journeys(folder: Path) -> list[Journey]:
-    """The paid score against the divergence from the reference, and against the length of answers, batch by batch."""
+    """The paid score against the divergence from the reference, and against the length of answers, batch by batch; of many
+    batches, the means of neighbours.
+    """
     records = [r for r in json_lines(folder / "metrics.jsonl") if isinstance(r.get("objective/scores"), int | float)]
     found = []
     for key, title in (("objective/kl", "KL to the start, nats an answer"), ("completions/mean_length", "tokens an answer")):
         given = [(r[key], r["objective/scores"]) for r in records if isinstance(r.get(key), int | float)]
         points = [point for point in given if all(map(usable, point))]
         if len(points) > 2:
-            found.append(Journey(title, points, len(given) - len(points)))
+            size = -(-len(points) // WAYPOINTS)
+            means = [
+                (fmean(x), fmean(y)) for x, y in (zip(*points[i : i + size], strict=True) for i in range(0, len(points), size))
+            ]
+            found.append(Journey(title, means, len(given) - len(points), size))
     return found
 
 

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any
 
 from align.report.compare import Cloud
@@ -14,6 +15,8 @@ from align.report.curves import Journey, Panel
 COLORS = {"#010101": "currentColor", "#020202": "var(--line)", "#030303": "var(--train)", "#040404": "var(--held)"}
 """Matplotlib's colors here to the page's, so that plots follow its light and dark themes."""
 INK, GRID, TRAIN, HELD = COLORS
+DRAWN = 250
+"""Parts of an axis in each of which a curve has at most two points."""
 
 
 def curve(panel: Panel, index: int) -> str:
@@ -24,11 +27,20 @@ def curve(panel: Panel, index: int) -> str:
         for label, points, _ in panel.series:
             color = TRAIN if label == "train" else HELD
             few: dict[str, Any] = {"marker": "o", "markersize": 3.2} if len(points) < 12 else {}
-            axes.plot(*zip(*points, strict=True), color=color, linewidth=1.5, label=label, solid_joinstyle="round", **few)
+            axes.plot(*zip(*thinned(points), strict=True), color=color, linewidth=1.5, label=label, solid_joinstyle="round", **few)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if len(panel.series) > 1:
             axes.legend(frameon=False, fontsize=7, handlelength=1.2, borderpad=0)
     return drawn[0]
+
+
+def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Steps and values as a plot of this size can show them: of many neighbours the lowest and the highest, so no peak is lost."""
+    if len(points) <= 2 * DRAWN:
+        return points
+    size = -(-len(points) // DRAWN)
+    parts = [points[start : start + size] for start in range(0, len(points), size)]
+    return sorted({points[0], *(end(part, key=itemgetter(1)) for part in parts for end in (min, max)), points[-1]})
 
 
 def cloud(models: Cloud, index: int) -> str:
