@@ -10,6 +10,7 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from helpers import llama
@@ -356,6 +357,44 @@ def test_the_served_answer_is_the_local_greedy_one_or_drawn_as_asked(folders, na
     assert again == first, "one seed, one answer"
     assert {first, *others} != {text}, "a temperature is one, though the model's own settings are silent"
     assert text.strip() == expected(folders / name, [Message(**asked[0])])
+
+
+ASKED = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+REFUSED = {
+    "no JSON": (b"{", 400, "EOF while parsing"),
+    "no object": (b"[1]", 400, "Input should be an object"),
+    "nothing asked": ({}, 400, "messages: Field required"),
+    "no message": ({**ASKED, "messages": []}, 400, "messages: List should have at least 1 item"),
+    "no role": ({"messages": [{"content": "Hi"}]}, 400, "messages.0.role: Field required"),
+    "a text for a list": ({"messages": "Hi"}, 400, "messages: Input should be a valid array"),
+    "no tokens": ({**ASKED, "max_tokens": -1}, 400, "max_tokens: Input should be greater than or equal to 1"),
+    "words for a number": ({**ASKED, "temperature": "hot"}, 400, "temperature: Input should be a valid number"),
+    "several answers": ({**ASKED, "n": 1000}, 400, "n: Input should be 1"),
+    "half a pair": (json.dumps({"messages": [{"role": "user", "content": "\ud800"}]}).encode(), 400, "hex escape"),
+    "a part without a type": ({"messages": [{"role": "user", "content": [{"text": "Hi"}]}]}, 400, "KeyError"),
+    "more than it reads": ({"messages": [{"role": "user", "content": "cat " * 5000}]}, 400, "the model reads 512 tokens, and"),
+    "too much": ({"messages": [{"role": "user", "content": "cat " * 2**20}]}, 413, "at most 4194304 bytes"),
+}
+
+
+def test_a_wrong_request_is_refused_in_one_line(folders):
+    pytest.importorskip("openai")
+    pytest.importorskip("uvicorn")
+    with served(folders / "one") as address:
+
+        def post(content, path="/chat/completions", **headers):
+            content = content if isinstance(content, bytes) else json.dumps({"model": "one", **content}).encode()
+            headers["content-type"] = "application/json"
+            return httpx.post(f"{address}{path}", content=content, headers=headers, timeout=60)
+
+        for name, (content, status, said) in REFUSED.items():
+            answer = post(content)
+            assert (answer.status_code, said in answer.json()["error"]["message"]) == (status, True), (name, answer.text)
+        assert post(ASKED).status_code == 200
+        assert post(ASKED, Host="evil.example:80").status_code == 400
+        assert httpx.post(f"{address.removesuffix('/v1')}/load_model", json={"model": "owner/other"}).status_code == 404
+        assert post({"prompt": 3}, "/completions").json()["error"]["message"].startswith("prompt: Input should be a valid string")
+        assert post({"prompt": "Hi", "max_tokens": 2}, "/completions").status_code == 200
 
 
 def test_a_model_that_is_not_there_is_not_served(capsys):

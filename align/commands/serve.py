@@ -123,11 +123,22 @@ def _missing_vllm() -> str | None:
 
 def _transformers(options: argparse.Namespace, name: str) -> int:
     from transformers.cli.serve import Serve
+    from transformers.cli.serving import server
     from transformers.cli.serving.model_manager import ModelManager
+
+    from align.chat.server import guarded
+    from align.models import load_config, load_tokenizer
 
     # Theirs lists the hub's cache, and fails where there is none.
     served = {"id": name, "object": "model", "created": 0, "owned_by": "align"}
     ModelManager.get_gen_models = staticmethod(lambda: [served])
+    tokenizer = load_tokenizer(name, trust_remote_code=options.trust_remote_code)
+    config = load_config(name, trust_remote_code=options.trust_remote_code).get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    build = server.build_server
+    server.build_server = lambda *parts, **more: guarded(
+        build(*parts, **more), tokenizer, context if context and context > 0 else None, options.host
+    )
     common = {"host": options.host, "port": options.port, "dtype": options.dtype}
     Serve(force_model=name, trust_remote_code=options.trust_remote_code, **common)
     return 0

@@ -1,0 +1,154 @@
+"""What stands in front of transformers' server, which answers a wrong request with a traceback and takes one of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from jinja2 import TemplateError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from transformers import PreTrainedTokenizerBase
+
+from align.errors import first_line
+
+MOST = 4 * 2**20
+"""Bytes of a request."""
+OURS = ("127.0.0.1", "localhost")
+"""Names of this machine: at one of them nobody else asks, but a page in a browser may under the name that led it here."""
+CLIENTS = (ValueError, TypeError, LookupError, AttributeError, TemplateError)
+"""What their code raises of a request that it does not understand."""
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class _Request(_Body):
+    """What the requests have in common. Of fields that are not here their server knows more."""
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    n: Literal[1] | None = None
+    stream: bool | None = None
+
+    def texts(self) -> list[str]:
+        """What the model is to read."""
+        return []
+
+
+def _said(content: Any) -> list[str]:
+    """The texts of a message's content: of itself, or of its parts."""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+
+
+class _Turn(_Body):
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+
+class _Chat(_Request):
+    messages: Annotated[list[_Turn], Field(min_length=1)]
+
+    def texts(self) -> list[str]:
+        return [text for turn in self.messages for text in _said(turn.content)]
+
+
+class _Text(_Request):
+    prompt: str
+
+    def texts(self) -> list[str]:
+        return [self.prompt]
+
+
+class _Response(_Request):
+    input: str | list[dict[str, Any]]
+
+    def texts(self) -> list[str]:
+        return [self.input] if isinstance(self.input, str) else [text for item in self.input for text in _said(item.get("content"))]
+
+
+REQUESTS: dict[str, type[_Request]] = {
+    "/v1/chat/completions": _Chat,
+    "/v1/completions": _Text,
+    "/v1/responses": _Response,
+}
+
+
+class Guard:
+    """ASGI middleware that refuses what the server behind it would choke on: too much, no request, or more than the model reads.
+
+    Args:
+        context: the most tokens that the model reads; None where there is no end.
+    """
+
+    def __init__(self, app: Any, tokenizer: PreTrainedTokenizerBase, context: int | None) -> None:
+        self.app, self.tokenizer, self.context = app, tokenizer, context
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if not scope["path"].startswith("/v1/") and scope["path"] != "/health":  # theirs would load other models, too
+            await refusal(404, f"there is no {scope['path']}")(scope, receive, send)
+            return
+        content, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            content, more = content + message.get("body", b""), message.get("more_body", False)
+            if len(content) > MOST:
+                await refusal(413, f"a request has at most {MOST} bytes")(scope, receive, send)
+                return
+        if scope["method"] == "POST" and scope["path"] in REQUESTS and (wrong := self.wrong(REQUESTS[scope["path"]], content)):
+            await refusal(400, wrong)(scope, receive, send)
+            return
+        unread = [{"type": "http.request", "body": content, "more_body": False}]
+
+        async def again() -> MutableMapping[str, Any]:
+            return unread.pop() if unread else await receive()
+
+        await self.app(scope, again, send)
+
+    def wrong(self, kind: type[_Request], content: bytes) -> str | None:
+        """What is wrong with a request, in one line."""
+        try:
+            asked = kind.model_validate_json(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            return f"{place}: {first['msg']}" if place else first["msg"]
+        if self.context is None:
+            return None
+        tokens = sum(len(ids) for ids in self.tokenizer(["", *asked.texts()], add_special_tokens=False, verbose=False)["input_ids"])
+        return None if tokens < self.context else f"the model reads {self.context} tokens, and the request has {tokens}"
+
+
+def refusal(status: int, message: str) -> JSONResponse:
+    """An answer as OpenAI's clients read it."""
+    return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status)
+
+
+def guarded(app: FastAPI, tokenizer: PreTrainedTokenizerBase, context: int | None, host: str) -> FastAPI:
+    """`app` behind a `Guard`; at an address of this machine it answers to no other name."""
+
+    async def misunderstood(_: Request, error: Exception) -> JSONResponse:
+        return refusal(400, f"{type(error).__name__}: {first_line(error)}")
+
+    for raised in CLIENTS:
+        app.add_exception_handler(raised, misunderstood)
+    app.add_middleware(Guard, tokenizer=tokenizer, context=context)
+    if host in OURS:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*OURS])
+    return app
