@@ -372,7 +372,7 @@ def save_model(
         weights: what to write instead of the model's own, where those are in shards.
     """
     if isinstance(model, PeftModel):
-        save_adapter(model, folder)
+        save_adapter(model, folder, weights)
     else:
         model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)

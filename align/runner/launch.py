@@ -67,6 +67,8 @@ def command(launch: Launch, script: Sequence[str]) -> list[str]:
     if launch.strategy == "fsdp2":
         words += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
         words += ["--fsdp_state_dict_type", "FULL_STATE_DICT", "--fsdp_reshard_after_forward", "true"]
+        # Else a second try, when the processes have met, would load the weights in the first alone.
+        words += ["--fsdp_cpu_ram_efficient_loading", "false"]
     elif launch.strategy.startswith("deepspeed"):
         words += ["--use_deepspeed", "--zero_stage", launch.strategy[-1], "--gradient_accumulation_steps", "1"]
     elif launch.num_processes > 1:

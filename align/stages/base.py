@@ -25,6 +25,7 @@ from align.stages.fields import (
     RunFields,
     SelectionFields,
 )
+from align.tuning.strategies import UNSHARDED
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,14 @@ class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFiel
             )
         if self.engine == "trl" and self.on_adapter == "continue":
             raise ValueError("TRL's trainers would take the adapter's base for the reference; use engine 'forest' to continue it")
+        return self
+
+    @model_validator(mode="after")
+    def _shards_train_the_strategy(self) -> Self:
+        if self.launch is not None and self.launch.shards_weights and self.strategy.name in UNSHARDED:
+            raise ValueError(
+                f"tuning {self.strategy.name!r} trains whole in every process: strategy must be ddp, not {self.launch.strategy}"
+            )
         return self
 
     @model_validator(mode="after")

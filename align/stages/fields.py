@@ -233,6 +233,11 @@ class Launch(Fields):
     cpu: bool = False
     """Run on the CPU though there are GPUs."""
 
+    @property
+    def shards_weights(self) -> bool:
+        """Whether a process holds a part of the weights only."""
+        return self.strategy in ("fsdp2", "deepspeed-zero3")
+
     @field_validator("mixed_precision", mode="before")
     @classmethod
     def _no_is_a_name(cls, value: Any) -> Any:

@@ -123,6 +123,8 @@ def make_ready(
     ensure_pad_token(tokenizer, model)
     if stage.on_adapter == "merge":
         model = tune(model, stage.strategy, folder)
+    elif stage.launch is not None and stage.launch.shards_weights and model.active_peft_config.is_prompt_learning:  # type: ignore[union-attr]
+        raise AlignError(f"virtual tokens train whole in every process: strategy must be ddp, not {stage.launch.strategy}")
     what = "the adapter goes on" if stage.on_adapter == "continue" else f"tuning {stage.strategy.name}"
     count, share = trainable(model).values()
     say(f"{label}: {what}: {count:,} of {round(count / share):,} parameters train ({share:.2%})")

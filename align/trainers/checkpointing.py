@@ -10,17 +10,20 @@ from __future__ import annotations
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -30,6 +33,7 @@ from transformers import Trainer
 
 from align.errors import AlignError
 from align.runner.checkpoints import learning_rate_scale
+from align.tuning.adapters import names_in_model
 
 OPTIMIZER, PROGRESS, RANDOM = "optimizer.safetensors", "progress.json", "random-{}.json"
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
@@ -56,7 +60,9 @@ class SafeTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.is_fsdp_enabled:
-            self._save(output_dir, state_dict=whole_weights(self))
+            weights = whole_weights(self)
+            if self.args.should_save:
+                self._save(output_dir, state_dict=weights)
         else:
             super().save_model(output_dir, _internal_call)
 
@@ -115,12 +121,17 @@ class SafeTrainer(Trainer):
         try:
             if self.is_fsdp_enabled:
                 options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
-                weights: dict[str, Any] = load_file(folder / WEIGHTS)
-                set_model_state_dict(model, weights, options=options)
+                set_model_state_dict(model or self.model, _weights_in(folder, model or self.model), options=options)
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise AlignError(f"the checkpoint {folder} does not fit the model ({_line(error)}); remove it") from error
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
 
     def _save_rng_state(self, output_dir: str) -> None:
         numpy = np.random.get_state(legacy=False)
@@ -179,9 +190,24 @@ _OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def whole_weights(trainer: Any) -> dict[str, Tensor]:
-    """The model's weights, gathered from all processes; all of them must ask."""
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    """The model's weights, gathered from all processes; all of them must ask. Beside an adapter those that train: its base is on
+    disk.
+    """
+    model = trainer.model_wrapped
+    if trainer.is_deepspeed_enabled:
+        weights = trainer.accelerator.get_state_dict(model)
+    else:
+        options = replace(_OPTIONS, ignore_frozen_params=isinstance(trainer.model, PeftModel))
+        weights = get_model_state_dict(model, options=options)
     return {name: _whole(tensor) for name, tensor in weights.items()}
+
+
+def _weights_in(folder: Path, model: Any) -> dict[str, Any]:
+    """The weights of a checkpoint, by the names that they have in `model`."""
+    if isinstance(model, PeftModel):
+        saved = load_file(folder / ADAPTER)
+        return {name: saved[key] for key, name in names_in_model(model).items()}
+    return {name: tensor for file in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def _whole(value: Any) -> Tensor:

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from align.budget import Budget, MaxTokens, Packed
+from align.engine import base_model
 from align.errors import NonFiniteLoss
 from align.forest import Forest, Tree, deal, plant
 from align.progress import say
@@ -94,6 +96,8 @@ class ForestTrainer(SafeTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        if self.is_fsdp_enabled:
+            model.register_forward_pre_hook(_gather_head)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Tree]], num_batches: int, device: torch.device
@@ -279,3 +283,12 @@ class ForestTrainer(SafeTrainer):
     def floating_point_ops(self, inputs: list[Tree] | None) -> int:
         """6 x parameters x tokens, the usual estimate for forward and backward."""
         return 6 * sum(p.numel() for p in self.model.parameters()) * sum(tree.tokens for tree in inputs or ())
+
+
+def _gather_head(model: nn.Module, _: Any) -> None:
+    """The head's weight is read, but nobody calls the head. accelerate gathers it with the norm before it, which it does not find
+    inside an adapter.
+    """
+    head = base_model(model).get_output_embeddings()
+    if isinstance(head, FSDPModule):
+        head.unshard()

@@ -127,12 +127,22 @@ def _wrap(model: Any, config: PeftConfig) -> PeftModel:
         ) from error
 
 
-def _adapter_state(model: PeftModel) -> dict[str, Tensor]:
-    return get_peft_model_state_dict(model, adapter_name="default")
+def _adapter_state(model: PeftModel, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    return get_peft_model_state_dict(model, state_dict=weights, adapter_name="default")
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
+def names_in_model(model: PeftModel) -> dict[str, str]:
+    """What each weight of the adapter's file is called in the state dict of `model`."""
+    state = model.state_dict()
+    names = {id(tensor): name for name, tensor in state.items()}
+    return {key: names[id(tensor)] for key, tensor in _adapter_state(model, state).items()}
+
+
+def save_adapter(model: PeftModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Write the adapter of `model` as a folder that peft loads on the base that it names.
+
+    Args:
+        weights: the weights that train, instead of the model's own, where those are in shards.
 
     PiSSA took its starting values A₀, B₀ out of the base, which is not what is on disk. What it learned, BA - B₀A₀, is LoRA of
     twice the rank: [B | -B₀] [A ; A₀] (arXiv:2404.02948, App. C). A weight that has fewer components than the rank gets zeros for
@@ -141,9 +151,9 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     only = {"selected_adapters": ["default"]}  # TRL adds a copy as its reference; it is not what was trained
     start = getattr(model, "pissa_start", None)
     if start is None:
-        model.save_pretrained(folder, **only)
+        model.save_pretrained(folder, state_dict=weights, **only)
         return
-    state, config = _adapter_state(model), model.peft_config["default"]
+    state, config = _adapter_state(model, weights), model.peft_config["default"]
     for name, first in start.items():
         if ".lora_A." in name:
             both = torch.cat([state[name], first.to(state[name].device)], dim=0)

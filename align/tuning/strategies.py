@@ -25,6 +25,9 @@ SOFT = ("prefix", "prompt", "ptuning")
 ADAPTERS = ("lora", "rslora", "dora", "pissa", "qlora", "ia3", *SOFT)
 """Strategies whose result is an adapter of peft; that of the others is a whole model."""
 
+UNSHARDED = (*SOFT, "adapter")
+"""Strategies whose new weights are made into others before the model reads or saves them, which shards of them cannot be."""
+
 Count = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Names = str | list[str] | None

@@ -107,7 +107,7 @@ def cut_back(folder: Path, step: int) -> None:
         if int(checkpoint.name.rpartition("-")[2]) > step:
             shutil.rmtree(checkpoint)
     for file in (folder / "artifact.json", *folder.glob("*.safetensors")):
-        file.unlink()
+        file.unlink(missing_ok=True)
 
 
 def losses(folder: Path) -> list[float]:

@@ -1,0 +1,86 @@
+"""What of a model is trained, on two processes: the losses and the weights of one, whatever the strategy, and the checkpoints
+of either go on in the other.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import assert_close
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent / "chaos"))
+
+import launch
+
+from align.runner.launch import command
+from align.runner.worker import attempt
+from align.stages import SFT
+from align.stages.fields import Launch
+from align.tuning.strategies import UNSHARDED
+
+CASES = {
+    "fsdp2": [
+        ("sft", "lora", {}),
+        ("sft", "full", {"load_best_model_at_end": True, "eval_steps": 2, "save_steps": 2}),
+        ("dpo", "lora", {"load_best_model_at_end": True, "eval_steps": 2, "save_steps": 2}),
+        ("dpo", "dora", {}),
+        ("reward", "lora", {}),
+        ("reward", "ia3", {}),
+        ("kto", "lora", {}),
+        ("kto", "pissa", {}),
+    ],
+    "ddp": [("sft", "adapter", {}), ("dpo", "lora", {}), ("dpo", "prefix", {}), ("reward", "ptuning", {}), ("kto", "pissa", {})],
+}
+
+
+def weights(folder):
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize("strategy", CASES)
+def test_two_processes_train_as_one(strategy, tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGN_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    launch.prepare(tmp_path)
+    made = launch.stages(tmp_path, 4)
+    stages, tasks = {}, []
+    for name, tuning, more in CASES[strategy]:
+        fields = {**made[name].model_dump(exclude_unset=True), "tuning": tuning, "learning_rate": 3e-3, **more}
+        stages[f"{name}-{tuning}"] = type(made[name]).model_validate(fields)
+        (folder := tmp_path / f"{name}-{tuning}").mkdir()
+        fields["per_device_train_batch_size"] //= 2
+        tasks.append((made[name].stage, fields, str(folder)))
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    script = [str(Path(__file__).parent / "launched.py"), str(tmp_path / "tasks.json")]
+    paths = os.pathsep.join(path for path in sys.path if path)
+    words = command(Launch(num_processes=2, strategy=strategy), script)
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, stage in stages.items():
+        two, one = tmp_path / name, tmp_path / f"{name}-one"
+        one.mkdir()
+        attempt(stage, name, one)
+
+        def assert_same(name=name, one=one, two=two):
+            assert launch.losses(two) == pytest.approx(launch.losses(one), rel=1e-4, abs=1e-6), name
+            ours, theirs = weights(two), weights(one)
+            assert ours.keys() == theirs.keys()
+            for key, tensor in ours.items():
+                assert_close(tensor, theirs[key], rel=1e-2, what=f"{name}: {key}")  # AdamW blows rounding up
+
+        assert_same()
+    launch.cut_back(two, 2)
+    attempt(stage, name, two)
+    assert_same()
+
+
+@pytest.mark.parametrize("tuning", UNSHARDED)
+def test_what_cannot_be_sharded_is_refused(tuning):
+    fields = {"model": "owner/name", "data": "x", "tuning": tuning, "launch": {"num_processes": 2, "strategy": "fsdp2"}}
+    with pytest.raises(ValidationError, match=f"tuning '{tuning}' trains whole in every process: strategy must be ddp, not fsdp2"):
+        SFT(**fields)
