@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -226,8 +226,26 @@ def attempt(stage: Stage, name: str, folder: Path) -> dict[str, Any]:
         except NonFiniteLoss as error:
             if getattr(stage, "on_non_finite", "stop") != "lower_learning_rate":
                 raise
-            scale = lower_learning_rate(folder / "checkpoints", error)
+            scale = _lowered(folder / "checkpoints", error)
             say(f"{name}: {error}; going on from the last checkpoint with the learning rate times {scale:g}")
+
+
+def _lowered(checkpoints: Path, error: NonFiniteLoss) -> float:
+    """The new scale of the learning rate. All processes of the stage have met `error`, and the first lowers it for all.
+
+    Raises:
+        NonFiniteLoss: `error`, when it was lowered often enough.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    scale = None
+    if is_main_process():
+        with suppress(NonFiniteLoss):
+            scale = lower_learning_rate(checkpoints, error)
+    (scale,) = broadcast_object_list([scale])
+    if scale is None:
+        raise error
+    return scale
 
 
 def quiet() -> None:

@@ -83,6 +83,8 @@ class Checkpoints(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._saved = time.monotonic()
+        if args.world_size > 1:
+            torch.distributed.barrier()  # a checkpoint has a file of each process
         if state.is_world_process_zero:
             flush(self.history.path)
             folder = Path(str(args.output_dir))
