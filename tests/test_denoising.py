@@ -68,6 +68,14 @@ def test_masked_words_are_told_and_the_others_are_not(masked):
     assert share == pytest.approx(0.8, abs=0.05)
 
 
+def test_of_a_short_block_a_word_is_told_too(masked):
+    """Drawn word by word, two in three would have none, and a batch without any no mean."""
+    torch.manual_seed(0)
+    for _ in range(50):
+        item = masked.corrupt({"input_ids": [50, 60]})
+        assert any(label != IGNORED for label in item["labels"])
+
+
 def test_held_out_text_is_corrupted_the_same_way_each_time_and_chance_goes_on(masked):
     blocks = masked.blocks([TextRow(text=text) for text in TEXTS])
     torch.manual_seed(3)
@@ -178,3 +186,17 @@ def test_probes_are_for_causal_models(capsys, folder):
     command = f"pretrain {FAMILIES['bert'][0]} --data texts.jsonl --vocab_size 300 --probes.old texts.jsonl"
     assert main(command.split()) == 2
     assert "probes and replay_data are for causal models" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("architecture", [FAMILIES["bert"][0], FAMILIES["t5"][0]], ids=["bert", "t5"])
+def test_a_loss_that_is_not_finite_stops_before_the_update(capsys, folder, architecture):
+    command = f"pretrain {architecture} --data texts.jsonl --held_out 0 --vocab_size 300 --max_steps 9 --learning_rate 1e30"
+    assert main(f"{command} --warmup_ratio 0".split()) == 2
+    assert "no update was made" in capsys.readouterr().err.splitlines()[-1]
+    assert main(f"{command} --on_non_finite skip".split()) == 2
+    assert "leave on_non_finite at 'stop'" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_tokenizer_beside_a_model_is_refused(capsys, folder):
+    assert main(["pretrain", "--model", "here", "--tokenizer", "there", "--data", "texts.jsonl"]) == 2
+    assert "a model that is continued has its own" in capsys.readouterr().err

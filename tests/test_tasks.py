@@ -455,6 +455,11 @@ MISTAKES = {
         "cannot load a model from .*bert.*AutoModelForSeq2SeqLM",
     ),
     "a field of the forest": (f"task --task ner --engine trl {BASE}", "engine has no part in a task"),
+    "a loss that is skipped": (f"task --task classification --on_non_finite skip {BASE}", "leave on_non_finite at 'stop'"),
+    "a loss that is not finite": (
+        f"task --task classification --learning_rate 1e30 --warmup_ratio 0 --max_steps 9 {BASE}",
+        r"(loss|norm) is \w+ at step \d; no update was made",
+    ),
     "a row longer than the model": (
         "task --task classification --model bert --data longer.jsonl",
         "the longest row has 1.. tokens, and BertForSequenceClassification has places for 128: set max_length to 128 or less",

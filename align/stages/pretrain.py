@@ -36,6 +36,8 @@ class Pretrain(TrainingStage, ReplayFields, ProbeFields):
     def _one_start(self) -> Pretrain:
         if (self.model is None) == (self.architecture is None):
             raise ValueError("set either model (to continue it) or architecture (to start from random weights)")
+        if self.model is not None and self.tokenizer is not None:
+            raise ValueError("tokenizer belongs to architecture: a model that is continued has its own")
         if self.engine != "forest":
             raise ValueError("pretrain runs on engine 'forest' only")
         if self.model is None and (self.strategy.name != "full" or self.on_adapter == "continue"):
@@ -100,6 +102,8 @@ class Pretrain(TrainingStage, ReplayFields, ProbeFields):
 
         if self.probes or self.replay_data:
             raise AlignError(f"probes and replay_data are for causal models; this one is of the family {family!r}")
+        if self.on_non_finite != "stop":
+            raise AlignError(f"a model of the family {family!r} stops at a loss that is not finite: leave on_non_finite at 'stop'")
         denoiser = denoisers[family](tokenizer, self.max_length or 512)
         blocks, held_blocks = denoiser.blocks(rows), denoiser.fixed(denoiser.blocks(held), self.seed)
         if not blocks:

@@ -41,6 +41,8 @@ class TaskTraining(TrainingStage):
         given = self.model_fields_set & {"engine", "chat_template", "max_tokens_per_micro_batch"}
         if given:
             raise ValueError(f"{min(given)} has no part in a task: it is trained on padded rows by transformers' Trainer")
+        if self.on_non_finite != "stop":
+            raise ValueError("a task stops at a loss that is not finite: leave on_non_finite at 'stop'")
         return self
 
     def essence(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from align.metrics.base import check, refuse_missing
 from align.models import load_model
 from align.progress import say
 from align.runner.files import write_atomically
+from align.trainers.finite import FiniteTrainer
 
 TASK_FILE = "task.json"
 """In a trained model's folder: which task it does, with which labels and arguments."""
@@ -45,7 +46,7 @@ class Features:
         return line + (f"; {self.cut} cut to max_length" if self.cut else "")
 
 
-class TaskTrainer(Trainer):
+class TaskTrainer(FiniteTrainer):
     """transformers' Trainer. The loss of a micro-batch is its mean, and those of an optimizer step are averaged."""
 
     def __init__(self, *args: Any, task: Any = None, **kwargs: Any) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer
+from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from align.catalog import Catalog
 from align.errors import AlignError
 from align.schema import TextRow
+from align.trainers.finite import FiniteTrainer
 
 Item = dict[str, Any]
 IGNORED = -100
@@ -58,7 +59,9 @@ class Denoiser:
 
 
 class MaskedWords(Denoiser):
-    """15 % of the tokens are to be told: 80 % of them are masked, 10 % replaced, 10 % left as they are (BERT, arXiv:1810.04805)."""
+    """15 % of the tokens, at least one, are to be told: 80 % of them are masked, 10 % replaced, 10 % left as they are (BERT,
+    arXiv:1810.04805).
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         super().__init__(tokenizer, max_length)
@@ -67,8 +70,10 @@ class MaskedWords(Denoiser):
         self._mask = DataCollatorForLanguageModeling(tokenizer)
 
     def corrupt(self, item: Item) -> Item:
-        masked = self._mask([{"input_ids": item["input_ids"]}])
-        return {"input_ids": masked["input_ids"][0].tolist(), "labels": masked["labels"][0].tolist()}
+        while True:  # each token is drawn by itself, so of a short block often none is; a batch of such has no mean
+            masked = self._mask([{"input_ids": item["input_ids"]}])
+            if (masked["labels"] != IGNORED).any():
+                return {"input_ids": masked["input_ids"][0].tolist(), "labels": masked["labels"][0].tolist()}
 
 
 class SpanCorruption(Denoiser):
@@ -119,7 +124,7 @@ def _cut(total: int, parts: int) -> list[int]:
     return [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]
 
 
-class DenoisingTrainer(Trainer):
+class DenoisingTrainer(FiniteTrainer):
     """The loss is the mean over the told tokens of the optimizer step's whole batch, whatever the model's head makes of it; an
     evaluation's is over all tokens of the set, and reports the share told rightly as ``token_accuracy``.
     """

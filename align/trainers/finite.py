@@ -1,0 +1,33 @@
+"""Where transformers' Trainer does the training: it stops before an update with a loss or a gradient that is not finite."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from align.errors import NonFiniteLoss
+
+
+class FiniteTrainer(Trainer):
+    """A Trainer for padded rows. By itself it would go on with weights that are NaN."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            self._stop(f"the loss is {loss.item()}")
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if norm is not None and self.accelerator.scaler is None and not math.isfinite(norm):  # a scaler leaves such steps out
+            self._stop(f"the gradient's norm is {float(norm)}")
+        return norm
+
+    def _stop(self, what: str) -> None:
+        raise NonFiniteLoss(
+            f"{what} at step {self.state.global_step + 1}; no update was made. Lower learning_rate or look at the rows"
+        )
