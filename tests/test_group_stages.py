@@ -201,6 +201,13 @@ def test_passes_over_the_data_are_counted_as_by_trl(capsys):
     assert counts == {"forest": 8, "trl": 8}
 
 
+def test_a_schedule_ends_at_its_least_rate(capsys):
+    schedule = "--learning_rate 1e-5 --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs.min_lr 2e-6"
+    path = Path(run(f"grpo {FOREST} --max_steps 2 --reward_funcs mine.py:low {schedule}", capsys)["path"])
+    rates = [rate for line in (path / "metrics.jsonl").read_text().splitlines() if (rate := json.loads(line).get("learning_rate"))]
+    assert rates[-1] == pytest.approx(2e-6)
+
+
 def test_it_learns_on_the_forest(capsys):
     """From a third of the tokens below 100 to most of them, in 25 steps."""
     artifact = run(
@@ -216,6 +223,7 @@ def test_it_learns_on_the_forest(capsys):
     [
         ("--top_p 0.9", "top_p must be 1 and top_k 0"),
         ("--engine trl --target_kl 0.1", "target_kl runs on engine 'forest' only"),
+        ("--engine trl --stop_strings x", "stop_strings runs on engine 'forest' only"),
         ("--num_generations 3", "must be a multiple of num_generations (3)"),
     ],
 )

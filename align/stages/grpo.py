@@ -77,8 +77,8 @@ class GroupStage(TrainingStage, ProbeFields, SamplingFields, RewardFields):
             if self.on_non_finite != "stop":
                 raise ValueError("a run that samples its policy stops at a loss that is not finite: leave on_non_finite at 'stop'")
         if self.engine == "trl":
-            for name in ("missing_eos_penalty", "target_kl", "sample_steps", "rollout_server"):
-                if getattr(self, name) is not None:
+            for name in ("missing_eos_penalty", "target_kl", "sample_steps", "stop_strings", "rollout_server"):
+                if getattr(self, name) not in (None, []):
                     raise ValueError(f"{name} runs on engine 'forest' only")
         return self
 

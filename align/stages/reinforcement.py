@@ -207,7 +207,8 @@ def _optimizer(stage: Any, settings: PPOSettings, models: Models) -> tuple[Any, 
         for decay, wanted in ((stage.weight_decay, True), (0.0, False)):
             if some := [weight for weight in named.values() if (weight.dim() > 1) == wanted]:
                 groups.append({"params": some, "lr": rates[role], "weight_decay": decay})
-    optimizer = torch.optim.AdamW(groups, betas=(stage.adam_beta1, stage.adam_beta2), fused=True)
+    # Some schedules read the peak (of `min_lr`) in the optimizer's own rate.
+    optimizer = torch.optim.AdamW(groups, stage.learning_rate, (stage.adam_beta1, stage.adam_beta2), fused=True)
     updates = settings.steps * settings.num_ppo_epochs * settings.num_mini_batches
     scheduler = get_scheduler(
         stage.lr_scheduler_type,
