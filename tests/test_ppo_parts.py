@@ -43,9 +43,10 @@ def test_estimators_by_hand(name, settings, wanted):
 
 
 def test_the_deviation_of_the_batch():
-    """Sums 3, 6, 1, 5: mean 3.75, population variance 3.6875."""
+    """Sums 3, 6, 1, 5: mean 3.75, sample variance 14.75 / 3 (that of a group is the sample's, too, and so are both of TRL's)."""
     advantages, _ = estimators["grpo"](Rewarded(REWARDS, MASK, 2), scale_rewards="batch")
-    assert advantages[:, 0].tolist() == pytest.approx([x / (3.6875**0.5 + 1e-4) for x in (-1.5, 1.5, -2, 2)], rel=1e-5)
+    wanted = [x / ((14.75 / 3) ** 0.5 + 1e-4) for x in (-1.5, 1.5, -2, 2)]
+    assert advantages[:, 0].tolist() == pytest.approx(wanted, rel=1e-5)
 
 
 def test_the_price_is_steered_to_its_target():

@@ -92,9 +92,12 @@ def rloo(x: Rewarded) -> tuple[Tensor, Tensor | None]:
 
 @estimator(needs_group=True)
 def grpo(x: Rewarded, *, scale_rewards: str) -> tuple[Tensor, Tensor | None]:
-    """Group relative (arXiv:2402.03300): minus the group's mean, over the deviation of the group, of the batch, or of nothing."""
+    """Group relative (arXiv:2402.03300): minus the group's mean, over the (sample) deviation of the group, of the batch, or of
+    nothing.
+    """
     advantages = ops.group_advantages_grpo(x.sums, x.group_size, scale=scale_rewards == "group")
     if scale_rewards == "batch":
         _, variance = ops.masked_moments(x.sums, torch.ones_like(x.sums), x.total)
-        advantages = advantages / (variance.sqrt() + 1e-4)
+        count = x.total(torch.tensor(float(len(x.sums)), device=x.sums.device))
+        advantages = advantages / ((variance * count / (count - 1)).sqrt() + 1e-4)
     return x.spread(advantages), None
