@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from align.catalog import Catalog
 from align.errors import AlignError
+from align.finite import FiniteTrainer
 from align.metrics import columns_of, measure
 from align.metrics.base import check, refuse_missing
 from align.models import load_model
 from align.progress import say
 from align.runner.files import write_atomically
-from align.trainers.finite import FiniteTrainer
 
 TASK_FILE = "task.json"
 """In a trained model's folder: which task it does, with which labels and arguments."""

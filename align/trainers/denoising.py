@@ -13,8 +13,8 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 
 from align.catalog import Catalog
 from align.errors import AlignError
+from align.finite import FiniteTrainer
 from align.schema import TextRow
-from align.trainers.finite import FiniteTrainer
 
 Item = dict[str, Any]
 IGNORED = -100
