@@ -32,8 +32,11 @@ from align.ops import at_least_fp32
 FOREST = "align_forest"
 """The name of the attention function in transformers' registry."""
 
-VARLEN_IS_COMPLETE = "enable_gqa" in inspect.signature(varlen_attn).parameters
-"""Earlier than torch 2.12 it has no `enable_gqa`, and first of all neither `scale` nor `window_size`."""
+VARLEN_TAKES = frozenset(inspect.signature(varlen_attn).parameters)
+"""Torch 2.10's knows neither `scale` nor `window_size`."""
+
+FEWER_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in VARLEN_TAKES else {}
+"""That keys may have fewer heads than queries: torch 2.11's takes them without being told."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ class AttentionPlan:
         self.segments = forest.segments
         self.positions = forest.position_ids
         self.longest = forest.longest
+        self.flash = has_flash(self.positions.device)
+        """Whether there is FlashAttention where the forest is."""
         self.learned: tuple[Tensor, list[tuple[Tensor, Tensor]]] | None = None
         """Cells of the row (cells,) that hold learned keys and values instead of their tokens', and those, (1, heads, n, dim), for
         each layer; n divides the cells.
@@ -252,7 +257,13 @@ def forest_attention(
     if forest is not None:
         if forest.learned is not None:
             key, value = _put(forest.learned, module.layer_idx, key, value)  # type: ignore[arg-type]
-        return _on_forest(query, key, value, forest, kwargs.get("sliding_window"), scaling, dropout, softcap, s_aux), None
+        window = kwargs.get("sliding_window")
+        if window is not None and window >= forest.longest:
+            window = None
+        if softcap is None and s_aux is None and flash_fits(forest, query, value, dropout):
+            return _in_runs(query, key, value, forest.runs, window, scaling), None
+        attend = _fused if softcap is None and s_aux is None else partial(_softmax, softcap=softcap, sinks=s_aux)
+        return _on_forest(query, key, value, forest, window, partial(attend, scaling=scaling, dropout=dropout)), None
     key, value = _for_all_heads(query, key, value)
     out = _softmax(query, key, value, attention_mask, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux)
     return out.transpose(1, 2), None
@@ -269,36 +280,25 @@ def _put(learned: tuple[Tensor, list[tuple[Tensor, Tensor]]], layer: int, key: T
 # What depends on the shapes of a forest stays out of compiled graphs, which would be made anew for each.
 @torch.compiler.disable
 def _on_forest(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: AttentionPlan,
-    window: int | None,
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, window: int | None, attend: Callable[..., Tensor]
 ) -> Tensor:
-    if window is not None and window >= plan.longest:
-        window = None
-    fused = softcap is None and sinks is None
-    if fused and flash_fits(query, value, dropout):
-        return _in_runs(query, key, value, plan.runs, window, scaling)
-    attend = _fused if fused else partial(_softmax, softcap=softcap, sinks=sinks)
     key, value = _for_all_heads(query, key, value)
-    return _in_buckets(query, key, value, plan.windowed(window), partial(attend, scaling=scaling, dropout=dropout))
+    return _in_buckets(query, key, value, plan.windowed(window), attend)
 
 
-def flash_fits(query: Tensor, value: Tensor, dropout: float) -> bool:
-    """Whether ``varlen_attn`` can do it: 16-bit on an Ampere GPU or later, heads of at most 256, no dropout."""
+def has_flash(device: torch.device) -> bool:
+    """Whether ``varlen_attn`` runs there: on an Ampere GPU or later."""
+    return device.type == "cuda" and "window_size" in VARLEN_TAKES and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def flash_fits(plan: AttentionPlan, query: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether it can do it: 16-bit, heads of at most 256, no dropout."""
     return (
-        query.is_cuda
+        plan.flash
         and _type_of(query) in (torch.bfloat16, torch.float16)
         and query.shape[3] == value.shape[3] <= 256
         and query.shape[3] % 8 == 0
         and not dropout
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-        and VARLEN_IS_COMPLETE
     )
 
 
@@ -321,7 +321,7 @@ def _in_runs(query: Tensor, key: Tensor, value: Tensor, runs: Runs, window: int 
         scale=scaling,
         # (keys to the left of a query's own, keys to the right of it); -1 is all
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=True,
+        **FEWER_HEADS,
     )
     assert isinstance(out, Tensor)  # a pair only where asked for
     return out[None]

@@ -176,7 +176,7 @@ def test_a_bias_on_positions_raises():
 # -- FlashAttention ----------------------------------------------------------------------------------------------------------
 
 
-def plain_varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+def plain_varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=True):
     """What ``varlen_attn`` documents, one sequence at a time: (-1, 0) is causal and (w, 0) sees w keys to the left, both aligned so
     that the last query sees the last key.
     """
@@ -213,7 +213,7 @@ def test_segments_end_to_end_equal_the_buckets(monkeypatch, seed, window, kv_hea
 
 def test_the_call_of_flash_attention_is_one_that_torch_takes():
     """Its arguments bind to the operator of this torch, forward and backward, as far as shapes and types go."""
-    assert attention.VARLEN_IS_COMPLETE
+    assert "window_size" in attention.VARLEN_TAKES
     forest = plant(trees(0))
     runs = AttentionPlan(forest).runs
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -225,7 +225,14 @@ def test_the_call_of_flash_attention_is_one_that_torch_takes():
 
 
 def test_flash_attention_is_for_16_bits_on_cuda():
-    assert not attention.flash_fits(torch.empty(1, 4, 5, 16, dtype=torch.bfloat16), torch.empty(1, 4, 5, 16), 0.0)
+    plan = AttentionPlan(plant(trees(0)))
+    query, value = torch.empty(2, 1, 4, 5, 16, dtype=torch.bfloat16)
+    assert not attention.flash_fits(plan, query, value, 0.0)
+    plan.flash = True
+    assert attention.flash_fits(plan, query, value, 0.0)
+    assert not attention.flash_fits(plan, query, value, 0.1)
+    assert not attention.flash_fits(plan, query.float(), value.float(), 0.0)
+    assert not attention.flash_fits(plan, query[..., :12], value[..., :12], 0.0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="needs an Ampere GPU")
@@ -239,8 +246,8 @@ def test_flash_attention_on_cuda(dtype, window):
 
     def answers(kind, flash):
         typed = [x.detach().to(kind).requires_grad_() for x in inputs]
-        assert not flash or attention.flash_fits(typed[0], typed[2], 0.0)
         plan = AttentionPlan(forest)
+        assert not flash or attention.flash_fits(plan, typed[0], typed[2], 0.0)
         if flash:
             out, _ = forest_attention(EVAL, *typed, None, forest=plan, sliding_window=window)
         else:
