@@ -12,12 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from align.compiling import fused
 from align.errors import AlignError
 from align.onednn import linear
 from align.ops import at_least_fp32
 
 CHUNK_ELEMENTS = 2**22
 """Logits held at a time (16 MB in fp32)."""
+
+ON_GPU = 64
+"""So many times more of them on a GPU, whose products need more rows to be fast, and which does not make them fp32."""
 
 COPIES = 8
 """How many tensors of a chunk's logits its second derivative holds: those chunks are so many times smaller."""
@@ -42,13 +46,13 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
+    def products(self, hidden: Tensor) -> Tensor:
+        """(n, hidden) to (n, vocabulary), neither scaled nor capped."""
+        return linear(hidden, self.weight, self.bias)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, hidden) to (n, vocabulary), in fp32 or wider."""
-        logits = linear(hidden, self.weight, self.bias)
-        logits = logits.to(at_least_fp32(logits.dtype))
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return _shaped(self.products(hidden), self.scale, self.softcap)
 
 
 def head_of(model: nn.Module) -> Head:
@@ -107,20 +111,11 @@ class _TokenScores(torch.autograd.Function):
         entropy = torch.empty_like(logps) if settings.with_entropy else None
         correct = torch.empty(n, dtype=torch.bool, device=hidden.device)
         with torch.autocast(device, enabled=False):
-            for part in _chunks(n, weight.shape[0]):
-                logits = _tempered(head.logits(hidden[part].to(dtype)), settings.temperature)
-                chosen = logits.gather(1, targets[part, None])
-                highest = logits.amax(1, keepdim=True)
-                correct[part] = (chosen == highest)[:, 0]
-                logits -= highest
-                if entropy is None:
-                    total = logits.exp_().sum(1)
-                else:
-                    weights = logits.exp()
-                    total = weights.sum(1)
-                    entropy[part] = total.log() - weights.mul_(logits).sum(1) / total  # H = log Z - E[logit]
-                log_totals[part] = highest[:, 0] + total.log()
-                logps[part] = chosen[:, 0] - log_totals[part]
+            for part in _chunks(n, weight):
+                products = head.products(hidden[part].to(dtype))
+                logps[part], log_totals[part], correct[part], found = _read(products, targets[part], settings)
+                if entropy is not None and found is not None:
+                    entropy[part] = found
         ctx.save_for_backward(hidden, weight, bias, targets, log_totals, entropy)
         ctx.dtype, ctx.settings = dtype, settings
         ctx.mark_non_differentiable(correct)
@@ -156,32 +151,20 @@ class _Gradient(torch.autograd.Function):
             torch.zeros_like(x) if x is not None and need else None for x, need in zip((hidden, weight, bias), needed, strict=True)
         )
         head = Head(weight.to(dtype), None if bias is None else bias.to(dtype), settings.scale, settings.softcap)
-        slope = settings.scale / settings.temperature
-        use_entropy = entropy is not None and grad_entropy is not None and bool(grad_entropy.any())
+        of_entropy = grad_entropy if grad_entropy is not None and grad_entropy.any() else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in _chunks(len(targets), weight.shape[0]):
+            for part in _chunks(len(targets), weight):
                 h = hidden[part].to(dtype)
-                logits = head.logits(h)
-                cap_slope = None if settings.softcap is None else 1 - (logits / settings.softcap) ** 2
-                log_p = _tempered(logits, settings.temperature).sub_(log_totals[part, None])
-                # d logp(target) = onehot - p;  dH = -p (log p + H)
-                d_logp = slope * grad_logps[part, None].to(log_p.dtype)
-                if use_entropy:
-                    assert grad_entropy is not None
-                    assert entropy is not None
-                    d_entropy = slope * grad_entropy[part, None]
-                    grad = log_p.exp().mul_(-d_logp - d_entropy * (log_p + entropy[part, None]))
-                else:
-                    grad = log_p.exp_().mul_(-d_logp)
-                grad.scatter_add_(1, targets[part, None], d_logp)
-                if cap_slope is not None:
-                    grad *= cap_slope
-                grad = grad.to(dtype)
+                products = head.products(h)
+                to_entropy, said = (None if x is None else x[part] for x in (of_entropy, entropy))
+                grad = _slopes(products, targets[part], log_totals[part], grad_logps[part], to_entropy, said, settings)
                 if grad_hidden is not None:
                     grad_hidden[part] = linear(grad, head.weight.T).to(hidden.dtype)
                 if grad_weight is not None:
                     if dtype == weight.dtype:
                         grad_weight.addmm_(grad.T, h)
+                    elif grad.is_cuda and weight.dtype == torch.float32:  # summed in fp32
+                        torch.addmm(grad_weight, grad.T, h, out_dtype=weight.dtype, out=grad_weight)
                     else:
                         grad_weight += grad.T @ h
                 if grad_bias is not None:
@@ -197,7 +180,7 @@ class _Gradient(torch.autograd.Function):
         inputs: tuple[Any, ...] = ctx.saved_tensors[:-1]
         targets = ctx.saved_tensors[-1]
         found = [torch.zeros_like(x) if need else None for x, need in zip(inputs, ctx.needs_input_grad, strict=False)]
-        for part in _chunks(len(targets), COPIES * inputs[3].shape[0]):
+        for part in _chunks(len(targets), inputs[3], COPIES):
             places = [part, part, part, slice(None), slice(None)]
             leaves: list[Any] = [
                 None if x is None else x[at].detach().requires_grad_(need)
@@ -231,10 +214,71 @@ def _weighted(inputs: list[Any], targets: Tensor, dtype: torch.dtype, settings: 
     return said
 
 
+@fused
+def _read(products: Tensor, targets: Tensor, settings: _Settings) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What the forward pass says of `targets` (n,) by the head's `products` (n, vocabulary): log-probs, the logarithm of what
+    probabilities are divided by, whether no token is likelier, and the entropy where it is asked for. Each is (n,).
+    """
+    logits = _tempered(_shaped(products, settings.scale, settings.softcap), settings.temperature)
+    chosen = logits.gather(1, targets[:, None])
+    highest = logits.amax(1, keepdim=True)
+    correct = (chosen == highest)[:, 0]
+    logits -= highest
+    entropy = None
+    if settings.with_entropy:
+        weights = logits.exp()
+        total = weights.sum(1)
+        entropy = total.log() - weights.mul_(logits).sum(1) / total  # H = log Z - E[logit]
+    else:
+        total = logits.exp_().sum(1)
+    log_totals = highest[:, 0] + total.log()
+    return chosen[:, 0] - log_totals, log_totals, correct, entropy
+
+
+@fused
+def _slopes(
+    products: Tensor,
+    targets: Tensor,
+    log_totals: Tensor,
+    grad_logps: Tensor,
+    grad_entropy: Tensor | None,
+    entropy: Tensor | None,
+    settings: _Settings,
+) -> Tensor:
+    """The gradient of the head's `products` (n, vocabulary), in their type."""
+    dtype, at = products.dtype, targets[:, None]
+    logits = _shaped(products, settings.scale, settings.softcap)
+    cap_slope = None if settings.softcap is None else 1 - (logits / settings.softcap) ** 2
+    log_p = _tempered(logits, settings.temperature).sub_(log_totals[:, None])
+    slope = settings.scale / settings.temperature
+    # d logp(target) = onehot - p;  dH = -p (log p + H)
+    d_logp = slope * grad_logps[:, None].to(log_p.dtype)
+    if grad_entropy is None or entropy is None:
+        grad = log_p.exp_().mul_(-d_logp)
+    else:
+        grad = log_p.exp().mul_(-d_logp - slope * grad_entropy[:, None] * (log_p + entropy[:, None]))
+    of_target = grad.gather(1, at) + d_logp
+    if cap_slope is not None:
+        grad, of_target = grad * cap_slope, of_target * cap_slope.gather(1, at)
+    return grad.to(dtype).scatter_(1, at, of_target.to(dtype))
+
+
+def _shaped(products: Tensor, scale: float, softcap: float | None) -> Tensor:
+    logits = products.to(at_least_fp32(products.dtype))
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
-def _chunks(n: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
+def rows_at_once(vocabulary: int, *, gpu: bool) -> int:
+    """How many rows of logits are held at a time."""
+    return max(1, CHUNK_ELEMENTS * (ON_GPU if gpu else 1) // vocabulary)
+
+
+def _chunks(n: int, weight: Tensor, copies: int = 1) -> list[slice]:
+    size = rows_at_once(copies * weight.shape[0], gpu=weight.is_cuda)
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]

@@ -80,13 +80,13 @@ def test_gradients_by_finite_differences(kind, which, monkeypatch):
 def test_no_chunk_holds_more_than_its_share(monkeypatch):
     """Memory is flat in the vocabulary: the largest product made is CHUNK_ELEMENTS logits, forward and backward."""
     monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 44)
-    sizes, logits = [], Head.logits
+    sizes, products = [], Head.products
 
     def watched(*args):
-        sizes.append(logits(*args).numel())
-        return logits(*args)
+        sizes.append(products(*args).numel())
+        return products(*args)
 
-    monkeypatch.setattr(Head, "logits", watched)
+    monkeypatch.setattr(Head, "products", watched)
     h, w, b, targets = inputs(n=10)
     (gradient,) = torch.autograd.grad(scored(h, w, b, targets).logps.sum(), w, create_graph=True)
     assert sizes == [44, 44, 22] * 2

@@ -27,7 +27,7 @@ from align import onednn
 from align.attention import AttentionPlan
 from align.engine import base_model, trunk_of
 from align.forest import Forest
-from align.heads import CHUNK_ELEMENTS
+from align.heads import rows_at_once
 from align.models import DTYPES
 from align.rollout.packed import MOST_BYTES
 from align.tuning.strategies import ADAPTERS, Tuning
@@ -126,24 +126,21 @@ class _Score(torch.autograd.Function):
     """The head of `align.heads`: logits in chunks, made again on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, gpu: bool) -> Tensor:
         ctx.save_for_backward(hidden, weight)
-        for part in _parts(hidden, weight):
+        ctx.rows = rows_at_once(len(weight), gpu=gpu)
+        for part in hidden.split(ctx.rows):
             logits = (part @ weight.T).float()  # noqa: F841  held until the next ones are made
         return hidden.new_empty(len(hidden))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor | None, None]:
         hidden, weight = ctx.saved_tensors
         to_hidden, to_weight = torch.empty_like(hidden), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for part, place in zip(_parts(hidden, weight), _parts(to_hidden, weight), strict=True):
+        for part, place in zip(hidden.split(ctx.rows), to_hidden.split(ctx.rows), strict=True):
             logits = (part @ weight.T).float()
             place.copy_(logits.to(weight.dtype) @ weight)
-        return to_hidden, to_weight
-
-
-def _parts(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    return hidden.split(max(1, CHUNK_ELEMENTS // len(weight)))
+        return to_hidden, to_weight, None
 
 
 @dataclass
@@ -228,7 +225,7 @@ class Skeleton:
             if self.score_head:
                 total = base.score(hidden[forest.ends]).sum()
             else:
-                total = _Score.apply(hidden[forest.sources], base.get_output_embeddings().weight).sum()
+                total = _Score.apply(hidden[forest.sources], base.get_output_embeddings().weight, self.gpu).sum()
             del hidden  # as the engine, which hands on what the head says of it
         if backward:
             total.backward()
