@@ -19,6 +19,9 @@ START = 8192
 SHARE = 0.85
 """Share of the accelerator's memory that `auto` fills. The rest is for fragments, and for what does not grow linearly."""
 
+WITHOUT_GRADIENTS = 4
+"""On a GPU, so many times more tokens go through a pass without gradients: it keeps no activations."""
+
 Packed = list[tuple[list[int], Forest]]
 """Forests, each with the indices of its trees."""
 Result = TypeVar("Result")
@@ -97,6 +100,12 @@ class Budget:
         self.tokens = max(forest.tokens for indices, forest in packed if len(indices) > 1) // 2
         self.grows = False
         say(f"out of memory with forests of up to {largest:,} tokens; doing it again, and going on, with {self.tokens:,}")
+
+
+def measuring(max_tokens: MaxTokens) -> Budget:
+    """The budget of passes without gradients, where those with gradients take `max_tokens`."""
+    more = WITHOUT_GRADIENTS if torch.cuda.is_available() else 1
+    return Budget(max_tokens if max_tokens == "auto" else more * max_tokens)
 
 
 def _largest(packed: Packed) -> int:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,11 +107,14 @@ class Forest:
 
     def target_counts(self) -> Tensor:
         """Targets of each sequence: (sequences,)."""
-        return torch.bincount(self.owner, minlength=self.sequences)
+        # Not bincount: on a GPU it waits for the largest index.
+        return self.owner.new_zeros(self.sequences).index_add(0, self.owner, torch.ones_like(self.owner))
 
     def to(self, device: torch.device | str) -> Forest:
-        moved: dict[str, Any] = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type == "Tensor"}
-        return replace(self, **moved, values={name: value.to(device) for name, value in self.values.items()})
+        # To a GPU nothing is waited for: what it has still to do goes on meanwhile.
+        move = partial(torch.Tensor.to, device=device, non_blocking=self.input_ids.is_cpu)
+        moved: dict[str, Any] = {f.name: move(getattr(self, f.name)) for f in fields(self) if f.type == "Tensor"}
+        return replace(self, **moved, values={name: move(value) for name, value in self.values.items()})
 
 
 def plant(trees: Sequence[Tree]) -> Forest:

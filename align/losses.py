@@ -8,7 +8,7 @@ the formulas side by side.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
@@ -63,6 +63,8 @@ class LossOutput:
 
     loss: Tensor
     metrics: dict[str, Tensor]
+    where: dict[str, Tensor] = field(default_factory=dict)
+    """Bool, one value per example, for metrics that count for some of them only."""
 
 
 class PreferenceLoss(Protocol):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from align.budget import Budget, MaxTokens, Packed
+from align.budget import Budget, MaxTokens, Packed, measuring
 from align.engine import enable_forest
 from align.errors import AlignError
 from align.forest import WINDOW, Forest, Tree
@@ -28,32 +28,32 @@ SCORE_SCALE = "score_scale.json"
 def branch_logps(model: nn.Module, trees: Sequence[Tree], max_tokens: MaxTokens, temperature: float = 1.0) -> list[list[float]]:
     """Log-probs (nats) of each tree's branches, summed over tokens."""
     return _per_branch(
-        model, trees, Budget(max_tokens), lambda forest: forest.per_sequence(model(forest=forest, temperature=temperature).logps)
+        model, trees, measuring(max_tokens), lambda forest: forest.per_sequence(model(forest=forest, temperature=temperature).logps)
     )
 
 
 def branch_scores(model: nn.Module, trees: Sequence[Tree], max_tokens: MaxTokens | Budget) -> list[list[float]]:
     """A reward model's score of each tree's branches."""
-    budget = max_tokens if isinstance(max_tokens, Budget) else Budget(max_tokens)
+    budget = max_tokens if isinstance(max_tokens, Budget) else measuring(max_tokens)
     return _per_branch(model, trees, budget, lambda forest: model(forest=forest, read="ends"))
 
 
 def mean_nll(model: nn.Module, trees: Sequence[Tree], max_tokens: MaxTokens) -> float:
     """Mean negative log-likelihood (nats) of the target tokens; its exponential is the perplexity."""
-    sums = _over_forests(model, trees, Budget(max_tokens), lambda forest: [model(forest=forest).logps.sum().item()])
+    sums = _over_forests(model, trees, measuring(max_tokens), lambda forest: model(forest=forest).logps.sum()[None])
     return -sum(total for _, (total,) in sums) / sum(tree.targets for tree in trees)
 
 
 def token_accuracy(model: nn.Module, trees: Sequence[Tree], max_tokens: MaxTokens) -> float:
     """Share of the target tokens (0 to 1) that are the model's likeliest."""
-    sums = _over_forests(model, trees, Budget(max_tokens), lambda forest: [model(forest=forest).correct.sum().item()])
+    sums = _over_forests(model, trees, measuring(max_tokens), lambda forest: model(forest=forest).correct.sum()[None])
     return sum(total for _, (total,) in sums) / sum(tree.targets for tree in trees)
 
 
 def _per_branch(model: nn.Module, trees: Sequence[Tree], budget: Budget, answer: Callable[[Forest], Tensor]) -> list[list[float]]:
     """`answer`'s numbers, one for each sequence, in the order of `trees`."""
     found: list[list[float]] = [[] for _ in trees]
-    for indices, values in _over_forests(model, trees, budget, lambda forest: answer(forest).tolist()):
+    for indices, values in _over_forests(model, trees, budget, answer):
         numbers = iter(values)
         for index in indices:
             found[index] = [next(numbers) for _ in trees[index].branches]
@@ -62,14 +62,15 @@ def _per_branch(model: nn.Module, trees: Sequence[Tree], budget: Budget, answer:
 
 @torch.no_grad()
 def _over_forests(
-    model: nn.Module, trees: Sequence[Tree], budget: Budget, answer: Callable[[Forest], list[float]]
+    model: nn.Module, trees: Sequence[Tree], budget: Budget, answer: Callable[[Forest], Tensor]
 ) -> Iterator[tuple[list[int], list[float]]]:
-    """`answer` to each forest that `trees` are packed into, with the indices of its trees."""
+    """The numbers (n,) that `answer` gives for each forest that `trees` are packed into, with the indices of its trees."""
     model.eval()
     device = next(model.parameters()).device
 
     def work(packed: Packed) -> list[tuple[list[int], list[float]]]:
-        return [(indices, answer(forest.to(device))) for indices, forest in packed]
+        answers = [(indices, answer(forest.to(device))) for indices, forest in packed]
+        return [(indices, values.tolist()) for indices, values in answers]  # a GPU is waited for once
 
     for start in range(0, len(trees), WINDOW):  # in pieces: where memory runs out, no more than a piece is done again
         for indices, values in budget.fit(trees[start : start + WINDOW], work):
@@ -107,7 +108,7 @@ class RewardScorer:
             model.requires_grad_(False)
             enable_forest(model)
         self.model = model
-        self.budget = Budget(max_tokens)
+        self.budget = measuring(max_tokens)
         self.mean, self.std = 0.0, 1.0
         scale = Path(path) / SCORE_SCALE
         if normalize:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from align.budget import START, Budget, out_of_memory
+from align.budget import START, Budget, measuring, out_of_memory
 from align.errors import AlignError
 from align.forest import Tree
 
@@ -109,6 +109,13 @@ def test_auto_learns_nothing_from_forests_that_are_nearly_empty():
 def test_only_auto_grows():
     assert not Budget(100).grows
     assert Budget("auto").grows == torch.cuda.is_available()
+
+
+def test_passes_without_gradients_take_more_on_a_gpu(monkeypatch):
+    assert measuring(100).tokens == (400 if torch.cuda.is_available() else 100)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert measuring(100).tokens == 400
+    assert measuring("auto").tokens == START
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from align.budget import Budget, MaxTokens, Packed
+from align.budget import Budget, MaxTokens, Packed, measuring
 from align.engine import base_model
 from align.errors import NonFiniteLoss
 from align.forest import Forest, Tree, deal, plant
@@ -84,7 +84,7 @@ class ForestTrainer(SafeTrainer):
         self.skip_non_finite = skip_non_finite
         self._skipped, self._last_skipped = 0, -1  # steps in a row, and the last of them
         # Evaluation needs less memory than training, so what it learns of memory must not be used for training.
-        self.budget, self.eval_budget = Budget(max_tokens), Budget(max_tokens)
+        self.budget, self.eval_budget = Budget(max_tokens), measuring(max_tokens)
         self._sums: dict[str, float] = defaultdict(float)
         self._tokens_seen = 0.0
         super().__init__(
@@ -151,10 +151,9 @@ class ForestTrainer(SafeTrainer):
         """The gradient of the step, from nothing; returns its loss and the sums of its metrics."""
         model.zero_grad()  # of an attempt that ran out of memory halfway
         forests = [forest for _, forest in packed]
-        units = torch.tensor(sum(self.objective.units(forest) for forest in forests), device=self.args.device)
-        units = self.accelerator.reduce(units, "sum")
+        units = self._over_all(sum(self.objective.units(forest) for forest in forests))
         total = torch.zeros((), device=self.args.device)
-        sums: dict[str, float] = defaultdict(float)
+        measured: list[tuple[str, Tensor]] = []
         passes = self._passes(forests)
         for number, (forest, counts) in enumerate(passes, start=1):
             # Gradients are exchanged once, in the last pass.
@@ -163,18 +162,29 @@ class ForestTrainer(SafeTrainer):
                     output = self.objective(model, forest.to(self.args.device))
                     # The Trainer averages over processes; that is undone, as the units are those of all.
                     loss = counts * output.loss.sum() / units * self.accelerator.num_processes
-                self._refuse_non_finite(loss)
+                if self.is_deepspeed_enabled:  # whose backward also makes the update
+                    self._refuse_non_finite(loss)
                 self.accelerator.backward(loss)
             if counts:
-                self._add_metrics(sums, output.metrics, forest)
+                measured += _sums_of(output.metrics, output.where)
             total += loss.detach()
-        return total, sums
+        # From here on a GPU is waited for.
+        self._refuse_non_finite(total)
+        return total, {**_fetched(measured), "num_tokens": sum(forest.tokens for forest in forests)}
+
+    def _over_all(self, count: int) -> int:
+        """The sum of all processes' counts."""
+        if self.accelerator.num_processes == 1:
+            return count
+        return int(self.accelerator.reduce(torch.tensor(count, device=self.args.device), "sum"))
 
     def _passes(self, forests: list[Forest]) -> list[tuple[Forest, bool]]:
         """`forests`, each to be counted, and behind them a spare one, not to be counted, until every process has as many.
 
         Processes pack their trees into different numbers of forests, and the replicas or shards of a model wait for each other.
         """
+        if self.accelerator.num_processes == 1:
+            return [(forest, True) for forest in forests]
         most = int(self.accelerator.gather(torch.tensor([len(forests)], device=self.args.device)).max())
         spare = repeat(self._spare(), most - len(forests)) if most > len(forests) else ()
         return [*((forest, True) for forest in forests), *((forest, False) for forest in spare)]
@@ -222,13 +232,6 @@ class ForestTrainer(SafeTrainer):
         first = self.accelerator.process_index == 0
         self._sums = defaultdict(float, progress["sums"] if first else dict.fromkeys(progress["sums"], 0.0))
 
-    @staticmethod
-    def _add_metrics(sums: dict[str, float], metrics: dict[str, Tensor], forest: Forest) -> None:
-        for name, value in metrics.items():
-            sums[name] += value.sum().item()
-            sums[f"{name}/units"] += value.numel()
-        sums["num_tokens"] += forest.tokens
-
     def _over_processes(self, sums: dict[str, float]) -> dict[str, float]:
         if self.accelerator.num_processes == 1:
             return dict(sums)
@@ -272,17 +275,34 @@ class ForestTrainer(SafeTrainer):
 
     def _measure(self, model: nn.Module, packed: Packed) -> dict[str, float]:
         """Sums of loss and metrics."""
-        sums: dict[str, float] = defaultdict(float)
+        measured: list[tuple[str, Tensor]] = []
         for forest, counts in self._passes([forest for _, forest in packed]):
             with self.compute_loss_context_manager():
                 output = self.objective(model, forest.to(self.args.device))
             if counts:
-                self._add_metrics(sums, {"loss": output.loss, **output.metrics}, forest)
-        return sums
+                measured += _sums_of({"loss": output.loss, **output.metrics}, output.where)
+        return _fetched(measured)
 
     def floating_point_ops(self, inputs: list[Tree] | None) -> int:
         """6 x parameters x tokens, the usual estimate for forward and backward."""
         return 6 * sum(p.numel() for p in self.model.parameters()) * sum(tree.tokens for tree in inputs or ())
+
+
+def _sums_of(metrics: dict[str, Tensor], where: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The sum of each metric and, as ``NAME/units``, how many units it is over, where they are: a GPU is not waited for."""
+    for name, values in metrics.items():
+        mask = where.get(name)
+        yield name, (values if mask is None else values.where(mask, 0)).sum()
+        yield f"{name}/units", values.new_full((), values.numel()) if mask is None else mask.sum()
+
+
+def _fetched(sums: Sequence[tuple[str, Tensor]]) -> dict[str, float]:
+    """`sums` of the same name together, all fetched at once."""
+    found: dict[str, float] = defaultdict(float)
+    if sums:
+        for (name, _), value in zip(sums, torch.stack([value.double() for _, value in sums]).tolist(), strict=True):
+            found[name] += value
+    return found
 
 
 def _gather_head(model: nn.Module, _: Any) -> None:

@@ -57,7 +57,7 @@ class Preference:
             shared = forest.per_sequence(scores.logps * within)
             logps = replace(logps, common=_pairs(shared, common, forest.values.get("reference_common_logps")))
         output = self.loss(logps, **self.parameters)
-        return replace(output, metrics={**output.metrics, **_by_length(output.metrics["rewards/margins"], tokens)})
+        return _with_lengths(output, output.metrics["rewards/margins"], tokens)
 
 
 def _pairs(policy: Tensor, tokens: Tensor, reference: Tensor | None) -> PreferenceLogps:
@@ -66,19 +66,20 @@ def _pairs(policy: Tensor, tokens: Tensor, reference: Tensor | None) -> Preferen
     return PreferenceLogps(policy[::2], policy[1::2], tokens[::2], tokens[1::2], *both)
 
 
-def _by_length(margins: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    """Which pairs are ranked right (margin above 0), apart for those whose chosen answer is longer and those whose chosen answer is
-    shorter, by a quarter at least.
+def _with_lengths(output: LossOutput, margins: Tensor, tokens: Tensor) -> LossOutput:
+    """`output`, and which pairs are ranked right (margin above 0), apart for those whose chosen answer is longer and those whose
+    chosen answer is shorter, by a quarter at least.
 
     Args:
         margins: (pairs,)
         tokens: (2 x pairs,), chosen and rejected in turn.
     """
     right, chosen, rejected = (margins > 0).to(margins.dtype), tokens[::2], tokens[1::2]
-    return {
-        "accuracies/chosen_longer": right[chosen >= 1.25 * rejected],
-        "accuracies/chosen_shorter": right[rejected >= 1.25 * chosen],
+    where = {
+        "accuracies/chosen_longer": chosen >= 1.25 * rejected,
+        "accuracies/chosen_shorter": rejected >= 1.25 * chosen,
     }
+    return replace(output, metrics={**output.metrics, **dict.fromkeys(where, right)}, where=where)
 
 
 def _number_in_sequence(forest: Forest) -> Tensor:
@@ -113,15 +114,11 @@ class Unpaired:
             desirable_weight=self.desirable_weight,
             undesirable_weight=self.undesirable_weight,
         )
-        rewards, logps = output.metrics["rewards"], logps.detach()
-        metrics = {
-            "rewards/chosen": rewards[good],
-            "rewards/rejected": rewards[~good],
-            "logps/chosen": logps[good],
-            "logps/rejected": logps[~good],
-            "kl": kl,
-        }
-        return LossOutput(output.loss, metrics)
+        measured = {"rewards": output.metrics["rewards"], "logps": logps.detach()}
+        sides = {"chosen": good, "rejected": ~good}
+        names = [(f"{name}/{side}", values, where) for name, values in measured.items() for side, where in sides.items()]
+        metrics = {name: values for name, values, _ in names}
+        return LossOutput(output.loss, {**metrics, "kl": kl}, {name: where for name, _, where in names})
 
 
 @dataclass(frozen=True)
@@ -145,10 +142,10 @@ class RewardModel:
         chosen, rejected = scores.view(-1, 2).unbind(1)
         margin = forest.values["margin"] if self.use_margin else None
         output = bradley_terry(chosen, rejected, margin, center_rewards_coefficient=self.center_rewards_coefficient)
-        metrics = {**output.metrics, **_by_length(output.metrics["margin"], forest.target_counts())}
+        output = _with_lengths(output, output.metrics["margin"], forest.target_counts())
         if nll is None:
-            return LossOutput(output.loss, metrics)
-        return LossOutput(output.loss + self.sft_coef * nll, {**metrics, "nll": nll.detach()})
+            return output
+        return replace(output, loss=output.loss + self.sft_coef * nll, metrics={**output.metrics, "nll": nll.detach()})
 
     def _answers(self, model: nn.Module, forest: Forest) -> tuple[Tensor, Tensor | None]:
         """Scores of the branches (2 x pairs,), and the chosen ones' negative log-likelihood a token (pairs,), where it counts."""
