@@ -15,7 +15,7 @@ from align import onednn
 from align.engine import enable_forest
 from align.errors import AlignError
 from align.models import load_causal_lm, load_tokenizer
-from align.rollout import CacheEngine, Completion, GenerateEngine, Sampling, complete, engine_for
+from align.rollout import CacheEngine, Completion, GenerateEngine, Sampling, complete, engine_for, graphs
 from align.rollout.engine import Batch, serving, spans_of
 from align.rollout.graphs import Graphs, sizes
 from align.rollout.packed import WORTH_PASSES, packed_linears
@@ -567,9 +567,9 @@ def test_spans():
 
 
 def test_sizes_of_graphs():
-    """A power of two of at least 8 rows, at most all slots; a power of two times 256 columns."""
-    assert sizes(3, 100, 64) == (8, 256)
-    assert sizes(33, 257, 64) == (64, 512)
+    """A power of two of at least 64 rows, at most all slots; a power of two times 512 columns."""
+    assert sizes(3, 100, 256) == (64, 512)
+    assert sizes(65, 513, 256) == (128, 1024)
     assert sizes(33, 512, 40) == (40, 512)
 
 
@@ -586,6 +586,8 @@ class Recorded:
 def test_a_pass_over_more_rows_and_columns_than_asked_for_changes_nothing(monkeypatch):
     """What a CUDA graph does to the batch, on any device: rows of nobody run along, and graphs die when the cache moves."""
     made = []
+    monkeypatch.setattr(graphs, "SMALLEST", 8)
+    monkeypatch.setattr(graphs, "WIDTHS", 256)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(Graphs, "_capture", lambda self, *size: made.append(size[1:]) or Recorded(*size))
     model, prompts = llama(initializer_range=0.05), prompts_of() * 2

@@ -145,12 +145,14 @@ class SlotCache(Cache):
                 grown.append(larger)
             self._layers[number] = (grown[0], grown[1])
 
-    def copy(self, source: int, targets: Sequence[int], columns: int) -> None:
-        """Copy the first `columns` columns of a row to others."""
-        for layer in self._layers:
-            for buffer in layer:
-                for target in targets:
-                    buffer[target, :, :columns] = buffer[source, :, :columns]
+    def copy(self, moves: Sequence[tuple[int, int]], columns: int) -> None:
+        """Copy the first `columns` columns, or more, of rows to others; each of `moves` is from and to."""
+        buffers = [buffer for layer in self._layers for buffer in layer]
+        if buffers and buffers[0].is_cuda:
+            columns = self.columns  # whole rows lie in one piece, and go in one call
+        sources, targets = ([b[move[end], :, :columns] for b in buffers for move in moves] for end in (0, 1))
+        if sources:
+            torch._foreach_copy_(targets, sources)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """0: rows have positions of their own, which every pass is given."""

@@ -14,14 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align.compiling import uncompiled
 from align.engine import base_model
 from align.forest import Tree, plant
 from align.rollout.cache import ROLLOUT, Pass, Prompts, SlotCache, Spans
 from align.rollout.graphs import Graphs
 from align.rollout.sampling import Completion, Sampling, StopTable, StopText, chances, draw
 
-FILL_TOKENS = 4096
-"""Tokens of prompts in one pass."""
+FILL_TOKENS, FILL_TOKENS_ON_GPU = 4096, 16384
+"""Tokens of prompts in one pass, at most."""
+
+FREE, FREE_ON_GPU = 8, 4
+"""Prompts enter once one in so many slots is free: a pass that brings them in is longer, and on a GPU no graph."""
 
 ROUND = 16
 """Attention looks at a multiple of so many columns."""
@@ -67,7 +71,8 @@ def serving(model: nn.Module) -> Iterator[Any]:
     model.eval()
     base.set_attn_implementation(ROLLOUT)
     try:
-        yield base
+        with uncompiled():
+            yield base
     finally:
         base.set_attn_implementation(before)
         model.train(was_training)
@@ -123,9 +128,9 @@ class Batch:
     # -- prompts in --------------------------------------------------------------------------------------------------------------
 
     def admit(self) -> None:
-        """Fill free slots, once an eighth of them is free: a pass that brings prompts in is longer, and on a GPU no graph."""
+        """Fill free slots, once enough of them are free."""
         free = self.slots - len(self.live)
-        if not self.waiting or (self.live and free < max(1, self.slots // 8)):
+        if not self.waiting or (self.live and free < max(1, self.slots // (FREE if self.graphs is None else FREE_ON_GPU))):
             return
         start, entering = len(self.live), self._take(free)
         self._fill(entering, start)
@@ -143,12 +148,13 @@ class Batch:
         """The next prompts, `count` at most and as many as one pass can bring in."""
         taken: list[int] = []
         known, tokens = {self.same[i] for i in self.live}, 0
+        most = FILL_TOKENS if self.graphs is None else FILL_TOKENS_ON_GPU
         while self.waiting and len(taken) < count:
             i = self.waiting[-1]
             if self.same[i] not in known:
                 known.add(self.same[i])
                 tokens += len(self.prompts[i])
-                if taken and tokens > FILL_TOKENS:
+                if taken and tokens > most:
                     break
             taken.append(self.waiting.pop())
         return taken
@@ -162,7 +168,7 @@ class Batch:
             if len(self.prompts[i]) > 1:
                 rows_of.setdefault(self.same[i], []).append(row)
         for same in rows_of.keys() & known.keys():
-            self.cache.copy(known[same], rows_of.pop(same), len(self.prompts[same]) - 1)
+            self.cache.copy([(known[same], row) for row in rows_of.pop(same)], len(self.prompts[same]) - 1)
         if rows_of:
             self.arriving = self._prompts(rows_of)
 
@@ -184,10 +190,12 @@ class Batch:
         """Draw a token for every live row."""
         lengths = [len(self.prompts[i]) + self.steps - before for i, before in zip(self.live, self.entered, strict=True)]
         self.cache.reach(_rounded(max(lengths)))
-        if self.graphs is not None and self.arriving is None:
+        if self.graphs is None:
+            self._pass(spans_of(lengths))
+        elif self.arriving is None:
             self.graphs.run(self._pass, len(lengths), max(lengths))
         else:
-            self._pass(spans_of(lengths))
+            self._pass([(0, len(lengths), _rounded(max(lengths)))])
         self.steps += 1
 
     def _pass(self, spans: Spans) -> None:
@@ -235,23 +243,26 @@ class Batch:
         for row, tokens, values in zip(done, said, logps, strict=True):
             count = self.steps - self.entered[row]
             self.completions[self.live[row]] = Completion(tokens[:count], stopped[row], values[:count])
-        for row in reversed(done):
-            self._leave(row)
+        self._leave(done)
         return len(done)
 
-    def _leave(self, row: int) -> None:
-        last = len(self.live) - 1
-        if row != last:
-            columns = len(self.prompts[self.live[last]]) - 1 + self.steps - self.entered[last]
-            self.cache.copy(last, [row], columns)
+    def _leave(self, done: Sequence[int]) -> None:
+        """Give up rows; the last of those that stay take the places that are free among the first."""
+        left = len(self.live) - len(done)
+        free = [row for row in done if row < left]
+        moving = [row for row in range(left, len(self.live)) if row not in done]
+        if moving:
+            columns = max(len(self.prompts[self.live[row]]) - 1 + self.steps - self.entered[row] for row in moving)
+            self.cache.copy(list(zip(moving, free, strict=True)), columns)
+            source, target = torch.tensor([moving, free], device=self.device)
             for state in (self.token, self.position, self.count, self.chance, self.said, self.logps):
-                state[row] = state[last]
-            self.live[row], self.entered[row] = self.live[last], self.entered[last]
-        # Nobody's row: a CUDA graph that runs over it stays where it is.
+                state[target] = state[source]
+            for row, place in zip(moving, free, strict=True):
+                self.live[place], self.entered[place] = self.live[row], self.entered[row]
+        # Nobody's rows: a CUDA graph that runs over them stays where it is.
         for state in (self.alive, self.position, self.count):
-            state[last] = 0
-        self.live.pop()
-        self.entered.pop()
+            state[left : len(self.live)] = 0
+        del self.live[left:], self.entered[left:]
 
 
 def spans_of(lengths: Sequence[int]) -> Spans:

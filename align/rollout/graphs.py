@@ -11,11 +11,11 @@ from align.errors import first_line
 from align.progress import say
 from align.rollout.cache import SlotCache, Spans
 
-WIDTHS = 256
+WIDTHS = 512
 """Graphs are made for widths that are a power of two times this."""
 
-SMALLEST = 8
-"""Fewest rows that a graph is made for."""
+SMALLEST = 64
+"""Fewest rows that a graph is made for, where there are so many slots: to make one takes longer than it would save on fewer."""
 
 
 class Graphs:
