@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from types import MethodType
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from align import last_layer
 from align.attention import FOREST, AttentionPlan
+from align.compiling import complaint, uncompiled
 from align.errors import AlignError, first_line
 from align.forest import Forest, Tree, pad, plant
 from align.heads import Head, TokenScores, head_of, token_scores
@@ -69,7 +70,7 @@ def enable_forest(model: nn.Module, longest: int | None = None) -> str | None:
     by_onednn(trunk)
     last_layer.answer_everywhere(trunk)
     model.forward = MethodType(_forward, model)
-    with _evaluating(model), short_windows(base, longest):
+    with _evaluating(model), short_windows(base, longest), uncompiled():
         try:
             probe = _Probe(model)
             causal = probe.is_causal()
@@ -102,6 +103,37 @@ def enable_forest(model: nn.Module, longest: int | None = None) -> str | None:
                 f"{type(base).__name__} can be trained neither on the forest ({reason}) nor on padded rows ({problem})"
             )
     return reason
+
+
+def compile_forest(model: nn.Module, precision: AbstractContextManager[Any]) -> str | None:
+    """Compile the layers of an enabled model, each by itself: they share a graph, so it takes seconds, and forests of any shape use
+    it. A step and a measurement are rehearsed within `precision`, so that what cannot be compiled shows now. Returns None, or why
+    the model runs as it is.
+    """
+    if model.forest_padded:
+        return "it trains on padded rows"
+    base, was_training = base_model(model), model.training
+    trunk, forest = trunk_of(base), _probe_forest(base)
+    layers = [layer for stack in trunk.children() if isinstance(stack, nn.ModuleList) for layer in stack]
+    last_layer.answer_everywhere(trunk)  # or it would be compiled by itself
+    for layer in layers:
+        layer.compile(dynamic=True)
+    try:
+        for learning in (True, False):
+            model.train(learning)
+            with precision, torch.set_grad_enabled(learning):
+                answers = model(forest=forest, read="sources")
+            if learning:
+                total = (answers.logps if isinstance(answers, TokenScores) else answers).sum()
+                torch.autograd.grad(total, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    except PROBE_ERRORS as error:
+        for layer in layers:
+            layer._compiled_call_impl = None
+        last_layer.answer_where_read(trunk)
+        return f"torch.compile gave {complaint(error)}"
+    finally:
+        model.train(was_training)
+    return None
 
 
 def _problem(probe: _Probe) -> str | None:
@@ -210,7 +242,7 @@ def _hidden_states(base: Any, forest: Forest, read: Tensor, *, padded: bool) -> 
         return output.last_hidden_state.flatten(0, 1), batch.sources, batch.ends
     # A four-dimensional mask is taken as ready-made by transformers, which would otherwise build one of (tokens, tokens).
     no_mask = torch.empty(1, 1, 0, 0, device=forest.input_ids.device)
-    trunk, plan = trunk_of(base), AttentionPlan(forest)
+    trunk, plan = trunk_of(base), _plan(forest)
     plan.read = last_layer.read_at(trunk, read, forest.tokens)
     output = trunk(
         input_ids=forest.input_ids[None],
@@ -220,6 +252,15 @@ def _hidden_states(base: Any, forest: Forest, read: Tensor, *, padded: bool) -> 
         forest=plan,
     )
     return output.last_hidden_state[0], forest.sources, forest.ends
+
+
+# Out of compiled graphs, which could not make it for forests of any shape.
+@torch.compiler.disable
+def _plan(forest: Forest) -> AttentionPlan:
+    plan = AttentionPlan(forest)
+    if plan.flash:
+        _ = plan.runs
+    return plan
 
 
 # -- the check ---------------------------------------------------------------------------------------------------------------
@@ -241,19 +282,23 @@ def refused_by_config(base: Any, longest: int | None) -> str | None:
     return None
 
 
+def _probe_forest(base: Any) -> Forest:
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(base.config.vocab_size, (n,), generator=generator).tolist()
+
+    forest = plant([Tree(tokens(7), (tokens(5), tokens(3), tokens(6))), Tree(tokens(4), (tokens(2), tokens(2)))])
+    return forest.to(next(base.parameters()).device)
+
+
 class _Probe:
     """A small forest of random tokens, what the model itself says of it as padded rows, and how much of that is rounding."""
 
     @torch.no_grad()
     def __init__(self, model: nn.Module) -> None:
         self.model, self.base = model, base_model(model)
-        generator = torch.Generator().manual_seed(0)
-
-        def tokens(n: int) -> list[int]:
-            return torch.randint(self.base.config.vocab_size, (n,), generator=generator).tolist()
-
-        forest = plant([Tree(tokens(7), (tokens(5), tokens(3), tokens(6))), Tree(tokens(4), (tokens(2), tokens(2)))])
-        self.forest = forest.to(next(model.parameters()).device)
+        self.forest = _probe_forest(self.base)
         self.batch = pad(self.forest)
         self.own = self._own_answers(self.batch.input_ids)
         with rounding_twice(self.base):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from align.compiling import uncompiled
 from align.engine import PROBE_BOUNDS, PROBE_TOLERANCE, base_model, frequency_border, rounding_twice
 from align.progress import say
 from align.rollout.sampling import Completion, Sampling, StopTable, StopText, chances, draw
@@ -99,7 +100,7 @@ class GenerateEngine:
         input_ids = torch.tensor([[0] * a + p + [0] * b for p, a, b in zip(prompts, left, right, strict=True)], device=device)
         mask = torch.tensor([[0] * a + [1] * len(p) + [0] * b for p, a, b in zip(prompts, left, right, strict=True)], device=device)
         config = {"max_new_tokens": draws.sampling.max_new_tokens, "do_sample": False, "pad_token_id": 0, "use_cache": True}
-        with _plain_config(base):
+        with _plain_config(base), uncompiled():
             self.model.generate(  # type: ignore[operator]
                 inputs=input_ids,
                 attention_mask=mask,

@@ -150,6 +150,8 @@ class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFiel
 
     @model_validator(mode="after")
     def _shards_train_the_strategy(self) -> Self:
+        if self.launch is not None and self.launch.shards_weights and self.torch_compile:
+            raise ValueError(f"torch_compile is for weights that are whole in every process, not for {self.launch.strategy}")
         if self.launch is not None and self.launch.shards_weights and self.strategy.name in UNSHARDED:
             raise ValueError(
                 f"tuning {self.strategy.name!r} trains whole in every process: strategy must be ddp, not {self.launch.strategy}"

@@ -159,6 +159,8 @@ class OptimizerFields(Fields):
     """Trade time for memory."""
     bf16: bool = False
     """Mixed precision in bfloat16; weights and sums stay in float32."""
+    torch_compile: bool = False
+    """Compile the model's layers: some twenty seconds at the start, then faster steps that take less memory. For a GPU."""
     max_tokens_per_micro_batch: MaxTokens = 8192
     """Tokens in one forward and backward pass, or `auto`: 8192, and on CUDA what memory holds. It changes speed and memory, never
     the result, and is halved when memory runs out.

@@ -38,7 +38,7 @@ class TaskTraining(TrainingStage):
 
     @model_validator(mode="after")
     def _runs_on_transformers(self) -> TaskTraining:
-        given = self.model_fields_set & {"engine", "chat_template", "max_tokens_per_micro_batch"}
+        given = self.model_fields_set & {"engine", "chat_template", "max_tokens_per_micro_batch", "torch_compile"}
         if given:
             raise ValueError(f"{min(given)} has no part in a task: it is trained on padded rows by transformers' Trainer")
         if self.on_non_finite != "stop":

@@ -18,7 +18,7 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from align.encode import Encoder, set_chat_template
-from align.engine import base_model, enable_forest
+from align.engine import base_model, compile_forest, enable_forest
 from align.errors import AlignError, near_miss
 from align.forest import Tree
 from align.heads import Head, head_of
@@ -130,8 +130,13 @@ def make_ready(
     say(f"{label}: {what}: {count:,} of {round(count / share):,} parameters train ({share:.2%})")
     if stage.strategy.name != "qlora":  # 4-bit weights are on the GPU already
         model.to(best_device())
-    if longest is not None and getattr(stage, "engine", "forest") == "forest" and (reason := enable_forest(model, longest)):
-        say(f"{label}: trains on padded rows, as {reason}")
+    if longest is not None and getattr(stage, "engine", "forest") == "forest":
+        if reason := enable_forest(model, longest):
+            say(f"{label}: trains on padded rows, as {reason}")
+        if stage.torch_compile:
+            say(f"{label}: compiling the model, which takes a while")
+            if reason := compile_forest(model, precision(stage)):
+                say(f"{label}: the model runs uncompiled, as {reason}")
     return model
 
 
@@ -209,6 +214,8 @@ def training_arguments(stage: TrainingStage, context: Context, *, has_eval: bool
     }
     if stage.gradient_checkpointing:  # passed only when set: newer versions of transformers warn about the name
         arguments["gradient_checkpointing"] = True
+    if stage.torch_compile and stage.engine == "trl":  # on the forest it is done by `make_ready`
+        arguments["torch_compile"] = True
     return arguments
 
 
