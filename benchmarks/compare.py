@@ -24,10 +24,11 @@ class Side:
     """``ours`` or ``theirs``: a module of this package."""
     precompute: bool = False
     bf16: bool = False
+    compiled: bool = False
 
     def job(self, job: Job) -> Job:
         """`job` as this side does it."""
-        return replace(job, precompute=self.precompute, bf16=self.bf16)
+        return replace(job, precompute=self.precompute, bf16=self.bf16, compiled=self.compiled)
 
 
 OURS, TRL, TRL_BEST = Side("ours"), Side("theirs"), Side("theirs", precompute=True)

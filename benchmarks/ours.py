@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from align.engine import enable_forest
+from align.engine import compile_forest, enable_forest
 from align.errors import AlignError
 from align.losses import preference_losses
 from align.scoring import branch_logps
@@ -49,11 +49,14 @@ def train(job: Job) -> Outcome:
     model = build(job)
     if reason := enable_forest(model, job.longest):
         raise AlignError(f"{type(model).__name__} would train on padded rows, as {reason}; nothing was measured")
+    precision = torch.autocast(job.device, torch.bfloat16, enabled=job.bf16)  # as the stages do
+    if job.compiled and (reason := compile_forest(model, precision)):
+        raise AlignError(f"{type(model).__name__} would train uncompiled, as {reason}; nothing was measured")
     trees, reference_seconds = job.trees, 0.0
     if needs_reference(job.method):
         start = time.perf_counter()
         # Not `add_reference_logps`: from the second run on it would find them on disk.
-        with torch.autocast(job.device, torch.bfloat16, enabled=job.bf16):  # as the stages do
+        with precision:
             logps = branch_logps(model, trees, MAX_TOKENS)
         trees = [replace(tree, values={"reference_logps": values}) for tree, values in zip(trees, logps, strict=True)]
         synchronize(job.device)

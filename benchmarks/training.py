@@ -22,7 +22,7 @@ class Outcome:
     """A finished run."""
 
     seconds: float
-    """All steps but the first, which warms up, and their share of the pass over the reference."""
+    """All steps but those that warm up, and their share of the pass over the reference."""
     log: list[dict[str, float]]
     """The metrics of each step."""
 
@@ -42,7 +42,7 @@ def arguments(job: Job, folder: str) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
         "bf16": job.bf16,
-        "logging_steps": 1,
+        "logging_steps": job.logging_steps,
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
@@ -54,14 +54,26 @@ def arguments(job: Job, folder: str) -> dict[str, Any]:
 
 
 class Clock(TrainerCallback):
-    """When each step ended."""
+    """When each step ended. A GPU notes that itself, so that it need not be waited for."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.ends: list[Any] = []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        synchronize(str(args.device))
-        self.ends.append(time.perf_counter())
+        if args.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.ends.append(event)
+        else:
+            self.ends.append(time.perf_counter())
+
+    def seconds(self, warm_up: int) -> float:
+        """All steps but the first `warm_up` ones."""
+        first, last = self.ends[warm_up - 1], self.ends[-1]
+        if isinstance(first, torch.cuda.Event):
+            last.synchronize()
+            return first.elapsed_time(last) / 1000
+        return last - first
 
 
 def synchronize(device: str) -> None:
@@ -71,12 +83,12 @@ def synchronize(device: str) -> None:
 
 
 def finish(job: Job, trainer: Any, clock: Clock, reference_seconds: float = 0.0) -> Outcome:
-    """Run `trainer`; `reference_seconds` were spent on all rows, those of the first step included."""
+    """Run `trainer`; `reference_seconds` were spent on all rows, those of the steps that warm up included."""
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     trainer.train()
-    share = 1 - tokens_of(job.batches[0]) / tokens_of(job.trees)
-    return Outcome(clock.ends[-1] - clock.ends[0] + share * reference_seconds, trainer.state.log_history)
+    share = 1 - sum(map(tokens_of, job.batches[: job.warm_up])) / tokens_of(job.trees)
+    return Outcome(clock.seconds(job.warm_up) + share * reference_seconds, trainer.state.log_history)
 
 
 def output_folder() -> tempfile.TemporaryDirectory:

@@ -184,11 +184,16 @@ class Job:
     batches: list[list[Tree]]
     bf16: bool = False
     """Autocast to bfloat16."""
+    compiled: bool = False
+    """Ours: the model is compiled."""
     precompute: bool = False
     """TRL: log-probs of the reference before training instead of in every step. (Ours always does.)"""
     weights: str = "float32"
     device: str = "cpu"
     learning_rate: float = 1e-4
+    logging_steps: int = 1
+    warm_up: int = 1
+    """The first so many batches are not timed."""
     seed: int = 0
 
     @property
