@@ -403,6 +403,16 @@ def test_what_a_metric_stands_on_is_missed_before_any_work(monkeypatch):
             tasks["seq2seq"](None, 8, []).check_metrics([spec])
 
 
+@pytest.mark.parametrize("broken", [ImportError("built for another numpy"), OSError("a library is not there"), RuntimeError("no")])
+def test_what_a_metric_stands_on_and_is_broken_is_missed_before_any_work(monkeypatch, broken):
+    def fails(*_, **__):
+        raise broken
+
+    monkeypatch.setattr("rouge_score.rouge_scorer.RougeScorer", fails)
+    with pytest.raises(type(broken)):
+        refuse_missing(["rouge"])
+
+
 def test_meteor_keeps_the_marks_of_a_word():
     """Of two Hindi words one is the same. Cut at their vowels, which are marks, they are four pieces, three of which are."""
     day, gift, my = "\u0926\u093f\u0928", "\u0926\u093e\u0928", "\u092e\u0947\u0930\u0947"
