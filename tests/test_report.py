@@ -213,6 +213,14 @@ def test_page(tmp_path, road):
     assert "| ppo | (nothing) | – | – | – |" in markdown
 
 
+def test_the_links_at_the_top_come_in_the_order_of_the_page(tmp_path, road):
+    write_report(tmp_path, "demo", road)
+    html, _ = written(tmp_path)
+    links = re.findall(r'<li><a href="#([a-z]+)">', html)
+    assert {"curves", "price"} < set(links)
+    assert links == re.findall(r'<h2 id="([a-z]+)"', html)
+
+
 def test_page_is_self_contained(tmp_path, road):
     write_report(tmp_path, "demo", road)
     html, _ = written(tmp_path)
