@@ -54,6 +54,13 @@ def test_replay_that_runs_out_says_so(capsys, folder):
     assert "asked for 90%, and there are no more" in said
 
 
+def test_replay_of_no_rows_is_refused(capsys, folder):
+    for verb, data in (("pretrain", "new.jsonl"), ("sft", "sft.jsonl")):
+        assert main(f"{verb} --model model --data {data} --replay 0.3 --plan".split()) == 2
+        assert "set replay_data" in capsys.readouterr().err
+        assert main(f"{verb} --model model --data {data} --replay 0 --plan".split()) == 0, "nothing is asked for"
+
+
 def enabled(seed=0):
     model = llama(seed)
     enable_forest(model)

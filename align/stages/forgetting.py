@@ -46,6 +46,14 @@ class ReplayFields(Fields):
     replay: float = Field(0.1, ge=0, lt=1)
     """Share of the training tokens that come from `replay_data`."""
 
+    @model_validator(mode="after")
+    def _replay_has_rows(self) -> Self:
+        if self.replay_data is None and self.replay and "replay" in self.model_fields_set:
+            raise ValueError(
+                f"replay {self.replay} is the share of old rows, and none are named: set replay_data, or leave replay out"
+            )
+        return self
+
 
 def probe(stage: Any, context: Context, encoder: Encoder, model: nn.Module) -> Callable[[], dict[str, float]]:
     """Measure the stage's probes before training; what is returned measures them after it, and gives both.
