@@ -593,6 +593,13 @@ def test_trl_is_one_word_away(command, adapter, capsys):
     assert {path.name for path in Path(theirs["path"]).iterdir()} >= {path.name for path in Path(ours["path"]).iterdir()}
 
 
+@pytest.mark.parametrize("command", [SFT + "sft.jsonl", "reward" + PAIRS, "dpo --beta 0.1" + PAIRS, "kto --beta 0.5" + PAIRS])
+def test_trl_stops_at_a_loss_that_is_not_finite(command, capsys):
+    command += " --engine trl --per_device_train_batch_size 2 --learning_rate 1e30 --warmup_ratio 0 --max_steps 4"
+    assert main(command.split()) == 2
+    assert re.search(r"(loss|norm) is \w+ at step \d; no update was made", capsys.readouterr().err)
+
+
 def test_a_stage_for_people(capsys):
     assert main((SFT + "sft.jsonl --name mine").split()) == 0
     first, *metrics = capsys.readouterr().out.splitlines()

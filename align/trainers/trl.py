@@ -1,7 +1,7 @@
 """The second engine: TRL's stable trainers on the same tokens, with the same history and output folder.
 
 It lets anyone check our numbers by changing one word, and serves models that the forest does not cover. Nothing here overrides a
-trainer's internals: data go in, a trainer comes out.
+trainer's internals but for the stop at a loss that is not finite: data go in, a trainer comes out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 from datasets import Dataset
 from peft import PeftModel
@@ -34,12 +34,20 @@ from trl import (
 
 from align.encode import Encoded
 from align.errors import AlignError
+from align.finite import FiniteTrainer
 from align.forest import Tree
 from align.rollout import Completion
 from align.schema import LabelledRow, PreferenceRow
 from align.scoring import Judge, component_means, plain
 
 GROUP_TRAINERS = {"grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}
+
+AnyTrainer = TypeVar("AnyTrainer")
+
+
+def _stopping(trainer: type[AnyTrainer]) -> type[AnyTrainer]:
+    """`trainer`, stopped before an update that is not finite, as `FiniteTrainer` is."""
+    return type(trainer.__name__, (FiniteTrainer, trainer), {})
 
 
 def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +74,9 @@ def sft_trainer(
         return Dataset.from_list(rows) if rows else None
 
     args = SFTConfig(**_plain(arguments), max_length=None)
-    return SFTTrainer(model, args, train_dataset=dataset(trees), eval_dataset=dataset(held), processing_class=tokenizer, **rest)
+    return _stopping(SFTTrainer)(
+        model, args, train_dataset=dataset(trees), eval_dataset=dataset(held), processing_class=tokenizer, **rest
+    )
 
 
 def reward_trainer(
@@ -86,7 +96,9 @@ def reward_trainer(
 
     center = center_rewards_coefficient or None
     args = RewardConfig(**_plain(arguments), max_length=None, center_rewards_coefficient=center)
-    return RewardTrainer(model, args, train_dataset=dataset(trees), eval_dataset=dataset(held), processing_class=tokenizer, **rest)
+    return _stopping(RewardTrainer)(
+        model, args, train_dataset=dataset(trees), eval_dataset=dataset(held), processing_class=tokenizer, **rest
+    )
 
 
 def dpo_trainer(
@@ -98,7 +110,7 @@ def dpo_trainer(
     **rest: Any,
 ) -> DPOTrainer:
     """`DPOTrainer` on our rows; it renders and tokenizes them itself. `arguments` are those of a `DPOConfig`."""
-    return DPOTrainer(
+    return _stopping(DPOTrainer)(
         model,
         _reference(model),
         DPOConfig(**_plain(arguments)),
@@ -118,7 +130,7 @@ def kto_trainer(
     **rest: Any,
 ) -> KTOTrainer:
     """`KTOTrainer` on our rows, in their order; it renders and tokenizes them itself. `arguments` are those of a `KTOConfig`."""
-    return KTOTrainer(
+    return _stopping(KTOTrainer)(
         model,
         _reference(model),
         KTOConfig(**_plain(arguments)),
@@ -171,7 +183,7 @@ def group_trainer(
         if folder is not None:
             model.save_pretrained(folder)  # type: ignore[operator]
             model.config._name_or_path = folder  # type: ignore[union-attr]
-        made = trainer(
+        made = _stopping(trainer)(
             model,
             _rewards(judge, rows, trees),
             config(**_plain(arguments)),
