@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import httpx
@@ -64,6 +65,13 @@ def test_the_answer_is_the_models_greedy_one(folders, name):
     messages = [Message(role="system", content="Be brief."), Message(role="user", content="How are you?")]
     pieces = list(Speaker(str(folders / name)).answer(messages, GREEDY))
     assert "".join(pieces).strip() == expected(folders / name, messages)
+
+
+def test_at_next_to_no_temperature_the_answer_is_greedy(folders):
+    asked = [Message(role="user", content="Hi")]
+    cold = Decoding(max_completion_length=8, temperature=1e-320)
+    speaker = Speaker(str(folders / "one"))
+    assert [*speaker.answer(asked, cold)] == [*speaker.answer(asked, GREEDY)]
 
 
 def test_an_adapter_answers_otherwise_than_its_base(folders):
@@ -369,6 +377,7 @@ REFUSED = {
     "a text for a list": ({"messages": "Hi"}, 400, "messages: Input should be a valid array"),
     "no tokens": ({**ASKED, "max_tokens": -1}, 400, "max_tokens: Input should be greater than or equal to 1"),
     "words for a number": ({**ASKED, "temperature": "hot"}, 400, "temperature: Input should be a valid number"),
+    "next to no temperature": ({**ASKED, "temperature": 1e-320}, 400, "0 is greedy, and the least above it is 1e-06"),
     "several answers": ({**ASKED, "n": 1000}, 400, "n: Input should be 1"),
     "half a pair": (json.dumps({"messages": [{"role": "user", "content": "\ud800"}]}).encode(), 400, "hex escape"),
     "a part without a type": ({"messages": [{"role": "user", "content": [{"text": "Hi"}]}]}, 400, "KeyError"),
@@ -395,6 +404,17 @@ def test_a_wrong_request_is_refused_in_one_line(folders):
         assert httpx.post(f"{address.removesuffix('/v1')}/load_model", json={"model": "owner/other"}).status_code == 404
         assert post({"prompt": 3}, "/completions").json()["error"]["message"].startswith("prompt: Input should be a valid string")
         assert post({"prompt": "Hi", "max_tokens": 2}, "/completions").status_code == 200
+
+
+def test_a_base_model_that_is_served_takes_no_conversation_and_says_what_to_do(folders, tokenizer):
+    from align.chat.server import REQUESTS, Guard
+
+    base = deepcopy(tokenizer)
+    base.chat_template = None
+    for path, asked in {"chat/completions": ASKED, "responses": {"input": "Hi"}, "completions": {"prompt": "Hi"}}.items():
+        wrong = Guard(None, base, None).wrong(REQUESTS[f"/v1/{path}"], json.dumps(asked).encode())
+        assert (wrong is None) == (path == "completions")
+        assert wrong is None or "no chat template, as base models have none: ask /v1/completions" in wrong
 
 
 def test_a_model_that_is_not_there_is_not_served(capsys):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from transformers import PreTrainedTokenizerBase
 
+from align.chat.speaker import COLDEST
 from align.errors import first_line
 
 MOST = 4 * 2**20
@@ -29,13 +30,20 @@ class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
+def _no_hair_above_0(temperature: float) -> float:
+    if 0 < temperature < COLDEST:
+        raise ValueError(f"0 is greedy, and the least above it is {COLDEST}")
+    return temperature
+
+
 class _Request(_Body):
     """What the requests have in common. Of fields that are not here their server knows more."""
 
+    needs_template: ClassVar[bool] = True
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0), AfterValidator(_no_hair_above_0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     n: Literal[1] | None = None
@@ -65,6 +73,7 @@ class _Chat(_Request):
 
 
 class _Text(_Request):
+    needs_template = False
     prompt: str
 
     def texts(self) -> list[str]:
@@ -129,6 +138,8 @@ class Guard:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
             return f"{place}: {first['msg']}" if place else first["msg"]
+        if kind.needs_template and not self.tokenizer.chat_template:
+            return "the model has no chat template, as base models have none: ask /v1/completions, or serve one that has"
         if self.context is None:
             return None
         tokens = sum(len(ids) for ids in self.tokenizer(["", *asked.texts()], add_special_tokens=False, verbose=False)["input_ids"])

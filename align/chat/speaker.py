@@ -16,10 +16,13 @@ from align.models import best_device, load_causal_lm, load_tokenizer, stop_token
 from align.registry import Registry
 from align.schema import Message
 
+COLDEST = 1e-6
+"""At a lower temperature nothing but the greedy answer is drawn, and logits divided by it may be beyond float32."""
+
 
 @dataclass(frozen=True)
 class Decoding:
-    """How an answer is drawn. ``temperature=0`` is greedy; ``top_p=1`` and ``top_k=0`` switch those filters off."""
+    """How an answer is drawn. A temperature below `COLDEST` is greedy; ``top_p=1`` and ``top_k=0`` switch those filters off."""
 
     max_completion_length: int = 256
     temperature: float = 0.7
@@ -67,7 +70,7 @@ class Speaker:
             )
         prompt = torch.tensor([ids], device=self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        sampled = decoding.temperature > 0
+        sampled = decoding.temperature >= COLDEST
         settings = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k} if sampled else {}
         failed: list[Exception] = []
         left = Event()  # nobody listens any more
