@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import sys
 import time
@@ -17,6 +18,15 @@ from align.runner.files import json_lines, write_atomically
 
 SHOWN = ("loss", "eval_loss", "rewards/accuracies", "accuracy", "objective/scores", "reward", "objective/kl", "mean_token_accuracy")
 """Metrics worth a place beside the progress bar."""
+
+OVERRIDES = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Characters that turn round the order in which letters are shown, of what stands behind them, too."""
+STEERING = re.compile(rf"[\x00-\x08\x0b-\x1f\x7f-\x9f{OVERRIDES}]")
+
+
+def harmless(text: str) -> str:
+    """`text` with control characters, by which a model could steer the terminal, and `OVERRIDES` as their escapes."""
+    return STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def say(line: str) -> None:

@@ -147,9 +147,9 @@ def test_history_goes_on_from_the_better_answer(tmp_path):
 
 def test_an_answer_does_not_steer_the_terminal():
     """Tokens of bytes spell any control character; the conversation keeps what was said."""
-    said, written = "\x1b[2J\x9bgone\r\n\tكلا 👩‍🔬", []
+    said, written = "\x1b[2J\x9bgone\r\n\t\u202eكلا \u2067👩‍🔬", []
     assert Talk([Parrot(said)], GREEDY).ask("?", written.append) == [f"{said} 1"]
-    assert "".join(written) == "\\x1b[2J\\x9bgone\\r\n\tكلا 👩‍🔬 1\n"
+    assert "".join(written) == "\\x1b[2J\\x9bgone\\r\n\t\\u202eكلا \\u2067👩‍🔬 1\n"
 
 
 def test_undo_takes_back_a_turn_and_never_the_system_prompt():

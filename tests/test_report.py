@@ -549,6 +549,13 @@ def test_answers_survive_their_way_into_the_page(make):
     assert [row["turns"][0][1] for row in read["rows"]] == list(NASTY)
 
 
+def test_an_answer_neither_turns_letters_round_nor_steers_a_terminal(make):
+    rows = [{"turns": [], "columns": "", "answers": {"a": {"sampled": {"text": "\u202etxt.\u2066exe", "reward": None}}}}]
+    (read,) = json.loads(payload([(make("evaluate", "evaluate"), rows)]))
+    assert read["rows"][0]["answers"]["a"]["sampled"]["text"] == "\\u202etxt.\\u2066exe"
+    assert pages.markdown("\x1b[2J\u202egone") == "\\x1b\\[2J\\u202egone"
+
+
 def test_what_a_model_says_of_nan_is_kept_and_a_reward_that_is_none_is_null(make):
     rewards = (math.nan, math.inf, -math.inf, 0.5)
     rows = [{"answers": {"ppo": {"greedy": {"text": "np.isNaN, Infinity", "reward": reward}}}} for reward in rewards]

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
-from unicodedata import category
 
 from align.chat.speaker import Decoding, Speaker
 from align.chat.votes import add_vote
 from align.errors import AlignError
-from align.progress import say
+from align.progress import harmless, say
 from align.schema import Message
 
 HELP = "/reset begins anew, /undo takes back the last turn, /system TEXT sets a system prompt, /quit ends"
@@ -64,11 +63,6 @@ class Talk:
                     add_vote(self.votes, self.messages, named[kept], named[1 - kept])
         self.messages.append(Message(role="assistant", content=answers[kept]))
         return answers
-
-
-def harmless(text: str) -> str:
-    """`text` with control characters, by which a model could steer the terminal, as their escapes."""
-    return "".join(ascii(letter)[1:-1] if category(letter) == "Cc" and letter not in "\n\t" else letter for letter in text)
 
 
 def talk_at_terminal(talk: Talk) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align.artifact import Artifact
+from align.progress import OVERRIDES
 from align.report.results import finite
 from align.runner.files import json_lines
 
@@ -34,9 +35,13 @@ def _said(turn: Mapping[str, Any]) -> str:
 
 
 def payload(answered: Iterable[tuple[Artifact, list[dict[str, Any]]]]) -> str:
-    """All answers as JSON that can stand inside a ``<script>`` element whatever it holds: no ``<``, ``>`` or ``&``."""
+    """All answers as JSON that can stand inside a ``<script>`` element whatever it holds: no ``<``, ``>`` or ``&``. What would turn
+    round the order of letters is shown as its escape.
+    """
     content = [{"name": artifact.name, "rows": rows} for artifact, rows in answered]
     text = json.dumps(finite(content), ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
+    for character in OVERRIDES:
+        text = text.replace(character, f"\\\\u{ord(character):04x}")
     return text

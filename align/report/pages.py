@@ -17,7 +17,7 @@ import yaml
 from align.artifact import Artifact
 from align.diagnostics.case import figure
 from align.diagnostics.doctor import CURVATURE, Patient, diagnose, verdict
-from align.progress import duration
+from align.progress import duration, harmless
 from align.report import compare, draw
 from align.report.answers import payload, samples
 from align.report.curves import journeys, panels
@@ -107,9 +107,11 @@ def first_words(text: str, most: int = 22) -> str:
 
 
 def markdown(value: Any) -> str:
-    """`value` as inline Markdown text on one line, whatever it holds: no markup, no HTML, no table cell's end."""
+    """`value` as inline Markdown text on one line, whatever it holds: no markup, no HTML, no table cell's end, nothing that steers
+    a terminal.
+    """
     if hasattr(value, "__html__"):  # marked as safe
         return str(value)
     text = html.escape(str(value), quote=False)
     text = re.sub(r"[\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", text)
-    return "<br>".join(text.splitlines())
+    return "<br>".join(map(harmless, text.splitlines()))
