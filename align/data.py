@@ -181,6 +181,8 @@ class Rows:
     """Place (file and row) and reason of the first 1,000 rows that were set aside."""
     places: list[tuple[str, int]] = field(default_factory=list)
     """File and number there of each row, where the reader kept them."""
+    others: list[Raw] = field(default_factory=list)
+    """Columns behind each row that say nothing to its format, where the reader kept them."""
 
     def summary(self) -> str:
         """``697 rows = 690 used + 7 set aside (7 identical chosen and rejected)``: one line that adds up."""

@@ -121,3 +121,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert len(load_rows("more.jsonl", "preference").rows) == account["written"] == 20
     assert main(["data", "augment", "pairs.jsonl", "--how", "parphrases", "--output", "more.jsonl"]) == 2
     assert "did you mean 'paraphrases'?" in capsys.readouterr().err
+
+
+def test_a_column_called_origin_is_a_column(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    own = ["web", {"row": 7, "how": "paraphrases"}]
+    write_rows("prompts.jsonl", [{"prompt": f"Say {i}", "origin": origin} for i, origin in enumerate(own)])
+    assert main(["data", "augment", "prompts.jsonl", "--how", "paraphrases", "--output", "more.jsonl"]) == 0
+    assert "paraphrases: 2 rows" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "more.jsonl").read_text().splitlines()]
+    assert [row["origin"] for row in rows] == [*own, *({"row": i, "how": "paraphrases"} for i in (1, 2))]

@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 
@@ -468,6 +469,34 @@ def test_split_writes_two_files(dirty, capsys):
     assert account["train"] + account["test"] + account["between"] == account["rows"] == 7
     loaded = {side: load_rows(f"parts/{side}.jsonl", "preference").rows for side in ("train", "test")}
     assert not {row.prompt for row in loaded["train"]} & {row.prompt for row in loaded["test"]}
+
+
+def test_other_columns_stay_with_their_rows(tmp_path, monkeypatch):
+    """Masked where rows are; one that would say something to another format under another name, as `data convert` writes it."""
+    monkeypatch.chdir(tmp_path)
+    told = [("2 and 2", "4 it is"), ("the sea", "blue"), ("2 and 2", "4 it is"), ("a cat's voice", "meow")]
+    rows = [
+        {"instruction": f"Tell me of {what}", "output": said, "id": i, "text": f"by a{i}@b.org"}
+        for i, (what, said) in enumerate(told)
+    ]
+    write_rows("rows.jsonl", rows)
+    commands = {
+        "clean --mask email --rules exact_duplicates --output out/clean.jsonl": {"clean": [0, 1, 3], "clean.removed": [2]},
+        "augment --how paraphrases --output out/more.jsonl": {"more": [*range(4), *range(4)]},
+        "split --held_out 0.5 --output_dir out": {},
+    }
+    for command, files in commands.items():
+        verb, *flags = command.split()
+        assert main(["data", verb, "rows.jsonl", *flags]) == 0
+        for file, ids in files.items():
+            written = [json.loads(line) for line in Path(f"out/{file}.jsonl").read_text().splitlines()]
+            written = [row.get("row", row) for row in written]
+            assert [row["id"] for row in written] == ids
+            for row in written:
+                assert row["messages"][-1]["content"] == told[row["id"]][1]
+                assert row["source_text"] == ("by [EMAIL]" if file == "clean" else f"by a{row['id']}@b.org")
+    sides = [json.loads(line) for side in ("train", "test") for line in Path(f"out/{side}.jsonl").read_text().splitlines()]
+    assert {(row["id"], row["messages"][-1]["content"]) for row in sides} == {(i, said) for i, (_, said) in enumerate(told)}
 
 
 @pytest.mark.parametrize(

@@ -22,16 +22,20 @@ def add(actions: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from collections import Counter
+    from itertools import compress
 
-    from align.data import write_rows
+    from align.data import plain_fields, write_rows
     from align.quality.augment import augment
     from align.quality.reading import read
 
     check_outputs([options.file], options.output)
     loaded = read(options.file, options.kind, format=options.format, split=options.split)
     rows = augment(loaded.rows, options.how, options.seed)
-    write_rows(options.output, rows)
-    made = Counter(row["origin"]["how"] for row in rows if "origin" in row)
+    own = [plain_fields(row).get("origin") for row in loaded.rows]  # a column of that name, as a prompt may have it
+    new = [i >= len(own) or row.get("origin") != own[i] for i, row in enumerate(rows)]
+    numbers = [row["origin"]["row"] - 1 if is_new else i for i, (row, is_new) in enumerate(zip(rows, new, strict=True))]
+    write_rows(options.output, ({**loaded.others[n], **row} for n, row in zip(numbers, rows, strict=True)))
+    made = Counter(row["origin"]["how"] for row in compress(rows, new))
     counts = {how: made[how] for how in options.how}
     account = {"file": options.file, "loaded": loaded.summary(), "rows": len(loaded.rows), "written": len(rows), "made": counts}
     if options.json:

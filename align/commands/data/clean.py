@@ -27,7 +27,7 @@ def add(actions: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     from align.data import plain_fields, write_rows
     from align.quality.cleaning import clean
-    from align.quality.personal import patterns
+    from align.quality.personal import mask_values, patterns
     from align.quality.reading import read
     from align.quality.rules import DEFAULT
 
@@ -41,11 +41,18 @@ def run(options: argparse.Namespace) -> int:
     specs = [*(options.rules or DEFAULT), *options.also]
     if options.against:
         specs.append(f"contaminated(against={tuple(options.against)!r})")
-    cleaned = clean(loaded.rows, specs, list(patterns) if options.mask == ["all"] else options.mask)
+    masks = list(patterns) if options.mask == ["all"] else options.mask
+    cleaned = clean(loaded.rows, specs, masks)
     written = []
     if options.output is not None:
-        removed = [_removed(*loaded.places[n - 1], rule, why, plain_fields(row)) for n, rule, why, row in cleaned.removed]
-        write_rows(options.output, cleaned.kept)
+        beside = {n: mask_values(columns, masks)[0] for n, columns in enumerate(loaded.others, start=1)}
+        removed = [
+            _removed(*loaded.places[n - 1], rule, why, {**loaded.others[n - 1], **plain_fields(row)})
+            for n, rule, why, row in cleaned.removed
+        ]
+        for n, *_ in cleaned.removed:
+            del beside[n]
+        write_rows(options.output, ({**beside[n], **plain_fields(row)} for n, row in zip(beside, cleaned.kept, strict=True)))
         write_rows(aside, [*unread.rows, *removed])
         written = [str(options.output), str(aside)]
     account = {"file": options.file, "loaded": loaded.summary(), **cleaned.account(loaded.places), "written": written}

@@ -22,7 +22,7 @@ def add(actions: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from align.data import write_rows
+    from align.data import plain_fields, write_rows
     from align.quality.duplicates import THRESHOLD
     from align.quality.reading import read
     from align.quality.splits import split_rows
@@ -31,10 +31,11 @@ def run(options: argparse.Namespace) -> int:
     check_outputs([options.file], *files.values())
     loaded = read(options.file, options.kind, format=options.format, split=options.split)
     split = split_rows(loaded.rows, options.held_out, options.seed, THRESHOLD if options.threshold is None else options.threshold)
+    others = {id(row): columns for row, columns in zip(loaded.rows, loaded.others, strict=True)}
     parts = {"train": split.train, "test": split.held_out, "between": split.between}
     for name, rows in parts.items():
         if rows or name != "between":
-            write_rows(files[name], rows)
+            write_rows(files[name], ({**others[id(row)], **plain_fields(row)} for row in rows))
         else:
             files[name].unlink(missing_ok=True)  # that of an earlier split
     counts = {"rows": len(loaded.rows), **{name: len(rows) for name, rows in parts.items()}}
