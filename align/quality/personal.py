@@ -30,14 +30,14 @@ def email(match: re.Match[str]) -> bool:
     return True
 
 
-@personal(r"(?<![\w.])(?:\+\d{1,3}[ .-]?)?(?:\(\d{1,4}\)[ .-]?)?\d{2,4}(?:[ .-]\d{2,4}){2,4}(?![\w.-])")
+@personal(r"(?<![\w.])(?:\+\d{1,3}[ .-]?)?(?:\(\d{1,4}\)[ .-]?)?\d{2,4}(?:[ .-]\d{2,4}){2,4}(?![\w-]|\.\w)")
 def phone(match: re.Match[str]) -> bool:
     """Groups of digits, 9 to 15 in all, that are no date: with a country code, an area in brackets, or three groups or more."""
     digits = re.sub(r"\D", "", match[0])
     return 9 <= len(digits) <= 15 and not re.fullmatch(r"\d{4}[.-]\d{2}[.-]\d{2}.*", match[0])
 
 
-@personal(r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?![\d.])")
+@personal(r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?!\d|\.\d)")
 def ip(match: re.Match[str]) -> bool:
     """A public address of IPv4: private, local and reserved ones name nobody."""
     from ipaddress import ip_address
