@@ -214,6 +214,7 @@ def test_unknown_rules_and_arguments():
         ("ip", "from 8.8.8.8, not 127.0.0.1, 999.1.1.1 or 1.2.3.4.5", "from [IP], not 127.0.0.1, 999.1.1.1 or 1.2.3.4.5"),
         ("phone", "Call 030 901 8200. Or 555.123.4567.", "Call [PHONE]. Or [PHONE]."),
         ("ip", "It is 8.8.8.8. Or 8.8.4.4... Never 8.8.8.8.8", "It is [IP]. Or [IP]... Never 8.8.8.8.8"),
+        ("ip", "Version 1.2.3.4, v1.2.3.4 and build: 1.2.3.4 at 1.2.3.4", "Version 1.2.3.4, v1.2.3.4 and build: 1.2.3.4 at [IP]"),
         ("credit_card", "4111 1111 1111 1111, not 4111 1111 1111 1112", "[CREDIT_CARD], not 4111 1111 1111 1112"),
         ("iban", "DE89 3704 0044 0532 0130 00, not DE88 3704 0044 0532 0130 00", "[IBAN], not DE88 3704 0044 0532 0130 00"),
         ("ssn", "123-45-6789, not 000-45-6789", "[SSN], not 000-45-6789"),

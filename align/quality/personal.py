@@ -9,6 +9,9 @@ from typing import Any
 
 from align.catalog import Catalog
 
+VERSION = re.compile(r"(?:\b(?:version|release|firmware|build):? ?|\bv\.? ?)$", re.IGNORECASE)
+"""Before four numbers that are those of a version."""
+
 Finder = Callable[[re.Match[str]], bool]
 patterns: Catalog[Any] = Catalog("kind of personal data")
 """What can be masked: functions that say whether a match is one; their attribute `pattern` finds candidates."""
@@ -39,9 +42,11 @@ def phone(match: re.Match[str]) -> bool:
 
 @personal(r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?!\d|\.\d)")
 def ip(match: re.Match[str]) -> bool:
-    """A public address of IPv4: private, local and reserved ones name nobody."""
+    """A public address of IPv4: private, local and reserved ones name nobody, and what stands behind "version" is none."""
     from ipaddress import ip_address
 
+    if VERSION.search(match.string[max(0, match.start() - 12) : match.start()]):
+        return False
     try:
         return ip_address(match[0]).is_global
     except ValueError:
