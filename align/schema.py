@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable
 from numbers import Real
@@ -253,7 +254,9 @@ def short(value: Any) -> str:
 
 
 def label_name(value: Any) -> str:
-    """What a class or an answer is called: a number as it is written (51.0 as 51), anything else as it is."""
+    """What a class or an answer is called: a number as it is written (51.0 as 51, in a table, too), anything else as it is."""
+    if isinstance(value, str):
+        return re.sub(r"^(-?\d+)\.0+$", r"\1", value)
     return str(math.floor(value)) if isinstance(value, Real) and value == value // 1 else str(value)
 
 

@@ -177,6 +177,14 @@ def test_the_first_line_of_a_table(tmp_path: Path) -> None:
         assert "b.csv row 1, the columns fit no format of sft rows, as the first line has a number, an empty cell or one" in said
 
 
+def test_a_label_that_is_a_number_is_one_class_in_every_file(tmp_path: Path) -> None:
+    """pandas writes whole numbers beside a gap as 1.0."""
+    table = write(tmp_path / "a.csv", b"text,label\nGood.,1.0\nBad.,-2.00\nSo.,0.5\nNew.,v1.0\n")
+    assert [row.label for row in load_rows(table, "classification").rows] == ["1", "-2", "0.5", "v1.0"]
+    lines = write(tmp_path / "a.jsonl", b'{"text": "Good.", "label": 1.0}\n{"text": "Bad.", "label": -2}\n')
+    assert [row.label for row in load_rows(lines, "classification").rows] == ["1", "-2"]
+
+
 def test_spaces_behind_the_commas_of_a_table(tmp_path: Path) -> None:
     """The second column was called " completion", so that rows were prompts without answers, and its quotes were text."""
     table = write(tmp_path / "a.csv", b'prompt, completion\nWho?, "Lily, I say"\nWhy?, So\n')

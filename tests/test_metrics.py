@@ -102,6 +102,7 @@ def test_the_examples_of_scikit_learn():
 def test_labels_of_a_file_and_of_a_model_are_the_same():
     assert one("accuracy", predictions=["1", "0"], references=[1, 1]) == 0.5
     assert one("accuracy", predictions=[1, 0, 2], references=[1.0, 0.0, 2.0]) == 1
+    assert one("accuracy", predictions=["1.0", "0.0"], references=[1, 0]) == 1
     assert one("accuracy", predictions=[True, False, True], references=[1, 0, 0]) == pytest.approx(2 / 3)
     assert one("accuracy", predictions=["True", "False"], references=[True, False]) == 1
     assert one("accuracy", predictions=[0.5, 1], references=["0.5", "1"]) == 1
