@@ -441,13 +441,18 @@ class Encoder:
             except Refused as refusal:
                 set_aside[str(refusal)] += 1
                 continue
+            whole = tree
             if self.max_length is not None and tree.longest > self.max_length:
                 shorter = _shorten(tree, self.max_length)
                 if shorter is None:
                     set_aside[f"leave no room for an answer within {self.max_length} tokens"] += 1
                     continue
-                cut_rows, cut_tokens = cut_rows + 1, cut_tokens + tree.tokens - shorter.tokens
                 tree = shorter
+            if len(tree.branches) == 2 and tree.branches[0] == tree.branches[1]:  # nothing to prefer
+                set_aside[f"have twice the same answer{'' if tree is whole else f' within {self.max_length} tokens'}"] += 1
+                continue
+            if tree is not whole:
+                cut_rows, cut_tokens = cut_rows + 1, cut_tokens + whole.tokens - tree.tokens
             trees.append(tree)
             kept.append(row)
         return Encoded(trees, kept, set_aside, cut_rows, cut_tokens)

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from itertools import compress
 
 import pytest
 from helpers import add_begin, learned
@@ -260,7 +261,9 @@ class TestLengths:
         assert len(plain.tokenizer(self.answers(50))["input_ids"]) == 50
 
     def test_counts_add_up(self, plain):
-        """Prompts of 1 to 12 words, answers of 1 to 9 words and an end token, at most 10 tokens: counted by hand."""
+        """Prompts of 1 to 12 words, answers of 1 to 9 words and an end token, at most 10 tokens: counted by hand. Two pairs have
+        the same beginnings, and nothing else is left of them.
+        """
         rng = random.Random(0)
         sizes = [(rng.randint(1, 12), rng.randint(1, 9), rng.randint(1, 9)) for _ in range(60)]
         rows = [
@@ -269,7 +272,14 @@ class TestLengths:
         ]
         plain.max_length = 10
         result = plain.preference(rows)
-        kept = [(p, c + 1, r + 1) for p, c, r in sizes if p < 10]
+        read = [
+            [f"{answer} end".split()[: 10 - p] for answer in (row.chosen, row.rejected)]
+            for row, (p, _, _) in zip(rows, sizes, strict=True)
+        ]
+        same = [p < 10 and chosen == rejected for (p, _, _), (chosen, rejected) in zip(sizes, read, strict=True)]
+        used = [p < 10 and not twice for (p, _, _), twice in zip(sizes, same, strict=True)]
+        assert sum(same) == result.set_aside["have twice the same answer within 10 tokens"] == 2
+        kept = [(p, c + 1, r + 1) for p, c, r in compress(sizes, used)]
         cut = [max(0, p + c - 10) + max(0, p + r - 10) for p, c, r in kept]
         assert len(result.trees) == len(result.rows) == len(kept)
         assert sum(result.set_aside.values()) == 60 - len(kept) > 0
@@ -277,9 +287,22 @@ class TestLengths:
         assert result.cut_rows > 0
         assert max(tree.longest for tree in result.trees) == 10
         assert all(all(tree.branches) for tree in result.trees)
-        assert result.rows == [row for row, (p, _, _) in zip(rows, sizes, strict=True) if p < 10]
+        assert result.rows == [*compress(rows, used)]
         assert f"60 rows = {len(kept)} used + {60 - len(kept)} set aside" in result.summary()
         assert f"{sum(cut)} tokens cut from {result.cut_rows} rows" in result.summary()
+
+    def test_a_pair_that_is_no_longer_one_is_set_aside(self, plain):
+        plain.max_length = 4
+        rows = [
+            PreferenceRow(prompt=" one", chosen=f" two two two{end}", rejected=" two two two six")
+            for end in (" five", " four five")
+        ]
+        result = plain.preference([*rows, PreferenceRow(prompt=" one", chosen=" two two six", rejected=" two two two two")])
+        assert [len(branch) for tree in result.trees for branch in tree.branches] == [3, 3]
+        assert (result.cut_rows, result.cut_tokens) == (1, 3)
+        assert "3 rows = 1 used + 2 set aside (2 have twice the same answer within 4 tokens)" in result.summary()
+        plain.max_length = None
+        assert len(plain.preference(rows).trees) == 2
 
     def test_an_answer_is_cut_and_a_prompt_is_not(self, plain):
         plain.max_length = 6
