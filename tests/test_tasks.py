@@ -74,6 +74,7 @@ def folder(tmp_path_factory, tokenizer, words):
     write_rows(folder / "tagged.jsonl", tagged * 4)
     write_rows(folder / "longer.jsonl", [{"text": "cat " * 160, "label": label} for label in ("cat", "mat")])
     write_rows(folder / "longer.said.jsonl", [{"prompt": "say cat", "completion": "cat " * 200}])
+    write_rows(folder / "longer.asked.jsonl", [{"prompt": "cat " * 200, "completion": "cat"}])
     context = "the cat sat on a mat and said hello to me"
     asked = [("who sat?", "the cat"), ("on what?", "a mat"), ("said what?", "hello")]
     write_rows(
@@ -470,7 +471,15 @@ MISTAKES = {
     ),
     "a target longer than the model": (
         "task --task seq2seq --task_args.longest_answer 200 --model bart --data longer.said.jsonl",
-        "the longest row has 200 tokens, and BartForConditionalGeneration has places for 64: ",
+        "answer may have 200 tokens, and BartForConditionalGeneration has places for 64: set task_args.longest_answer to 64 or",
+    ),
+    "answers that may become longer than the model": (
+        "task --task seq2seq --task_args.longest_answer 65 --model bart --data said.jsonl --eval_data said.jsonl",
+        "answer may have 65 tokens, and BartForConditionalGeneration has places for 64: set task_args.longest_answer to 64 or",
+    ),
+    "a source longer than the model": (
+        "task --task seq2seq --model bart --data longer.asked.jsonl",
+        "the longest row has 2.. tokens, and BartForConditionalGeneration has places for 64: set max_length to 64 or less",
     ),
     "an argument of another type": (
         "task --task qa --task_args.stride x --model bert --data asked.jsonl",

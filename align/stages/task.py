@@ -61,12 +61,11 @@ class TaskTraining(TrainingStage):
         tasks.check_values(self.task, self.task_args)
 
     def run(self, context: Context) -> dict[str, Any]:
-        from align.engine import check_reach
         from align.errors import AlignError
         from align.models import load_tokenizer
         from align.stages import training as t
         from align.tasks import tasks
-        from align.tasks.base import labels_of_head, save_task, tokens, used
+        from align.tasks.base import labels_of_head, save_task, used
         from align.tuning.soft import is_decoder
 
         cls = tasks[self.task]
@@ -88,7 +87,7 @@ class TaskTraining(TrainingStage):
         model = t.make_ready(self, context.name, model, tokenizer, None, context.folder)
         train = used(task.features(rows, training=True), context.name)
         test = used(task.features(held, training=False), f"{context.name} (held out)") if held else None
-        check_reach(model, max(map(tokens, [*train.items, *(test.items if test else [])])))
+        task.check_reach(model, [*train.items, *(test.items if test else [])])
         arguments = {**t.training_arguments(self, context, has_eval=test is not None), **task.arguments()}
         trainer = task.trainer(
             model=model,

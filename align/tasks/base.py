@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from align.catalog import Catalog
+from align.engine import check_reach
 from align.errors import AlignError
 from align.finite import FiniteTrainer
 from align.metrics import columns_of, measure
@@ -92,6 +93,10 @@ class Task:
             fields["id2label"] = dict(enumerate(self.labels))
             fields["label2id"] = {label: i for i, label in enumerate(self.labels)}
         return load_model(self.auto, path, **options, **fields)
+
+    def check_reach(self, model: nn.Module, items: Sequence[Feature]) -> None:
+        """Raise `AlignError` where `model` has places for fewer tokens than the longest of `items` has."""
+        check_reach(model, max(map(tokens, items)))
 
     def features(self, rows: Sequence[Any], *, training: bool) -> Features:
         """Rows as the model takes them; with `training` those without a usable target are set aside."""

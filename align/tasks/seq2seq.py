@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
+from torch import nn
 from transformers import (
     AutoModelForSeq2SeqLM,
     DataCollatorForSeq2Seq,
@@ -15,6 +16,8 @@ from transformers import (
     Seq2SeqTrainingArguments,
 )
 
+from align.engine import check_reach
+from align.errors import AlignError
 from align.rewards import text_of
 from align.schema import SFTRow, Text
 from align.tasks.base import Feature, Features, Task, TaskTrainer, task
@@ -50,6 +53,17 @@ class Seq2Seq(Task):
     ) -> None:
         super().__init__(tokenizer, max_length, labels)
         self.prefix, self.longest_answer = prefix, longest_answer
+
+    def check_reach(self, model: nn.Module, items: Sequence[Feature]) -> None:
+        """As in every task; and the decoder must have places for as many tokens as an answer may come to have."""
+        try:
+            check_reach(model, self.longest_answer)
+        except AlignError as error:  # it speaks of rows
+            told = (
+                str(error).replace("longest row has", "longest answer may have").replace("max_length", "task_args.longest_answer")
+            )
+            raise AlignError(told) from error
+        super().check_reach(model, items)
 
     def features(self, rows: Sequence[SFTRow], *, training: bool) -> Features:
         made, end = Features(), self.tokenizer.eos_token_id
