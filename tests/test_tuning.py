@@ -1,6 +1,7 @@
 """Strategies on their own: what they refuse, virtual tokens against peft's own, references without a second copy, hand-over."""
 
 import random
+import warnings
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from trl import SFTConfig
 
 from align.data import write_rows
 from align.engine import enable_forest
@@ -23,6 +25,7 @@ from align.models import disable_dropout, load_causal_lm, load_language_model, l
 from align.pipeline import Run
 from align.recipe import Recipe
 from align.rollout import Sampling, complete
+from align.runner.worker import quiet
 from align.scoring import branch_logps
 from align.stages import SFT, Preference, Pretrain, RewardModel
 from align.trainers.objectives import LanguageModel
@@ -471,3 +474,12 @@ def test_an_adapter_of_a_reward_model_is_continued_with_its_head(ground, tokeniz
         Run(Recipe("r", {"r": stage}), ground / "out").execute()["r"].metrics["trainable_parameters"]
         == trainable(model)["trainable_parameters"]
     )
+
+
+def test_what_peft_and_trl_call_by_an_old_name_is_not_told_to_the_user(tmp_path):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        quiet()
+        tune(llama(), Tuning("lora"))
+        SFTConfig(output_dir=str(tmp_path), gradient_checkpointing=False, report_to=[], use_cpu=True)
+    assert not [warning for warning in told if issubclass(warning.category, FutureWarning)]

@@ -54,7 +54,9 @@ def curvature(options: argparse.Namespace) -> int:
     from align.diagnostics.curvature.load import Rows
     from align.models import is_classifier
     from align.runner.files import write_atomically
+    from align.runner.worker import quiet
 
+    quiet()
     kind = options.kind or ("preference" if is_classifier(path) else "sft")
     rows = Rows(options.data, kind, options.rows, options.max_length, options.max_tokens_per_micro_batch)
     measured = [_measure(name, place, rows, options) for name, place in places]

@@ -21,12 +21,10 @@ def add(verbs: Any) -> None:
 
 
 def export(options: argparse.Namespace) -> int:
-    from transformers.utils import logging
-
+    from align.runner.worker import quiet
     from align.tuning.export import export
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     exported = export(options.name, options.to, merge=options.merge, dtype=options.dtype, max_shard_size=options.max_shard_size)
     print(json.dumps(asdict(exported), indent=1) if options.json else exported.path)
     return 0

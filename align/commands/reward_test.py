@@ -74,7 +74,9 @@ def run(arguments: list[str]) -> int:
 
 def _trial(rewards: RewardSet, options: argparse.Namespace) -> Trial:
     from align.rewards.trial import run_trial
+    from align.runner.worker import quiet
 
+    quiet()
     rows, completions, ids, pairs = _sampled(options) if options.model else _given(options)
     from align.scoring import plain, row_columns
 
