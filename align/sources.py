@@ -115,6 +115,8 @@ def _data_files(path: Path, split: str) -> list[Path]:
     """
     if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise AlignError(f"{path}: is neither a file nor a folder; data are read more than once, so write a pipe's to a file")
     files = [file for file in _files(path) if type_of(file) in READERS and file.name not in NOT_DATA]
     if not files:
         raise AlignError(f"{path}: no data files in this folder; expected {', '.join(READERS)}, plain or with .gz or .zst")

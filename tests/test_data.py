@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -356,6 +357,11 @@ def test_refused_sources(tmp_path: Path) -> None:
     assert "a.csv row 1, the table has 2 columns" in refusal(write(tmp_path / "a.csv", b"prompt,completion\r\nx\r\n"), "sft")
     assert "a.parquet: cannot be read: Arrow" in refusal(write(tmp_path / "a.parquet", b"PAR1 not really"), "sft")
     assert "on_bad_row: got 'skip'" in refusal(tmp_path / "pairs.jsonl", "sft", on_bad_row="skip")
+
+
+def test_what_is_neither_a_file_nor_a_folder(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    assert "rows.jsonl: is neither a file nor a folder" in refusal(tmp_path / "rows.jsonl", "preference")
 
 
 def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
