@@ -19,7 +19,7 @@ from align.errors import AlignError
 from align.forest import Tree
 from align.intake.kinds import replies
 from align.metrics import columns_of, measure
-from align.metrics.base import check, refuse_missing
+from align.metrics.base import check, check_columns, refuse_missing
 from align.metrics.judge import JudgeModel
 from align.metrics.preferences import preferences
 from align.models import best_device, load_causal_lm, load_tokenizer, stop_token_ids
@@ -108,6 +108,8 @@ class Evaluation:
         if asked and self._needs_references():
             asked, self.references = self._with_references(asked)
         self.prompts = [row for row, _, _ in asked[: stage.max_prompts]]
+        for spec in answered if self.prompts else []:
+            check_columns(check(spec)[0], [*row_columns(self.prompts), "predictions", "references"])
         perplexity = talks and len(answered) < len(stage.metrics)  # asked for by its name
         self.demonstrations = self._readable(stage.perplexity_data or (stage.data if perplexity else None))
         self.pairs = self._rows(stage.preference_data, "preference")

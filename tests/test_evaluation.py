@@ -318,6 +318,13 @@ def test_a_mistake_is_one_line(capsys, command, message):
     assert not list(home().glob("stages/*"))
 
 
+@pytest.mark.parametrize(("metric", "column"), [("ifeval", "instruction_id_list"), ("win_rate", "scores")])
+def test_a_column_that_a_metric_needs_is_missed_before_any_answer(metric, column, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "complete", lambda *_: pytest.fail("answers were sampled"))
+    assert main(f"eval one --data alpaca.jsonl --metrics {metric}{SHORT}".split()) == 2
+    assert f"metric '{metric}' needs '{column}'; given: " in capsys.readouterr().err
+
+
 def test_reward_models_are_measured_for_calibration_and_length(folder, tmp_path, tokenizer):
     from helpers import build
 

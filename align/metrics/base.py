@@ -44,10 +44,8 @@ def measure(spec: str, **columns: Any) -> dict[str, float]:
     given = {key: column for key, column in columns.items() if column is not None}
     if name.startswith(HUB):
         return _from_the_hub(name, settings, given)
-    needed = columns_of(name)
-    if absent := [column for column in needed if column not in given]:
-        raise AlignError(f"metric {name!r} needs {absent[0]!r}; given: {', '.join(given) or 'nothing'}")
-    used = {column: given[column] for column in needed}
+    check_columns(name, given)
+    used = {column: given[column] for column in columns_of(name)}
     _check_lengths(name, used)
     return {key: float(value) for key, value in metrics[name](**used, **settings).items()}
 
@@ -87,6 +85,13 @@ def refuse_missing(specs: Iterable[str]) -> None:
             raise
         except NO_VALUES:
             continue
+
+
+def check_columns(name: str, given: Iterable[str]) -> None:
+    """Raise `AlignError` where the metric `name` reads a column that is none of those `given`."""
+    given = list(given)
+    if absent := [column for column in columns_of(name) if column not in given]:
+        raise AlignError(f"metric {name!r} needs {absent[0]!r}; given: {', '.join(given) or 'nothing'}")
 
 
 def columns_of(name: str) -> list[str]:
