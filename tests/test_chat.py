@@ -368,6 +368,7 @@ def test_the_served_answer_is_the_local_greedy_one_or_drawn_as_asked(folders, na
 
 
 ASKED = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
 REFUSED = {
     "no JSON": (b"{", 400, "EOF while parsing"),
     "no object": (b"[1]", 400, "Input should be an object"),
@@ -377,10 +378,15 @@ REFUSED = {
     "a text for a list": ({"messages": "Hi"}, 400, "messages: Input should be a valid array"),
     "no tokens": ({**ASKED, "max_tokens": -1}, 400, "max_tokens: Input should be greater than or equal to 1"),
     "words for a number": ({**ASKED, "temperature": "hot"}, 400, "temperature: Input should be a valid number"),
-    "next to no temperature": ({**ASKED, "temperature": 1e-320}, 400, "0 is greedy, and the least above it is 1e-06"),
+    "next to no temperature": ({**ASKED, "temperature": 1e-320}, 400, "temperature: 0 is greedy, and the least above it is 1e-06"),
     "several answers": ({**ASKED, "n": 1000}, 400, "n: Input should be 1"),
     "half a pair": (json.dumps({"messages": [{"role": "user", "content": "\ud800"}]}).encode(), 400, "hex escape"),
     "a part without a type": ({"messages": [{"role": "user", "content": [{"text": "Hi"}]}]}, 400, "KeyError"),
+    "a picture": (
+        {"messages": [{"role": "user", "content": [PICTURE]}]},
+        400,
+        "reads text alone, and here is a part of type 'image_url'",
+    ),
     "more than it reads": ({"messages": [{"role": "user", "content": "cat " * 5000}]}, 400, "the model reads 512 tokens, and"),
     "too much": ({"messages": [{"role": "user", "content": "cat " * 2**20}]}, 413, "at most 4194304 bytes"),
 }
@@ -404,6 +410,7 @@ def test_a_wrong_request_is_refused_in_one_line(folders):
         assert httpx.post(f"{address.removesuffix('/v1')}/load_model", json={"model": "owner/other"}).status_code == 404
         assert post({"prompt": 3}, "/completions").json()["error"]["message"].startswith("prompt: Input should be a valid string")
         assert post({"prompt": "Hi", "max_tokens": 2}, "/completions").status_code == 200
+        assert "reads text alone" in post({"input": [{"role": "user", "content": [PICTURE]}]}, "/responses").text
 
 
 def test_a_base_model_that_is_served_takes_no_conversation_and_says_what_to_do(folders, tokenizer):

@@ -22,6 +22,9 @@ OURS = ("127.0.0.1", "localhost")
 CLIENTS = (ValueError, TypeError, LookupError, AttributeError, TemplateError)
 """What their code raises of a request that it does not understand."""
 
+TEXTS = ("text", "input_text", "output_text", "refusal")
+"""Types of the parts of a message that are texts."""
+
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
@@ -49,15 +52,9 @@ class _Request(_Body):
     n: Literal[1] | None = None
     stream: bool | None = None
 
-    def texts(self) -> list[str]:
-        """What the model is to read."""
+    def contents(self) -> list[Any]:
+        """What the model is to read: texts, and lists of parts."""
         return []
-
-
-def _said(content: Any) -> list[str]:
-    """The texts of a message's content: of itself, or of its parts."""
-    parts = content if isinstance(content, list) else [{"text": content}]
-    return [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
 
 
 class _Turn(_Body):
@@ -68,23 +65,23 @@ class _Turn(_Body):
 class _Chat(_Request):
     messages: Annotated[list[_Turn], Field(min_length=1)]
 
-    def texts(self) -> list[str]:
-        return [text for turn in self.messages for text in _said(turn.content)]
+    def contents(self) -> list[Any]:
+        return [turn.content for turn in self.messages]
 
 
 class _Text(_Request):
     needs_template = False
     prompt: str
 
-    def texts(self) -> list[str]:
+    def contents(self) -> list[Any]:
         return [self.prompt]
 
 
 class _Response(_Request):
     input: str | list[dict[str, Any]]
 
-    def texts(self) -> list[str]:
-        return [self.input] if isinstance(self.input, str) else [text for item in self.input for text in _said(item.get("content"))]
+    def contents(self) -> list[Any]:
+        return [self.input] if isinstance(self.input, str) else [item.get("content") for item in self.input]
 
 
 REQUESTS: dict[str, type[_Request]] = {
@@ -136,13 +133,18 @@ class Guard:
             asked = kind.model_validate_json(content)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            return f"{place}: {first['msg']}" if place else first["msg"]
+            place, said = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+            return f"{place}: {said}" if place else said
         if kind.needs_template and not self.tokenizer.chat_template:
             return "the model has no chat template, as base models have none: ask /v1/completions, or serve one that has"
+        parts = [part for content in asked.contents() for part in (content if isinstance(content, list) else [{"text": content}])]
+        parts = [part for part in parts if isinstance(part, dict)]
+        if unread := [part["type"] for part in parts if part.get("type", "text") not in TEXTS]:
+            return f"the model reads text alone, and here is a part of type {unread[0]!r}"
         if self.context is None:
             return None
-        tokens = sum(len(ids) for ids in self.tokenizer(["", *asked.texts()], add_special_tokens=False, verbose=False)["input_ids"])
+        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+        tokens = sum(len(ids) for ids in self.tokenizer(["", *texts], add_special_tokens=False, verbose=False)["input_ids"])
         return None if tokens < self.context else f"the model reads {self.context} tokens, and the request has {tokens}"
 
 
