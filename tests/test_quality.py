@@ -287,6 +287,19 @@ def test_texts_with_other_numbers_are_not_even_compared(monkeypatch):
     assert leaders([*sums, sums[3].replace("alone", "only")])[-1] == 3
 
 
+def test_texts_in_one_wording_are_not_each_compared_with_all(monkeypatch):
+    compared, repeats = [], NearDuplicates._repeats
+    monkeypatch.setattr(NearDuplicates, "_repeats", lambda self, *texts: compared.append(texts) or repeats(self, *texts))
+    wording = "Please write a long and detailed story for children about the animal that lives in the old wood: "
+    texts = [wording + "".join(chr(97 + (i // 26**n) % 26) for n in range(3)) for i in range(80)]
+    assert leaders(texts) == [0] * 80
+    assert len(compared) == 79
+    compared.clear()
+    split = split_rows([PromptRow(prompt=text) for text in texts], 0.5)
+    assert 80 in (len(split.train), len(split.held_out))
+    assert len(compared) == 79
+
+
 def test_groups_do_not_change_when_texts_are_added():
     texts = made_up(90)
     texts += planted(texts, SMALL, 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from align.errors import AlignError
@@ -39,21 +40,26 @@ class NearDuplicates:
         self._texts: list[str] = []
         self._first: dict[str, int] = {}
 
-    def add(self, text: str) -> list[int]:
-        """Numbers of the earlier texts that `text` nearly repeats, in order; of equal ones only the first is compared."""
+    def add(self, text: str, worth: Callable[[int], bool] = lambda other: True) -> Iterator[int]:
+        """Numbers of the earlier texts that `text` nearly repeats, in order; of equal ones only the first is compared.
+
+        Args:
+            worth: whether an earlier text, by its number, matters by now. Of texts in one wording every one is a candidate, and
+                to compare each with all before it took hours for some thousands: one that does not matter is not compared.
+        """
         number, text = len(self._texts), key(text)
         self._texts.append(text)
         if text in self._first:
-            return [self._first[text]]
+            return filter(worth, [self._first[text]])
         self._first[text] = number
         mine = pieces(text)
         sketch = self._empty.copy()
         # Texts with other numbers share no piece of their sketches, so thousands of sums in one wording are no candidates.
         said = " ".join(numbers(text))
         sketch.update_batch([f"{piece}{said}".encode() for piece in mine])
-        found = [other for other in sorted(self._index.query(sketch)) if self._repeats(text, mine, self._texts[other])]
+        candidates = sorted(self._index.query(sketch))
         self._index.insert(number, sketch, check_duplication=False)
-        return found
+        return (other for other in candidates if worth(other) and self._repeats(text, mine, self._texts[other]))
 
     def _repeats(self, text: str, mine: set[str], other: str) -> bool:
         """Whether the texts are as similar as that, and speak of the same numbers: 12 + 7 is another question than 12 + 8."""
@@ -88,6 +94,6 @@ def leaders(
     seen = NearDuplicates(threshold)
     found: list[int] = []
     for number, text in enumerate(texts):
-        earlier = next((other for other in seen.add(text) if also(number, other)), None)
+        earlier = next(seen.add(text, partial(also, number)), None)
         found.append(number if earlier is None else found[earlier])
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 from align.data import first_prompt, split_by_prompt
@@ -35,9 +36,15 @@ def split_rows(rows: Sequence[AnyRow], held_out: float, seed: int = 0, threshold
     seen = NearDuplicates(threshold)
     sides: list[set[bool]] = []  # of each row, on which sides its prompt, or one that it nearly repeats, is; two when between
     split: Split[AnyRow] = Split([], [], [])
+
+    def adds_to(side: set[bool], other: int) -> bool:
+        return not sides[other] <= side
+
     for row in rows:
-        earlier = [sides[number] for number in seen.add(first_prompt(row))]
-        side = set().union(*earlier) or {bool(split_by_prompt([row], held_out, seed)[1])}
+        side: set[bool] = set()
+        for number in seen.add(first_prompt(row), partial(adds_to, side)):
+            side |= sides[number]
+        side = side or {bool(split_by_prompt([row], held_out, seed)[1])}
         sides.append(side)
         (split.between if len(side) > 1 else split.held_out if True in side else split.train).append(row)
     return split
