@@ -143,23 +143,26 @@ def _problem(probe: _Probe) -> str | None:
         return first_line(error)
 
 
-def check_reach(model: nn.Module, longest: int) -> None:
+def check_reach(model: nn.Module, longest: int, *, what: str = "longest row has", field: str = "max_length") -> None:
     """Raise `AlignError` where `model` has its positions in a table (as GPT-2, BERT and BART have), and fewer than `longest` tokens
     need; or where a row so long would turn all rows of its pass by other rotary frequencies ("longrope", as in Phi-3, and
     "dynamic"), so that the answers to a row depended on what it is packed with.
+
+    Args:
+        what: that has so many tokens.
+        field: that bounds them.
     """
     base = base_model(model)
     border = frequency_border(base)
     if border is not None and longest > border:
         raise AlignError(
-            f"the longest row has {longest} tokens, and one of more than {border} changes the rotary frequencies of "
-            f"{type(base).__name__} for all rows beside it: set max_length to {border} or less"
+            f"the {what} {longest} tokens, and one of more than {border} changes the rotary frequencies of "
+            f"{type(base).__name__} for all rows beside it: set {field} to {border} or less"
         )
     virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
     if (reach := min(_places(base), default=longest + virtual) - virtual) < longest:
         raise AlignError(
-            f"the longest row has {longest} tokens, and {type(base).__name__} has places for {reach}: set max_length to "
-            f"{reach} or less"
+            f"the {what} {longest} tokens, and {type(base).__name__} has places for {reach}: set {field} to {reach} or less"
         )
 
 

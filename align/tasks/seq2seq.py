@@ -17,7 +17,6 @@ from transformers import (
 )
 
 from align.engine import check_reach
-from align.errors import AlignError
 from align.rewards import text_of
 from align.schema import SFTRow, Text
 from align.tasks.base import Feature, Features, Task, TaskTrainer, task
@@ -56,13 +55,7 @@ class Seq2Seq(Task):
 
     def check_reach(self, model: nn.Module, items: Sequence[Feature]) -> None:
         """As in every task; and the decoder must have places for as many tokens as an answer may come to have."""
-        try:
-            check_reach(model, self.longest_answer)
-        except AlignError as error:  # it speaks of rows
-            told = (
-                str(error).replace("longest row has", "longest answer may have").replace("max_length", "task_args.longest_answer")
-            )
-            raise AlignError(told) from error
+        check_reach(model, self.longest_answer, what="longest answer may have", field="task_args.longest_answer")
         super().check_reach(model, items)
 
     def features(self, rows: Sequence[SFTRow], *, training: bool) -> Features:
