@@ -32,8 +32,8 @@ ALIASES = {
 
 
 def home() -> Path:
-    """Where runs and the registry live."""
-    return Path(os.environ.get("ALIGN_HOME", "runs"))
+    """Where runs and the registry live; an empty ``ALIGN_HOME``, as an unset variable of a shell gives, is none."""
+    return Path(os.environ.get("ALIGN_HOME") or "runs")
 
 
 def check_name(name: str) -> str:

@@ -292,6 +292,8 @@ def test_lineage_of_what_was_pulled_ends_where_this_registry_does(registry, arti
 def test_home_is_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.setenv("ALIGN_HOME", str(tmp_path / "elsewhere"))
     assert home() == tmp_path / "elsewhere"
+    monkeypatch.setenv("ALIGN_HOME", "")
+    assert str(home()) == "runs"
     monkeypatch.delenv("ALIGN_HOME")
     assert str(home()) == "runs"
 
