@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"align: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, StageFailed) else 2
     except KeyboardInterrupt:
-        if not {"chat", "serve", "ui"}.intersection(arguments[:1]):  # that is how these end
+        if not {"chat", "serve", "status", "ui"}.intersection(arguments[:1]):  # that is how these end, `status` with --watch
             print("align: interrupted; the same command continues with the stage that was cut", file=sys.stderr)
         return 130
     except BrokenPipeError:

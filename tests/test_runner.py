@@ -268,12 +268,17 @@ def until(holds):
     return False
 
 
-def test_sigterm_and_a_second_look_at_the_run(hanging, capsys):
+def test_sigterm_and_a_second_look_at_the_run(hanging, capsys, monkeypatch):
     process, status = hanging
     assert status["state"] == "running"
     assert main(["status", "out"]) == 0
     assert re.match(r"a +running  .* GB  for \d+ s", capsys.readouterr().out)
     assert until(lambda: main(["status", "out"]) == 0 and " 3/10 steps" in capsys.readouterr().out)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr("time.sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
+        assert main(["status", "out", "--watch"]) == 130
+    assert capsys.readouterr().err == "", "that is how one stops watching"
     process.send_signal(signal.SIGTERM)
     process.wait(30)
     assert not Path(f"/proc/{status['pid']}").exists()
