@@ -269,7 +269,7 @@ def apply(build: Build, assignments: Mapping[str, str], where: str) -> Recipe:
     if not isinstance(recipe, Recipe):
         raise AlignError(f"{where}: its function `recipe` returned a {type(recipe).__name__}, not a Recipe")
     changed: dict[str, dict[str, Any]] = {}
-    for key, value in assignments.items():
+    for key, value in sorted(assignments.items(), key=lambda item: item[0].count(".")):  # a whole mapping before its entries
         if "." not in key:
             continue
         name, _, field = key.partition(".")

@@ -224,6 +224,8 @@ def test_fields_of_a_stage_are_set_together(order, python):
     recipe = load_recipe(python, dict(entries + inner))
     assert (recipe.stages["sft"].use_peft, recipe.stages["sft"].lora_r) == (True, 4)
     assert recipe.stages["dpo"].launch.model_dump(exclude_unset=True) == {"num_processes": 2, "strategy": "fsdp2"}
+    whole = [("dpo.launch", "{num_processes: 2}"), ("dpo.launch.strategy", "fsdp2")][::order]
+    assert load_recipe(python, dict(whole)).stages["dpo"].launch == recipe.stages["dpo"].launch
     with pytest.raises(AlignError, match=r"--set sft\.lora_r --set sft\.seed: lora_r belongs to use_peft"):
         load_recipe(python, {"sft.lora_r": "4", "dpo.seed": "1", "sft.seed": "1"})
 
