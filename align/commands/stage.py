@@ -122,6 +122,8 @@ def _flags(rest: list[str], cls: type[Stage], verb: str) -> dict[str, Any]:
         values = [value] if equals else []
         while not equals and words and not words[0].startswith("--"):
             values.append(words.popleft())
+            if re.match("-[A-Za-z]", values[-1]):
+                raise AlignError(f"align {verb}: {values[-1]!r} is not a flag; write --KEY VALUE, or --{key}={values[-1]}")
         if key in OWN_FLAGS and entry:
             raise AlignError(f"align {verb}: --{key} is no mapping with an entry {entry!r}")
         if key in OWN_FLAGS:
@@ -131,6 +133,8 @@ def _flags(rest: list[str], cls: type[Stage], verb: str) -> dict[str, Any]:
             fields[key] = {**(before if isinstance(before, dict) else {}), entry: _value(values, parse_value)}
         elif key in fields and takes_list(cls, key):
             raise AlignError(f"align {verb}: --{key} is given twice: write all of its values behind one")
+        elif isinstance(fields.get(key), dict):
+            raise AlignError(f"align {verb}: --{key} undoes what was said of it before: give it once, in front of --{key}.ENTRY")
         else:
             fields[key] = _value(values, partial(field_value, cls, key))
     return fields
