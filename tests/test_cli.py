@@ -12,7 +12,7 @@ from helpers import llama
 from align.artifact import MANIFEST
 from align.cli import main
 from align.data import write_rows
-from align.registry import Registry, home
+from align.registry import ALIASES, Registry, home
 
 REWARDS = """
 def short(completions, **columns): return [-float(len(c[0]["content"])) for c in completions]
@@ -708,6 +708,16 @@ def test_the_registry_for_people_and_programs(capsys):
     assert yaml.safe_load(capsys.readouterr().out) == second
     assert main(["models", "lineage", "second"]) == 0
     assert capsys.readouterr().out.splitlines()[:2] == ["second@1  (sft)", "  first@1  (sft)"]
+
+
+def test_aliases_are_listed_and_shown(capsys):
+    assert main(["models", "alias", "small", "./model"]) == 0
+    (row,) = run_json("models list --json", capsys)
+    assert (row["name"], row["stage"], row["path"]) == ("small", "alias", str(Path("model").resolve()))
+    assert run_json("models show small --json", capsys) == row
+    assert run_json("models show gpt2 --json", capsys)["path"] == ALIASES["gpt2"], "a shipped one"
+    assert main(["models", "list"]) == 0
+    assert capsys.readouterr().out.split() == ["small", "alias", row["path"]]
 
 
 def test_an_alias_can_be_trained_on(capsys):

@@ -15,7 +15,7 @@ from align.artifact import Artifact
 from align.commands.output import print_rows
 from align.errors import AlignError
 from align.progress import say
-from align.registry import Registry, home
+from align.registry import ALIASES, Registry, home
 from align.runner.share import delete, pull, push, size, unreferenced
 
 
@@ -55,16 +55,30 @@ def _list(registry: Registry, options: argparse.Namespace) -> int:
             rows.append(asdict(Artifact.load(entry)))
         except AlignError as error:
             say(str(error))
-    print_rows(
-        rows, options.json, lambda a: f"{a['name'] + '@' + str(a['version']):<28} {a['stage']:<11} {a['created']}  {a['path']}"
-    )
-    if not registry.names() and not options.json:
+    rows += [_as_row(alias, target) for alias, target in registry.aliases().items() if ALIASES.get(alias) != target]
+    print_rows(rows, options.json, _line)
+    if not rows and not registry.names() and not options.json:
         say(f"the registry {registry.root} is empty: every stage that finishes adds to it")
     return 0
 
 
+def _as_row(alias: str, target: str) -> dict[str, Any]:
+    """An alias as it stands among artifacts."""
+    return {"name": alias, "version": None, "stage": "alias", "created": "", "path": target}
+
+
+def _line(row: dict[str, Any]) -> str:
+    name = row["name"] if row["version"] is None else f"{row['name']}@{row['version']}"
+    gone = "" if row["version"] is None or Path(row["path"]).is_dir() else "  (gone)"
+    return f"{name:<28} {row['stage']:<11} {row['created']:<25}  {row['path']}{gone}"
+
+
 def _show(registry: Registry, options: argparse.Namespace) -> int:
-    artifact = asdict(registry.get(options.name))
+    aliases = registry.aliases()
+    if options.name in aliases and options.name not in registry.names():
+        artifact = _as_row(options.name, aliases[options.name])
+    else:
+        artifact = asdict(registry.get(options.name))
     print(
         json.dumps(artifact, indent=1) if options.json else yaml.safe_dump(artifact, sort_keys=False, allow_unicode=True).rstrip()
     )
