@@ -66,16 +66,25 @@ class Registry:
 
     def add(self, artifact: Artifact) -> Artifact:
         """Register `artifact` under the next free version and return it with that version. The same identity and path is not
-        added twice: where it ran again, its entry is replaced.
+        added twice: where it ran again, or its folder was moved, its entry is replaced.
         """
         folder = self.root / check_name(artifact.name)
         with lock(folder):
             versions = self.versions(artifact.name)
-            same = [known for known in versions if (known.identity, known.path) == (artifact.identity, artifact.path)]
+            alike = [known for known in versions if known.identity == artifact.identity]
+            same = [known for known in alike if known.path == artifact.path] or [a for a in alike if not Path(a.path).is_dir()]
             version = same[0].version if same else 1 + max(self._taken(artifact.name), default=0)
             numbered = replace(artifact, version=version)
             write_atomically(folder / f"{version}.json", json.dumps(asdict(numbered), indent=1))
         return numbered
+
+    def lost(self, artifact: Artifact) -> bool:
+        """Whether `artifact`, which was registered, is looked for in a folder that is gone: it was moved to where it is now."""
+        try:
+            known = Artifact.load(self.root / artifact.name / f"{artifact.version}.json")
+        except (OSError, AlignError):  # another registry's; or damaged, which `get` tells
+            return False
+        return known.identity == artifact.identity and known.path != artifact.path and not Path(known.path).is_dir()
 
     def remove(self, artifact: Artifact) -> None:
         """Take `artifact` out; see `align.runner.share.delete` for what is checked before. Its version is not given again."""

@@ -124,6 +124,21 @@ def test_a_deletion_that_was_cut_leaves_nothing_that_looks_finished(removed, mon
     assert Registry().get(again.reference) == again
 
 
+def test_a_run_that_was_moved_is_found_where_it_is_from_its_next_run_on(capsys):
+    run({"a": Act(), "b": Act(model="a")})
+    Path("out").rename("moved")
+    capsys.readouterr()
+    assert main(["models", "list"]) == 0
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == ["(gone)"] * 2
+    found = run({"a": Act(), "b": Act(model="a")}, "moved")
+    assert {name: artifact.version for name, artifact in found.items()} == {"a": 1, "b": 1}
+    for name, artifact in found.items():
+        assert Registry().resolve(f"r-{name}").path == artifact.path == str(next(Path("moved").resolve().glob(f"{name}-*")))
+    shutil.copytree("moved", "copied")
+    run({"a": Act(), "b": Act(model="a")}, "copied")
+    assert Registry().get("r-a") == found["a"], "a copy changes nothing"
+
+
 def test_a_damaged_entry_hides_no_other(capsys):
     run({"a": Act()})
     last = run({"a": Act(text="1")})["a"]

@@ -155,8 +155,7 @@ class Graph:
             assert step.done is not None
             say(f"{name}: up to date ({step.folder})")
             clear(step.folder)
-            if not step.done.version:  # cut between its last byte and the registry
-                step = _with(step, settle(step.done, self.registry))
+            step = _with(step, settle(step.done, self.registry))
         self.finished[name] = step
         return None
 

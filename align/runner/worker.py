@@ -149,9 +149,9 @@ def work(task: Task, stage: Stage) -> Artifact:
 
 def settle(artifact: Artifact, registry: Registry) -> Artifact:
     """Register a finished artifact. The manifest is there before the registry speaks of it, and once more with the version; a run
-    that was cut in between is settled by the next one.
+    that was cut in between is settled by the next one, as is one whose folder was moved.
     """
-    if artifact.version:
+    if artifact.version and not registry.lost(artifact):
         return artifact
     artifact = registry.add(artifact)
     artifact.write()
