@@ -303,6 +303,9 @@ class Hub:
         (self.root / repository / "tags").mkdir(parents=True, exist_ok=exist_ok)
         return f"https://hub.test/{repository}"
 
+    def repo_info(self, repository):
+        return SimpleNamespace(private=not (self.root / repository / "public").exists())
+
     def revision_exists(self, repository, revision):
         return (self.root / repository / "tags" / revision).exists()
 
@@ -353,6 +356,18 @@ def test_pushed_to_the_hub_and_pulled_by_another_registry(hub, tmp_path, monkeyp
     capsys.readouterr()
     assert main(["models", "push", "r-a@3", "hub:me/mine"]) == 2
     assert "hub:me/mine has another v3" in capsys.readouterr().err
+
+
+def test_a_public_repository_of_the_hub_must_be_asked_for(hub, capsys):
+    run({"a": Act(text="one")})
+    hub.mkdir(parents=True)
+    (hub / "public").touch()
+    (hub / "tags").mkdir()
+    assert main(["models", "push", "r-a", "hub:me/mine"]) == 2
+    assert "hub:me/mine is public, and everybody could read r-a@1" in capsys.readouterr().err
+    assert not list(hub.glob("[0-9]*")), "nothing was sent"
+    assert main(["models", "push", "r-a", "hub:me/mine", "--public"]) == 0
+    assert list(hub.glob("[0-9]*"))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("name", nargs="?")
     parser.add_argument("target", nargs="?")
     parser.add_argument("--yes", action="store_true", help="gc: remove what is listed")
+    parser.add_argument("--public", action="store_true", help="push: also to a repository of the hub that everybody can read")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(handler=models)
 
@@ -129,7 +130,7 @@ def _gc(registry: Registry, options: argparse.Namespace) -> int:
 
 
 def _push(registry: Registry, options: argparse.Namespace) -> int:
-    print(push(registry, options.name, options.target))
+    print(push(registry, options.name, options.target, public=options.public))
     return 0
 
 

@@ -26,11 +26,13 @@ def is_hub(target: str) -> bool:
     return target.startswith(HUB)
 
 
-def upload(place: Path, artifact: Artifact, target: str) -> str:
-    """Make the sealed folder `place` the content of the private repository `target`, tagged ``vVERSION``; returns its address.
+def upload(place: Path, artifact: Artifact, target: str, *, public: bool = False) -> str:
+    """Make the sealed folder `place` the content of the repository `target`, tagged ``vVERSION``; returns its address. A new one is
+    private; one that everybody can read must be asked for by `public`.
 
     Raises:
-        AlignError: the tag is another artifact's, a file is none of `KEPT`, or the hub refuses or cannot be reached.
+        AlignError: the repository is public, and that was not asked for; the tag is another artifact's, a file is none of `KEPT`,
+            or the hub refuses or cannot be reached.
     """
     repository, tag, api = _repository(target), f"v{artifact.version}", _api()
     strange = [file.name for file in sorted(place.rglob("*")) if file.is_file() and not any(fnmatch(file.name, p) for p in KEPT)]
@@ -38,6 +40,8 @@ def upload(place: Path, artifact: Artifact, target: str) -> str:
         raise AlignError(f"{artifact.reference} holds {strange[0]}; only safetensors and text are pushed to the hub")
     with _told(target):
         address = str(api.create_repo(repository, private=True, exist_ok=True))
+        if not public and not api.repo_info(repository).private:
+            raise AlignError(f"{target} is public, and everybody could read {artifact.reference}: --public if that is meant")
         if api.revision_exists(repository, tag):
             there = Artifact.load(Path(api.hf_hub_download(repository, MANIFEST, revision=tag)))
             if there.identity != artifact.identity:

@@ -21,9 +21,12 @@ from align.runner.hub import download, is_hub, upload
 from align.runner.locks import is_locked, lock
 
 
-def push(registry: Registry, reference: str, target: str) -> str:
+def push(registry: Registry, reference: str, target: str, *, public: bool = False) -> str:
     """Copy a registered artifact, with checksums, to the folder ``TARGET/NAME/VERSION`` or the repository ``hub:OWNER/NAME``;
     returns where it is. Checkpoints stay behind.
+
+    Args:
+        public: the repository may be one that everybody can read.
 
     Raises:
         AlignError: there is no such artifact or its folder is gone, its place is taken by another one or cannot be written, or the
@@ -34,7 +37,7 @@ def push(registry: Registry, reference: str, target: str) -> str:
     if is_hub(target):
         with tempfile.TemporaryDirectory(prefix="align-push-") as shelf:
             place = _put(artifact, Path(shelf))
-            where = upload(place, artifact, target)
+            where = upload(place, artifact, target, public=public)
     else:
         refuse_unwritable(Path(target))
         place = _put(artifact, Path(target))
