@@ -552,21 +552,36 @@ def test_the_stage_is_still_there(capsys):
     assert "align reward test" in capsys.readouterr().out
 
 
-def test_a_recipe_of_one_stage_runs_with_specs(tmp_path, tokenizer):
-    """On-policy pairs from a random model: every component is there, and the pairs are the total's."""
+@pytest.fixture
+def prompts(tmp_path, tokenizer):
+    """A random model, and four prompts."""
     from helpers import llama
 
     llama().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     write_rows("prompts.jsonl", [{"prompt": [{"role": "user", "content": f"say {i}"}]} for i in range(4)])
+
+
+def test_a_stage_that_finds_no_pair_fails(prompts, capsys):
+    """What came out would be a stage that is done, and one after it without rows."""
+    command = (
+        "pairs --model model --data prompts.jsonl --reward_funcs repetition --max_completion_length 6 --held_out 0 --min_gap 9"
+    )
+    assert main([*command.split(), "--output_dir", "out"]) == 2
+    assert "pairs: no pair came of 4 prompts: no two answers to one differ by more than min_gap (9)" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_a_recipe_of_one_stage_runs_with_specs(prompts, tmp_path):
+    """On-policy pairs from a random model: every component is there, and the pairs are the total's."""
     words = {"reward": "length_band(low=3, high=9)", "name": "words", "clip": [0, 0.5]}
     rewards = [words, {"reward": "repetition", "gate": {"reward": "words", "at_least": 0}, "weight": 0.1}]
     stage = Pairs(
         model="model",
         data="prompts.jsonl",
         reward_funcs=rewards,
-        max_completion_length=6,
-        num_generations=2,
+        max_completion_length=24,
+        num_generations=6,
         held_out=0.0,
         stop_strings=["e"],
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from align.errors import AlignError
 from align.stages.base import Context, Stage, stage
 from align.stages.config import MaxTokens, Seed
 from align.stages.fields import DataFields, ModelFields
@@ -76,6 +77,12 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
                 compared = [_pair(repeated[start], texts[a], texts[b]) for a, b in self._comparisons(group, scores, texts)]
                 best += compared[:1]
                 every += compared
+            if name == "preferences" and not best:
+                raise AlignError(
+                    f"no pair came of {len(encoded.trees)} prompts: no two answers to one differ by more than min_gap "
+                    f"({self.min_gap:g}) in their scores; raise num_generations or temperature, lower min_gap, or try the reward "
+                    f"(`align reward test`)"
+                )
             write_rows(context.folder / f"{name}.jsonl", best)
             if name == "preferences":
                 write_rows(context.folder / "comparisons.jsonl", every)
