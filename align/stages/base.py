@@ -80,12 +80,16 @@ def stage(name: str) -> Callable[[type[Stage]], type[Stage]]:
     return register
 
 
+MOST_EPOCHS = 1e6
+"""More is a slip of the pen, and would have no end."""
+
+
 class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFields, SelectionFields, RunFields, LaunchFields):
     """The fields of every stage that trains on a data set."""
 
     engine: Literal["forest", "trl"] = "forest"
     """`trl` runs the same rows through TRL's trainer, to check our numbers or for models that the forest does not cover."""
-    num_train_epochs: float = Field(1.0, gt=0)
+    num_train_epochs: float = Field(1.0, gt=0, le=MOST_EPOCHS)
     """Passes over the data."""
     max_steps: int = -1
     """Optimizer steps, instead of `num_train_epochs`; -1 for those."""
