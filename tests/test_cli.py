@@ -378,6 +378,22 @@ def test_a_mistake_is_one_line_and_exit_code_2(mistake, capsys, folder):
     assert sorted(folder.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    "judged",
+    [
+        {"stage": "ppo", "model": "sft", "data": "prompts.jsonl", "reward_model": "model"},
+        {"stage": "pairs", "model": "sft", "data": "prompts.jsonl", "reward_model": "model"},
+        {"stage": "evaluate", "models": {"sft": "sft"}, "preference_data": "pairs.jsonl", "reward_models": {"rm": "model"}},
+    ],
+)
+def test_a_language_model_for_a_judge_is_found_before_anything_runs(judged, capsys, tmp_path):
+    recipe = {"sft": {"stage": "sft", "model": "model", "data": "sft.jsonl", "max_steps": 1}, "judged": judged}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"stages": recipe}))
+    assert main(["run", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out")]) == 2
+    assert "is a language model, not a reward model: train one with `align reward`" in capsys.readouterr().err
+    assert manifests(tmp_path) == []
+
+
 def test_a_mistake_in_the_second_stage_is_found_before_the_first_runs(capsys, tmp_path):
     recipe = {"sft": {"stage": "sft", "model": "model", "data": "sft.jsonl", "max_steps": 1}}
     recipe["dpo"] = {"stage": "preference", "model": "sft", "data": "sft.jsonl", "beta": 0.1}

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from align.data import write_rows
 from align.stages.base import Context, Stage, stage
 from align.stages.config import DataRefs, MaxTokens, MetricSpecs, ModelRef, Seed
-from align.stages.sampling import RewardFields, SamplingFields
+from align.stages.sampling import RewardFields, SamplingFields, refuse_language_model
 
 
 @stage("evaluate")
@@ -87,6 +87,10 @@ class Evaluate(Stage, SamplingFields, RewardFields):
         if not (self.data or self.perplexity_data or self.preference_data):
             raise ValueError("nothing to measure: set data (prompts), perplexity_data (demonstrations) or preference_data (pairs)")
         return self
+
+    def check(self) -> None:
+        for path in (self.reward_model, *self.reward_models.values()):
+            refuse_language_model(path)
 
     def run(self, context: Context) -> dict[str, Any]:
         from align.evaluation import Evaluation

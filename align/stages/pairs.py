@@ -13,7 +13,7 @@ from align.errors import AlignError
 from align.stages.base import Context, Stage, stage
 from align.stages.config import MaxTokens, Seed
 from align.stages.fields import DataFields, ModelFields
-from align.stages.sampling import RewardFields, SamplingFields
+from align.stages.sampling import RewardFields, SamplingFields, refuse_language_model
 
 if TYPE_CHECKING:
     from align.schema import PromptRow
@@ -41,6 +41,7 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
 
     def check(self) -> None:
         self.rewards()
+        refuse_language_model(self.reward_model)
 
     def run(self, context: Context) -> dict[str, Any]:
         import torch

@@ -19,7 +19,7 @@ from align.stages.fields import (
     SelectionFields,
 )
 from align.stages.forgetting import ProbeFields
-from align.stages.sampling import RewardFields, SamplingFields
+from align.stages.sampling import RewardFields, SamplingFields, refuse_language_model
 from align.trainers.settings import PPOSettings
 
 
@@ -83,6 +83,7 @@ class PPO(
 
         check_libraries(self)
         self.rewards()
+        refuse_language_model(self.reward_model)
 
     def essence(self) -> dict[str, Any]:
         """Episodes, mini-batches and draws of chance are the same for any number of processes."""

@@ -120,3 +120,18 @@ class RewardFields(Fields):
                 model=model,
             )
         return Judge(tokenizer, RewardSet(entries, self.reward_weights, totals), scorer)
+
+
+def refuse_language_model(path: str | None) -> None:
+    """Find out before anything runs whether what should be a reward model is one. What a stage has yet to make is not looked at.
+
+    Raises:
+        AlignError: it is none.
+    """
+    from align.models import is_classifier
+
+    configs = [Path(path or "") / name for name in ("config.json", "adapter_config.json")]
+    if path is None or (Path(path).is_absolute() and not any(config.is_file() for config in configs)):
+        return
+    if not is_classifier(path):
+        raise AlignError(f"{path} is a language model, not a reward model: train one with `align reward`")
