@@ -10,6 +10,7 @@ from align.artifact import Artifact
 from align.errors import AlignError, near_miss
 from align.recipe import Recipe
 from align.registry import Registry, home
+from align.runner.devices import refuse_crowd
 from align.runner.execute import Graph, Options, look
 from align.runner.files import refuse_unwritable
 from align.runner.plan import Planner, Step
@@ -43,7 +44,8 @@ class Run:
         """Run what is not up to date, register it, and return the artifact of every finished stage.
 
         Raises:
-            AlignError: `only` names no stage or needs one that has not run; a stage's folder or the registry cannot be made, or the
+            AlignError: `only` names no stage or needs one that has not run; a stage is to run in more processes than this machine
+                takes; a stage's folder or the registry cannot be made, or the
                 folder holds what is no stage's; or stages failed, after the others have run.
         """
         if only is not None:
@@ -53,6 +55,7 @@ class Run:
         notes = self.out / "preflight.json" if len(self.recipe.stages) > 1 else None  # single stages share their folder
         due = [step for step in plan if step.runs and only in (None, step.name)]
         for step in due:
+            refuse_crowd(step.stage)
             refuse_unwritable(step.folder)
             refuse_unwritable(step.folder.parent)  # where its lock and its log lie
         if due:

@@ -29,6 +29,7 @@ from align.recipe import Recipe, load_recipe
 from align.registry import ALIASES, Registry, home
 from align.runner.checkpoints import seal
 from align.runner.code import _module, _parsed, code_of
+from align.runner.devices import refuse_crowd
 from align.runner.launch import command, slurm_script
 from align.runner.notify import notify
 from align.runner.share import delete, pull, push
@@ -689,6 +690,23 @@ def test_the_command_of_accelerate_says_everything(monkeypatch):
     assert dict(pairwise(several))["--machine_rank"] == "1"
     with pytest.raises(AlignError, match="3 processes do not spread evenly over 2 machines"):
         command(Launch(num_processes=3, num_machines=2), [])
+
+
+def test_more_processes_than_the_machine_has_devices_are_refused(monkeypatch):
+    def stage(count, **more):
+        return SFT(model="owner/name", data="x", launch={"num_processes": count, **more})
+
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    refuse_crowd(stage(3))
+    refuse_crowd(stage(6, num_machines=2))
+    with pytest.raises(AlignError, match="num_processes: 1000 are too many for this machine, which takes 3: one a core at most"):
+        refuse_crowd(stage(1000))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    refuse_crowd(stage(2))
+    with pytest.raises(AlignError, match="3 are too many for this machine, which takes 2: one a GPU at most"):
+        refuse_crowd(stage(3))
+    refuse_crowd(stage(3, cpu=True))
 
 
 def test_a_recipe_sets_the_launch_of_a_stage(tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 from pathlib import Path
 
+from align.errors import AlignError
 from align.runner.launch import launched
 from align.runner.plan import Step
+from align.stages.base import Stage
 
 
 def devices(jobs: int | None) -> list[str]:
@@ -40,3 +43,15 @@ def take(free: list[str], step: Step, slots: int) -> list[str] | None:
     if len(free) < wanted:
         return None
     return [free.pop(0) for _ in range(wanted)]
+
+
+def refuse_crowd(stage: Stage) -> None:
+    """Raise `AlignError` where `launch` asks for more processes than this machine has GPUs, or cores where it has none."""
+    launch = getattr(stage, "launch", None)
+    if launch is None:
+        return
+    here, gpus = math.ceil(launch.num_processes / launch.num_machines), [] if launch.cpu else _gpus()
+    most = len(gpus) or max(os.cpu_count() or 1, 2)  # two meet on any machine, for whoever tries it out
+    if here > most:
+        device = "GPU" if gpus else "core"
+        raise AlignError(f"launch.num_processes: {here} are too many for this machine, which takes {most}: one a {device} at most")
