@@ -13,6 +13,11 @@ import pytest
 import soak
 import two_machines
 
+from align.errors import AlignError
+from align.runner import launch as runner_launch
+from align.runner.worker import Task
+from align.stages import SFT
+
 
 def test_a_pipeline_that_is_killed_ends_as_one_that_was_not(capsys):
     assert kill.main(["--kills", "2", "--seed", "2", "--every", "2", "--recipe", "tests/chaos/quick.py"]) == 0
@@ -47,14 +52,14 @@ def test_a_process_leaves_with_its_code_and_everything_said():
 
 
 @pytest.mark.parametrize(
-    ("raised", "code", "outcome"),
+    ("raised", "code", "mistake"),
     [
         ("ValueError('no such thing')", 1, None),
-        ("AlignError('wrong field')", 0, '{"mistake": "wrong field"}'),
+        ("AlignError('wrong field')", 0, "wrong field"),
         ("Stopped()", 130, None),
     ],
 )
-def test_a_process_whose_stage_raises_ends_with_a_code_that_says_so(tmp_path, raised, code, outcome):
+def test_a_process_whose_stage_raises_ends_with_a_code_that_says_so(tmp_path, raised, code, mistake):
     script = f"""
 import sys, types
 from align.errors import AlignError
@@ -71,8 +76,31 @@ rank.leave(rank.main("task.json", f"{{folder}}/outcome.json"))
 """
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
     assert (done.returncode, "ValueError: no such thing" in done.stderr) == (code, code == 1)
-    found = tmp_path / "outcome.json"
-    assert (found.read_text() if found.exists() else None) == outcome
+    found = tmp_path / "mistake-0"
+    assert (found.read_text() if found.exists() else None) == mistake
+    assert not (tmp_path / "outcome.json").exists()
+
+
+ONE_OF_TWO = """
+import sys, time
+from pathlib import Path
+Path(sys.argv[1]).with_name("mistake-1").write_text("row 3 is no row")
+if sys.argv[2] == "ends":
+    Path(sys.argv[1]).write_text('{"loss": 1.0}')
+else:
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("other", ["ends", "waits"])
+def test_a_mistake_that_one_process_meets_is_the_stages(other, monkeypatch):
+    """Whether the other comes to its end, or waits for the one that left."""
+    script = lambda launch, words: [sys.executable, "-c", ONE_OF_TWO, words[-1], other]  # noqa: E731
+    monkeypatch.setattr(runner_launch, "command", script)
+    monkeypatch.setattr(runner_launch, "PATIENCE", 0.1, raising=False)
+    stage = SFT(model="owner/name", data="x", launch={"num_processes": 2})
+    with pytest.raises(AlignError, match="row 3 is no row"):
+        runner_launch.run_launched(Task("a", "", {}, {}, "", "", "", "", None), stage)
 
 
 @pytest.mark.skipif(not two_machines.permitted(), reason="network namespaces cannot be made here")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +22,10 @@ from align.stages.base import Stage
 from align.stages.fields import Launch
 
 RANK, MACHINE = "RANK", "ALIGN_MACHINE_RANK"
+MISTAKE = "mistake-"
+"""Beside the outcome, with its number behind: what a process of the stage found wrong."""
+PATIENCE = 5.0
+"""Seconds that the others have to meet a mistake that one process met. They may wait for that one for ever, and are ended then."""
 
 
 def launched(stage: Stage) -> bool:
@@ -90,22 +96,23 @@ def run_launched(task: Any, stage: Stage) -> dict[str, Any]:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         if launch.cpu:
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        process = subprocess.Popen(words, env=environment)
+        process, deadline = subprocess.Popen(words, env=environment), math.inf
         with saving_first():
             while process.poll() is None:
                 try:
                     process.wait(0.2)
                 except subprocess.TimeoutExpired:
-                    if stop_requested():
+                    if any(Path(folder).glob(f"{MISTAKE}*")):
+                        deadline = min(deadline, time.monotonic() + PATIENCE)
+                    if stop_requested() or time.monotonic() > deadline:
                         process.send_signal(signal.SIGTERM)
                         process.wait()
         if stop_requested():
             raise Stopped
-        result = json.loads(outcome.read_text(encoding="utf-8")) if outcome.is_file() else {}
-    if "metrics" in result and process.returncode == 0:
-        return result["metrics"]
-    if "mistake" in result:
-        raise AlignError(result["mistake"])
+        for mistake in sorted(Path(folder).glob(f"{MISTAKE}*")):
+            raise AlignError(mistake.read_text(encoding="utf-8"))
+        if outcome.is_file() and process.returncode == 0:
+            return json.loads(outcome.read_text(encoding="utf-8"))
     raise StageFailed(f"a process of its launch ended with code {process.returncode}")
 
 

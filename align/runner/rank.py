@@ -9,18 +9,20 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from align.errors import AlignError
 from align.progress import Status, report_progress
-from align.runner.launch import is_main_process
+from align.runner.launch import MISTAKE, RANK, is_main_process
 from align.runner.stop import Stopped, listen
 from align.runner.worker import attempt, read_task
 from align.runner.zygote import die_with_parent
 
 
 def main(task_file: str, outcome_file: str) -> int:
-    """Do this process' part of the stage; returns the exit code. How it ended is in `outcome_file`: ``metrics``, or ``mistake``."""
+    """Do this process' part of the stage; returns the exit code. The metrics are in `outcome_file`, and a mistake in a file beside
+    it: with an exit code of its own torchrun would tell of it in thirty lines.
+    """
     die_with_parent(signal.SIGKILL, os.getppid())
     listen()
     task = read_task(task_file)
@@ -29,16 +31,17 @@ def main(task_file: str, outcome_file: str) -> int:
     else:
         sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the first process says it all
     try:
-        outcome: dict[str, Any] = {"metrics": attempt(task.stage(), task.name, Path(task.draft["path"]))}
+        metrics = attempt(task.stage(), task.name, Path(task.draft["path"]))
     except Stopped:
         return 130
     except AlignError as error:
-        outcome = {"mistake": str(error)}
+        Path(outcome_file).with_name(f"{MISTAKE}{os.environ.get(RANK, 0)}").write_text(str(error), encoding="utf-8")
+        return 0
     except Exception:
         traceback.print_exc(file=sys.__stderr__)
         return 1
-    if os.environ.get("LOCAL_RANK", "0") == "0" or "mistake" in outcome:  # each machine's first tells its own runner
-        Path(outcome_file).write_text(json.dumps(outcome), encoding="utf-8")
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # each machine's first tells its own runner
+        Path(outcome_file).write_text(json.dumps(metrics), encoding="utf-8")
     return 0
 
 
