@@ -70,8 +70,9 @@ class Registry:
         """
         folder = self.root / check_name(artifact.name)
         with lock(folder):
-            versions = self.versions(artifact.name)
-            alike = [known for known in versions if known.identity == artifact.identity]
+            # Only what speaks of this identity is parsed: thousands would take long, and a damaged one is none of them.
+            entries = [path for path in self.entries(artifact.name) if artifact.identity in path.read_text("utf-8", "replace")]
+            alike = [known for known in map(Artifact.load, entries) if known.identity == artifact.identity]
             same = [known for known in alike if known.path == artifact.path] or [a for a in alike if not Path(a.path).is_dir()]
             version = same[0].version if same else 1 + max(self._taken(artifact.name), default=0)
             numbered = replace(artifact, version=version)

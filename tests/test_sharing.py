@@ -151,6 +151,7 @@ def test_a_damaged_entry_hides_no_other(capsys):
     assert [line.split()[0] for line in told.out.splitlines()] == ["r-a@2"]
     assert f"{damaged} cannot be read (Expecting value: line 1 column 1 (char 0)); remove it, or restore it" in told.err
     assert Registry().get("r-a") == Registry().get("r-a@2") == last
+    assert run({"a": Act(text="2")})["a"].version == 3, "what was trained is registered"
     assert main(["models", "show", "r-a@1"]) == 2
     assert f"align: error: {damaged} cannot be read" in capsys.readouterr().err
 
