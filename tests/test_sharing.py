@@ -699,9 +699,9 @@ def test_more_processes_than_the_machine_has_devices_are_refused(monkeypatch):
 
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    refuse_crowd(stage(3))
-    refuse_crowd(stage(6, num_machines=2))
-    with pytest.raises(AlignError, match="num_processes: 1000 are too many for this machine, which takes 3: one a core at most"):
+    refuse_crowd(stage(12))
+    refuse_crowd(stage(24, num_machines=2))
+    with pytest.raises(AlignError, match="num_processes: 1000 are too many for this machine, which takes 12: 4 a core at most"):
         refuse_crowd(stage(1000))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     refuse_crowd(stage(2))

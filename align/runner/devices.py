@@ -45,13 +45,17 @@ def take(free: list[str], step: Step, slots: int) -> list[str] | None:
     return [free.pop(0) for _ in range(wanted)]
 
 
+MOST_A_CORE = 4
+"""Processes, for whoever tries out what several do; more is a slip of the pen."""
+
+
 def refuse_crowd(stage: Stage) -> None:
-    """Raise `AlignError` where `launch` asks for more processes than this machine has GPUs, or cores where it has none."""
+    """Raise `AlignError` where `launch` asks for more processes than this machine has GPUs, or takes on its cores without one."""
     launch = getattr(stage, "launch", None)
     if launch is None:
         return
     here, gpus = math.ceil(launch.num_processes / launch.num_machines), [] if launch.cpu else _gpus()
-    most = len(gpus) or max(os.cpu_count() or 1, 2)  # two meet on any machine, for whoever tries it out
+    most = len(gpus) or MOST_A_CORE * (os.cpu_count() or 1)
     if here > most:
-        device = "GPU" if gpus else "core"
-        raise AlignError(f"launch.num_processes: {here} are too many for this machine, which takes {most}: one a {device} at most")
+        each = "one a GPU" if gpus else f"{MOST_A_CORE} a core"
+        raise AlignError(f"launch.num_processes: {here} are too many for this machine, which takes {most}: {each} at most")
