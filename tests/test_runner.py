@@ -268,6 +268,11 @@ def until(holds):
     return False
 
 
+def interrupted(seconds):
+    """As by Ctrl-C. (Its signal reaches nobody who was started in the background.)"""
+    raise KeyboardInterrupt
+
+
 def test_sigterm_and_a_second_look_at_the_run(hanging, capsys, monkeypatch):
     process, status = hanging
     assert status["state"] == "running"
@@ -276,7 +281,7 @@ def test_sigterm_and_a_second_look_at_the_run(hanging, capsys, monkeypatch):
     assert until(lambda: main(["status", "out"]) == 0 and " 3/10 steps" in capsys.readouterr().out)
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr("time.sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
+        patch.setattr("time.sleep", interrupted)
         assert main(["status", "out", "--watch"]) == 130
     assert capsys.readouterr().err == "", "that is how one stops watching"
     process.send_signal(signal.SIGTERM)
