@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from align.allocator import keep_memory
 from align.budget import Budget
 from align.engine import enable_forest
 from align.errors import AlignError
@@ -218,6 +219,7 @@ def _models(folder: Path, name: str) -> tuple[Models, Any]:
 
 def main(folder: Path, name: str) -> None:
     """Run the job in `folder`, and write what came out."""
+    keep_memory()  # as in a stage's process
     job = json.loads((folder / "job.json").read_text())
     models, reward = _models(folder, name)
     settings = {key: value for key, value in job["settings"].items() if key != "learning_rate"}

@@ -1,4 +1,4 @@
-"""One side alone in a process of its own: its peak memory and its losses. ``python -m benchmarks.probe JOB SIDE RESULT``."""
+"""One side alone in a process of its own: peak memory, losses and time. ``python -m benchmarks.probe JOB SIDE RESULT``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from align.allocator import keep_memory
 from align.errors import AlignError
 from benchmarks.training import Outcome
 from benchmarks.work import Job
@@ -61,6 +62,8 @@ def peak_mb() -> float:
 
 
 def main(work: str, side: str, result: str) -> None:
+    if side == "ours":
+        keep_memory()  # as in a stage's process
     outcome = train(Job.read(Path(work)), side)
     Path(result).write_text(json.dumps({"peak_mb": peak_mb(), "seconds": outcome.seconds, "log": outcome.log}))
 

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from align.allocator import keep_memory
 from align.engine import enable_forest
 from align.runner.launch import command
 from align.runner.rank import leave
@@ -63,6 +64,7 @@ def held(tensors: Any) -> int:
 
 def work(folder: Path, steps: int, architecture: dict[str, Any]) -> None:
     """One of the processes: train, and write down what it took."""
+    keep_memory()  # as in a stage's process
     vocabulary = architecture["vocab_size"]
     rows = batches(DATA["alpaca"].generated(vocabulary), steps * ROWS // BATCH, by_length=False)
     job = Job("sft", architecture, rows)

@@ -1,7 +1,7 @@
 """Ours against TRL on this machine's CPU: ``python -m benchmarks.run [--only NAME …]``.
 
-For each benchmark: both sides alone, in a process each, for their peak memory and their losses, which must agree; then both in
-this process in turns, the rate of matrix products measured before each turn.
+For each benchmark: both sides once for their peak memory and their losses, which must agree; then both in turns, the rate of matrix
+products measured before each turn. Every run is a process of its own.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import torch
 from align.errors import AlignError
 from align.progress import say
 from benchmarks import ours, ppo, rollouts
-from benchmarks.compare import CHECKED_STEPS, OURS, TRL_BEST, Case, Row, Side, collect, loss_difference, row, table
+from benchmarks.compare import CHECKED_STEPS, OURS, TRL_BEST, Case, Row, Side, loss_difference, row, table
 from benchmarks.gemm import Arithmetic, gemm_rate, typical_forest
-from benchmarks.probe import probe, train
+from benchmarks.probe import probe
 from benchmarks.work import DATA, LLAMA_14M, REAL, VOCABULARY, Job, batches, build, heaviest_last, lightest
 
 REFERENCE = "The pass over the reference is counted on both sides, for the rows of the timed steps."
@@ -81,9 +81,8 @@ def measure(case: Case, steps: int, repeats: int, folder: Path) -> Row:
         rates.append(gemm_rate(arithmetic, forest, dtype=torch.bfloat16 if case.ours.bf16 else torch.float32))
         for number in (0, 1) if repeat % 2 == 0 else (1, 0):
             # Weights of their own for each repeat: TRL would find an earlier pass over the same reference in its cache.
-            outcome = train(sides[number].job(replace(job, seed=repeat)), sides[number].engine)
-            seconds[number].append(outcome.seconds)
-            collect()
+            found = probe(sides[number].job(replace(job, seed=repeat)), sides[number].engine, folder)
+            seconds[number].append(found.outcome.seconds)
         say(f"{case.name}: {repeat + 1}: ours {seconds[0][-1]:.1f} s, theirs {seconds[1][-1]:.1f} s")
     trees = [tree for batch in plan for tree in batch]
     return row(

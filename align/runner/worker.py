@@ -24,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from align.allocator import keep_memory
 from align.artifact import BEGUN, MANIFEST, Artifact, library_versions, read_artifact
 from align.diagnostics.live import Watcher
 from align.errors import AlignError, DiskFull, NonFiniteLoss, StageFailed
@@ -218,6 +219,7 @@ def _filled(task: Task, stage: Stage, folder: Path) -> dict[str, Any]:
 def attempt(stage: Stage, name: str, folder: Path) -> dict[str, Any]:
     """Run the stage; after a non-finite loss again, from the last checkpoint and at a lower learning rate, if it asks for that."""
     quiet()
+    keep_memory()
     stage.check()
     while True:
         watcher = Watcher(name, stage.stage, stage.model_dump(mode="json")) if is_main_process() else None
