@@ -114,7 +114,7 @@ class Pretrain(TrainingStage, ReplayFields, ProbeFields):
         trainer = DenoisingTrainer(
             model=model,
             args=TrainingArguments(**t.training_arguments(self, context, has_eval=bool(held_blocks))),
-            data_collator=denoiser.collate,
+            denoiser=denoiser,
             train_dataset=blocks,
             eval_dataset=held_blocks or None,
             processing_class=tokenizer,
