@@ -208,6 +208,12 @@ def test_probes_are_for_causal_models(capsys, folder):
     assert "probes and replay_data are for causal models" in capsys.readouterr().err
 
 
+def test_a_compiled_model_is_a_causal_one(capsys, folder):
+    """The field was read by nobody, without a word."""
+    assert main(f"pretrain {FAMILIES['bert'][0]} --data texts.jsonl --vocab_size 300 --torch_compile".split()) == 2
+    assert "torch_compile is for causal models" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("architecture", [FAMILIES["bert"][0], FAMILIES["t5"][0]], ids=["bert", "t5"])
 def test_a_loss_that_is_not_finite_stops_before_the_update(capsys, folder, architecture):
     command = f"pretrain {architecture} --data texts.jsonl --held_out 0 --vocab_size 300 --max_steps 9 --learning_rate 1e30"

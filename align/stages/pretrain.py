@@ -104,6 +104,8 @@ class Pretrain(TrainingStage, ReplayFields, ProbeFields):
             raise AlignError(f"probes and replay_data are for causal models; this one is of the family {family!r}")
         if self.on_non_finite != "stop":
             raise AlignError(f"a model of the family {family!r} stops at a loss that is not finite: leave on_non_finite at 'stop'")
+        if self.torch_compile:
+            raise AlignError(f"torch_compile is for causal models; this one is of the family {family!r}: leave it out")
         denoiser = denoisers[family](tokenizer, self.max_length or 512)
         blocks, held_blocks = denoiser.blocks(rows), denoiser.fixed(denoiser.blocks(held), self.seed)
         if not blocks:
