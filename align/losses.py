@@ -7,6 +7,7 @@ the formulas side by side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
@@ -319,8 +320,10 @@ def ppo_policy_loss(
     clip decides the loss).
     """
     log_ratio = logps - old_logps.detach()
-    ratio = torch.exp(log_ratio)
     advantages = advantages.detach()
+    # Where the loss is bounded, its gradient is 0, and 0 times a ratio that overflowed would be NaN: the log ratio is held before.
+    held = log_ratio.clamp(max=math.log(torch.finfo(logps.dtype).max) / 2)
+    ratio = torch.exp(held if dual_clip is not None else torch.where(advantages < 0, log_ratio, held))
     free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     loss = torch.maximum(free, clipped)  # arXiv:1707.06347, Eq. 7
     if dual_clip is not None:

@@ -178,6 +178,24 @@ def test_a_stage_that_compiles_ends_where_one_does_that_does_not(stage, tokenize
     assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6)
 
 
+def test_keys_that_are_learned_for_each_layer_are_refused(capsys):
+    """They compiled layer after layer anew, until torch gave up without a word."""
+    assert main(["sft", "--model", "model", "--data", "rows.jsonl", "--tuning", "prefix", "--torch_compile"]) == 2
+    assert "torch_compile would need a graph for each layer, as tuning 'prefix'" in capsys.readouterr().err
+
+
+def test_a_prefix_that_is_trained_further_runs_uncompiled_and_a_line_says_so(tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    llama(num_hidden_layers=2).save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    write_rows("rows.jsonl", [{"prompt": "say one", "completion": "the cat"}])
+    common = ["--data", "rows.jsonl", "--held_out", "0", "--max_steps", "1"]
+    assert main(["sft", "--model", "model", "--tuning", "prefix", "--output_dir", "first", *common]) == 0
+    assert main(["sft", "--model", "first", "--on_adapter", "continue", "--torch_compile", "--output_dir", "second", *common]) == 0
+    assert "runs uncompiled, as it would need a graph for each layer" in capsys.readouterr().err
+    assert counters["stats"]["unique_graphs"] == 0
+
+
 def test_answers_are_sampled_uncompiled():
     """The cache's calls are others than those of training, and would compile anew."""
     model = llama(num_hidden_layers=2, initializer_range=0.05)

@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from align.cli import main
 from align.data import write_rows
@@ -163,6 +165,24 @@ def test_accumulated_steps_are_one_big_batch(capsys, folder, architecture):
     assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_a_run_that_goes_on_in_the_middle_of_an_epoch_draws_the_same_words(capsys, folder, family):
+    """The loader is a batch ahead of the steps: what it had drawn by the time of a checkpoint was drawn anew."""
+    sizes = "--max_length 64 --num_train_epochs 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 2"
+    command = f"pretrain {FAMILIES[family][0]} --data texts.jsonl --held_out 0 --vocab_size 300 --save_steps 1 {sizes}"
+    command += " --save_total_limit 99 --output_dir out"
+    out = Path(run(capsys, command)["path"])
+    whole = load_file(out / "model.safetensors")
+    (out / "artifact.json").rename(out / "begun.json")
+    (out / "model.safetensors").unlink()
+    for checkpoint in (out / "checkpoints").glob("checkpoint-*"):
+        if checkpoint.name != "checkpoint-1":
+            shutil.rmtree(checkpoint)
+    run(capsys, command)
+    again = load_file(out / "model.safetensors")
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
 def test_the_held_out_loss_is_over_all_tokens_of_the_set(capsys, folder):
     """Against the direct computation, block by block without padding."""
     common = "--data texts.jsonl --eval_data texts.jsonl --max_length 64 --max_steps 1 --per_device_train_batch_size 3"
@@ -186,6 +206,12 @@ def test_probes_are_for_causal_models(capsys, folder):
     command = f"pretrain {FAMILIES['bert'][0]} --data texts.jsonl --vocab_size 300 --probes.old texts.jsonl"
     assert main(command.split()) == 2
     assert "probes and replay_data are for causal models" in capsys.readouterr().err
+
+
+def test_a_compiled_model_is_a_causal_one(capsys, folder):
+    """The field was read by nobody, without a word."""
+    assert main(f"pretrain {FAMILIES['bert'][0]} --data texts.jsonl --vocab_size 300 --torch_compile".split()) == 2
+    assert "torch_compile is for causal models" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("architecture", [FAMILIES["bert"][0], FAMILIES["t5"][0]], ids=["bert", "t5"])

@@ -142,6 +142,20 @@ class TestByHand:
         output.loss.sum().backward()
         assert logps.grad.tolist() == pytest.approx([0, 1.5, -0.5, 0])  # no pull beyond the clip
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_ppo_bounds_a_ratio_that_is_beyond_the_largest_number(self, dtype):
+        """A ratio of e^1000: advantage 2 is clipped at 1.2, loss -2.4; 0 is 0; -2 has loss inf, or 3 x 2 = 6 with a dual clip of 3.
+        Nothing that is bounded pulls.
+        """
+        zero = torch.zeros(3, dtype=dtype)
+        for dual_clip, most in ((None, math.inf), (3.0, 6.0)):
+            logps = (zero + 1000).requires_grad_()
+            loss = losses.ppo_policy_loss(logps, zero, tensor([2.0, 0, -2], dtype=dtype), cliprange=0.2, dual_clip=dual_clip).loss
+            assert loss.tolist() == pytest.approx([-2.4, 0, most])
+            bounded = loss.isfinite()
+            loss[bounded].sum().backward()
+            assert logps.grad[bounded].tolist() == [0] * int(bounded.sum())
+
     def test_ppo_value(self):
         """Value 1, before 0, so held at 0.2. Return 2: the held error (-1.8)^2 / 2 = 1.62 is larger, no pull; return 0: 1 / 2."""
         values = double([1.0, 1.0]).requires_grad_()

@@ -1,6 +1,7 @@
 """Tasks: what rows become, what is read from a model's answers, and that every task learns and is measured the same again."""
 
 import json
+import shutil
 from copy import deepcopy
 from pathlib import Path
 
@@ -229,7 +230,7 @@ def test_lora_leaves_the_whole_new_head_of_distilbert_to_training(capsys, folder
 
 
 @pytest.mark.parametrize(("model", "task", "data"), [("bert", "classification", "animals"), ("t5", "seq2seq", "said")])
-@pytest.mark.parametrize("tuning", ["prefix", "prompt"])
+@pytest.mark.parametrize("tuning", ["prefix", "prompt", "ptuning"])
 def test_virtual_tokens_of_an_encoder_are_trained_further(capsys, model, task, data, tuning):
     both = f"--task {task} --data {data}.jsonl --eval_data {data}.jsonl"
     first = run(capsys, f"task --model {model} {both}{LEARN} --max_steps 2 --tuning {tuning} --name soft")["metrics"]
@@ -253,11 +254,13 @@ def test_rewards_are_refused_where_no_model_answers(capsys, folder):
     assert "reward_funcs is about answers of language models; all models were trained for a task" in capsys.readouterr().err
 
 
-def test_virtual_tokens_whose_network_is_not_kept_are_not_trained_further(capsys):
+def test_virtual_tokens_whose_network_is_not_kept_are_not_trained_further(capsys, folder):
+    """As in a folder that peft alone has written."""
     both = "--task seq2seq --data said.jsonl --max_steps 1"
-    run(capsys, f"task --model t5 {both} --tuning ptuning --name made")
+    run(capsys, f"task --model t5 {both} --tuning ptuning --output_dir made")
+    (folder / "made" / "prompt_encoder.safetensors").unlink()
     assert main(f"task --model made {both} --on_adapter continue".split()) == 2
-    assert "peft keeps its tokens, not what made them" in capsys.readouterr().err
+    assert "ptuning cannot be continued: there are its tokens, and no prompt_encoder" in capsys.readouterr().err
 
 
 def test_a_trained_task_goes_on_from_its_own_head(capsys):
@@ -294,18 +297,22 @@ def test_accumulated_steps_are_one_big_batch(capsys):
     assert halves["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-3)
 
 
-def test_a_cut_run_resumes(capsys, folder):
+@pytest.mark.parametrize(
+    ("task", "weights"),
+    [
+        ("classification --model bert --data animals.jsonl --eval_data animals.jsonl", "model"),
+        ("seq2seq --model t5 --data said.jsonl --eval_data said.jsonl --tuning ptuning --learning_rate 0.01", "adapter_model"),
+    ],
+)
+def test_a_cut_run_resumes(capsys, folder, tmp_path, task, weights):
     """A run of eight steps that goes on from the checkpoint at four ends as one that never stopped."""
-    base = "task --task classification --model bert --data animals.jsonl --eval_data animals.jsonl --per_device_train_batch_size 9"
-    base += " --max_steps 8 --save_steps 4 --save_total_limit 9"
-    whole = run(capsys, f"{base} --output_dir {folder}/whole")
-    cut = Path(folder / "whole")
+    base = f"task --task {task} --per_device_train_batch_size 9 --max_steps 8 --save_steps 4 --save_total_limit 9"
+    whole = run(capsys, f"{base} --output_dir {tmp_path}/whole")
+    cut = tmp_path / "whole"
     (cut / "artifact.json").rename(cut / "begun.json")
-    (cut / "model.safetensors").unlink()
-    import shutil
-
+    (cut / f"{weights}.safetensors").unlink()
     shutil.rmtree(cut / "checkpoints" / "checkpoint-8")
-    again = run(capsys, f"{base} --output_dir {folder}/whole")
+    again = run(capsys, f"{base} --output_dir {tmp_path}/whole")
     assert again["metrics"]["eval_loss"] == pytest.approx(whole["metrics"]["eval_loss"], rel=1e-6)
 
 

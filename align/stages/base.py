@@ -163,6 +163,14 @@ class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFiel
         return self
 
     @model_validator(mode="after")
+    def _layers_share_a_graph(self) -> Self:
+        if self.torch_compile and self.strategy.name == "prefix":
+            raise ValueError(
+                "torch_compile would need a graph for each layer, as tuning 'prefix' learns keys of each: leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _best_is_saved(self) -> Self:
         if self.keeps_best and self.save_steps not in (None, self.eval_steps):
             raise ValueError("keeping the best weights saves every evaluation: leave save_steps out, or equal to eval_steps")

@@ -104,6 +104,8 @@ class Pretrain(TrainingStage, ReplayFields, ProbeFields):
             raise AlignError(f"probes and replay_data are for causal models; this one is of the family {family!r}")
         if self.on_non_finite != "stop":
             raise AlignError(f"a model of the family {family!r} stops at a loss that is not finite: leave on_non_finite at 'stop'")
+        if self.torch_compile:
+            raise AlignError(f"torch_compile is for causal models; this one is of the family {family!r}: leave it out")
         denoiser = denoisers[family](tokenizer, self.max_length or 512)
         blocks, held_blocks = denoiser.blocks(rows), denoiser.fixed(denoiser.blocks(held), self.seed)
         if not blocks:
@@ -114,7 +116,7 @@ class Pretrain(TrainingStage, ReplayFields, ProbeFields):
         trainer = DenoisingTrainer(
             model=model,
             args=TrainingArguments(**t.training_arguments(self, context, has_eval=bool(held_blocks))),
-            data_collator=denoiser.collate,
+            denoiser=denoiser,
             train_dataset=blocks,
             eval_dataset=held_blocks or None,
             processing_class=tokenizer,

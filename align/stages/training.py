@@ -133,7 +133,10 @@ def make_ready(
     if longest is not None and getattr(stage, "engine", "forest") == "forest":
         if reason := enable_forest(model, longest):
             say(f"{label}: trains on padded rows, as {reason}")
-        if stage.torch_compile:
+        peft = getattr(model, "active_peft_config", None)
+        if stage.torch_compile and peft is not None and peft.peft_type == "PREFIX_TUNING":
+            say(f"{label}: the model runs uncompiled, as it would need a graph for each layer, whose keys are learned (prefix)")
+        elif stage.torch_compile:
             say(f"{label}: compiling the model, which takes a while")
             if reason := compile_forest(model, precision(stage)):
                 say(f"{label}: the model runs uncompiled, as {reason}")

@@ -4,7 +4,8 @@ Trainer does the training, on padded rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ denoisers: Catalog[Any] = Catalog("pretraining objective")
 
 
 class Denoiser:
-    """Makes blocks of text and corrupts them. Corruption draws from torch's generator, whose state checkpoints keep."""
+    """Makes blocks of text and corrupts them, drawing from torch's generator."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
@@ -47,15 +48,14 @@ class Denoiser:
         raise NotImplementedError
 
     def fixed(self, items: Sequence[Item], seed: int) -> list[Item]:
-        """`items` corrupted once, the same way every time, so that evaluations can be compared; the generator is left alone."""
+        """`items` corrupted as `seed` has it, the same way every time; the generator is left alone."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             return [self.corrupt(item) for item in items]
 
-    def collate(self, batch: Sequence[Item]) -> dict[str, Tensor]:
-        """A padded batch; what is not corrupted yet is corrupted here."""
-        items = [item if "labels" in item else self.corrupt(item) for item in batch]
-        return dict(DataCollatorForSeq2Seq(self.tokenizer)(items))
+    def collate(self, batch: Sequence[Item]) -> dict[str, Tensor] | list[Item]:
+        """A padded batch; of blocks that are not corrupted yet, themselves."""
+        return dict(DataCollatorForSeq2Seq(self.tokenizer)(batch)) if "labels" in batch[0] else list(batch)
 
 
 class MaskedWords(Denoiser):
@@ -129,9 +129,20 @@ class DenoisingTrainer(FiniteTrainer):
     evaluation's is over all tokens of the set, and reports the share told rightly as ``token_accuracy``.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, denoiser: Denoiser, **kwargs: Any) -> None:
+        super().__init__(*args, data_collator=denoiser.collate, **kwargs)
+        self.denoiser = denoiser
         self.model_accepts_loss_kwargs = True  # so that the step's told tokens are counted, and its micro-steps' losses added
+
+    def get_batch_samples(self, epoch_iterator: Iterator[list[Item]], num_batches: int, device: torch.device) -> Any:
+        """The step's micro-batches, corrupted by its number. The loader is ahead of the steps: what it drew would be lost to a run
+        that goes on from a checkpoint.
+        """
+        batches = list(islice(epoch_iterator, num_batches))
+        seed = hash((self.args.seed, self.args.process_index, self.state.global_step))
+        items = iter(self.denoiser.fixed([item for batch in batches for item in batch], seed))
+        corrupted = [self.denoiser.collate(list(islice(items, len(batch)))) for batch in batches]
+        return super().get_batch_samples(iter(corrupted), num_batches, device)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -24,7 +24,6 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
-    get_peft_model,
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -120,8 +119,7 @@ def _wrap(model: Any, config: PeftConfig) -> Any:
     if isinstance(config, PrefixTuningConfig) and "past_key_values" not in signature(trunk_of(model).forward).parameters:
         raise AlignError(f"tuning 'prefix' puts keys and values into a model's cache, and {_name(model)} has none")
     try:
-        # Encoders, alone or with a decoder, never run on a forest: peft's own way will do.
-        wrapped: Any = (CLASSES[config.task_type] if is_decoder(model) else get_peft_model)(model, config)
+        wrapped: Any = _class_for(model, config)(model, config)
     except ValueError as error:
         raise AlignError(f"virtual tokens cannot be put in front of {_name(model)}: {error}") from error
     wrapped.off_is_base = True
@@ -142,15 +140,37 @@ def load_soft_prompt(model: Any, folder: str, *, trainable: bool = False) -> Any
     """
     config: Any = PeftConfig.from_pretrained(folder)
     config.inference_mode = not trainable
-    if trainable and config.peft_type == "P_TUNING" and not is_decoder(model):
-        raise AlignError(f"{folder}: ptuning of {_name(model)} cannot be continued: peft keeps its tokens, not what made them")
-    classes = CLASSES if is_decoder(model) else MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-    wrapped = classes[config.task_type](model, config)
+    if trainable and config.peft_type == "P_TUNING" and not (Path(folder) / ENCODER).is_file():
+        raise AlignError(f"{folder}: ptuning cannot be continued: there are its tokens, and no {ENCODER} with what made them")
+    wrapped = _class_for(model, config)(model, config)
     wrapped.load_adapter(folder, "default", is_trainable=trainable)
     return wrapped
 
 
-class _Soft(PeftModel):
+class _Keeping(PeftModel):
+    """Beside virtual tokens, keeps the network that made them."""
+
+    def save_pretrained(self, folder: Any, **kwargs: Any) -> None:
+        super().save_pretrained(folder, **kwargs)
+        encoder = self.prompt_encoder["default"]
+        if hasattr(encoder, "mlp_head"):
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}, Path(folder) / ENCODER
+            )
+
+    def load_adapter(self, folder: Any, *args: Any, **kwargs: Any) -> Any:
+        result = super().load_adapter(folder, *args, **kwargs)
+        self.read_encoder(folder)
+        return result
+
+    def read_encoder(self, folder: Any) -> None:
+        """Take back the network that made the virtual tokens, where there is one that trains."""
+        encoder = self.prompt_encoder["default"]
+        if hasattr(encoder, "mlp_head") and (Path(folder) / ENCODER).is_file():
+            encoder.load_state_dict(load_file(Path(folder) / ENCODER))
+
+
+class _Soft(_Keeping):
     """What our classes change in peft's: they call the base model, whose trunk knows of the virtual tokens."""
 
     def __init__(self, model: Any, config: PeftConfig, *args: Any, **kwargs: Any) -> None:
@@ -175,25 +195,6 @@ class _Soft(PeftModel):
         finally:
             self.is_off = before
 
-    def save_pretrained(self, folder: Any, **kwargs: Any) -> None:
-        super().save_pretrained(folder, **kwargs)
-        encoder = self.prompt_encoder["default"]
-        if hasattr(encoder, "mlp_head"):
-            save_file(
-                {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}, Path(folder) / ENCODER
-            )
-
-    def load_adapter(self, folder: Any, *args: Any, **kwargs: Any) -> Any:
-        result = super().load_adapter(folder, *args, **kwargs)
-        self.read_encoder(folder)
-        return result
-
-    def read_encoder(self, folder: Any) -> None:
-        """Take back the network that made the virtual tokens, where there is one that trains."""
-        encoder = self.prompt_encoder["default"]
-        if hasattr(encoder, "mlp_head") and (Path(folder) / ENCODER).is_file():
-            encoder.load_state_dict(load_file(Path(folder) / ENCODER))
-
 
 class SoftCausalLM(_Soft, PeftModelForCausalLM):
     """A causal language model behind virtual tokens."""
@@ -204,6 +205,13 @@ class SoftClassifier(_Soft, PeftModelForSequenceClassification):
 
 
 CLASSES: dict[str | None, Any] = {"CAUSAL_LM": SoftCausalLM, "SEQ_CLS": SoftClassifier}
+
+# Encoders, alone or with a decoder, never run on a forest: peft's own way will do.
+OTHERS = {task: type(kind.__name__, (_Keeping, kind), {}) for task, kind in MODEL_TYPE_TO_PEFT_MODEL_MAPPING.items()}
+
+
+def _class_for(model: Any, config: PeftConfig) -> Any:
+    return (CLASSES if is_decoder(model) else OTHERS)[config.task_type]
 
 
 # -- the trunk with virtual tokens -----------------------------------------------------------------------------------------------
