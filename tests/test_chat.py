@@ -332,12 +332,15 @@ def served(model):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "align.cli", "serve", str(model), "--port", str(port)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = []
     try:
         for line in process.stdout:
+            said.append(line)
             if "Uvicorn running" in line:
                 break
         else:
             pytest.fail(f"the server ended: {process.wait()}")
+        assert "Warning" not in "".join(said), "of an adapter, peft asks by an old name"
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()

@@ -36,6 +36,7 @@ def serve(options: argparse.Namespace) -> int:
     from align.models import load_config
     from align.progress import say
     from align.registry import Registry
+    from align.runner.worker import quiet
 
     start, missing = ENGINES[options.engine]
     if problem := missing():
@@ -43,6 +44,7 @@ def serve(options: argparse.Namespace) -> int:
     if options.engine != "vllm" and (options.rollouts or options.engine_args):
         raise AlignError("--rollouts and --engine_args are for --engine vllm")
     refuse_taken(options.host, options.port)
+    quiet()
     resolved = Registry().resolve(options.model)
     config = None
     try:
