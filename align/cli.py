@@ -48,6 +48,12 @@ COMMANDS = (
     ui,
 )
 
+REMEDIES = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give this user the right to it"),
+    errno.ENAMETOOLONG: "name something shorter",
+}
+"""What a person may do about a path that the system refuses."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
@@ -69,8 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename is not None:
-            print(f"align: error: {error.filename}: {error.strerror}; give this user the right to it", file=sys.stderr)
+        if error.errno in REMEDIES and error.filename is not None:
+            print(f"align: error: {error.filename}: {error.strerror}; {REMEDIES[error.errno]}", file=sys.stderr)
             return 2
         if not disk_is_full(error):
             raise

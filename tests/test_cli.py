@@ -332,6 +332,8 @@ MISTAKES = {
     "no time at all": (RUN + "--grace nan", "--grace must be at least 0"),
     "a script below a file": ("launch --slurm raw.jsonl/x.sh -- align run x", r"raw\.jsonl/x\.sh cannot be written \("),
     "hours that are no number": ("launch --slurm x.sh --hours nan -- align run x", "--hours must be above 0"),
+    "data of a name that no file can have": (f"data check {'x' * 300}", "x: File name too long; name something shorter"),
+    "a model of a name that no file can have": (f"chat {'x' * 300} --prompt x", "x: File name too long; name something shorter"),
     "unknown option": (RUN + "--outt x", "unknown argument '--outt'"),
     "no such config": ("sft --config nothing.yaml", r"--config nothing\.yaml: there is no such file"),
     "bad config": ("sft --config bad.yaml", r"bad\.yaml is not YAML"),
