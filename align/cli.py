@@ -54,6 +54,9 @@ REMEDIES = {
 }
 """What a person may do about a path that the system refuses."""
 
+AT_ONCE = ("check", "curvature", "data", "doctor", "export", "launch", "models", "report")
+"""Verbs that run no stage: what is cut of them begins anew."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
@@ -69,7 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1 if isinstance(error, StageFailed) else 2
     except KeyboardInterrupt:
         if not {"chat", "serve", "status", "ui"}.intersection(arguments[:1]):  # that is how these end, `status` with --watch
-            print("align: interrupted; the same command continues with the stage that was cut", file=sys.stderr)
+            goes_on = not {*AT_ONCE}.intersection(arguments[:1]) and arguments[:2] != ["reward", "test"]
+            told = "; the same command continues with the stage that was cut" if goes_on else ""
+            print(f"align: interrupted{told}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

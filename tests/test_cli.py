@@ -449,12 +449,16 @@ def test_a_mistake_that_only_the_second_stage_can_see_keeps_the_first(capsys, tm
 
 
 def test_an_interruption_has_its_own_exit_code(monkeypatch, capsys):
-    def cut(*_):
+    def cut(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("align.commands.run.load_recipe", cut)
     assert main(["run", "recipe.py"]) == 130
-    assert capsys.readouterr().err.startswith("align: interrupted")
+    assert capsys.readouterr().err == "align: interrupted; the same command continues with the stage that was cut\n"
+    monkeypatch.setattr("align.data.RowStream", cut)
+    for command in (["data", "check", "sft.jsonl"], ["reward", "test", "repetition", "--data", "pairs.jsonl"]):
+        assert main(command) == 130
+        assert capsys.readouterr().err == "align: interrupted\n", "there is no stage to go on with"
 
 
 # -- help ----------------------------------------------------------------------------------------------------------------------
