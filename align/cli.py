@@ -9,6 +9,7 @@ import errno
 import io
 import os
 import sys
+from pathlib import Path
 
 from align import __version__
 from align.commands import (
@@ -29,7 +30,7 @@ from align.commands import (
 )
 from align.commands.parser import Parser
 from align.errors import AlignError, StageFailed
-from align.runner.files import disk_is_full
+from align.runner.files import disk_is_full, no_room
 
 COMMANDS = (
     run,
@@ -85,7 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         if not disk_is_full(error):
             raise
-        print("align: error: the disk is full; make room, and the same command goes on from where it was", file=sys.stderr)
+        full = no_room(Path(error.filename)) if error.filename else "the disk is full; make room, and give the same command again"
+        print(f"align: error: {full}", file=sys.stderr)
         return 2
 
 

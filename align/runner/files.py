@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TextIO
 
 from align.errors import AlignError, DiskFull
 
@@ -20,8 +20,9 @@ NO_ROOM = ("No space left on device", "iostream error")
 
 
 @contextmanager
-def written_aside(path: Path, *, durable: bool = True) -> Iterator[IO[str]]:
-    """A text file that becomes `path` at the end of the block: a reader sees the old file or the new one, never half of it.
+def written_aside(path: Path, *, durable: bool = True) -> Iterator[TextIO]:
+    """A text file that becomes `path` at the end of the block: a reader sees the old file or the new one, never half of it. Bytes
+    are written to its ``buffer``.
 
     Args:
         durable: have it on the disk before returning, so that it also survives a power cut.
@@ -36,8 +37,10 @@ def written_aside(path: Path, *, durable: bool = True) -> Iterator[IO[str]]:
             if durable:
                 os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a write says that there is no room, and not where
+            error.filename = str(path)
         raise
     if durable:
         flush(path.parent)
