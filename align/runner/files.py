@@ -61,6 +61,8 @@ def write_named(path: Path, text: str) -> None:
     Raises:
         AlignError: nothing can be written there.
     """
+    if path.is_dir():
+        raise AlignError(f"{path} is a folder: name a file in it for the output")
     try:
         write_atomically(path, text)
     except OSError as error:
