@@ -382,6 +382,8 @@ REFUSED = {
     "no tokens": ({**ASKED, "max_tokens": -1}, 400, "max_tokens: Input should be greater than or equal to 1"),
     "words for a number": ({**ASKED, "temperature": "hot"}, 400, "temperature: Input should be a valid number"),
     "next to no temperature": ({**ASKED, "temperature": 1e-320}, 400, "temperature: 0 is greedy, and the least above it is 1e-06"),
+    "to stop at nothing": ({**ASKED, "stop": ""}, 400, "stop: a text of at least one character"),
+    "to stop at no number": ({**ASKED, "stop": [5], "stream": True}, 400, "Input should be a valid string"),
     "several answers": ({**ASKED, "n": 1000}, 400, "n: Input should be 1"),
     "half a pair": (json.dumps({"messages": [{"role": "user", "content": "\ud800"}]}).encode(), 400, "hex escape"),
     "a part without a type": ({"messages": [{"role": "user", "content": [{"text": "Hi"}]}]}, 400, "KeyError"),
