@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.runner.files import disk_is_full, no_room
+from align.errors import DiskFull
+from align.runner.files import named_when_full
 
 MOST_REASONS = 1000
 """Reasons that an account tells apart; whatever comes behind them is counted together."""
@@ -101,14 +102,13 @@ class Quarantine:
         line = json.dumps({"file": file, "row": row, "reason": reason, "content": content}, ensure_ascii=False, default=str)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # JSON can write half of a surrogate pair down, as an escape; UTF-8 cannot.
+        how: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
         try:
-            with self.path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as stream:
+            with named_when_full(self.path), self.path.open("a", **how) as stream:
                 stream.write(re.sub("[\x85\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", line) + "\n")
-        except OSError as error:
-            if not disk_is_full(error):
-                raise
+        except DiskFull:
             self.path.unlink()  # its last row is half a one
-            raise no_room(self.path) from error
+            raise
 
     def note(self, account: Account) -> str:
         """Where rows that `account` set aside can be found, for the end of a line."""

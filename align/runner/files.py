@@ -155,6 +155,21 @@ def disk_is_full(error: BaseException | None) -> bool:
     return False
 
 
+@contextmanager
+def named_when_full(place: Path) -> Iterator[None]:
+    """Within, a write that finds no room ends as one line that names the disk of `place`, whatever a library makes of it.
+
+    Raises:
+        DiskFull: from `no_room`.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        raise no_room(place) from error
+
+
 def no_room(folder: Path) -> DiskFull:
     """What to tell of it."""
     there = next(path for path in (folder, *folder.parents) if path.exists())

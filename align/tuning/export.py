@@ -22,7 +22,7 @@ from align.errors import AlignError
 from align.models import DTYPES, family_of, is_adapter, is_classifier, load_causal_lm, load_config, load_reward_model
 from align.progress import say
 from align.registry import Registry
-from align.runner.files import refuse_unwritable
+from align.runner.files import named_when_full, refuse_unwritable
 from align.tasks.base import is_task_model
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
@@ -88,7 +88,7 @@ def export(
     dtype = dtype or stored
     model.to(DTYPES[dtype])
     to.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as folder:
+    with named_when_full(to), tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as folder:
         aside = Path(folder) / to.name
         model.save_pretrained(aside, max_shard_size=max_shard_size)
         AutoTokenizer.from_pretrained(resolved.path).save_pretrained(aside)
