@@ -9,6 +9,7 @@ import errno
 import io
 import os
 import sys
+from pathlib import Path
 
 from align import __version__
 from align.commands import (
@@ -29,7 +30,7 @@ from align.commands import (
 )
 from align.commands.parser import Parser
 from align.errors import AlignError, StageFailed
-from align.runner.files import disk_is_full
+from align.runner.files import disk_is_full, no_room
 
 COMMANDS = (
     run,
@@ -48,6 +49,15 @@ COMMANDS = (
     ui,
 )
 
+REMEDIES = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give this user the right to it"),
+    errno.ENAMETOOLONG: "name something shorter",
+}
+"""What a person may do about a path that the system refuses."""
+
+AT_ONCE = ("check", "curvature", "data", "doctor", "export", "launch", "models", "report")
+"""Verbs that run no stage: what is cut of them begins anew."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
@@ -63,18 +73,21 @@ def main(arguments: list[str] | None = None) -> int:
         return 1 if isinstance(error, StageFailed) else 2
     except KeyboardInterrupt:
         if not {"chat", "serve", "status", "ui"}.intersection(arguments[:1]):  # that is how these end, `status` with --watch
-            print("align: interrupted; the same command continues with the stage that was cut", file=sys.stderr)
+            goes_on = not {*AT_ONCE}.intersection(arguments[:1]) and arguments[:2] != ["reward", "test"]
+            told = "; the same command continues with the stage that was cut" if goes_on else ""
+            print(f"align: interrupted{told}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename is not None:
-            print(f"align: error: {error.filename}: {error.strerror}; give this user the right to it", file=sys.stderr)
+        if error.errno in REMEDIES and error.filename is not None:
+            print(f"align: error: {error.filename}: {error.strerror}; {REMEDIES[error.errno]}", file=sys.stderr)
             return 2
         if not disk_is_full(error):
             raise
-        print("align: error: the disk is full; make room, and the same command goes on from where it was", file=sys.stderr)
+        full = no_room(Path(error.filename)) if error.filename else "the disk is full; make room, and give the same command again"
+        print(f"align: error: {full}", file=sys.stderr)
         return 2
 
 

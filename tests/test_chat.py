@@ -332,12 +332,15 @@ def served(model):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "align.cli", "serve", str(model), "--port", str(port)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = []
     try:
         for line in process.stdout:
+            said.append(line)
             if "Uvicorn running" in line:
                 break
         else:
             pytest.fail(f"the server ended: {process.wait()}")
+        assert "Warning" not in "".join(said), "of an adapter, peft asks by an old name"
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
@@ -379,6 +382,8 @@ REFUSED = {
     "no tokens": ({**ASKED, "max_tokens": -1}, 400, "max_tokens: Input should be greater than or equal to 1"),
     "words for a number": ({**ASKED, "temperature": "hot"}, 400, "temperature: Input should be a valid number"),
     "next to no temperature": ({**ASKED, "temperature": 1e-320}, 400, "temperature: 0 is greedy, and the least above it is 1e-06"),
+    "to stop at nothing": ({**ASKED, "stop": ""}, 400, "stop: a text of at least one character"),
+    "to stop at no number": ({**ASKED, "stop": [5], "stream": True}, 400, "Input should be a valid string"),
     "several answers": ({**ASKED, "n": 1000}, 400, "n: Input should be 1"),
     "half a pair": (json.dumps({"messages": [{"role": "user", "content": "\ud800"}]}).encode(), 400, "hex escape"),
     "a part without a type": ({"messages": [{"role": "user", "content": [{"text": "Hi"}]}]}, 400, "KeyError"),

@@ -331,7 +331,12 @@ MISTAKES = {
     "fewer than no attempts": (RUN + "--retries -1", "--retries must be at least 0"),
     "no time at all": (RUN + "--grace nan", "--grace must be at least 0"),
     "a script below a file": ("launch --slurm raw.jsonl/x.sh -- align run x", r"raw\.jsonl/x\.sh cannot be written \("),
+    "a folder for a script": ("launch --slurm . -- align run x", r"\. is a folder: name a file in it for the output"),
     "hours that are no number": ("launch --slurm x.sh --hours nan -- align run x", "--hours must be above 0"),
+    "data of a name that no file can have": (f"data check {'x' * 300}", "x: File name too long; name something shorter"),
+    "a model of a name that no file can have": (f"chat {'x' * 300} --prompt x", "x: File name too long; name something shorter"),
+    "an export below a file": ("export model --to raw.jsonl/x", r"raw\.jsonl is a file, not a folder: name another place for"),
+    "a measurement below a file": ("curvature model --data sft.jsonl --out raw.jsonl/x", r"raw\.jsonl is a file, not a folder"),
     "unknown option": (RUN + "--outt x", "unknown argument '--outt'"),
     "no such config": ("sft --config nothing.yaml", r"--config nothing\.yaml: there is no such file"),
     "bad config": ("sft --config bad.yaml", r"bad\.yaml is not YAML"),
@@ -447,12 +452,16 @@ def test_a_mistake_that_only_the_second_stage_can_see_keeps_the_first(capsys, tm
 
 
 def test_an_interruption_has_its_own_exit_code(monkeypatch, capsys):
-    def cut(*_):
+    def cut(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("align.commands.run.load_recipe", cut)
     assert main(["run", "recipe.py"]) == 130
-    assert capsys.readouterr().err.startswith("align: interrupted")
+    assert capsys.readouterr().err == "align: interrupted; the same command continues with the stage that was cut\n"
+    monkeypatch.setattr("align.data.RowStream", cut)
+    for command in (["data", "check", "sft.jsonl"], ["reward", "test", "repetition", "--data", "pairs.jsonl"]):
+        assert main(command) == 130
+        assert capsys.readouterr().err == "align: interrupted\n", "there is no stage to go on with"
 
 
 # -- help ----------------------------------------------------------------------------------------------------------------------

@@ -240,7 +240,7 @@ def test_mistakes_are_told_before_anything_is_measured(tmp_path, tokenizer, caps
     monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("measured"))
     for more, message in (
         (["--eval_data", str(tmp_path / "none.jsonl")], "none.jsonl: no such file"),
-        (["--out", str(data)], "is a file, and --out names a folder"),
+        (["--out", str(data)], "is a file, not a folder"),
         (["--max_length", "0"], "must be at least 1"),
         (["--max_tokens_per_micro_batch", "0"], "must be at least 1"),
         (["--probes", "1"], "--probes must be at least 2"),

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,32 @@ def test_stats(tmp_path, capsys):
     page = capsys.readouterr().out
     assert "user turns" in page
     assert "chosen is longer" in page
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "convert sft.jsonl --to native --out disk/x.jsonl",
+        "check pairs.jsonl --quarantine disk/x.jsonl",
+        "stats sft.jsonl --plot disk/x.svg",
+        "clean sft.jsonl --output disk/x.jsonl",
+    ],
+)
+def test_a_full_disk_is_named_and_nothing_is_left_of_the_file(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_rows(Path("sft.jsonl"), [{"prompt": f"Say {n}:", "completion": f" {n} of {n}"} for n in range(999)])
+    write_rows(Path("pairs.jsonl"), [{"prompt": f"Say {n}:", "chosen": " one", "rejected": " one"} for n in range(999)])
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        assert main(["data", *command.split()]) == 2
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"align: error: the disk of {command.split()[-1]} is full (0 MB free); make room")
 
 
 def test_stats_in_tokens(tmp_path, capsys, tokenizer):

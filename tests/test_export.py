@@ -2,6 +2,7 @@
 
 import json
 import random
+import subprocess
 
 import pytest
 import torch
@@ -82,6 +83,20 @@ def test_the_merged_export_answers_as_the_adapter_did(trained, ground, tmp_path,
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "there")
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(trained["sft"].path).chat_template
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_an_export_to_a_full_disk_names_it_and_leaves_nothing(trained, tmp_path, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        _, said = export(capsys, "two-sft", "--merge", "--to", disk / "there")
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    assert said.startswith(f"align: error: the disk of {disk}/there is full (0 MB free); make room")
+    assert said.count("\n") == 1
 
 
 def test_the_card_says_where_it_came_from(trained, ground, tmp_path, capsys):

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +32,7 @@ from align.runner.checkpoints import seal
 from align.runner.code import _module, _parsed, code_of
 from align.runner.devices import refuse_crowd
 from align.runner.launch import command, slurm_script
+from align.runner.locks import lock
 from align.runner.notify import notify
 from align.runner.share import delete, pull, push
 from align.runner.sweep import expand
@@ -251,6 +253,28 @@ def test_what_is_cut_leaves_no_half(tmp_path, monkeypatch):
         assert main(["models", "pull", "r-a", str(shelf)]) == 130
     assert not list(home().rglob("*.*"))
     assert pull(Registry(), str(shelf), "r-a", home()).version == 1
+
+
+def test_a_push_to_a_full_disk_names_it_and_leaves_no_half(tmp_path, capsys):
+    run({"a": Act(text="precious" * 9999)})
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        capsys.readouterr()
+        assert main(["models", "push", "r-a", str(disk)]) == 2
+        assert not list(disk.rglob("*.*"))
+        with suppress(OSError), (disk / "ballast").open("wb", buffering=0) as ballast:  # no room for a line in a lock, either
+            while ballast.write(bytes(1024)):
+                pass
+        with pytest.raises(AlignError, match=r"the disk of .* is full"), lock(disk / "r-a"):
+            pass
+        assert not list(disk.glob(".*"))
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(rf"align: error: the disk of {disk}/\S+ is full \(0 MB free\); make room", line)
 
 
 def link_out(place):

@@ -39,6 +39,12 @@ def _no_hair_above_0(temperature: float) -> float:
     return temperature
 
 
+def _something(stop: str | list[str] | None) -> str | list[str] | None:
+    if stop is not None and not (stop and all(stop)):
+        raise ValueError("a text of at least one character, or a list of such; leave it out to stop nowhere")
+    return stop
+
+
 class _Request(_Body):
     """What the requests have in common. Of fields that are not here their server knows more."""
 
@@ -50,6 +56,7 @@ class _Request(_Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     n: Literal[1] | None = None
+    stop: Annotated[str | list[str] | None, AfterValidator(_something)] = None
     stream: bool | None = None
 
     def contents(self) -> list[Any]:

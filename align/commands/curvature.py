@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import AlignError
+from align.runner.files import refuse_unwritable
 
 if TYPE_CHECKING:
     from align.diagnostics.curvature.load import Rows
@@ -45,8 +46,7 @@ def curvature(options: argparse.Namespace) -> int:
     path = Registry().resolve(options.name).path
     places = _places(path, options.checkpoints)
     out = options.out or (Path(path) / "curvature" if Path(path).is_dir() else home() / "curvature" / Path(path).name)
-    if out.exists() and not out.is_dir():
-        raise AlignError(f"{out} is a file, and --out names a folder")
+    refuse_unwritable(out)
     if options.plan:
         print("\n".join(f"measure  {name:<16} {place}" for name, place in places) + f"\nwrite    {out}")
         return 0

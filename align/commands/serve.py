@@ -36,6 +36,8 @@ def serve(options: argparse.Namespace) -> int:
     from align.models import load_config
     from align.progress import say
     from align.registry import Registry
+    from align.runner.files import named_when_full
+    from align.runner.worker import quiet
 
     start, missing = ENGINES[options.engine]
     if problem := missing():
@@ -43,6 +45,7 @@ def serve(options: argparse.Namespace) -> int:
     if options.engine != "vllm" and (options.rollouts or options.engine_args):
         raise AlignError("--rollouts and --engine_args are for --engine vllm")
     refuse_taken(options.host, options.port)
+    quiet()
     resolved = Registry().resolve(options.model)
     config = None
     try:
@@ -59,7 +62,8 @@ def serve(options: argparse.Namespace) -> int:
         if Path(resolved.path).is_dir():
             # A folder is served under its name: the servers call a model what its path says, so it gets a short one.
             name = resolved.artifact.name if resolved.artifact else Path(resolved.path).name
-            _place(Path(resolved.path), Path(folder) / name)
+            with named_when_full(Path(folder)):
+                _place(Path(resolved.path), Path(folder) / name)
             if options.engine == "transformers":
                 _sample(Path(folder) / name, config)
             os.chdir(folder)

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from align.errors import DiskFull
+from align.runner.files import named_when_full
+
 MOST_REASONS = 1000
 """Reasons that an account tells apart; whatever comes behind them is counted together."""
 
@@ -89,14 +92,23 @@ class Quarantine:
             path.unlink(missing_ok=True)  # that of an earlier run
 
     def add(self, file: str, row: int, reason: str, content: Any) -> None:
-        """Append one row."""
+        """Append one row.
+
+        Raises:
+            DiskFull: there is no room for it; the file is taken away.
+        """
         if self.path is None:
             return
         line = json.dumps({"file": file, "row": row, "reason": reason, "content": content}, ensure_ascii=False, default=str)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # JSON can write half of a surrogate pair down, as an escape; UTF-8 cannot.
-        with self.path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as stream:
-            stream.write(re.sub("[\x85\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", line) + "\n")
+        how: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
+        try:
+            with named_when_full(self.path), self.path.open("a", **how) as stream:
+                stream.write(re.sub("[\x85\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", line) + "\n")
+        except DiskFull:
+            self.path.unlink()  # its last row is half a one
+            raise
 
     def note(self, account: Account) -> str:
         """Where rows that `account` set aside can be found, for the end of a line."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from align.data import RowStream
 from align.errors import AlignError
+from align.runner.files import written_aside
 from align.schema import Message
 
 LANGUAGES_OF = 500
@@ -76,7 +77,8 @@ class Statistics:
             axes.hist(values, bins=edges, histtype="step", label=name)
         axes.set(xlabel=unit, ylabel="rows", xscale="symlog", title=Path(self.stream.source).name)
         axes.legend()
-        figure.savefig(path, dpi=120)
+        with written_aside(path) as file:
+            figure.savefig(file.buffer, dpi=120, format=path.suffix[1:])
         pyplot.close(figure)
 
 

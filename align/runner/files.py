@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TextIO
 
 from align.errors import AlignError, DiskFull
 
@@ -20,8 +20,9 @@ NO_ROOM = ("No space left on device", "iostream error")
 
 
 @contextmanager
-def written_aside(path: Path, *, durable: bool = True) -> Iterator[IO[str]]:
-    """A text file that becomes `path` at the end of the block: a reader sees the old file or the new one, never half of it.
+def written_aside(path: Path, *, durable: bool = True) -> Iterator[TextIO]:
+    """A text file that becomes `path` at the end of the block: a reader sees the old file or the new one, never half of it. Bytes
+    are written to its ``buffer``.
 
     Args:
         durable: have it on the disk before returning, so that it also survives a power cut.
@@ -36,8 +37,10 @@ def written_aside(path: Path, *, durable: bool = True) -> Iterator[IO[str]]:
             if durable:
                 os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a write says that there is no room, and not where
+            error.filename = str(path)
         raise
     if durable:
         flush(path.parent)
@@ -58,6 +61,8 @@ def write_named(path: Path, text: str) -> None:
     Raises:
         AlignError: nothing can be written there.
     """
+    if path.is_dir():
+        raise AlignError(f"{path} is a folder: name a file in it for the output")
     try:
         write_atomically(path, text)
     except OSError as error:
@@ -148,6 +153,21 @@ def disk_is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+@contextmanager
+def named_when_full(place: Path) -> Iterator[None]:
+    """Within, a write that finds no room ends as one line that names the disk of `place`, whatever a library makes of it.
+
+    Raises:
+        DiskFull: from `no_room`.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        raise no_room(place) from error
 
 
 def no_room(folder: Path) -> DiskFull:

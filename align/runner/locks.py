@@ -13,6 +13,7 @@ from typing import IO
 
 from align.errors import AlignError
 from align.progress import say
+from align.runner.files import named_when_full
 
 
 @contextmanager
@@ -24,6 +25,7 @@ def lock(folder: Path, label: str | None = None, *, wait: bool = True) -> Iterat
 
     Raises:
         AlignError: another process holds it, and `wait` is off.
+        DiskFull: there is no room to say who holds it.
     """
     path = lock_file(folder)
     while (file := _acquire(path, blocking=False)) is None and not is_locked(folder):
@@ -37,10 +39,10 @@ def lock(folder: Path, label: str | None = None, *, wait: bool = True) -> Iterat
         file = _acquire(path, blocking=True)
     assert file is not None
     with file:
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-        file.flush()
         try:
+            with named_when_full(path):
+                file.truncate(0)
+                os.write(file.fileno(), json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
             yield
         finally:
             path.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from align.errors import AlignError
 from align.progress import say
 from align.registry import Registry, check_name
 from align.runner.checkpoints import SEAL, fault, seal
-from align.runner.files import refuse_unwritable
+from align.runner.files import named_when_full, refuse_unwritable
 from align.runner.hub import download, is_hub, upload
 from align.runner.locks import is_locked, lock
 
@@ -74,7 +74,8 @@ def _whole(folder: Path) -> Iterator[None]:
     """`folder` anew; what is half made of it when the block is cut is taken away."""
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        yield
+        with named_when_full(folder):
+            yield
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

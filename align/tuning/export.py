@@ -22,6 +22,7 @@ from align.errors import AlignError
 from align.models import DTYPES, family_of, is_adapter, is_classifier, load_causal_lm, load_config, load_reward_model
 from align.progress import say
 from align.registry import Registry
+from align.runner.files import named_when_full, refuse_unwritable
 from align.tasks.base import is_task_model
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
@@ -66,12 +67,13 @@ def export(
 
     Raises:
         AlignError: there is no such model; it is no causal language model and no reward model; it is an adapter and `merge` is
-            false; it cannot be merged; `to` is taken; or what was written answers differently.
+            false; it cannot be merged; `to` is taken or cannot be made; or what was written answers differently.
     """
     registry = registry or Registry()
     resolved = registry.resolve(reference)
     if to.exists():
         raise AlignError(f"{to} exists, and an export overwrites nothing: name another folder, or remove it")
+    refuse_unwritable(to.parent)
     if dtype is not None and dtype not in DTYPES:
         raise AlignError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size, re.IGNORECASE):
@@ -86,7 +88,7 @@ def export(
     dtype = dtype or stored
     model.to(DTYPES[dtype])
     to.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as folder:
+    with named_when_full(to), tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as folder:
         aside = Path(folder) / to.name
         model.save_pretrained(aside, max_shard_size=max_shard_size)
         AutoTokenizer.from_pretrained(resolved.path).save_pretrained(aside)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align.commands.data.arguments import add_reading, check_outputs, visible
-from align.errors import AlignError
+from align.errors import AlignError, DiskFull
 
 
 def add(actions: Any) -> None:
@@ -36,6 +36,8 @@ def check(options: argparse.Namespace) -> int:
         try:
             for _ in stream:
                 pass
+        except DiskFull:  # of the quarantine: nothing that is wrong with the file
+            raise
         except AlignError as caught:
             error = str(caught)
         account = stream.account

@@ -45,7 +45,6 @@ def stats(options: argparse.Namespace) -> int:
         refuse_empty(stream)
         print(json.dumps(found.as_dict(), ensure_ascii=False) if options.json else visible(_page(found, unit)))
         if options.plot and number == 0:
-            options.plot.parent.mkdir(parents=True, exist_ok=True)
             found.plot(options.plot, unit)
             say(f"drawn: {options.plot}")
     return 0

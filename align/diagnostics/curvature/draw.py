@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from align.diagnostics.curvature.spectrum import Density
+from align.runner.files import written_aside
 
 
 def draw(path: Path, measured: Sequence[dict[str, Any]]) -> None:
@@ -32,7 +33,8 @@ def draw(path: Path, measured: Sequence[dict[str, Any]]) -> None:
         axes[1].legend(frameon=False)
         if several:
             _checkpoints(axes[2], measured)
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        with written_aside(path) as file:
+            figure.savefig(file.buffer, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _density(axes: Any, measured: dict[str, Any]) -> None:
