@@ -128,7 +128,7 @@ class GroupStage(TrainingStage, ProbeFields, SamplingFields, RewardFields):
         t.seed_everything(self)
         rows, held = t.rows_of(self, "prompts", context)
         tokenizer, encoder = t.tokenizer_of(self, room=self.max_completion_length)
-        judge = self.judge(tokenizer, dtype=self.dtype, max_tokens=self.max_tokens_per_micro_batch)
+        judge = self.judge(tokenizer, [*rows, *held], dtype=self.dtype, max_tokens=self.max_tokens_per_micro_batch)
         train, test = encoder.prompts(rows), encoder.prompts(held[: self.eval_prompts])
         prompts = len(t.usable(train, context.name))
         needed = self.per_device_train_batch_size * self.gradient_accumulation_steps // self.num_generations

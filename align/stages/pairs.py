@@ -54,7 +54,7 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
 
         rows, held = t.rows_of(self, "prompts", context)
         tokenizer, encoder = t.tokenizer_of(self, room=self.max_completion_length)
-        judge = self.judge(tokenizer, dtype=self.dtype, max_tokens=self.max_tokens_per_micro_batch)
+        judge = self.judge(tokenizer, [*rows, *held], dtype=self.dtype, max_tokens=self.max_tokens_per_micro_batch)
         model = load_causal_lm(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
         model.to(best_device())
         stops = sorted({*stop_token_ids(model, tokenizer), encoder.end_of_answer(rows[0])})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,8 +15,9 @@ from align.stages.config import Address, Fields, MaxTokens, ModelRef, RewardRefs
 if TYPE_CHECKING:
     from torch import nn
 
-    from align.rewards.composition import Totals
+    from align.rewards.composition import RewardSet, Totals
     from align.rollout import Engine, Sampling
+    from align.schema import PromptRow
     from align.scoring import Judge
 
 
@@ -93,22 +95,44 @@ class RewardFields(Fields):
             )
         return entries
 
-    def judge(
-        self, tokenizer: Any, *, dtype: str, max_tokens: MaxTokens, model: nn.Module | None = None, totals: Totals = list
-    ) -> Judge:
-        """Build the judge.
+    def reward_set(self, columns: Collection[str], totals: Totals = list) -> RewardSet:
+        """What judges answers to rows that have `columns`.
 
         Args:
-            model: the reward model, where it is in memory already.
             totals: sums numbers over the processes that share a batch.
 
         Raises:
-            AlignError: see `rewards`, `RewardSet` and `RewardScorer`.
+            AlignError: see `rewards` and `RewardSet`; or a function needs another column.
         """
         from align.rewards import RewardSet
-        from align.scoring import Judge, RewardScorer
 
-        entries = self.rewards()
+        found = RewardSet(self.rewards(), self.reward_weights, totals)
+        found.refuse_missing(columns)
+        return found
+
+    def judge(
+        self,
+        tokenizer: Any,
+        rows: Sequence[PromptRow],
+        *,
+        dtype: str,
+        max_tokens: MaxTokens,
+        model: nn.Module | None = None,
+        totals: Totals = list,
+    ) -> Judge:
+        """Build the judge of answers to `rows`.
+
+        Args:
+            model: the reward model, where it is in memory already.
+            totals: see `reward_set`.
+
+        Raises:
+            AlignError: see `reward_set` and `RewardScorer`.
+        """
+        from align.scoring import Judge, RewardScorer, row_columns
+
+        columns = row_columns(rows).keys()
+        rewards = self.reward_set(columns, totals)
         scorer = None
         if self.reward_model is not None:
             scorer = RewardScorer(
@@ -119,7 +143,7 @@ class RewardFields(Fields):
                 normalize=self.normalize_scores,
                 model=model,
             )
-        return Judge(tokenizer, RewardSet(entries, self.reward_weights, totals), scorer)
+        return Judge(tokenizer, rewards, scorer, columns)
 
 
 def refuse_language_model(path: str | None) -> None:
