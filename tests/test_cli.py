@@ -558,6 +558,21 @@ def test_names_from_hugging_face_mean_the_same(capsys):
     assert run_json("sft --model_name_or_path model --dataset_name=sft.jsonl --max-steps 1 --plan --json", capsys) == ours
 
 
+def test_two_names_of_one_field_are_refused_together(capsys, tmp_path):
+    """The last one won without a word."""
+    (tmp_path / "c.yaml").write_text("model: model\nmodel_name_or_path: other\ndata: sft.jsonl\nlearning_rate: 1e-4\n")
+    (tmp_path / "r.yaml").write_text("stages: {sft: {stage: sft, model: model, data: sft.jsonl, learning_rate: 1e-4}}\n")
+    for command in (
+        "sft --model model --model_name_or_path other --data sft.jsonl --learning_rate 1e-4 --plan",
+        f"sft --config {tmp_path}/c.yaml --plan",
+        f"run {tmp_path}/r.yaml --set sft.model=model --set sft.model_name_or_path=other --plan",
+    ):
+        assert main(command.split()) == 2, command
+        assert "'model' and 'model_name_or_path' are two names of one field" in capsys.readouterr().err
+    (tmp_path / "c.yaml").write_text("model: other\ndata: sft.jsonl\nlearning_rate: 1e-4\n")
+    assert main(f"sft --config {tmp_path}/c.yaml --model_name_or_path model --plan".split()) == 0  # flags win
+
+
 def test_flags_win_over_the_config_file(capsys):
     command = (
         "sft --config config.yaml --dataset_name raw.jsonl --model model --seed 4 --lr_scheduler_kwargs.min_lr_rate 0.2 --json"
