@@ -211,6 +211,10 @@ def test_what_cannot_be_pushed(tmp_path, capsys):
     assert main(["models", "push", "r-a", str(tmp_path / "shelf")]) == 2
     assert "that folder is gone" in capsys.readouterr().err
     assert not (tmp_path / "shelf").exists()
+    assert main(["models", "show", "r-a", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["path"] == artifact.path
+    assert f"r-a@1 was at {artifact.path}, and that folder is gone" in shown.err
     assert main(["models", "push", "r-a", ""]) == 2
     assert "needs a FOLDER" in capsys.readouterr().err
 
