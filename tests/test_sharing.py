@@ -23,6 +23,7 @@ from runner_stages import Act
 
 from align.artifact import MANIFEST, Artifact
 from align.cli import main
+from align.data import write_rows
 from align.errors import AlignError
 from align.pipeline import Run
 from align.recipe import Recipe, load_recipe
@@ -693,8 +694,14 @@ def test_the_command_of_accelerate_says_everything(monkeypatch):
         command(Launch(num_processes=4, num_machines=2), [])
     several = command(Launch(num_processes=4, num_machines=2, main_process_ip="10.0.0.1"), [])
     assert dict(pairwise(several))["--machine_rank"] == "1"
-    with pytest.raises(AlignError, match="3 processes do not spread evenly over 2 machines"):
-        command(Launch(num_processes=3, num_machines=2), [])
+
+
+def test_processes_that_do_not_spread_over_the_machines_are_refused_by_a_plan(tmp_path, capsys):
+    (tmp_path / "m").mkdir()
+    write_rows(tmp_path / "d.jsonl", [{"text": "one"}])
+    uneven = "--launch.num_processes 3 --launch.num_machines 2"
+    assert main(f"pretrain --model {tmp_path}/m --data {tmp_path}/d.jsonl --learning_rate 1e-3 {uneven} --plan".split()) == 2
+    assert "launch: 3 processes do not spread evenly over 2 machines" in capsys.readouterr().err
 
 
 def test_more_processes_than_the_machine_has_devices_are_refused(monkeypatch):

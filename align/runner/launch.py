@@ -38,6 +38,14 @@ def machines(stage: Stage) -> int:
     return launch.num_machines if (launch := getattr(stage, "launch", None)) is not None else 1
 
 
+def refuse_uneven(name: str, stage: Stage) -> None:
+    """Raise `AlignError` where the processes of the launch of the stage `name` do not spread evenly over its machines."""
+    launch = getattr(stage, "launch", None)
+    if launch is not None and launch.num_processes % launch.num_machines:
+        spread = f"{launch.num_processes} processes do not spread evenly over {launch.num_machines} machines"
+        raise AlignError(f"{name}: launch: {spread}")
+
+
 def is_main_process() -> bool:
     """Whether this is the only process of a stage, or the first of several."""
     return int(os.environ.get(RANK, 0)) == 0
@@ -55,9 +63,6 @@ def is_first_machine() -> bool:
 
 def command(launch: Launch, script: Sequence[str]) -> list[str]:
     """``accelerate launch`` with every choice spelled out: a configuration file of accelerate's changes nothing."""
-    bad = launch.num_processes % launch.num_machines
-    if bad:
-        raise AlignError(f"launch: {launch.num_processes} processes do not spread evenly over {launch.num_machines} machines")
     words: list[str] = [sys.executable, "-m", "accelerate.commands.launch"]
     words += ["--num_processes", str(launch.num_processes), "--num_machines", str(launch.num_machines)]
     words += ["--mixed_precision", launch.mixed_precision, "--dynamo_backend", "no"]
