@@ -77,6 +77,12 @@ def _over_forests(
             yield [start + index for index in indices], values
 
 
+def refuse_language_model(path: str) -> None:
+    """Raise `AlignError` where the model at `path`, a folder or an id of the hub, is no reward model."""
+    if not is_classifier(path):
+        raise AlignError(f"{path} is a language model, not a reward model: train one with `align reward`")
+
+
 class RewardScorer:
     """A reward model that scores sampled tokens as they are.
 
@@ -98,8 +104,7 @@ class RewardScorer:
         normalize: bool,
         model: nn.Module | None = None,
     ) -> None:
-        if not is_classifier(path):
-            raise AlignError(f"{path} is a language model, not a reward model: train one with `align reward`")
+        refuse_language_model(path)
         if load_tokenizer(path).get_vocab() != vocabulary:
             raise AlignError(f"the reward model {path} has another tokenizer than the policy; train both from one base")
         if model is None:

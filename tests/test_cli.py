@@ -390,9 +390,25 @@ def test_a_mistake_is_one_line_and_exit_code_2(mistake, capsys, folder):
 def test_a_language_model_for_a_judge_is_found_before_anything_runs(judged, capsys, tmp_path):
     recipe = {"sft": {"stage": "sft", "model": "model", "data": "sft.jsonl", "max_steps": 1}, "judged": judged}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({"stages": recipe}))
-    assert main(["run", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out")]) == 2
-    assert "is a language model, not a reward model: train one with `align reward`" in capsys.readouterr().err
-    assert manifests(tmp_path) == []
+    for more in ([], ["--plan"]):
+        assert main(["run", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out"), *more]) == 2
+        assert "is a language model, not a reward model: train one with `align reward`" in capsys.readouterr().err
+        assert manifests(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"reward_funcs": ["length_band(low=1)"]}, "reward 'length_band' needs 'high'"),
+        ({"reward_funcs": ["repetition"], "reward_weights": [1, 2]}, "reward_weights has 2 numbers; there are 1 rewards"),
+        ({"reward_funcs": [{"reward": "repetition", "gate": {"reward": "keyword", "at_least": 1}}]}, "gate of reward 'repetition'"),
+    ],
+)
+def test_rewards_that_do_not_fit_are_told_by_a_plan(fields, message, capsys, tmp_path):
+    stage = {"stage": "ppo", "model": "model", "data": "prompts.jsonl", **fields}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"stages": {"judged": stage}}))
+    assert main(["run", str(tmp_path / "r.yaml"), "--plan"]) == 2
+    assert f"align: error: judged: {message}" in capsys.readouterr().err.replace("the gate", "gate")
 
 
 def test_a_mistake_in_the_second_stage_is_found_before_the_first_runs(capsys, tmp_path):

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from align.stages.base import Context, TrainingStage, stage
 from align.stages.forgetting import ProbeFields
-from align.stages.sampling import RewardFields, SamplingFields, refuse_language_model
+from align.stages.sampling import RewardFields, SamplingFields
 from align.trainers.settings import PPOSettings
 
 
@@ -84,8 +84,7 @@ class GroupStage(TrainingStage, ProbeFields, SamplingFields, RewardFields):
 
     def check(self) -> None:
         super().check()
-        self.rewards()
-        refuse_language_model(self.reward_model)
+        self.check_rewards()
 
     def settings(self, prompts: int) -> PPOSettings:
         """The stage as PPO's trainer has it, for so many prompts."""

@@ -13,7 +13,7 @@ from align.errors import AlignError
 from align.stages.base import Context, Stage, stage
 from align.stages.config import MaxTokens, Seed
 from align.stages.fields import DataFields, ModelFields
-from align.stages.sampling import RewardFields, SamplingFields, refuse_language_model
+from align.stages.sampling import RewardFields, SamplingFields
 
 if TYPE_CHECKING:
     from align.schema import PromptRow
@@ -40,8 +40,7 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
     """Seed of sampling and noise."""
 
     def check(self) -> None:
-        self.rewards()
-        refuse_language_model(self.reward_model)
+        self.check_rewards()
 
     def run(self, context: Context) -> dict[str, Any]:
         import torch

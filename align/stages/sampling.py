@@ -95,6 +95,19 @@ class RewardFields(Fields):
             )
         return entries
 
+    def check_rewards(self, *, hub: bool = True) -> None:
+        """What can be found wrong with the rewards without rows; quick, but for a reward model that is there (see
+        `check_reward_model`).
+
+        Raises:
+            AlignError: see `rewards` and `RewardSet`; or the reward model is none.
+        """
+        from align.rewards import RewardSet
+
+        RewardSet(self.rewards(), self.reward_weights)
+        if self.reward_model is not None:
+            check_reward_model(self.reward_model, hub)
+
     def reward_set(self, columns: Collection[str], totals: Totals = list) -> RewardSet:
         """What judges answers to rows that have `columns`.
 
@@ -146,16 +159,17 @@ class RewardFields(Fields):
         return Judge(tokenizer, rewards, scorer, columns)
 
 
-def refuse_language_model(path: str | None) -> None:
+def check_reward_model(path: str, hub: bool) -> None:
     """Find out before anything runs whether what should be a reward model is one. What a stage has yet to make is not looked at.
+
+    Args:
+        hub: whether to ask the hub of what is there.
 
     Raises:
         AlignError: it is none.
     """
-    from align.models import is_classifier
+    here = any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if here or (hub and not Path(path).is_absolute()):
+        from align.scoring import refuse_language_model
 
-    configs = [Path(path or "") / name for name in ("config.json", "adapter_config.json")]
-    if path is None or (Path(path).is_absolute() and not any(config.is_file() for config in configs)):
-        return
-    if not is_classifier(path):
-        raise AlignError(f"{path} is a language model, not a reward model: train one with `align reward`")
+        refuse_language_model(path)
