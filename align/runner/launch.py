@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -23,7 +24,9 @@ from align.stages.fields import Launch
 
 RANK, MACHINE = "RANK", "ALIGN_MACHINE_RANK"
 MISTAKE = "mistake-"
-"""Beside the outcome, with its number behind: what a process of the stage found wrong."""
+"""Beside the outcome, with its number behind: what a process of the stage found wrong; empty where the disk is full, and has no
+room to tell.
+"""
 PATIENCE = 5.0
 """Seconds that the others have to meet a mistake that one process met. They may wait for that one for ever, and are ended then."""
 
@@ -91,7 +94,7 @@ def run_launched(task: Any, stage: Stage) -> dict[str, Any]:
     """Run the stage in processes of its own; returns the metrics that the first of them leaves.
 
     Raises:
-        AlignError: what the stage found wrong; StageFailed: a process died.
+        AlignError: what the stage found wrong; OSError: the disk is full; StageFailed: a process died.
     """
     launch = getattr(stage, "launch", None) or Launch()
     with tempfile.TemporaryDirectory(prefix="align-launch-") as folder:
@@ -110,12 +113,16 @@ def run_launched(task: Any, stage: Stage) -> dict[str, Any]:
                     if any(Path(folder).glob(f"{MISTAKE}*")):
                         deadline = min(deadline, time.monotonic() + PATIENCE)
                     if stop_requested() or time.monotonic() > deadline:
-                        process.send_signal(signal.SIGTERM)
+                        # A killed launcher says nothing, and on Linux its processes end with it: there is nothing to save.
+                        kill = sys.platform == "linux" and not stop_requested()
+                        process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
                         process.wait()
         if stop_requested():
             raise Stopped
         for mistake in sorted(Path(folder).glob(f"{MISTAKE}*")):
-            raise AlignError(mistake.read_text(encoding="utf-8"))
+            if not (said := mistake.read_text(encoding="utf-8")):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise AlignError(said)
         if outcome.is_file() and process.returncode == 0:
             return json.loads(outcome.read_text(encoding="utf-8"))
     raise StageFailed(f"a process of its launch ended with code {process.returncode}")
