@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import re
+import signal
 import threading
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from align.errors import AlignError
 from align.pipeline import Run
 from align.recipe import Recipe, load_recipe
 from align.rewards import Gate, RewardSet, RewardSpec
+from align.rewards.calling import _event_loop
 from align.rollout import Completion
 from align.schema import PromptRow
 from align.stages import PPO, Pairs
@@ -289,6 +291,22 @@ def test_a_time_limit_leaves_quick_functions_and_other_alarms_alone():
     assert score(of("values", timeout=10)).total == [1, 2, 3, 4]
     assert signal.getsignal(signal.SIGALRM) is before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_an_interruption_ends_what_is_awaited():
+    """Ctrl-C left it behind on its thread, and the process waited for it at its end, for ever."""
+
+    async def hangs(completions, **columns):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        await asyncio.Event().wait()
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            score(hangs)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert _event_loop()[0].submit(lambda: "free").result(timeout=60) == "free"
 
 
 def test_async_functions_have_their_own_limits():

@@ -187,7 +187,12 @@ def await_all(pending: Mapping[str, tuple[Awaitable[Any], float | None]]) -> dic
         return await asyncio.gather(*(limited(name, *entry) for name, entry in pending.items()))
 
     thread, runner = _event_loop()
-    results = thread.submit(lambda: runner.run(gather())).result()
+    try:
+        results = thread.submit(lambda: runner.run(gather())).result()
+    except BaseException:  # Ctrl-C: the process would not end before what is awaited does
+        loop = runner.get_loop()
+        loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
+        raise
     return dict(zip(pending, results, strict=True))
 
 
