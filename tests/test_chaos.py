@@ -118,7 +118,7 @@ Path(sys.argv[1]).with_name("mistake-0").touch()
 @pytest.mark.parametrize("other", ["ends", "waits"])
 def test_a_mistake_that_one_process_meets_is_the_stages(other, monkeypatch, capfd):
     """Whether the other comes to its end, or waits for the one that left. The launcher adds nothing of its own."""
-    script = lambda launch, words: [sys.executable, "-c", ONE_OF_TWO, words[-1], other]  # noqa: E731
+    script = lambda launch, words, folder: [sys.executable, "-c", ONE_OF_TWO, words[-1], other]  # noqa: E731
     monkeypatch.setattr(runner_launch, "command", script)
     monkeypatch.setattr(runner_launch, "PATIENCE", 0.1, raising=False)
     stage = SFT(model="owner/name", data="x", launch={"num_processes": 2})
@@ -128,7 +128,7 @@ def test_a_mistake_that_one_process_meets_is_the_stages(other, monkeypatch, capf
 
 
 def test_a_full_disk_in_a_launched_stage_is_told_as_one(monkeypatch):
-    script = lambda launch, words: [sys.executable, "-c", FULL_DISK, words[-1]]  # noqa: E731
+    script = lambda launch, words, folder: [sys.executable, "-c", FULL_DISK, words[-1]]  # noqa: E731
     monkeypatch.setattr(runner_launch, "command", script)
     stage = SFT(model="owner/name", data="x", launch={"num_processes": 2})
     with pytest.raises(OSError, match="No space left") as raised:

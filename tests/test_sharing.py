@@ -684,10 +684,11 @@ def test_who_cannot_be_told_changes_nothing_about_the_run(target, said, tmp_path
 
 
 def test_the_command_of_accelerate_says_everything(monkeypatch):
-    words = command(Launch(num_processes=8, strategy="fsdp2", mixed_precision="bf16"), ["-m", "x"])
+    words = command(Launch(num_processes=8, strategy="fsdp2", mixed_precision="bf16"), ["-m", "x"], "gone")
     assert words[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
     pairs = dict(pairwise(words))
     assert (pairs["--num_processes"], pairs["--mixed_precision"], pairs["--fsdp_version"]) == ("8", "bf16", "2")
+    assert pairs["--log_dir"] == "gone", "torchrun leaves its own folder in /tmp"
     assert words[-2:] == ["-m", "x"]
     monkeypatch.setenv("ALIGN_MACHINE_RANK", "1")
     with pytest.raises(AlignError, match="several machines need main_process_ip"):

@@ -64,12 +64,17 @@ def is_first_machine() -> bool:
     return machine_rank() == 0
 
 
-def command(launch: Launch, script: Sequence[str]) -> list[str]:
-    """``accelerate launch`` with every choice spelled out: a configuration file of accelerate's changes nothing."""
+def command(launch: Launch, script: Sequence[str], folder: str | None = None) -> list[str]:
+    """``accelerate launch`` with every choice spelled out: a configuration file of accelerate's changes nothing.
+
+    Args:
+        folder: for torchrun's logs, of which we ask for none; without it torchrun makes one in /tmp, and leaves it there.
+    """
     words: list[str] = [sys.executable, "-m", "accelerate.commands.launch"]
     words += ["--num_processes", str(launch.num_processes), "--num_machines", str(launch.num_machines)]
     words += ["--mixed_precision", launch.mixed_precision, "--dynamo_backend", "no"]
     words += ["--num_cpu_threads_per_process", os.environ.get("OMP_NUM_THREADS", "1")]
+    words += [] if folder is None else ["--log_dir", folder]
     if launch.num_machines > 1:
         ip = launch.main_process_ip or os.environ.get("ALIGN_MAIN_IP")
         if ip is None:
@@ -100,7 +105,7 @@ def run_launched(task: Any, stage: Stage) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="align-launch-") as folder:
         task_file, outcome = Path(folder) / "task.json", Path(folder) / "outcome.json"
         task_file.write_text(json.dumps(asdict(task)), encoding="utf-8")
-        words = command(launch, ["-m", "align.runner.rank", str(task_file), str(outcome)])
+        words = command(launch, ["-m", "align.runner.rank", str(task_file), str(outcome)], folder)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         if launch.cpu:
             environment["CUDA_VISIBLE_DEVICES"] = ""
