@@ -400,6 +400,8 @@ def test_a_language_model_for_a_judge_is_found_before_anything_runs(judged, caps
     ("fields", "message"),
     [
         ({"reward_funcs": ["length_band(low=1)"]}, "reward 'length_band' needs 'high'"),
+        ({"reward_funcs": ["length_band(low=5, high=2)"]}, "length_band needs 0 <= low <= high and high > 0"),
+        ({"reward_funcs": ["length_band(low='few', high=2)"]}, "reward \"length_band(low='few', high=2)\": its values do not fit"),
         ({"reward_funcs": ["repetition"], "reward_weights": [1, 2]}, "reward_weights has 2 numbers; there are 1 rewards"),
         ({"reward_funcs": [{"reward": "repetition", "gate": {"reward": "keyword", "at_least": 1}}]}, "gate of reward 'repetition'"),
     ],
