@@ -108,6 +108,8 @@ class Evaluation:
         if asked and self._needs_references():
             asked, self.references = self._with_references(asked)
         self.prompts = [row for row, _, _ in asked[: stage.max_prompts]]
+        if self.prompts and (stage.reward_funcs or stage.reward_model):
+            stage.reward_set(row_columns(self.prompts))  # before any answer: what it does not fit is an error
         for spec in answered if self.prompts else []:
             check_columns(check(spec)[0], [*row_columns(self.prompts), "predictions", "references"])
         perplexity = talks and len(answered) < len(stage.metrics)  # asked for by its name
@@ -258,7 +260,7 @@ class Evaluation:
         stops = {*stop_token_ids(model, tokenizer), encoder.end_of_answer(self.prompts[0])}
         judge = None
         if stage.reward_funcs or stage.reward_model:
-            judge = stage.judge(tokenizer, dtype=stage.dtype, max_tokens=stage.max_tokens_per_micro_batch)
+            judge = stage.judge(tokenizer, self.prompts, dtype=stage.dtype, max_tokens=stage.max_tokens_per_micro_batch)
         result: dict[str, Any] = {}
         sampler = stage.sampler(model, self.context.folder)
         for mode in ("sampled", "greedy") if stage.greedy else ("sampled",):

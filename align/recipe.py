@@ -206,7 +206,7 @@ def make_stage(cls: type[Stage], fields: Mapping[str, Any], where: str) -> Stage
     Raises:
         AlignError: an unknown field (with the near miss) or a value that does not fit.
     """
-    named = {field_name(cls, key): value for key, value in fields.items()}
+    named = by_field(cls, fields, where)
     try:
         return cls.model_validate({name: _as_list(cls, name, value) for name, value in named.items()})
     except ValidationError as error:
@@ -216,6 +216,19 @@ def make_stage(cls: type[Stage], fields: Mapping[str, Any], where: str) -> Stage
 def field_name(cls: type[Stage], key: str) -> str:
     """The field that `key` means, where it is another name for one, as ``model_name_or_path`` is for ``model``."""
     return next((name for name, info in cls.model_fields.items() if key in other_names(info)), key)
+
+
+def by_field(cls: type[Stage], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`values` by the fields that their keys mean.
+
+    Raises:
+        AlignError: two keys are names of one field, and only one of their values would count.
+    """
+    spelled: dict[str, str] = {}
+    for key in values:
+        if (before := spelled.setdefault(field_name(cls, key), key)) != key:
+            raise AlignError(f"{where}: {before!r} and {key!r} are two names of one field; give one of them")
+    return {name: values[key] for name, key in spelled.items()}
 
 
 def _as_list(cls: type[Stage], name: str, value: Any) -> Any:
@@ -276,6 +289,8 @@ def apply(build: Build, assignments: Mapping[str, str], where: str) -> Recipe:
         if name not in recipe.stages:
             raise AlignError(f"--set {key}: recipe {recipe.name!r} has no stage {name!r}{near_miss(name, recipe.stages)}")
         fields = changed.setdefault(name, {})
+        together = [other.partition(".")[2] for other in assignments if other.startswith(f"{name}.")]
+        by_field(type(recipe.stages[name]), dict.fromkeys(together), f"--set {key}")
         fields |= _nested(recipe.stages[name], fields, field, value)
     # Fields of one stage are judged together: what each asks of the others may be set by a later one.
     made = {

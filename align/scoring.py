@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,12 @@ def _over_forests(
             yield [start + index for index in indices], values
 
 
+def refuse_language_model(path: str) -> None:
+    """Raise `AlignError` where the model at `path`, a folder or an id of the hub, is no reward model."""
+    if not is_classifier(path):
+        raise AlignError(f"{path} is a language model, not a reward model: train one with `align reward`")
+
+
 class RewardScorer:
     """A reward model that scores sampled tokens as they are.
 
@@ -98,8 +104,7 @@ class RewardScorer:
         normalize: bool,
         model: nn.Module | None = None,
     ) -> None:
-        if not is_classifier(path):
-            raise AlignError(f"{path} is a language model, not a reward model: train one with `align reward`")
+        refuse_language_model(path)
         if load_tokenizer(path).get_vocab() != vocabulary:
             raise AlignError(f"the reward model {path} has another tokenizer than the policy; train both from one base")
         if model is None:
@@ -129,10 +134,17 @@ class Judge:
     Args:
         rewards: what the total is made of.
         reward_model: what its component ``reward_model`` says, or None where it has none.
+        columns: names of columns that some rows have; for all others they are None, also where a whole batch has none.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, rewards: RewardSet, reward_model: RewardScorer | None = None) -> None:
-        self.tokenizer, self.rewards, self.reward_model = tokenizer, rewards, reward_model
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        rewards: RewardSet,
+        reward_model: RewardScorer | None = None,
+        columns: Collection[str] = (),
+    ) -> None:
+        self.tokenizer, self.rewards, self.reward_model, self.columns = tokenizer, rewards, reward_model, columns
 
     def __call__(
         self, rows: Sequence[PromptRow], prompts: Sequence[list[int]], completions: Sequence[Completion]
@@ -141,7 +153,9 @@ class Judge:
         ids = [completion.tokens for completion in completions]
         model_scores = None if self.reward_model is None else self.reward_model(prompts, ids)
         answers = [answer(row, text) for row, text in zip(rows, self.texts(completions), strict=True)]
-        result = self.rewards.score([plain(row.prompt) for row in rows], answers, row_columns(rows), ids, model_scores)
+        result = self.rewards.score(
+            [plain(row.prompt) for row in rows], answers, row_columns(rows, self.columns), ids, model_scores
+        )
         return result.total, result.components
 
     def texts(self, completions: Sequence[Completion]) -> list[str]:
@@ -149,9 +163,9 @@ class Judge:
         return [self.tokenizer.decode(completion.tokens, skip_special_tokens=True).strip() for completion in completions]
 
 
-def row_columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
-    """The rows' other columns as reward functions get them."""
-    names = sorted({name for row in rows for name in row.columns})
+def row_columns(rows: Sequence[PromptRow], also: Collection[str] = ()) -> dict[str, list[Any]]:
+    """The rows' other columns as reward functions get them, those called `also` among them."""
+    names = sorted({*also, *(name for row in rows for name in row.columns)})
     return {name: [row.columns.get(name) for row in rows] for name in names}
 
 

@@ -15,6 +15,7 @@ import two_machines
 
 from align.errors import AlignError
 from align.runner import launch as runner_launch
+from align.runner.files import disk_is_full
 from align.runner.worker import Task
 from align.stages import SFT
 
@@ -56,34 +57,49 @@ def test_a_process_leaves_with_its_code_and_everything_said():
     [
         ("ValueError('no such thing')", 1, None),
         ("AlignError('wrong field')", 0, "wrong field"),
+        ("OSError(28, 'No space left on device')", 0, ""),
+        ("DiskFull('the disk of x is full')", 0, ""),
         ("Stopped()", 130, None),
     ],
 )
 def test_a_process_whose_stage_raises_ends_with_a_code_that_says_so(tmp_path, raised, code, mistake):
-    script = f"""
-import sys, types
-from align.errors import AlignError
-from align.runner import rank
-from align.runner.stop import Stopped
-
-def attempt(*_):
-    raise {raised}
-
-folder = sys.argv[1]
-task = types.SimpleNamespace(status=f"{{folder}}/status.json", name="one", stage=lambda: None, draft={{"path": folder}})
-rank.attempt, rank.read_task = attempt, lambda _: task
-rank.leave(rank.main("task.json", f"{{folder}}/outcome.json"))
-"""
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    done = raising(raised, tmp_path)
     assert (done.returncode, "ValueError: no such thing" in done.stderr) == (code, code == 1)
     found = tmp_path / "mistake-0"
     assert (found.read_text() if found.exists() else None) == mistake
     assert not (tmp_path / "outcome.json").exists()
 
 
+def raising(error, folder):
+    """One of a stage's processes, whose stage raises `error`."""
+    script = f"""
+import sys, types
+from align.errors import AlignError, DiskFull
+from align.runner import rank
+from align.runner.stop import Stopped
+
+def attempt(*_):
+    raise {error}
+
+folder = sys.argv[1]
+task = types.SimpleNamespace(status=f"{{folder}}/status.json", name="one", stage=lambda: None, draft={{"path": folder}})
+rank.attempt, rank.read_task = attempt, lambda _: task
+rank.leave(rank.main("task.json", f"{{folder}}/outcome.json"))
+"""
+    return subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True)
+
+
+def test_a_process_that_fails_as_another_left_over_a_mistake_says_nothing(tmp_path):
+    (tmp_path / "mistake-1").write_text("wrong field")
+    done = raising("ValueError('the other is gone')", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (tmp_path / "mistake-0").exists()
+
+
 ONE_OF_TWO = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("Traceback (most recent call last):"))
 Path(sys.argv[1]).with_name("mistake-1").write_text("row 3 is no row")
 if sys.argv[2] == "ends":
     Path(sys.argv[1]).write_text('{"loss": 1.0}')
@@ -92,15 +108,32 @@ else:
 """
 
 
+FULL_DISK = """
+import sys
+from pathlib import Path
+Path(sys.argv[1]).with_name("mistake-0").touch()
+"""
+
+
 @pytest.mark.parametrize("other", ["ends", "waits"])
-def test_a_mistake_that_one_process_meets_is_the_stages(other, monkeypatch):
-    """Whether the other comes to its end, or waits for the one that left."""
-    script = lambda launch, words: [sys.executable, "-c", ONE_OF_TWO, words[-1], other]  # noqa: E731
+def test_a_mistake_that_one_process_meets_is_the_stages(other, monkeypatch, capfd):
+    """Whether the other comes to its end, or waits for the one that left. The launcher adds nothing of its own."""
+    script = lambda launch, words, folder: [sys.executable, "-c", ONE_OF_TWO, words[-1], other]  # noqa: E731
     monkeypatch.setattr(runner_launch, "command", script)
     monkeypatch.setattr(runner_launch, "PATIENCE", 0.1, raising=False)
     stage = SFT(model="owner/name", data="x", launch={"num_processes": 2})
     with pytest.raises(AlignError, match="row 3 is no row"):
         runner_launch.run_launched(Task("a", "", {}, {}, "", "", "", "", None), stage)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_full_disk_in_a_launched_stage_is_told_as_one(monkeypatch):
+    script = lambda launch, words, folder: [sys.executable, "-c", FULL_DISK, words[-1]]  # noqa: E731
+    monkeypatch.setattr(runner_launch, "command", script)
+    stage = SFT(model="owner/name", data="x", launch={"num_processes": 2})
+    with pytest.raises(OSError, match="No space left") as raised:
+        runner_launch.run_launched(Task("a", "", {}, {}, "", "", "", "", None), stage)
+    assert disk_is_full(raised.value)
 
 
 @pytest.mark.skipif(not two_machines.permitted(), reason="network namespaces cannot be made here")

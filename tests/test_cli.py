@@ -395,9 +395,27 @@ def test_a_mistake_is_one_line_and_exit_code_2(mistake, capsys, folder):
 def test_a_language_model_for_a_judge_is_found_before_anything_runs(judged, capsys, tmp_path):
     recipe = {"sft": {"stage": "sft", "model": "model", "data": "sft.jsonl", "max_steps": 1}, "judged": judged}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({"stages": recipe}))
-    assert main(["run", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out")]) == 2
-    assert "is a language model, not a reward model: train one with `align reward`" in capsys.readouterr().err
-    assert manifests(tmp_path) == []
+    for more in ([], ["--plan"]):
+        assert main(["run", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out"), *more]) == 2
+        assert "is a language model, not a reward model: train one with `align reward`" in capsys.readouterr().err
+        assert manifests(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"reward_funcs": ["length_band(low=1)"]}, "reward 'length_band' needs 'high'"),
+        ({"reward_funcs": ["length_band(low=5, high=2)"]}, "length_band needs 0 <= low <= high and high > 0"),
+        ({"reward_funcs": ["length_band(low='few', high=2)"]}, "reward \"length_band(low='few', high=2)\": its values do not fit"),
+        ({"reward_funcs": ["repetition"], "reward_weights": [1, 2]}, "reward_weights has 2 numbers; there are 1 rewards"),
+        ({"reward_funcs": [{"reward": "repetition", "gate": {"reward": "keyword", "at_least": 1}}]}, "gate of reward 'repetition'"),
+    ],
+)
+def test_rewards_that_do_not_fit_are_told_by_a_plan(fields, message, capsys, tmp_path):
+    stage = {"stage": "ppo", "model": "model", "data": "prompts.jsonl", **fields}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"stages": {"judged": stage}}))
+    assert main(["run", str(tmp_path / "r.yaml"), "--plan"]) == 2
+    assert f"align: error: judged: {message}" in capsys.readouterr().err.replace("the gate", "gate")
 
 
 def test_a_mistake_in_the_second_stage_is_found_before_the_first_runs(capsys, tmp_path):
@@ -565,6 +583,21 @@ def test_a_plan_of_a_stage_runs_nothing(capsys, tmp_path):
 def test_names_from_hugging_face_mean_the_same(capsys):
     ours = run_json("sft --model model --data sft.jsonl --max_steps 1 --plan --json", capsys)
     assert run_json("sft --model_name_or_path model --dataset_name=sft.jsonl --max-steps 1 --plan --json", capsys) == ours
+
+
+def test_two_names_of_one_field_are_refused_together(capsys, tmp_path):
+    """The last one won without a word."""
+    (tmp_path / "c.yaml").write_text("model: model\nmodel_name_or_path: other\ndata: sft.jsonl\nlearning_rate: 1e-4\n")
+    (tmp_path / "r.yaml").write_text("stages: {sft: {stage: sft, model: model, data: sft.jsonl, learning_rate: 1e-4}}\n")
+    for command in (
+        "sft --model model --model_name_or_path other --data sft.jsonl --learning_rate 1e-4 --plan",
+        f"sft --config {tmp_path}/c.yaml --plan",
+        f"run {tmp_path}/r.yaml --set sft.model=model --set sft.model_name_or_path=other --plan",
+    ):
+        assert main(command.split()) == 2, command
+        assert "'model' and 'model_name_or_path' are two names of one field" in capsys.readouterr().err
+    (tmp_path / "c.yaml").write_text("model: other\ndata: sft.jsonl\nlearning_rate: 1e-4\n")
+    assert main(f"sft --config {tmp_path}/c.yaml --model_name_or_path model --plan".split()) == 0  # flags win
 
 
 def test_flags_win_over_the_config_file(capsys):

@@ -189,6 +189,10 @@ def test_check_prints_a_line_for_each_file(tmp_path, capsys):
     assert main(["data", "check", str(gone)]) == 2
     assert main(["data", "check", str(good), str(gone)]) == 1
     assert "no such file" in capsys.readouterr().err
+    (noise := tmp_path / "noise.jsonl").write_bytes(b"\x93\xff\x00\xfe\n\x80\n")
+    assert main(["data", "check", str(noise)]) == 2
+    assert main(["data", "check", str(good), str(noise)]) == 1
+    capsys.readouterr()
     assert main(["data", "check", str(good), "--kind", "sft"]) == 0
     assert main(["data", "check", str(good), "--kind", "text"]) == 1
     assert "good for preference or sft" in capsys.readouterr().out

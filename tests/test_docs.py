@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers import llama
+from transformers import AutoModelForSequenceClassification
 
 from align.cli import main, parser
 from align.data import load_rows, write_rows
@@ -42,6 +43,8 @@ def folder(tmp_path_factory, tokenizer):
     for name in ("stories260k", "runs/sft", "runs/reward", "runs/ner"):
         llama().save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    judge = AutoModelForSequenceClassification.from_pretrained(folder / "runs/sft", num_labels=1)
+    judge.save_pretrained(folder / "runs/reward")
     write_rows(folder / "alpaca.jsonl", [{"instruction": "Say one.", "input": "", "output": "One."}] * 3)
     for name in ("pairs.jsonl", "votes.jsonl"):
         write_rows(folder / name, [{"prompt": "Say one.", "chosen": "One.", "rejected": "Two."}])

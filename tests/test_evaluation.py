@@ -325,6 +325,13 @@ def test_a_column_that_a_metric_needs_is_missed_before_any_answer(metric, column
     assert f"metric '{metric}' needs '{column}'; given: " in capsys.readouterr().err
 
 
+def test_a_column_that_a_reward_needs_is_missed_before_any_answer(folder, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "load_causal_lm", lambda *_, **__: pytest.fail("a model was loaded"))
+    (folder / "needy.py").write_text("def needy(completions, wished): return [0.0 for _ in completions]\n")
+    assert main(f"eval one --data prompts.jsonl --reward_funcs needy.py:needy{SHORT}".split()) == 2
+    assert "reward 'needy' needs a column 'wished'; the rows have: wanted" in capsys.readouterr().err
+
+
 def test_reward_models_are_measured_for_calibration_and_length(folder, tmp_path, tokenizer):
     from helpers import build
 

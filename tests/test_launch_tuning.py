@@ -58,7 +58,7 @@ def test_two_processes_train_as_one(strategy, tmp_path, monkeypatch):
     (tmp_path / "tasks.json").write_text(json.dumps(tasks))
     script = [str(Path(__file__).parent / "launched.py"), str(tmp_path / "tasks.json")]
     paths = os.pathsep.join(path for path in sys.path if path)
-    words = command(Launch(num_processes=2, strategy=strategy), script)
+    words = command(Launch(num_processes=2, strategy=strategy), script, str(tmp_path))
     done = subprocess.run(words, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     for name, stage in stages.items():

@@ -1,6 +1,7 @@
 """Cleaning rules, personal data, near duplicates, decontamination and splits."""
 
 import json
+import random
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from align.cli import main
 from align.data import load_rows, write_rows
 from align.errors import AlignError
 from align.quality.cleaning import clean
-from align.quality.duplicates import NearDuplicates, leaders
+from align.quality.duplicates import NearDuplicates, leaders, pieces, similarity
 from align.quality.overlap import Overlap
 from align.quality.personal import mask, patterns
 from align.quality.rules import DEFAULT, rules
@@ -298,6 +299,27 @@ def test_texts_in_one_wording_are_not_each_compared_with_all(monkeypatch):
     split = split_rows([PromptRow(prompt=text) for text in texts], 0.5)
     assert 80 in (len(split.train), len(split.held_out))
     assert len(compared) == 79
+
+
+def test_texts_in_one_wording_that_share_too_little_are_not_compared_piece_by_piece(monkeypatch):
+    """20,000 rows of one template would take hours: every pair is a candidate, and none is alike enough."""
+    compared, repeats = [], NearDuplicates._repeats
+    monkeypatch.setattr(NearDuplicates, "_repeats", lambda self, *texts: compared.append(texts) or repeats(self, *texts))
+    chance = random.Random(0)
+    words = ["".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=7)) for _ in range(200)]
+
+    def some(count):
+        return " ".join(chance.choices(words, k=count))
+
+    texts = [
+        f"please write a short friendly note to {some(3)} about the visit that we planned together with {some(3)}"
+        for _ in range(90)
+    ]
+    texts += [text.replace("friendly", "kind") for text in texts[:10]]
+    of = [pieces(text) for text in texts]
+    alike = [(i, j) for i in range(len(texts)) for j in range(i) if similarity(of[i], of[j]) >= 0.7]
+    assert [(i, next((j for j in range(i) if (i, j) in alike), i)) for i in range(100)] == list(enumerate(leaders(texts)))
+    assert len(compared) <= 2 * len(alike) < 40
 
 
 def test_groups_do_not_change_when_texts_are_added():

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import re
+import signal
 import threading
 import time
 from pathlib import Path
@@ -17,6 +18,9 @@ from align.errors import AlignError
 from align.pipeline import Run
 from align.recipe import Recipe, load_recipe
 from align.rewards import Gate, RewardSet, RewardSpec
+from align.rewards.calling import _event_loop
+from align.rollout import Completion
+from align.schema import PromptRow
 from align.stages import PPO, Pairs
 
 PROMPTS = ["first", "second", "third", "fourth"]
@@ -289,6 +293,22 @@ def test_a_time_limit_leaves_quick_functions_and_other_alarms_alone():
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+def test_an_interruption_ends_what_is_awaited():
+    """Ctrl-C left it behind on its thread, and the process waited for it at its end, for ever."""
+
+    async def hangs(completions, **columns):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        await asyncio.Event().wait()
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            score(hangs)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert _event_loop()[0].submit(lambda: "free").result(timeout=60) == "free"
+
+
 def test_async_functions_have_their_own_limits():
     async def quick(completions, **columns):
         await asyncio.sleep(0)
@@ -377,6 +397,20 @@ def test_a_spec_on_the_command_line_and_a_function_in_python(tmp_path, capsys):
     assert Pairs(model="m", data="d", reward_funcs=RewardSpec("repetition")).reward_funcs == ["repetition"]
 
 
+def test_a_batch_without_a_column_that_other_rows_have_is_scored(tokenizer, tmp_path):
+    """Where few rows have an answer, a batch of others stopped the run in its midst: their answer is None."""
+    path = tmp_path / "right.py"
+    path.write_text("def right(completions, answer): return [0.5 if said is None else 1.0 for said in answer]\n")
+    rows = [PromptRow(prompt="one", columns={"answer": "1"}), PromptRow(prompt="two"), PromptRow(prompt="three")]
+    stage = PPO(model="m", data="d", reward_funcs=f"{path}:right")
+    judge = stage.judge(tokenizer, rows, dtype="float32", max_tokens=8)
+    said = [Completion([1], True)] * 2
+    assert judge(rows[:2], [[1], [1]], said)[0] == [1.0, 0.5]
+    assert judge(rows[1:], [[1], [1]], said)[0] == [0.5, 0.5]
+    with pytest.raises(AlignError, match="needs a column 'answer'; the rows have: none"):
+        stage.judge(tokenizer, rows[1:], dtype="float32", max_tokens=8)
+
+
 class FakeTokenizer:
     def get_vocab(self):
         return {}
@@ -388,7 +422,7 @@ def test_the_stage_adds_its_reward_model_unless_it_is_named(monkeypatch):
     monkeypatch.setattr(scoring, "RewardScorer", lambda *args, **more: "scorer")
 
     def judge(**fields):
-        return PPO(model="m", data="d", **fields).judge(FakeTokenizer(), dtype="float32", max_tokens=8)
+        return PPO(model="m", data="d", **fields).judge(FakeTokenizer(), [], dtype="float32", max_tokens=8)
 
     assert list(judge(reward_funcs="repetition", reward_model="rm").rewards.components) == ["repetition", "reward_model"]
     made = judge(reward_funcs=[{"reward": "reward_model", "weight": 0.5}, "repetition"], reward_model="rm")

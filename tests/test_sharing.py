@@ -24,6 +24,7 @@ from runner_stages import Act
 
 from align.artifact import MANIFEST, Artifact
 from align.cli import main
+from align.data import write_rows
 from align.errors import AlignError
 from align.pipeline import Run
 from align.recipe import Recipe, load_recipe
@@ -213,6 +214,10 @@ def test_what_cannot_be_pushed(tmp_path, capsys):
     assert main(["models", "push", "r-a", str(tmp_path / "shelf")]) == 2
     assert "that folder is gone" in capsys.readouterr().err
     assert not (tmp_path / "shelf").exists()
+    assert main(["models", "show", "r-a", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["path"] == artifact.path
+    assert f"r-a@1 was at {artifact.path}, and that folder is gone" in shown.err
     assert main(["models", "push", "r-a", ""]) == 2
     assert "needs a FOLDER" in capsys.readouterr().err
 
@@ -703,18 +708,25 @@ def test_who_cannot_be_told_changes_nothing_about_the_run(target, said, tmp_path
 
 
 def test_the_command_of_accelerate_says_everything(monkeypatch):
-    words = command(Launch(num_processes=8, strategy="fsdp2", mixed_precision="bf16"), ["-m", "x"])
+    words = command(Launch(num_processes=8, strategy="fsdp2", mixed_precision="bf16"), ["-m", "x"], "gone")
     assert words[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
     pairs = dict(pairwise(words))
     assert (pairs["--num_processes"], pairs["--mixed_precision"], pairs["--fsdp_version"]) == ("8", "bf16", "2")
+    assert pairs["--log_dir"] == "gone", "torchrun leaves its own folder in /tmp"
     assert words[-2:] == ["-m", "x"]
     monkeypatch.setenv("ALIGN_MACHINE_RANK", "1")
     with pytest.raises(AlignError, match="several machines need main_process_ip"):
         command(Launch(num_processes=4, num_machines=2), [])
     several = command(Launch(num_processes=4, num_machines=2, main_process_ip="10.0.0.1"), [])
     assert dict(pairwise(several))["--machine_rank"] == "1"
-    with pytest.raises(AlignError, match="3 processes do not spread evenly over 2 machines"):
-        command(Launch(num_processes=3, num_machines=2), [])
+
+
+def test_processes_that_do_not_spread_over_the_machines_are_refused_by_a_plan(tmp_path, capsys):
+    (tmp_path / "m").mkdir()
+    write_rows(tmp_path / "d.jsonl", [{"text": "one"}])
+    uneven = "--launch.num_processes 3 --launch.num_machines 2"
+    assert main(f"pretrain --model {tmp_path}/m --data {tmp_path}/d.jsonl --learning_rate 1e-3 {uneven} --plan".split()) == 2
+    assert "launch: 3 processes do not spread evenly over 2 machines" in capsys.readouterr().err
 
 
 def test_more_processes_than_the_machine_has_devices_are_refused(monkeypatch):

@@ -79,7 +79,12 @@ def _show(registry: Registry, options: argparse.Namespace) -> int:
     if options.name in aliases and options.name not in registry.names():
         artifact = _as_row(options.name, aliases[options.name])
     else:
-        artifact = asdict(registry.get(options.name))
+        known = registry.get(options.name)
+        artifact = asdict(known)
+        try:
+            registry.folder(known)
+        except AlignError as gone:  # what is known of it is worth showing all the same
+            say(str(gone))
     print(
         json.dumps(artifact, indent=1) if options.json else yaml.safe_dump(artifact, sort_keys=False, allow_unicode=True).rstrip()
     )

@@ -16,6 +16,7 @@ from align.progress import duration
 from align.recipe import load_recipe
 from align.runner.notify import notify
 from align.runner.sweep import expand, values_of
+from align.stages.sampling import RewardFields
 
 
 def add(verbs: Any) -> None:
@@ -119,9 +120,20 @@ def _notified(target: str | None, name: str, out: Path) -> Iterator[None]:
 
 
 def show_plan(run: Run, only: str | None = None, *, as_json: bool) -> int:
-    """Print which stages of `run` would run, and why; returns the exit code."""
+    """Print which stages of `run` would run, and why; returns the exit code.
+
+    Raises:
+        AlignError: see `Run.plan`; or the rewards of a stage that would run do not fit.
+    """
     if only is not None:
         run.check(only)
+    plan = [step for step in run.plan() if only in (None, step.name)]
+    for step in plan:
+        if step.runs and isinstance(step.stage, RewardFields):
+            try:
+                step.stage.check_rewards(hub=False)
+            except AlignError as error:
+                raise AlignError(f"{step.name}: {error}") from error
     rows = [
         {
             "stage": step.name,
@@ -130,8 +142,7 @@ def show_plan(run: Run, only: str | None = None, *, as_json: bool) -> int:
             "folder": str(step.folder),
             "seconds_last_time": step.last_seconds,
         }
-        for step in run.plan()
-        if only in (None, step.name)
+        for step in plan
     ]
 
     def line(row: dict[str, Any]) -> str:

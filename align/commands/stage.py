@@ -17,7 +17,7 @@ from align.commands import reward_test
 from align.commands.run import show_plan
 from align.errors import AlignError, near_miss
 from align.pipeline import Run
-from align.recipe import Recipe, field_name, field_value, make_stage, other_names, parse_value, read_yaml, takes_list
+from align.recipe import Recipe, by_field, field_name, field_value, make_stage, other_names, parse_value, read_yaml, takes_list
 from align.registry import check_name, home
 from align.stages import Evaluate, Preference, Stage, stages
 
@@ -108,6 +108,7 @@ def _flags(rest: list[str], cls: type[Stage], verb: str) -> dict[str, Any]:
     """``--key value``, ``--key=value`` and ``--switch`` to fields; several values make a list."""
     known = {*cls.model_fields, *OWN_FLAGS, *(name for info in cls.model_fields.values() for name in other_names(info))}
     fields: dict[str, Any] = {}
+    spelled: dict[str, None] = {}
     words = deque(rest)
     while words:
         flag = words.popleft()
@@ -118,6 +119,7 @@ def _flags(rest: list[str], cls: type[Stage], verb: str) -> dict[str, Any]:
         key = key.replace("-", "_")
         if key not in known:
             raise AlignError(f"align {verb}: unknown flag --{key}{near_miss(key, known)}; see `align {verb} --help`")
+        spelled[key] = None
         key = field_name(cls, key)
         values = [value] if equals else []
         while not equals and words and not words[0].startswith("--"):
@@ -136,6 +138,7 @@ def _flags(rest: list[str], cls: type[Stage], verb: str) -> dict[str, Any]:
         elif isinstance(fields.get(key), dict):
             raise AlignError(f"align {verb}: --{key} undoes what was said of it before: give it once, in front of --{key}.ENTRY")
         else:
+            by_field(cls, spelled, f"align {verb}")
             fields[key] = _value(values, partial(field_value, cls, key))
     return fields
 
@@ -167,7 +170,7 @@ def _config_file(path: Path, cls: type[Stage]) -> dict[str, Any]:
     fields = read_yaml(path)
     if not isinstance(fields, dict):
         raise AlignError(f"--config {path}: expected `key: value` lines")
-    return {field_name(cls, key): value for key, value in fields.items()}
+    return by_field(cls, fields, f"--config {path}")
 
 
 def _merged(config: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:

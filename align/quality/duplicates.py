@@ -12,6 +12,8 @@ from align.quality.texts import key
 PIECE = 5
 """Characters in a piece."""
 PERMUTATIONS = 128
+BITS = 2048
+"""Of what is kept of a text's pieces to see without them that another text shares too few."""
 THRESHOLD = 0.7
 """Jaccard similarity of the pieces from which two texts are near duplicates: about one changed word in ten."""
 
@@ -34,10 +36,12 @@ class NearDuplicates:
             raise AlignError("near duplicates need the package datasketch: pip install 'align[quality]'") from None
         from xxhash import xxh32_intdigest
 
+        self._hash = xxh32_intdigest
         self.threshold = threshold
         self._empty = MinHash(PERMUTATIONS, hashfunc=xxh32_intdigest)
         self._index: Any = MinHashLSH(max(threshold - 0.1, 0.05), PERMUTATIONS, weights=(0.2, 0.8))
         self._texts: list[str] = []
+        self._folded: list[tuple[int, int]] = []
         self._first: dict[str, int] = {}
 
     def add(self, text: str, worth: Callable[[int], bool] = lambda other: True) -> Iterator[int]:
@@ -50,16 +54,40 @@ class NearDuplicates:
         number, text = len(self._texts), key(text)
         self._texts.append(text)
         if text in self._first:
+            self._folded.append(self._folded[self._first[text]])
             return filter(worth, [self._first[text]])
         self._first[text] = number
         mine = pieces(text)
+        self._folded.append((len(mine), self._fold(mine)))
         sketch = self._empty.copy()
         # Texts with other numbers share no piece of their sketches, so thousands of sums in one wording are no candidates.
         said = " ".join(numbers(text))
         sketch.update_batch([f"{piece}{said}".encode() for piece in mine])
         candidates = sorted(self._index.query(sketch))
         self._index.insert(number, sketch, check_duplication=False)
-        return (other for other in candidates if worth(other) and self._repeats(text, mine, self._texts[other]))
+        return (
+            other
+            for other in candidates
+            if worth(other) and self._may_repeat(number, other) and self._repeats(text, mine, self._texts[other])
+        )
+
+    def _fold(self, found: set[str]) -> int:
+        """`BITS` bits, each turned over by every piece that falls on it."""
+        bits = 0
+        for piece in found:
+            bits ^= 1 << self._hash(piece.encode()) % BITS
+        return bits
+
+    def _may_repeat(self, number: int, other: int) -> bool:
+        """Whether what is kept of the pieces leaves room for the threshold. Thousands of texts in one wording are candidates for
+        each other, and to take them all to pieces again took hours.
+
+        A bit that differs is at least one piece that only one of them has; if d of them differ, the similarity of texts of m and
+        n pieces is (m + n - d) / (m + n + d) at most.
+        """
+        (m, mine), (n, its) = self._folded[number], self._folded[other]
+        d = (mine ^ its).bit_count()
+        return (m + n - d) / (m + n + d) >= self.threshold
 
     def _repeats(self, text: str, mine: set[str], other: str) -> bool:
         """Whether the texts are as similar as that, and speak of the same numbers: 12 + 7 is another question than 12 + 8."""

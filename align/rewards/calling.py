@@ -8,7 +8,7 @@ import functools
 import inspect
 import signal
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from numbers import Real
@@ -39,6 +39,22 @@ TRL_ONLY = ("trainer_state", "log_extra", "log_metric", "environments")
 """Arguments by which TRL's trainer hands itself to a reward function."""
 
 
+OWN = ("prompts", "completions", "completion_ids")
+"""The arguments of the protocol that are no columns."""
+
+
+def refuse_missing_columns(name: str, function: RewardFunction, columns: Collection[str]) -> None:
+    """Raise `AlignError` where the function needs a column that is not among `columns`."""
+    for p in parameters_of(function).values():
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in (*OWN, *columns):
+            if p.name in TRL_ONLY:
+                raise AlignError(
+                    f"reward {name!r} wants {p.name!r}, which TRL's trainer passes and nothing here does: give it a default"
+                )
+            known = ", ".join(columns) or "none"
+            raise AlignError(f"reward {name!r} needs a column {p.name!r}{near_miss(p.name, columns)}; the rows have: {known}")
+
+
 def arguments_for(name: str, function: RewardFunction, own: Mapping[str, Any], columns: Mapping[str, Any]) -> dict[str, Any]:
     """Copies of the lists that the function's signature takes, and of what is in them: ids are what is trained on, and a column's
     cells come again with each completion and each epoch.
@@ -49,14 +65,7 @@ def arguments_for(name: str, function: RewardFunction, own: Mapping[str, Any], c
     parameters = parameters_of(function)
     bound = function.keywords if isinstance(function, functools.partial) else {}
     passed = {**own, **{key: value for key, value in columns.items() if key not in bound}}
-    for p in parameters.values():
-        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in passed:
-            if p.name in TRL_ONLY:
-                raise AlignError(
-                    f"reward {name!r} wants {p.name!r}, which TRL's trainer passes and nothing here does: give it a default"
-                )
-            known = ", ".join(columns) or "none"
-            raise AlignError(f"reward {name!r} needs a column {p.name!r}{near_miss(p.name, columns)}; the rows have: {known}")
+    refuse_missing_columns(name, function, columns)
     if not takes_any(parameters):
         passed = {key: value for key, value in passed.items() if key in parameters}
     return {key: value if value is None else _copies(key, value) for key, value in passed.items()}
@@ -178,7 +187,12 @@ def await_all(pending: Mapping[str, tuple[Awaitable[Any], float | None]]) -> dic
         return await asyncio.gather(*(limited(name, *entry) for name, entry in pending.items()))
 
     thread, runner = _event_loop()
-    results = thread.submit(lambda: runner.run(gather())).result()
+    try:
+        results = thread.submit(lambda: runner.run(gather())).result()
+    except BaseException:  # Ctrl-C: the process would not end before what is awaited does
+        loop = runner.get_loop()
+        loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
+        raise
     return dict(zip(pending, results, strict=True))
 
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from align.errors import AlignError, near_miss
 from align.progress import say
-from align.rewards.calling import Failure, arguments_for, await_all, call, checked, close
+from align.rewards.calling import OWN, Failure, arguments_for, await_all, call, checked, close, refuse_missing_columns
 from align.rewards.loading import FORMS, load_reward
 from align.rewards.protocol import RewardFunction, name_of, short
 from align.rewards.spec import REWARD_MODEL, RewardSpec
 
 Totals = Callable[[Sequence[float]], list[float]]
 """Sums each of some numbers over processes."""
+SHADOWED = (*OWN, "prompt", "completion")
+"""Names of columns that are not passed on, as arguments of the protocol are called so."""
 EPSILON = 1e-6
 """Least deviation that a component is divided by."""
 
@@ -106,6 +108,12 @@ class RewardSet:
         """The functions by the names of their components."""
         return {name: component.function for name, component in self.components.items()}
 
+    def refuse_missing(self, columns: Collection[str]) -> None:
+        """Raise `AlignError` where a function needs a column that is not among `columns`, before there are answers to score."""
+        for name, component in self.components.items():
+            if component.function is not None:
+                refuse_missing_columns(name, component.function, [column for column in columns if column not in SHADOWED])
+
     def score(
         self,
         prompts: Sequence[Any],
@@ -153,7 +161,7 @@ class RewardSet:
             ValueError: prompts, completions and columns differ in length.
         """
         own = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-        extra = {key: value for key, value in (columns or {}).items() if key not in {*own, "prompt", "completion"}}
+        extra = {key: value for key, value in (columns or {}).items() if key not in SHADOWED}
         for key, value in {**own, **extra, REWARD_MODEL: model_scores}.items():
             if value is not None and len(value) != len(prompts):
                 raise ValueError(f"{len(prompts)} prompts, but {len(value)} {key}")

@@ -15,6 +15,7 @@ from align.catalog import parse_call
 from align.errors import AlignError, near_miss
 from align.rewards.adapters import adapted, recognized
 from align.rewards.protocol import RewardFunction, parameters_of, rewards, takes_any, unbound
+from align.rewards.spec import REWARD_MODEL
 
 FORMS = "a built-in, package.module:function or file.py:function"
 
@@ -31,7 +32,10 @@ def load_reward(spec: str, protocol: str | None = None) -> RewardFunction:
     if target in rewards:
         rewards.check_arguments(target, arguments)
         settings = {p.name: p.default for p in parameters_of(rewards[target]).values() if p.kind is p.KEYWORD_ONLY}
-        return functools.partial(rewards[target], **(settings | arguments))
+        made = functools.partial(rewards[target], **(settings | arguments))
+        if target != REWARD_MODEL and rewards[target].__module__.startswith(f"{__package__}."):
+            _try_values(spec, made)
+        return made
     function = _function(target)
     protocol = protocol or recognized(function)
     label_column = arguments.pop("label_column", None) if protocol == "openrlhf" else None
@@ -40,6 +44,17 @@ def load_reward(spec: str, protocol: str | None = None) -> RewardFunction:
         if key not in parameters and not takes_any(parameters):
             raise AlignError(f"reward {target!r} takes no {key!r}{near_miss(key, parameters)}; it takes: {', '.join(parameters)}")
     return adapted(functools.partial(function, **arguments) if arguments else function, protocol, label_column)
+
+
+def _try_values(spec: str, function: RewardFunction) -> None:
+    """Raise `AlignError` for values that a shipped reward does not take: it looks at them first, also with nothing to score."""
+    columns = [p.name for p in parameters_of(function).values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    try:
+        function(**{name: [] for name in columns})
+    except AlignError:
+        raise
+    except Exception as error:
+        raise AlignError(f"reward {spec!r}: its values do not fit: {type(error).__name__}: {error}") from error
 
 
 def _function(target: str) -> RewardFunction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -23,7 +24,9 @@ from align.stages.fields import Launch
 
 RANK, MACHINE = "RANK", "ALIGN_MACHINE_RANK"
 MISTAKE = "mistake-"
-"""Beside the outcome, with its number behind: what a process of the stage found wrong."""
+"""Beside the outcome, with its number behind: what a process of the stage found wrong; empty where the disk is full, and has no
+room to tell.
+"""
 PATIENCE = 5.0
 """Seconds that the others have to meet a mistake that one process met. They may wait for that one for ever, and are ended then."""
 
@@ -36,6 +39,14 @@ def launched(stage: Stage) -> bool:
 def machines(stage: Stage) -> int:
     """On how many machines the stage runs."""
     return launch.num_machines if (launch := getattr(stage, "launch", None)) is not None else 1
+
+
+def refuse_uneven(name: str, stage: Stage) -> None:
+    """Raise `AlignError` where the processes of the launch of the stage `name` do not spread evenly over its machines."""
+    launch = getattr(stage, "launch", None)
+    if launch is not None and launch.num_processes % launch.num_machines:
+        spread = f"{launch.num_processes} processes do not spread evenly over {launch.num_machines} machines"
+        raise AlignError(f"{name}: launch: {spread}")
 
 
 def is_main_process() -> bool:
@@ -53,15 +64,17 @@ def is_first_machine() -> bool:
     return machine_rank() == 0
 
 
-def command(launch: Launch, script: Sequence[str]) -> list[str]:
-    """``accelerate launch`` with every choice spelled out: a configuration file of accelerate's changes nothing."""
-    bad = launch.num_processes % launch.num_machines
-    if bad:
-        raise AlignError(f"launch: {launch.num_processes} processes do not spread evenly over {launch.num_machines} machines")
+def command(launch: Launch, script: Sequence[str], folder: str | None = None) -> list[str]:
+    """``accelerate launch`` with every choice spelled out: a configuration file of accelerate's changes nothing.
+
+    Args:
+        folder: for torchrun's logs, of which we ask for none; without it torchrun makes one in /tmp, and leaves it there.
+    """
     words: list[str] = [sys.executable, "-m", "accelerate.commands.launch"]
     words += ["--num_processes", str(launch.num_processes), "--num_machines", str(launch.num_machines)]
     words += ["--mixed_precision", launch.mixed_precision, "--dynamo_backend", "no"]
     words += ["--num_cpu_threads_per_process", os.environ.get("OMP_NUM_THREADS", "1")]
+    words += [] if folder is None else ["--log_dir", folder]
     if launch.num_machines > 1:
         ip = launch.main_process_ip or os.environ.get("ALIGN_MAIN_IP")
         if ip is None:
@@ -86,13 +99,13 @@ def run_launched(task: Any, stage: Stage) -> dict[str, Any]:
     """Run the stage in processes of its own; returns the metrics that the first of them leaves.
 
     Raises:
-        AlignError: what the stage found wrong; StageFailed: a process died.
+        AlignError: what the stage found wrong; OSError: the disk is full; StageFailed: a process died.
     """
     launch = getattr(stage, "launch", None) or Launch()
     with tempfile.TemporaryDirectory(prefix="align-launch-") as folder:
         task_file, outcome = Path(folder) / "task.json", Path(folder) / "outcome.json"
         task_file.write_text(json.dumps(asdict(task)), encoding="utf-8")
-        words = command(launch, ["-m", "align.runner.rank", str(task_file), str(outcome)])
+        words = command(launch, ["-m", "align.runner.rank", str(task_file), str(outcome)], folder)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         if launch.cpu:
             environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -105,12 +118,16 @@ def run_launched(task: Any, stage: Stage) -> dict[str, Any]:
                     if any(Path(folder).glob(f"{MISTAKE}*")):
                         deadline = min(deadline, time.monotonic() + PATIENCE)
                     if stop_requested() or time.monotonic() > deadline:
-                        process.send_signal(signal.SIGTERM)
+                        # A killed launcher says nothing, and on Linux its processes end with it: there is nothing to save.
+                        kill = sys.platform == "linux" and not stop_requested()
+                        process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
                         process.wait()
         if stop_requested():
             raise Stopped
         for mistake in sorted(Path(folder).glob(f"{MISTAKE}*")):
-            raise AlignError(mistake.read_text(encoding="utf-8"))
+            if not (said := mistake.read_text(encoding="utf-8")):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise AlignError(said)
         if outcome.is_file() and process.returncode == 0:
             return json.loads(outcome.read_text(encoding="utf-8"))
     raise StageFailed(f"a process of its launch ended with code {process.returncode}")

@@ -19,7 +19,7 @@ from align.registry import Registry, Resolved, home
 from align.rewards import reward_fingerprint
 from align.runner.code import code_of
 from align.runner.files import write_atomically
-from align.runner.launch import is_first_machine, machine_rank
+from align.runner.launch import is_first_machine, machine_rank, refuse_uneven
 from align.stages import Stage
 
 FORCED = "forced"
@@ -118,9 +118,10 @@ class Planner:
         """The stage `name`, given those that it needs.
 
         Raises:
-            AlignError: a reference leads nowhere, or the stage's folder holds something else.
+            AlignError: a reference leads nowhere, the stage's folder holds something else, or its launch is uneven.
         """
         stage = self.recipe.stages[name]
+        refuse_uneven(name, stage)
         found = self._look_up(name, earlier)
         # Rewards keep their names in the config; what they were at the time is among the inputs.
         fields = [(key, value) for key, kind, value in reference_fields(stage) if kind != "reward"]

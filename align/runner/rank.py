@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from align.errors import AlignError
 from align.progress import Status, report_progress
+from align.runner.files import disk_is_full
 from align.runner.launch import MISTAKE, RANK, is_main_process
 from align.runner.stop import Stopped, listen
 from align.runner.worker import attempt, read_task
@@ -21,11 +22,11 @@ from align.runner.zygote import die_with_parent
 
 def main(task_file: str, outcome_file: str) -> int:
     """Do this process' part of the stage; returns the exit code. The metrics are in `outcome_file`, and a mistake in a file beside
-    it: with an exit code of its own torchrun would tell of it in thirty lines.
+    it, which is empty where the disk is full: with an exit code of its own torchrun would tell of it in thirty lines.
     """
     die_with_parent(signal.SIGKILL, os.getppid())
     listen()
-    task = read_task(task_file)
+    task, mistake = read_task(task_file), Path(outcome_file).with_name(f"{MISTAKE}{os.environ.get(RANK, 0)}")
     if is_main_process():
         report_progress(Status(Path(task.status), name=task.name, state="running", folder=task.draft["path"]))
     else:
@@ -35,9 +36,14 @@ def main(task_file: str, outcome_file: str) -> int:
     except Stopped:
         return 130
     except AlignError as error:
-        Path(outcome_file).with_name(f"{MISTAKE}{os.environ.get(RANK, 0)}").write_text(str(error), encoding="utf-8")
+        mistake.write_text("" if disk_is_full(error) else str(error), encoding="utf-8")
         return 0
-    except Exception:
+    except Exception as error:
+        if disk_is_full(error):
+            mistake.touch()
+            return 0
+        if any(mistake.parent.glob(f"{MISTAKE}*")):  # it failed because another left over that
+            return 0
         traceback.print_exc(file=sys.__stderr__)
         return 1
     if os.environ.get("LOCAL_RANK", "0") == "0":  # each machine's first tells its own runner

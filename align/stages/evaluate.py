@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from align.data import write_rows
 from align.stages.base import Context, Stage, stage
 from align.stages.config import DataRefs, MaxTokens, MetricSpecs, ModelRef, Seed
-from align.stages.sampling import RewardFields, SamplingFields, refuse_language_model
+from align.stages.sampling import RewardFields, SamplingFields, check_reward_model
 
 
 @stage("evaluate")
@@ -89,8 +89,13 @@ class Evaluate(Stage, SamplingFields, RewardFields):
         return self
 
     def check(self) -> None:
-        for path in (self.reward_model, *self.reward_models.values()):
-            refuse_language_model(path)
+        self.check_rewards()
+
+    def check_rewards(self, *, hub: bool = True) -> None:
+        if self.reward_funcs or self.reward_model:
+            super().check_rewards(hub=hub)
+        for path in self.reward_models.values():
+            check_reward_model(path, hub)
 
     def run(self, context: Context) -> dict[str, Any]:
         from align.evaluation import Evaluation

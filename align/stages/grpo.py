@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from align.stages.base import Context, TrainingStage, stage
 from align.stages.forgetting import ProbeFields
-from align.stages.sampling import RewardFields, SamplingFields, refuse_language_model
+from align.stages.sampling import RewardFields, SamplingFields
 from align.trainers.settings import PPOSettings
 
 
@@ -84,8 +84,7 @@ class GroupStage(TrainingStage, ProbeFields, SamplingFields, RewardFields):
 
     def check(self) -> None:
         super().check()
-        self.rewards()
-        refuse_language_model(self.reward_model)
+        self.check_rewards()
 
     def settings(self, prompts: int) -> PPOSettings:
         """The stage as PPO's trainer has it, for so many prompts."""
@@ -128,7 +127,7 @@ class GroupStage(TrainingStage, ProbeFields, SamplingFields, RewardFields):
         t.seed_everything(self)
         rows, held = t.rows_of(self, "prompts", context)
         tokenizer, encoder = t.tokenizer_of(self, room=self.max_completion_length)
-        judge = self.judge(tokenizer, dtype=self.dtype, max_tokens=self.max_tokens_per_micro_batch)
+        judge = self.judge(tokenizer, [*rows, *held], dtype=self.dtype, max_tokens=self.max_tokens_per_micro_batch)
         train, test = encoder.prompts(rows), encoder.prompts(held[: self.eval_prompts])
         prompts = len(t.usable(train, context.name))
         needed = self.per_device_train_batch_size * self.gradient_accumulation_steps // self.num_generations

@@ -13,7 +13,7 @@ from align.errors import AlignError
 from align.stages.base import Context, Stage, stage
 from align.stages.config import MaxTokens, Seed
 from align.stages.fields import DataFields, ModelFields
-from align.stages.sampling import RewardFields, SamplingFields, refuse_language_model
+from align.stages.sampling import RewardFields, SamplingFields
 
 if TYPE_CHECKING:
     from align.schema import PromptRow
@@ -40,8 +40,7 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
     """Seed of sampling and noise."""
 
     def check(self) -> None:
-        self.rewards()
-        refuse_language_model(self.reward_model)
+        self.check_rewards()
 
     def run(self, context: Context) -> dict[str, Any]:
         import torch
@@ -54,7 +53,7 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
 
         rows, held = t.rows_of(self, "prompts", context)
         tokenizer, encoder = t.tokenizer_of(self, room=self.max_completion_length)
-        judge = self.judge(tokenizer, dtype=self.dtype, max_tokens=self.max_tokens_per_micro_batch)
+        judge = self.judge(tokenizer, [*rows, *held], dtype=self.dtype, max_tokens=self.max_tokens_per_micro_batch)
         model = load_causal_lm(self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
         model.to(best_device())
         stops = sorted({*stop_token_ids(model, tokenizer), encoder.end_of_answer(rows[0])})

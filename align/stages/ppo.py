@@ -19,7 +19,7 @@ from align.stages.fields import (
     SelectionFields,
 )
 from align.stages.forgetting import ProbeFields
-from align.stages.sampling import RewardFields, SamplingFields, refuse_language_model
+from align.stages.sampling import RewardFields, SamplingFields
 from align.trainers.settings import PPOSettings
 
 
@@ -82,8 +82,7 @@ class PPO(
         from align.trainers.libraries import check_libraries
 
         check_libraries(self)
-        self.rewards()
-        refuse_language_model(self.reward_model)
+        self.check_rewards()
 
     def essence(self) -> dict[str, Any]:
         """Episodes, mini-batches and draws of chance are the same for any number of processes."""

@@ -82,6 +82,7 @@ def train_on_samples(
     after = probe(stage, context, Encoder(tokenizer, stage.max_length), policy)
     judge = stage.judge(
         tokenizer,
+        [*rows, *held],
         dtype=stage.dtype,
         max_tokens=stage.max_tokens_per_micro_batch,
         model=reward_on_base(policy, stage.reward_model),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,8 +15,9 @@ from align.stages.config import Address, Fields, MaxTokens, ModelRef, RewardRefs
 if TYPE_CHECKING:
     from torch import nn
 
-    from align.rewards.composition import Totals
+    from align.rewards.composition import RewardSet, Totals
     from align.rollout import Engine, Sampling
+    from align.schema import PromptRow
     from align.scoring import Judge
 
 
@@ -93,22 +95,57 @@ class RewardFields(Fields):
             )
         return entries
 
-    def judge(
-        self, tokenizer: Any, *, dtype: str, max_tokens: MaxTokens, model: nn.Module | None = None, totals: Totals = list
-    ) -> Judge:
-        """Build the judge.
+    def check_rewards(self, *, hub: bool = True) -> None:
+        """What can be found wrong with the rewards without rows; quick, but for a reward model that is there (see
+        `check_reward_model`).
+
+        Raises:
+            AlignError: see `rewards` and `RewardSet`; or the reward model is none.
+        """
+        from align.rewards import RewardSet
+
+        RewardSet(self.rewards(), self.reward_weights)
+        if self.reward_model is not None:
+            check_reward_model(self.reward_model, hub)
+
+    def reward_set(self, columns: Collection[str], totals: Totals = list) -> RewardSet:
+        """What judges answers to rows that have `columns`.
 
         Args:
-            model: the reward model, where it is in memory already.
             totals: sums numbers over the processes that share a batch.
 
         Raises:
-            AlignError: see `rewards`, `RewardSet` and `RewardScorer`.
+            AlignError: see `rewards` and `RewardSet`; or a function needs another column.
         """
         from align.rewards import RewardSet
-        from align.scoring import Judge, RewardScorer
 
-        entries = self.rewards()
+        found = RewardSet(self.rewards(), self.reward_weights, totals)
+        found.refuse_missing(columns)
+        return found
+
+    def judge(
+        self,
+        tokenizer: Any,
+        rows: Sequence[PromptRow],
+        *,
+        dtype: str,
+        max_tokens: MaxTokens,
+        model: nn.Module | None = None,
+        totals: Totals = list,
+    ) -> Judge:
+        """Build the judge of answers to `rows`.
+
+        Args:
+            model: the reward model, where it is in memory already.
+            totals: see `reward_set`.
+
+        Raises:
+            AlignError: see `reward_set` and `RewardScorer`.
+        """
+        from align.scoring import Judge, RewardScorer, row_columns
+
+        columns = row_columns(rows).keys()
+        rewards = self.reward_set(columns, totals)
         scorer = None
         if self.reward_model is not None:
             scorer = RewardScorer(
@@ -119,19 +156,20 @@ class RewardFields(Fields):
                 normalize=self.normalize_scores,
                 model=model,
             )
-        return Judge(tokenizer, RewardSet(entries, self.reward_weights, totals), scorer)
+        return Judge(tokenizer, rewards, scorer, columns)
 
 
-def refuse_language_model(path: str | None) -> None:
+def check_reward_model(path: str, hub: bool) -> None:
     """Find out before anything runs whether what should be a reward model is one. What a stage has yet to make is not looked at.
+
+    Args:
+        hub: whether to ask the hub of what is there.
 
     Raises:
         AlignError: it is none.
     """
-    from align.models import is_classifier
+    here = any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if here or (hub and not Path(path).is_absolute()):
+        from align.scoring import refuse_language_model
 
-    configs = [Path(path or "") / name for name in ("config.json", "adapter_config.json")]
-    if path is None or (Path(path).is_absolute() and not any(config.is_file() for config in configs)):
-        return
-    if not is_classifier(path):
-        raise AlignError(f"{path} is a language model, not a reward model: train one with `align reward`")
+        refuse_language_model(path)

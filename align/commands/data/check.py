@@ -41,7 +41,7 @@ def check(options: argparse.Namespace) -> int:
         except AlignError as caught:
             error = str(caught)
         account = stream.account
-        read += account.rows > 0
+        read += bool(stream.format)  # of bytes that are no text, or text that is no row, no format is known
         clean += account.rows > 0 and not account.set_aside and error is None
         if options.json:
             found = {"file": file, "format": stream.format or None, "kind": stream.kind, **account.as_dict()}
