@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 CPU_INFO = Path("/proc/cpuinfo")
+
+KEPT = 32
+"""Shapes of products that oneDNN keeps its kernels for: those of one pass. Each holds memory, up to a weight's, and forests of ever
+new sizes would fill the usual 1,024 with gigabytes.
+"""
+CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+"""What torch's and oneDNN's cache take their size from, when they are first used."""
 
 
 @cache
@@ -26,6 +34,8 @@ def faster() -> bool:
 def by_onednn(module: nn.Module) -> None:
     """Let the linear layers in `module` multiply by `linear`, where that is `faster`."""
     if faster():
+        for name in CACHES:
+            os.environ.setdefault(name, str(KEPT))
         for layer in module.modules():
             if type(layer) is nn.Linear:
                 layer.__class__ = Linear

@@ -1,6 +1,10 @@
 """Products by oneDNN are torch's up to rounding, in every derivative, and are used where MKL is slow."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,3 +119,32 @@ def test_it_is_used_where_mkl_has_no_products_for_the_processor(capability, make
     (tmp_path / "cpuinfo").unlink()
     monkeypatch.setattr("platform.processor", lambda: f"Family 25, {maker}")
     assert onednn.faster.__wrapped__() is expected
+
+
+GROWTH = """
+import torch
+from align import onednn
+onednn.faster = lambda: True
+layers = torch.nn.Sequential(torch.nn.Linear(256, 1024), torch.nn.Linear(1024, 256))
+onednn.by_onednn(layers)
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+
+def passes(sizes):
+    for rows in sizes:
+        layers(torch.ones(rows, 256, requires_grad=True)).sum().backward()
+
+passes(range(300, 340))
+before = resident()
+passes(range(340, 540))
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="Linux alone tells what is resident")
+def test_forests_of_ever_new_sizes_take_no_more_memory():
+    """oneDNN keeps a kernel, and its memory, for each shape of a product; of 200 shapes they were hundreds of megabytes."""
+    environment = {name: value for name, value in os.environ.items() if name not in onednn.CACHES}
+    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True, env=environment)
+    assert float(done.stdout) < 64
