@@ -231,8 +231,8 @@ def _read(products: Tensor, targets: Tensor, settings: _Settings) -> tuple[Tenso
         entropy = total.log() - weights.mul_(logits).sum(1) / total  # H = log Z - E[logit]
     else:
         total = logits.exp_().sum(1)
-    log_totals = highest[:, 0] + total.log()
-    return chosen[:, 0] - log_totals, log_totals, correct, entropy
+    # Not chosen - log_totals: that is rounded to the size of the logits.
+    return (chosen - highest)[:, 0] - total.log(), highest[:, 0] + total.log(), correct, entropy
 
 
 @fused

@@ -98,12 +98,14 @@ def measure(folder: str, method: str, lora: str) -> None:
     """Run the stage in this process and print its peak, in bytes, less what was there before."""
     import torch
 
+    from align.allocator import keep_memory
     from align.artifact import Artifact  # noqa: F401
     from align.progress import History
     from align.stages import training  # noqa: F401
     from align.stages.base import Context
     from align.trainers import kto, ppo  # noqa: F401
 
+    keep_memory()  # as in a stage's process
     torch.nn.functional.linear(torch.ones(8, 8), torch.ones(8, 8))
     stage = stage_of(Path(folder), method, lora == "lora")
     out = Path(folder) / f"{method}-{lora}"

@@ -297,8 +297,9 @@ def test_an_interruption_ends_what_is_awaited():
     """Ctrl-C left it behind on its thread, and the process waited for it at its end, for ever."""
 
     async def hangs(completions, **columns):
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        await asyncio.Event().wait()
+        while True:  # Python misses one that comes just before it waits
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            await asyncio.sleep(5)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has background jobs ignore it
     try:
