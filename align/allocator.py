@@ -1,7 +1,7 @@
 """Memory of large tensors on a CPU is kept for the next ones.
 
 glibc maps every block above 32 MB anew, and gives back to the system what lies free at its end; so each step faults in, page by
-page, what the step before had: a quarter of the time of a forest of 8,192 tokens on some virtual machines.
+page, what the step before had: a fifth of the time of a forest of 8,192 tokens on some virtual machines.
 """
 
 from __future__ import annotations
