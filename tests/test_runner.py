@@ -3,10 +3,12 @@
 import fcntl
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 import threading
 from contextlib import suppress
 from dataclasses import replace
@@ -242,16 +244,21 @@ Run(recipe, Path("out"), options=Options(grace=20)).execute()
 """
 
 
-@pytest.fixture
-def hanging(processes, tmp_path):
+def begin(met, **how):
     """A runner in a process of its own, whose stage has begun and hangs."""
-    met = tmp_path / "met"
     met.mkdir()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, "hang", str(met)], env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, "hang", str(met)], env=environment, **how)
     while not list(met.iterdir()):
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None
     (status,) = statuses(Path("out"))
+    return process, status
+
+
+@pytest.fixture
+def hanging(processes, tmp_path):
+    """`begin`, ended by the test."""
+    process, status = begin(tmp_path / "met", stderr=subprocess.PIPE, text=True)
     yield process, status
     process.kill()
     process.wait()
@@ -297,6 +304,31 @@ def test_status_passes_over_what_no_stage_wrote(content, tmp_path, capsys):
     (tmp_path / "logs" / "a.json").write_text(content)
     assert main(["status", str(tmp_path)]) == 2
     assert "no stage has begun there" in capsys.readouterr().err
+
+
+def own_terminal():
+    """In a new process, before its program: standard input becomes the terminal that ends it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_closes_is_a_request_to_stop_unless_that_is_ignored(nohup, processes, tmp_path):
+    terminal, ours = pty.openpty()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    try:
+        how = {"stdin": ours, "stdout": ours, "stderr": ours, "start_new_session": True, "preexec_fn": own_terminal}
+        process, status = begin(tmp_path / "met", **how)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    os.close(ours)
+    os.close(terminal)
+    if nohup:
+        assert until(lambda: Path(f"/proc/{status['pid']}").exists())
+        assert process.poll() is None
+        process.terminate()
+    process.wait(30)
+    assert not Path(f"/proc/{status['pid']}").exists()
+    assert states() == {"a": "stopped"}
 
 
 def test_a_killed_runner_leaves_no_process_behind_and_status_says_interrupted(hanging):

@@ -367,17 +367,31 @@ def _signal(running: dict[int, _Running], number: int) -> None:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Within, SIGTERM is what Ctrl-C is."""
+    """Within, SIGTERM is what Ctrl-C is, and so is a terminal that closes, unless that is ignored (``nohup``)."""
 
     def stop(number: int, frame: Any) -> None:
+        if number == signal.SIGHUP:
+            signal.signal(number, signal.SIG_IGN)  # the shell sends it, and the kernel again
+        _leave_terminal()
         raise Stopped
 
+    ends = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
     try:
-        before = signal.signal(signal.SIGTERM, stop)
+        before = {number: signal.signal(number, stop) for number in ends}
     except ValueError:  # not the main thread: signals are somebody else's
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave_terminal() -> None:
+    """Let what is still to be said go nowhere, where the terminal is gone: a write would fail, and end what is being saved."""
+    for output in (1, 2):
+        try:
+            os.write(output, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
