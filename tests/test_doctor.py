@@ -411,6 +411,18 @@ def test_the_recipe_names_what_it_cannot_make_by_its_path(tmp_path):
     assert load_recipe(str(tmp_path / "again.yaml")).stages["sft"].num_train_epochs == 6.0
 
 
+def test_a_stage_named_like_a_value_is_put_in_no_place_but_that_of_a_reference(tmp_path):
+    """`align dpo` names its stage ``dpo``, which is a loss, too; and a folder of data may have a stage's name."""
+    config = {"model": "x/y", "data": ["dpo/a.jsonl"], "loss": "dpo", "beta": 0.1, "learning_rate": 1e-3, "num_train_epochs": 2.0}
+    stage_folder(tmp_path, "dpo", "preference", config, FEW)
+    found = patients(str(tmp_path))
+    recipe = yaml.safe_load(prescription("again", found, diagnose(found)["dpo"]))
+    assert recipe["stages"]["dpo"] == {
+        **{"stage": "preference", "learning_rate": 1e-3, "model": "x/y", "data": ["dpo/a.jsonl"], "beta": 0.1},
+        "num_train_epochs": 6.0,
+    }
+
+
 def test_a_run_in_which_nothing_trains(tmp_path, capsys):
     stage_folder(tmp_path, "look", "evaluate", {"models": {"a": "m"}, "data": ["a.jsonl"]}, [])
     assert main(["doctor", str(tmp_path)]) == 0

@@ -13,7 +13,7 @@ import yaml
 from align.artifact import Artifact, read_artifact
 from align.diagnostics.case import Case, Finding, ask
 from align.errors import AlignError
-from align.recipe import make_stage, read_yaml
+from align.recipe import make_stage, read_yaml, reference_fields
 from align.registry import Registry
 from align.runner.files import json_lines, json_record, write_named
 from align.stages import stages
@@ -140,13 +140,16 @@ def prescription(name: str, found: Sequence[Patient], findings: Iterable[Finding
     comments = []
     for patient in kept:
         changes = dict(first[patient.name].diagnosis.changes) if patient.name in first else {}
-        config = {key: _moved(value, paths[patient.name]) for key, value in patient.config.items()}
         cls = stages[patient.kind]
         fields = cls.model_fields
         # What was left at its default is left again: some fields may be set only with others.
-        given = {k: v for k, v in config.items() if k in fields and v != _default(fields[k])} | changes
+        given = {k: v for k, v in patient.config.items() if k in fields and v != _default(fields[k])} | changes
         stage = make_stage(cls, given, f"the changed stage {patient.name!r}")
-        recipe["stages"][patient.name] = {"stage": patient.kind, **json.loads(stage.model_dump_json(exclude_defaults=True))}
+        plain = json.loads(stage.model_dump_json(exclude_defaults=True))
+        for field, kind, _ in reference_fields(stage):
+            if field in plain and kind != "reward":  # no stage makes one
+                plain[field] = _moved(plain[field], paths[patient.name], parts=kind == "data")
+        recipe["stages"][patient.name] = {"stage": patient.kind, **plain}
         for field, value in changes.items():
             comments.append(f"# {patient.name}.{field}: {patient.config.get(field)} -> {value} ({first[patient.name].rule})")
     return "\n".join([*comments, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)])
@@ -161,7 +164,7 @@ def _default(info: Any) -> Any:
 def _paths(found: Sequence[Patient], kept: set[str]) -> dict[str, dict[str, str]]:
     """Of each stage, what its references mean that no stage of the new recipe makes."""
     folders = {patient.name: patient.folder for patient in found}
-    outside = {name: str(folder.resolve()) for name, folder in folders.items() if name not in kept or len(kept) == 1}
+    outside = {name: str(folder.resolve()) for name, folder in folders.items() if name not in kept}
     registry = Registry()
     meaning = {}
     for patient in found:
@@ -169,20 +172,23 @@ def _paths(found: Sequence[Patient], kept: set[str]) -> dict[str, dict[str, str]
         for reference, parent in (patient.artifact.parents if patient.artifact is not None else {}).items():
             owner = reference.split("/", 1)[0]
             by_itself = owner in folders or owner in registry.names() or Path(reference).exists()
-            if not by_itself and "@" in parent and "@" not in owner:  # a stage of the run that this one belongs to
+            earlier = owner == patient.name  # an earlier model of that name, not what came of it
+            if (earlier or not by_itself) and "@" in parent and "@" not in owner:  # a stage of the run that this one belongs to
                 known[owner] = registry.get(parent).path
         meaning[patient.name] = known
     return meaning
 
 
-def _moved(value: Any, paths: Mapping[str, str]) -> Any:
-    """`value` with the stages that it names replaced by folders."""
+def _moved(value: Any, paths: Mapping[str, str], *, parts: bool) -> Any:
+    """`value`, references, with the stages that they name replaced by folders; with `parts` also where one names a part of a stage
+    (``world/rows.jsonl``).
+    """
     if isinstance(value, str):
-        owner, slash, rest = value.partition("/")
+        owner, slash, rest = value.partition("/") if parts else (value, "", "")
         return f"{paths[owner]}{slash}{rest}" if owner in paths else value
     if isinstance(value, list):
-        return [_moved(item, paths) for item in value]
-    return {key: _moved(item, paths) for key, item in value.items()} if isinstance(value, dict) else value
+        return [_moved(item, paths, parts=parts) for item in value]
+    return {key: _moved(item, paths, parts=parts) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def write_prescription(path: Path, name: str, found: Sequence[Patient], findings: Iterable[Finding]) -> None:
