@@ -21,6 +21,7 @@ from align.errors import AlignError
 from align.pipeline import Run
 from align.progress import History
 from align.recipe import load_recipe
+from align.registry import Registry
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -421,6 +422,14 @@ def test_a_stage_named_like_a_value_is_put_in_no_place_but_that_of_a_reference(t
         **{"stage": "preference", "learning_rate": 1e-3, "model": "x/y", "data": ["dpo/a.jsonl"], "beta": 0.1},
         "num_train_epochs": 6.0,
     }
+
+
+def test_a_registered_stage_whose_folder_is_gone_is_named_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ALIGN_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "sft"
+    Registry().add(Artifact("sft", "sft", "0" * 64, str(folder), {"model": "x/y"}))
+    assert main(["doctor", "sft"]) == 2
+    assert capsys.readouterr().err == f"align: error: sft@1 was at {folder}, and that folder is gone\n"
 
 
 def test_a_run_in_which_nothing_trains(tmp_path, capsys):

@@ -57,7 +57,8 @@ def patients(reference: str, registry: Registry | None = None) -> list[Patient]:
     """
     folder = Path(reference)
     if not folder.is_dir():
-        folder = Path((registry or Registry()).get(reference).path)
+        registry = registry or Registry()
+        folder = registry.folder(registry.get(reference))
     if (alone := Patient.read(folder)) is not None:
         return [alone]
     latest: dict[str, Patient] = {}
