@@ -14,7 +14,7 @@ from align.cli import main
 from align.commands.doctor import as_text
 from align.diagnostics import Case, ask, rules
 from align.diagnostics.case import Diagnosis, Finding
-from align.diagnostics.doctor import diagnose, patients, prescription
+from align.diagnostics.doctor import Patient, diagnose, patients, prescription
 from align.diagnostics.live import Watcher
 from align.diagnostics.series import Series, late_share, learned_by
 from align.errors import AlignError
@@ -22,6 +22,7 @@ from align.pipeline import Run
 from align.progress import History
 from align.recipe import load_recipe
 from align.registry import Registry
+from align.stages import stages
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -217,6 +218,29 @@ def test_a_watched_reward_that_rises_and_turns():
     assert finding.diagnosis.changes["reward_funcs"][1]["weight"] == 1.0
     rises = case("ppo", ppo(**{"rewards/gold": lambda t: 0.3 + 0.3 * t}), config={"reward_funcs": entries})
     assert "reward_hacking" not in {finding.rule for finding in ask(rises)}
+
+
+LOSSES = [
+    {"loss": "dpo"},
+    {"loss": "dpo", "engine": "trl"},
+    {"loss": "dpo", "label_smoothing": 0.0},
+    {"loss": "rpo", "rpo_alpha": 0.5},
+    {"loss": "robust", "label_smoothing": 0.1},
+]
+
+
+@pytest.mark.parametrize(("kind", "own"), [*(("preference", own) for own in LOSSES), ("kto", {})])
+def test_a_stage_with_the_suggested_change_is_one(kind, own, tmp_path):
+    """Whatever its loss and engine: what the change needs is set, and nothing that only the old loss takes."""
+    config = {"model": "x/y", "data": ["a.jsonl"], "beta": 0.1, "learning_rate": 1e-3, **own}
+    wordy = {"measured": {"mean_completion_tokens": 60.0}, "reference": {"mean_completion_tokens": 20.0}}
+    faults = [FAULTS["both_logps_fall"].records, by_length(lambda t: 0.5 + 0.45 * t**0.01, lambda t: 0.5 - 0.4 * t**0.01)]
+    found = [finding for records in faults for finding in ask(case(kind, records, config=config, **wordy))]
+    assert {"length_exploited"} <= {finding.rule for finding in found} <= {"length_exploited", "both_logps_fall", "length_biased"}
+    patient = Patient("run", kind, config, tmp_path, None)
+    for finding in found:
+        fields = yaml.safe_load(prescription("again", [patient], [finding]))["stages"]["run"]
+        stages[fields.pop("stage")](**fields).check()
 
 
 def test_every_rule_has_such_a_history():

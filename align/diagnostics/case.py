@@ -96,6 +96,11 @@ class Case:
         """The change that trains at a learning rate `factor` times lower."""
         return {"learning_rate": rounded(self.learning_rate / factor)}
 
+    def by_loss(self, loss: str, **parameters: Any) -> dict[str, Any]:
+        """The change to another preference loss with its `parameters`; those that only the old one takes are left out."""
+        old = {name: None for name in ("rpo_alpha", "label_smoothing") if self.config.get(name) is not None}
+        return {"loss": loss, **old, **parameters}
+
     def closer(self, factor: float) -> dict[str, Any]:
         """The change that makes a policy pay `factor` times as much for leaving its reference."""
         return {"kl_coef": rounded(max(float(self.config.get("kl_coef", 0.05)), 0.02) * factor)}

@@ -65,9 +65,7 @@ def length_biased(case: Case) -> Diagnosis | None:
     reward = case.kind == "reward"
     changes: dict[str, Any] = {}
     if not reward and case.config.get("loss", "dpo") in ("dpo", "rpo", "robust", "hinge"):
-        changes = {"loss": "ld_dpo", "alpha": 0.0, "beta": float(case.config.get("beta") or 0.1)}
-        # Parameters of the old loss that the new one does not take.
-        changes |= {name: None for name in ("rpo_alpha", "label_smoothing") if case.config.get(name) is not None}
+        changes = case.by_loss("ld_dpo", alpha=0.0, beta=float(case.config.get("beta") or 0.1))
     return Diagnosis(
         {"right_if_chosen_is_longer": longer, "right_if_chosen_is_shorter": shorter},
         f"it ranks {max(longer, shorter):.0%} of the pairs right whose {side} answer was chosen, and "
@@ -89,8 +87,9 @@ def both_logps_fall(case: Case) -> Diagnosis | None:
     if fall < FALL_NATS or fall < FALL_SHARE * abs(chosen.first) or other < fall:
         return None
     changes = case.slower(3)
-    if case.config.get("loss", "dpo") == "dpo" and not case.config.get("label_smoothing"):
-        changes |= {"loss": "rpo", "rpo_alpha": 1.0}
+    plain = case.config.get("loss", "dpo") == "dpo" and not case.config.get("label_smoothing")
+    if plain and case.config.get("engine") != "trl":  # which has no such loss
+        changes |= case.by_loss("rpo", rpo_alpha=1.0)
     return Diagnosis(
         {
             "chosen_before": chosen.first,

@@ -48,12 +48,14 @@ def length_exploited(case: Case) -> Diagnosis | None:
     now, then = case.measured.get("mean_completion_tokens"), case.reference.get("mean_completion_tokens")
     if not isinstance(now, int | float) or not isinstance(then, int | float) or now < WORDIER * then:
         return None
-    changes = case.slower(2)
-    if case.config.get("loss", "dpo") == "dpo" and not case.config.get("label_smoothing"):
-        changes |= {"loss": "ld_dpo", "alpha": 0.0}
+    changes, advice = case.slower(2), "take pairs of like lengths"
+    if case.kind == "preference":
+        advice = "take a loss that forgets length (ld_dpo with alpha 0, dpo_norm, simpo), or pairs of like lengths"
+        if case.config.get("loss", "dpo") == "dpo" and not case.config.get("label_smoothing"):
+            changes |= case.by_loss("ld_dpo", alpha=0.0)
     return Diagnosis(
         {"tokens_before": then, "tokens_after": now},
         f"answers went from {then:.0f} to {now:.0f} tokens: longer was the easiest way to be like the chosen answers",
-        "take a loss that forgets length (ld_dpo with alpha 0, dpo_norm, simpo), or pairs of like lengths",
+        advice,
         changes,
     )
