@@ -243,6 +243,12 @@ def test_a_stage_with_the_suggested_change_is_one(kind, own, tmp_path):
         stages[fields.pop("stage")](**fields).check()
 
 
+def test_labels_are_smoothed_only_where_the_loss_can():
+    configs = [{"loss": "dpo"}, {"loss": "simpo"}, {"loss": "dpo", "engine": "trl"}]
+    found = [ask(case("preference", FAULTS["margins_saturated"].records, config=config))[0] for config in configs]
+    assert ["label_smoothing" in finding.diagnosis.advice for finding in found] == [True, False, False]
+
+
 def test_every_rule_has_such_a_history():
     assert set(rules) - FAULTS.keys() == {"rank_too_low"}, "that one needs an adapter's file: it is planted below"
 

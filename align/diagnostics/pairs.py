@@ -129,11 +129,12 @@ def _saturation(case: Case, accuracy: str, margin: str) -> Diagnosis | None:
     step = smooth.steps[first]
     share = max(0.1, step / smooth.steps[-1])
     changes = case.longer(rounded(share)) | case.slower(2)
+    smoothed = case.config.get("loss", "dpo") == "dpo" and case.config.get("engine") != "trl"  # others take no label_smoothing
+    or_set = "center_rewards_coefficient to 0.01" if case.kind == "reward" else "label_smoothing to 0.1" if smoothed else None
     return Diagnosis(
         {"margin": margins.tail(), "loss": loss.tail(), "accuracy": right.tail(), "saturated_at_step": step},
         f"from step {step:.0f} on the loss is under {SATURATED_LOSS} and every pair right, with a margin of {margins.tail():.1f}: "
         "the rest of training only made it surer",
-        "train less (fewer passes, half the learning_rate)"
-        + (", or set center_rewards_coefficient to 0.01" if case.kind == "reward" else ", or set label_smoothing to 0.1"),
+        "train less (fewer passes, half the learning_rate)" + (f", or set {or_set}" if or_set else ""),
         changes,
     )
