@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import sys
 import time
 from pathlib import Path
@@ -218,6 +219,23 @@ def test_a_watched_reward_that_rises_and_turns():
     assert finding.diagnosis.changes["reward_funcs"][1]["weight"] == 1.0
     rises = case("ppo", ppo(**{"rewards/gold": lambda t: 0.3 + 0.3 * t}), config={"reward_funcs": entries})
     assert "reward_hacking" not in {finding.rule for finding in ask(rises)}
+
+
+def test_what_another_rule_explains_is_not_said_whichever_is_asked_first():
+    wild = FAULTS["learning_rate_too_high"].records
+    forgets = {"measured": {"perplexity": 30.0}, "reference": {"perplexity": 10.0}}
+    assert rules_of(case(records=wild, **forgets)) == ["learning_rate_too_high"]
+    columns = {"accuracy": lambda t: 0.5 + 0.5 * t, "eval_accuracy": lambda t: 0.5, "margin": lambda t: t}
+    by_heart = history(loss=lambda t: 0.69 - 0.6 * t, eval_loss=lambda t: 0.69 + 0.4 * (t - 0.2) ** 2, **columns)
+    assert rules_of(case("reward", by_heart)) == ["chance"]
+
+
+def test_rules_speak_in_the_order_of_the_documentation():
+    page = (Path(__file__).parent.parent / "docs" / "doctor.md").read_text(encoding="utf-8")
+    told = dict.fromkeys(re.findall(r"^\| `(\w+)`", page, re.MULTILINE))
+    for kind in ("sft", "preference", "reward", "kto"):
+        asked = [name for name in rules if kind in rules[name].kinds]
+        assert [name for name in told if name in asked] == asked
 
 
 LOSSES = [

@@ -170,7 +170,7 @@ def rule(
 
     Args:
         live: it may be asked while training goes on.
-        explains: rules that are not asked once this one speaks, as they would see its consequences.
+        explains: rules that are silent where this one speaks, as they would see its consequences.
     """
 
     def register(function: Callable[[Case], Diagnosis | None]) -> Callable[[Case], Diagnosis | None]:
@@ -195,4 +195,5 @@ def ask(case: Case) -> list[Finding]:
         if diagnosis is not None:
             found.append(Finding(name, case.name, asked.verdict, diagnosis))
             explained |= asked.explains
-    return sorted(found, key=lambda finding: finding.verdict == "underfit")
+    left = [finding for finding in found if finding.rule not in explained]  # by one that was asked after it, too
+    return sorted(left, key=lambda finding: finding.verdict == "underfit")
