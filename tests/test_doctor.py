@@ -221,6 +221,18 @@ def test_a_watched_reward_that_rises_and_turns():
     assert "reward_hacking" not in {finding.rule for finding in ask(rises)}
 
 
+@pytest.mark.parametrize("trained", [0.1, 2.9])
+def test_a_held_out_loss_that_rises_from_the_start_is_not_called_good(trained):
+    (finding,) = ask(case(records=history(loss=falling(trained), eval_loss=lambda t: 3 + 2 * t), config={"max_steps": 60}))
+    assert finding.rule == "overfit"
+    assert finding.diagnosis.evidence["best_step"] == 0
+    assert finding.diagnosis.changes == {"max_steps": 3}
+    assert "stop soon after the start (max_steps 3)" in finding.diagnosis.advice
+    twice = [r for r in history(loss=falling(trained), eval_loss=lambda t: 3 + 2 * t) if "loss" in r or r["step"] in (0, STEPS)]
+    assert rules_of(case(records=twice)) == ["overfit"]
+    assert rules_of(case(records=twice, running=True)) == [], "one evaluation of a run that goes on is too few"
+
+
 def test_what_another_rule_explains_is_not_said_whichever_is_asked_first():
     wild = FAULTS["learning_rate_too_high"].records
     forgets = {"measured": {"perplexity": 30.0}, "reference": {"perplexity": 10.0}}

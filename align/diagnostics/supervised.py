@@ -187,9 +187,9 @@ def batch_too_small(case: Case) -> Diagnosis | None:
 
 @rule(*SUPERVISED, verdict="overfit", live=True, explains=("saturated", "margins_saturated", "rank_too_low"))
 def overfit(case: Case) -> Diagnosis | None:
-    """The training loss falls and the held-out loss rises from its lowest."""
+    """The training loss falls and the held-out loss rises from its lowest, which may be the one before training."""
     loss, held = case.loss, case.held_out
-    if len(held) < 3 or len(loss) < 6 or held.lowest in (0, len(held) - 1):
+    if len(held) < (3 if case.running else 2) or len(loss) < 6 or held.lowest == len(held) - 1:
         return None
     best, step = held.values[held.lowest], held.steps[held.lowest]
     rise = held.last / best - 1 if best > 0 else 0.0
@@ -203,7 +203,8 @@ def overfit(case: Case) -> Diagnosis | None:
         {"best_held_out": best, "best_step": step, "last_held_out": held.last, "rise": rise, "train_loss": later.tail()},
         f"from step {step:.0f} on the training loss fell to {later.tail():.3g} while the held-out loss rose by {rise:.0%}: the "
         "model learns its rows by heart",
-        f"stop there ({field} {value}), or set early_stopping_patience; more rows, LoRA or weight_decay help, too",
+        f"stop {'there' if held.lowest else 'soon after the start'} ({field} {value}), or set early_stopping_patience; more rows, "
+        "LoRA or weight_decay help, too",
         change,
     )
 
@@ -241,7 +242,7 @@ def loss_flat(case: Case) -> Diagnosis | None:
         return None
     fall = (case.start - case.end) / case.start
     trained = (case.loss.head() - case.loss.tail()) / max(case.loss.head(), 1e-9)
-    if fall > 0.01 or trained > 0.05 or case.loss.steps[-1] < 10:
+    if not 1 - WORSE < fall <= 0.01 or trained > 0.05 or case.loss.steps[-1] < 10:
         return None
     return Diagnosis(
         {"loss_before": case.start, "loss_after": case.end, "relative_fall": fall},
