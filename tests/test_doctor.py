@@ -194,6 +194,13 @@ def test_a_timid_run_is_not_called_one_without_anything_to_learn():
     assert rules_of(timid) == ["learning_rate_too_low"]
 
 
+def test_a_run_that_learned_its_rows_by_heart_is_not_called_timid():
+    """The held-out loss fell by half and rose again, or never moved; the training loss fell by far."""
+    assert rules_of(FAULTS["overfit"]) == ["overfit"]
+    still = history(loss=lambda t: 3 - 2.9 * min(1, 2 * t), eval_loss=lambda t: 3 - 0.03 * t)
+    assert "learning_rate_too_low" not in rules_of(case(records=still))
+
+
 def test_a_critic_at_the_policys_rate_is_not_blamed_where_both_stand_still():
     still = ppo(**{"objective/kl": lambda t: 0.0, "objective/scores": lambda t: 0.2, "val/explained_variance": lambda t: 0.0})
     still = [{**record, "val/mean_value": 0.0} for record in still]

@@ -222,6 +222,8 @@ def learning_rate_too_low(case: Case) -> Diagnosis | None:
         return None
     if not case.falls:
         return None  # noise: larger steps would not point anywhere, either
+    if -loss.slope()[0] > 2 * LITTLE * abs(before):
+        return None  # it learned its own rows, and that is not what larger steps mend
     late = late_share(loss, case.series("learning_rate"))
     if fall > 0.01 and late is not None and late < STILL_FALLING:
         return None  # it has arrived where it can get: there was little to learn
