@@ -240,6 +240,14 @@ def test_a_held_out_loss_that_rises_from_the_start_is_not_called_good(trained):
     assert rules_of(case(records=twice, running=True)) == [], "one evaluation of a run that goes on is too few"
 
 
+def test_a_run_that_keeps_its_best_weights_learned_nothing_by_heart():
+    """What it did after its best evaluation is thrown away, and stopping there is what it is told to do."""
+    records = FAULTS["overfit"].records
+    for kept in ({"early_stopping_patience": 2}, {"load_best_model_at_end": True}):
+        assert rules_of(case(records=records, config=kept)) == []
+        assert rules_of(case(records=records, config=kept, running=True)) == []
+
+
 def test_what_another_rule_explains_is_not_said_whichever_is_asked_first():
     wild = FAULTS["learning_rate_too_high"].records
     forgets = {"measured": {"perplexity": 30.0}, "reference": {"perplexity": 10.0}}

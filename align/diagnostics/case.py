@@ -82,6 +82,11 @@ class Case:
         return float(self.config.get("learning_rate") or 0.0)
 
     @property
+    def keeps_best(self) -> bool:
+        """Whether the weights are those of the best evaluation, not the last ones."""
+        return bool(self.config.get("load_best_model_at_end")) or self.config.get("early_stopping_patience") is not None
+
+    @property
     def batch(self) -> int:
         """Rows of an optimizer step on one device."""
         return int(self.config.get("per_device_train_batch_size", 1)) * int(self.config.get("gradient_accumulation_steps", 1))

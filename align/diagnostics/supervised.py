@@ -189,7 +189,7 @@ def batch_too_small(case: Case) -> Diagnosis | None:
 def overfit(case: Case) -> Diagnosis | None:
     """The training loss falls and the held-out loss rises from its lowest, which may be the one before training."""
     loss, held = case.loss, case.held_out
-    if len(held) < (3 if case.running else 2) or len(loss) < 6 or held.lowest == len(held) - 1:
+    if case.keeps_best or len(held) < (3 if case.running else 2) or len(loss) < 6 or held.lowest == len(held) - 1:
         return None
     best, step = held.values[held.lowest], held.steps[held.lowest]
     rise = held.last / best - 1 if best > 0 else 0.0
