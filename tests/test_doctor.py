@@ -248,6 +248,15 @@ def test_a_run_that_keeps_its_best_weights_learned_nothing_by_heart():
         assert rules_of(case(records=records, config=kept, running=True)) == []
 
 
+def test_rows_of_a_step_are_those_of_all_processes():
+    records = FAULTS["batch_too_small"].records
+    few = {"per_device_train_batch_size": 1, "launch": {"num_processes": 2}}
+    (finding,) = ask(case(records=records, config=few))
+    assert finding.diagnosis.evidence["rows_a_step"] == 2
+    assert finding.diagnosis.changes == {"per_device_train_batch_size": 8}
+    assert "batch_too_small" not in rules_of(case(records=records, config={**few, "launch": {"num_processes": 8}}))
+
+
 def test_what_another_rule_explains_is_not_said_whichever_is_asked_first():
     wild = FAULTS["learning_rate_too_high"].records
     forgets = {"measured": {"perplexity": 30.0}, "reference": {"perplexity": 10.0}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -88,8 +89,10 @@ class Case:
 
     @property
     def batch(self) -> int:
-        """Rows of an optimizer step on one device."""
-        return int(self.config.get("per_device_train_batch_size", 1)) * int(self.config.get("gradient_accumulation_steps", 1))
+        """Rows of an optimizer step, on all devices."""
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        rows = math.prod(int(self.config.get(name, 1)) for name in names)
+        return rows * int((self.config.get("launch") or {}).get("num_processes", 1))
 
     def longer(self, factor: float) -> dict[str, Any]:
         """The change that trains `factor` times as long."""

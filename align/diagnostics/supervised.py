@@ -174,13 +174,13 @@ def batch_too_small(case: Case) -> Diagnosis | None:
     lost = (held.last - best) / max(case.start - best, 1e-9)
     if noise < NOISY or (swings < 0.03 and lost < 0.1):
         return None
-    factor = max(2, round(16 / case.batch))
+    factor, passes = max(2, round(16 / case.batch)), "steps" if int(case.config.get("max_steps") or -1) > 0 else "passes"
     return Diagnosis(
         {"rows_a_step": case.batch, "relative_noise": noise, "held_out_swing": swings, "lost_share": lost},
         f"a step sees {case.batch} row(s): its loss is off by {noise:.0%} from one step to the next, so the steps follow the rows' "
         "differences more than what they share",
-        f"take {factor} times as many rows a step (per_device_train_batch_size or gradient_accumulation_steps), and as many steps; "
-        "a lower learning_rate does the same more slowly",
+        f"take {factor} times as many rows a step (per_device_train_batch_size or gradient_accumulation_steps), and as many "
+        f"{passes}; a lower learning_rate does the same more slowly",
         {"per_device_train_batch_size": int(case.config.get("per_device_train_batch_size", 1)) * factor},
     )
 
