@@ -257,6 +257,16 @@ def test_rows_of_a_step_are_those_of_all_processes():
     assert "batch_too_small" not in rules_of(case(records=records, config={**few, "launch": {"num_processes": 8}}))
 
 
+def test_rewards_of_one_function_are_told_apart():
+    """The second logs as ``keyword_2``: it is the one that nobody pays for."""
+    config = {"reward_funcs": ["keyword(words=['yes'])", "keyword(words=['no'])"], "reward_weights": [1.0, 0.0]}
+    columns = {"rewards/keyword": lambda t: 0.2 + 0.6 * t, "rewards/keyword_2": lambda t: 0.5 - 0.4 * t}
+    (finding,) = ask(case("ppo", ppo(**columns), config=config))
+    assert finding.rule == "reward_hacking"
+    assert "keyword_2, which nobody pays for" in finding.diagnosis.cause
+    assert finding.diagnosis.changes["reward_weights"] == [1.0, 1.0]
+
+
 def test_what_another_rule_explains_is_not_said_whichever_is_asked_first():
     wild = FAULTS["learning_rate_too_high"].records
     forgets = {"measured": {"perplexity": 30.0}, "reference": {"perplexity": 10.0}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,12 +121,19 @@ def _weights(config: Mapping[str, Any]) -> dict[str, float]:
     """The weight of each of `reward_funcs`, by the name that it logs under."""
     functions = [RewardSpec.of(entry) for entry in config.get("reward_funcs") or []]
     weights = config.get("reward_weights") or [1.0 if spec.weight is None else spec.weight for spec in functions]
-    return {reward_name(spec): float(weight) for spec, weight in zip(functions, weights, strict=False)}
+    return {name: float(weight) for name, weight in zip(reward_names(functions), weights, strict=False)}
 
 
-def reward_name(spec: RewardSpec) -> str:
-    """The name that a reward function logs under."""
-    return spec.name or re.split(r"[:./]", spec.reward.partition("(")[0])[-1]
+def reward_names(functions: Iterable[RewardSpec]) -> list[str]:
+    """The names that reward functions log under; a second one of a name gets ``_2``, as in `RewardSet`."""
+    names: list[str] = []
+    for spec in functions:
+        base = name = spec.name or re.split(r"[:./]", spec.reward.partition("(")[0])[-1]
+        count = 1
+        while name in names:
+            name = f"{base}_{(count := count + 1)}"
+        names.append(name)
+    return names
 
 
 def _pay(case: Case, name: str) -> dict[str, Any]:
@@ -134,13 +141,14 @@ def _pay(case: Case, name: str) -> dict[str, Any]:
     weights = _weights(case.config)
     if name not in weights:
         return {}
-    most = max(weights.values()) or 1.0
+    most, at = max(weights.values()) or 1.0, list(weights).index(name)
     if case.config.get("reward_weights"):  # functions first, then the reward model
         paid = list(case.config["reward_weights"])
-        paid[list(weights).index(name)] = most
+        paid[at] = most
         return {"reward_weights": paid}
     specs = [RewardSpec.of(entry) for entry in case.config["reward_funcs"]]
-    return {"reward_funcs": [replace(s, weight=most if reward_name(s) == name else s.weight).plain() for s in specs]}
+    specs[at] = replace(specs[at], weight=most)
+    return {"reward_funcs": [spec.plain() for spec in specs]}
 
 
 @rule(
