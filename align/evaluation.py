@@ -19,7 +19,7 @@ from align.errors import AlignError
 from align.forest import Tree
 from align.intake.kinds import replies
 from align.metrics import columns_of, measure
-from align.metrics.base import check, check_columns, refuse_missing
+from align.metrics.base import check, check_columns, measure_all, refuse_missing
 from align.metrics.judge import JudgeModel
 from align.metrics.preferences import preferences
 from align.models import best_device, load_causal_lm, load_tokenizer, stop_token_ids
@@ -292,7 +292,7 @@ class Evaluation:
     def _measured(self, texts: list[str]) -> dict[str, float]:
         """Every metric that was asked for, of one model's answers."""
         columns = {**row_columns(self.prompts), "predictions": texts, "references": self.references}
-        return {key: value for spec in self.answer_metrics for key, value in measure(spec, **columns).items()}
+        return measure_all(self.answer_metrics, **columns)
 
     def _judge_references(self, judge: Judge, encoder: Encoder, rows: list[Any], prompts: list[list[int]]) -> None:
         """Score the reference answers as if a model had given them."""

@@ -8,7 +8,7 @@ import pytest
 
 from align.errors import AlignError
 from align.metrics import measure, metrics
-from align.metrics.base import refuse_missing
+from align.metrics.base import measure_all, refuse_missing
 from align.metrics.generation import _NoWordNet
 from align.metrics.instructions import followed, follows, instructions, sentences
 from align.metrics.preferences import length_controlled
@@ -182,6 +182,17 @@ def test_length_control_takes_away_what_length_explains():
     wins = [float(draw.random() < 1 / (1 + math.exp(-2 * math.tanh(gap)))) for gap in gaps]
     assert sum(wins) / len(wins) > 0.63
     assert length_controlled(wins, gaps) == pytest.approx(0.5, abs=0.03)
+
+
+def test_one_metric_in_several_ways():
+    """The later one's numbers stood in place of the earlier one's."""
+    columns = {"predictions": ["The cat runs home now"], "references": ["the Cat run home now"]}
+    specs = ["bleu(lowercase=True)", "bleu", "exact_match", "bleu(max_order=1)", "bleu"]
+    found = measure_all(specs, **columns)
+    names = {"bleu": "bleu", **{spec: f"{spec}/bleu" for spec in ("bleu(lowercase=True)", "bleu(max_order=1)")}}
+    assert found == {"exact_match": 0, **{name: one(spec, "bleu", **columns) for spec, name in names.items()}}
+    assert len({round(value, 3) for value in found.values()}) == 4
+    assert measure_all(["bleu(max_order=1)"], **columns) == measure("bleu(max_order=1)", **columns)
 
 
 # -- instructions --------------------------------------------------------------------------------------------------------------

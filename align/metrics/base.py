@@ -6,6 +6,7 @@ import importlib
 import inspect
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
@@ -48,6 +49,22 @@ def measure(spec: str, **columns: Any) -> dict[str, float]:
     used = {column: given[column] for column in columns_of(name)}
     _check_lengths(name, used)
     return {key: float(value) for key, value in metrics[name](**used, **settings).items()}
+
+
+def measure_all(specs: Iterable[str], **columns: Any) -> dict[str, float]:
+    """The numbers of several metrics. Where two give one of the same name, as ``rouge`` and ``rouge(stemmer=True)`` do, each has
+    the way it was asked for in front, unless that is its metric's name alone: ``rouge1`` and ``rouge(stemmer=True)/rouge1``.
+
+    Raises:
+        AlignError: as `measure`.
+    """
+    found = {spec: measure(spec, **columns) for spec in specs}
+    given = Counter(key for numbers in found.values() for key in numbers)
+    return {
+        key if given[key] == 1 or spec in metrics else f"{spec}/{key}": value
+        for spec, numbers in found.items()
+        for key, value in numbers.items()
+    }
 
 
 def check(spec: str) -> tuple[str, dict[str, Any]]:

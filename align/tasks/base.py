@@ -17,8 +17,8 @@ from align.catalog import Catalog
 from align.engine import check_reach
 from align.errors import AlignError
 from align.finite import FiniteTrainer
-from align.metrics import columns_of, measure
-from align.metrics.base import check, refuse_missing
+from align.metrics import columns_of
+from align.metrics.base import check, measure_all, refuse_missing
 from align.models import load_model
 from align.progress import say
 from align.runner.files import write_atomically
@@ -116,8 +116,7 @@ class Task:
 
     def measure(self, specs: Sequence[str], output: Any, features: Features) -> dict[str, float]:
         """The metrics `specs` of the model's `output`."""
-        columns = self.columns(output, features)
-        return {key: value for spec in specs for key, value in measure(spec, **columns).items()}
+        return measure_all(specs, **self.columns(output, features))
 
     def check_metrics(self, specs: Sequence[str]) -> None:
         """Raise `AlignError` where one of `specs` needs what this task does not give, or what is not installed."""
