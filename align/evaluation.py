@@ -98,7 +98,11 @@ class Evaluation:
         self.stage, self.context = stage, context
         answered = [spec for spec in stage.metrics if check(spec)[0] != "perplexity"]
         alone = bool(stage.metrics) and not (answered or stage.reward_funcs or stage.reward_model or stage.baseline)
-        talks = not all(is_task_model(path) for path in stage.models.values())
+        tasked = [name for name, path in stage.models.items() if is_task_model(path)]
+        for role in ("reference", "baseline"):
+            if (name := getattr(stage, role)) in tasked:
+                raise AlignError(f"{role}: {name} was trained for a task and answers no prompts; name a language model")
+        talks = len(tasked) < len(stage.models)
         if not talks and (unused := [name for name in ("reward_funcs", "reward_model", "baseline") if getattr(stage, name)]):
             raise AlignError(f"{unused[0]} is about answers of language models; all models were trained for a task, so use metrics")
         self.answer_metrics = answered
@@ -316,7 +320,7 @@ class Evaluation:
         if stage.judge_model is not None:
             fields = {"dtype": stage.dtype, "max_length": stage.max_length, "max_tokens": stage.max_tokens_per_micro_batch}
             judge = JudgeModel(stage.judge_model, **fields, trust_remote_code=stage.trust_remote_code)
-        for name in results.keys() & stage.models.keys() - {stage.baseline}:
+        for name in results.keys() & self._answers[0].keys() - {stage.baseline, "references"}:  # a task's model gave none
             ours = [entry[name][mode] for entry in self._answers]
             if judge is None:
                 scores, others = [answer["reward"] for answer in ours], [answer["reward"] for answer in theirs]

@@ -254,6 +254,18 @@ def test_rewards_are_refused_where_no_model_answers(capsys, folder):
     assert "reward_funcs is about answers of language models; all models were trained for a task" in capsys.readouterr().err
 
 
+def test_a_tasks_model_beside_a_language_model(capsys, folder):
+    """It is compared with nothing, and nothing with it: win rates ended in a KeyError, and KL to it was 0."""
+    run(capsys, "task --task seq2seq --model t5 --data said.jsonl --max_steps 1 --name written")
+    both = "eval llama written --data said.jsonl --max_completion_length 4 --reward_funcs length_band(low=1,high=9)"
+    found = run(capsys, f"{both} --baseline references")["metrics"]["models"]
+    assert "win_rate_vs_references" in found["llama"]
+    assert "win_rate_vs_references" not in found["written"]
+    for role in ("baseline", "reference"):
+        assert main(f"{both} --{role} written".split()) == 2
+        assert f"{role}: written was trained for a task and answers no prompts; name a language model" in capsys.readouterr().err
+
+
 def test_virtual_tokens_whose_network_is_not_kept_are_not_trained_further(capsys, folder):
     """As in a folder that peft alone has written."""
     both = "--task seq2seq --data said.jsonl --max_steps 1"
