@@ -307,6 +307,12 @@ MISTAKES = {
     "a column that a metric needs": ("eval one --data alpaca.jsonl --metrics ifeval", "'ifeval' needs 'instruction_id_list'"),
     "a baseline that is none": ("eval one --data alpaca.jsonl --baseline two", "baseline 'two' is neither `references` nor one of"),
     "a baseline and no judge": ("eval one two --data alpaca.jsonl --baseline two", "baseline needs something that judges"),
+    "metrics of no answers": ("eval one --perplexity_data alpaca.jsonl --metrics bleu", "metrics is about answers to prompts, and"),
+    "a reward of no answers": (
+        "eval one --perplexity_data alpaca.jsonl --metrics perplexity --reward_funcs mine.py:long",
+        "reward_funcs is about answers to prompts, and there are none: set data",
+    ),
+    "perplexity of nothing": ("eval one --preference_data pairs.jsonl --metrics perplexity", "metrics is about answers to prompts"),
     "two models of one name": ("eval one ./one --data alpaca.jsonl", "two of the models one, ./one have the same name"),
 }
 

@@ -86,6 +86,11 @@ class Evaluate(Stage, SamplingFields, RewardFields):
             raise ValueError(f"reference {self.reference!r} is none of the models: {', '.join(self.models)}")
         if not (self.data or self.perplexity_data or self.preference_data):
             raise ValueError("nothing to measure: set data (prompts), perplexity_data (demonstrations) or preference_data (pairs)")
+        measured = [spec for spec in self.metrics if spec != "perplexity" or not self.perplexity_data]
+        rewards = {"reward_funcs": self.reward_funcs, "reward_model": self.reward_model}
+        wanted = {"metrics": measured, **rewards, "baseline": self.baseline}
+        if not self.data and (unused := [name for name, value in wanted.items() if value]):
+            raise ValueError(f"{unused[0]} is about answers to prompts, and there are none: set data")
         return self
 
     def check(self) -> None:
