@@ -302,7 +302,9 @@ class Evaluation:
         """Score the reference answers as if a model had given them."""
         assert self.references is not None
         firsts = [text if isinstance(text, str) else text[0] for text in self.references]
-        said = [Completion(encoder.tokenizer(text, add_special_tokens=False)["input_ids"], True) for text in firsts]
+        ids = [encoder.tokenizer(text, add_special_tokens=False)["input_ids"] for text in firsts]
+        # A reward model scores an answer at its end token.
+        said = [Completion([*own, encoder.end_of_answer(row)], True) for own, row in zip(ids, rows, strict=True)]
         totals, components = judge(rows, prompts, said)
         for entry, text, reward in zip(self._answers, firsts, self._headline(totals, components), strict=True):
             entry["references"] = {self._told: {"text": text, "reward": reward}}

@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from helpers import llama
+from helpers import build, llama
 
 from align import evaluation
 from align.artifact import Artifact
@@ -198,6 +198,22 @@ def test_win_rate_against_the_references(capsys):
     assert 0 <= found["one"]["win_rate_vs_references"]["mean"] <= 1
 
 
+def test_references_are_scored_where_answers_are(capsys, folder, tokenizer):
+    """At their end token, as in the reward model's training: it read their last word, or, of no answer, the prompt's end."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    scorer = build("llama", score_head=True, **sizes)
+    scorer.save_pretrained(folder / "scorer")
+    tokenizer.save_pretrained(folder / "scorer")
+    write_rows(folder / "unanswered.jsonl", [{"prompt": "say one", "answers": ["one two"]}, {"prompt": "say", "answers": []}])
+    command = "eval one --baseline references --data unanswered.jsonl --reward_model scorer --normalize_scores false"
+    results(capsys, f"{command}{SHORT}")
+    said = [sample["answers"]["references"]["greedy"] for sample in samples()]
+    end = tokenizer.eos_token
+    with torch.no_grad():
+        expected = [scorer(**tokenizer(text, return_tensors="pt")).logits.item() for text in (f"say oneone two{end}", f"say{end}")]
+    assert [answer["reward"] for answer in said] == pytest.approx(expected, abs=1e-5)
+
+
 PAIRED = {
     "labelled messages": (
         [
@@ -339,8 +355,6 @@ def test_a_column_that_a_reward_needs_is_missed_before_any_answer(folder, capsys
 
 
 def test_reward_models_are_measured_for_calibration_and_length(folder, tmp_path, tokenizer):
-    from helpers import build
-
     from align.pipeline import Run
     from align.recipe import Recipe
     from align.stages import Evaluate
