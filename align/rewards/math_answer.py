@@ -87,7 +87,7 @@ def _wanted(answer: str) -> Fraction | str:
 def _right(completion: str, answer: str, tolerance: float) -> bool:
     found, wanted = final_answer(completion), _wanted(answer)
     if isinstance(found, Fraction) and isinstance(wanted, Fraction):
-        return abs(found - wanted) <= Fraction(tolerance) * abs(wanted)
+        return abs(found - wanted) <= Fraction(str(tolerance)) * abs(wanted)  # 1e-6 itself, not the float a little below it
     return found is not None and found in (wanted, _squeezed(answer))
 
 
