@@ -169,6 +169,24 @@ def cut_behind_training(monkeypatch):
     return monkeypatch
 
 
+@pytest.mark.parametrize("metric", ["loss", "rouge"])
+def test_what_is_not_asked_to_keep_the_best_ends_with_the_last(metric, ground, cut_behind_training, capsys):
+    """It is evaluated on its way and has a checkpoint of its best step, or would look for a metric that nobody measures; cut
+    between its last step and its end, it goes on to its last weights.
+    """
+    fields = {"eval_steps": 1, "save_steps": 1, "max_steps": 12, "save_total_limit": 12, "metric_for_best_model": metric}
+    with pytest.raises(RuntimeError, match="cut"):
+        go(ground, SFT, "sft", **fields)
+    cut_behind_training.undo()
+    artifact = go(ground, SFT, "sft", **fields)
+    losses = history(artifact, "eval_loss")
+    assert min(losses, key=losses.get) < 12
+    assert "going on from step 12" in capsys.readouterr().err
+    last = load_file(Path(artifact.path) / "checkpoints" / "checkpoint-12" / "model.safetensors")
+    found = load_file(Path(artifact.path) / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in last.items())
+
+
 def test_an_early_stop_is_remembered(ground, cut_behind_training):
     """Cut between its early stop and its end, a run that goes on trains no further."""
     stage = sampled(ground, "ppo", save_steps=1, early_stopping_patience=2)

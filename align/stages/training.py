@@ -206,7 +206,8 @@ def training_arguments(stage: TrainingStage, context: Context, *, has_eval: bool
         "save_steps": saves or 500,
         "restore_callback_states_from_checkpoint": True,
         "load_best_model_at_end": best,
-        "metric_for_best_model": f"eval_{stage.metric_for_best_model.removeprefix('eval_')}",
+        # Otherwise the Trainer would note a best checkpoint all the same, for which `final_weights` would take it.
+        "metric_for_best_model": f"eval_{stage.metric_for_best_model.removeprefix('eval_')}" if best else None,
         "greater_is_better": stage.best_is_greatest,
         "seed": stage.seed,
         "report_to": stage.report_to,
