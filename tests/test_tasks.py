@@ -309,6 +309,17 @@ def test_accumulated_steps_are_one_big_batch(capsys):
     assert halves["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-3)
 
 
+def test_every_row_of_an_epochs_last_step_counts_the_same(capsys, folder):
+    """Of 18 rows the second step of 12 has 6: as micro-steps of 4 and 2 they make the loss of one batch."""
+    config = folder / "rows.yaml"
+    config.write_text('task: cloze\ntask_args:\n  {pattern: "{text} {mask}", verbalizer: {cat: " cat", mat: " mat"}}\n')
+    base = "task --config rows.yaml --model llama --data animals.jsonl --held_out 0 --learning_rate 1e-6"
+    whole = run(capsys, f"{base} --per_device_train_batch_size 12 --name twelve")["metrics"]
+    thirds = run(capsys, f"{base} --per_device_train_batch_size 4 --gradient_accumulation_steps 3 --name thirds")["metrics"]
+    assert whole["rows"] == 18
+    assert thirds["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("task", "weights"),
     [

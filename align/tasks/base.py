@@ -48,13 +48,23 @@ class Features:
 
 
 class TaskTrainer(FiniteTrainer):
-    """transformers' Trainer. The loss of a micro-batch is its mean, and those of an optimizer step are averaged."""
+    """transformers' Trainer. The loss of a micro-batch is its mean, and those of an optimizer step are averaged by their rows."""
 
     def __init__(self, *args: Any, task: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.task = task
         # Models take the number of items of the whole step as a keyword, and most heads then do not look at it.
         self.model_accepts_loss_kwargs = False
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        batches, _ = super().get_batch_samples(*args)
+        self._rows = sum(len(batch["input_ids"]) for batch in batches)
+        return batches, None
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        # What the Trainer divides by: the last micro-batch of an epoch may have fewer rows than the others.
+        self.current_gradient_accumulation_steps = self._rows / len(inputs["input_ids"])
+        return super().training_step(model, inputs, *args, **kwargs)
 
 
 class Task:
