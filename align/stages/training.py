@@ -371,7 +371,8 @@ def check_end_token(encoder: Encoder, rows: Sequence[Any], trees: Sequence[Tree]
 
 def store_score_scale(stage: TrainingStage, context: Context, model: nn.Module, trees: Sequence[Tree]) -> dict[str, float]:
     """Mean and deviation of the scores of `trees`' answers, written beside the reward model for PPO to normalize by."""
-    scores = [score for pair in branch_scores(model, trees, stage.max_tokens_per_micro_batch) for score in pair]
+    with precision(stage):  # a run that had ended when it was cut has a model that nobody prepared for it
+        scores = [score for pair in branch_scores(model, trees, stage.max_tokens_per_micro_batch) for score in pair]
     scale = {"score_mean": statistics.fmean(scores), "score_std": statistics.pstdev(scores)}
     (context.folder / SCORE_SCALE).write_text(json.dumps(scale))
     return scale
