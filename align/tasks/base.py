@@ -22,6 +22,7 @@ from align.metrics.base import check, measure_all, refuse_missing
 from align.models import load_model
 from align.progress import say
 from align.runner.files import write_atomically
+from align.trainers.checkpointing import SafeTrainer
 
 TASK_FILE = "task.json"
 """In a trained model's folder: which task it does, with which labels and arguments."""
@@ -47,7 +48,7 @@ class Features:
         return line + (f"; {self.cut} cut to max_length" if self.cut else "")
 
 
-class TaskTrainer(FiniteTrainer):
+class TaskTrainer(FiniteTrainer, SafeTrainer):
     """transformers' Trainer. The loss of a micro-batch is its mean, and those of an optimizer step are averaged by their rows."""
 
     def __init__(self, *args: Any, task: Any = None, **kwargs: Any) -> None:

@@ -16,6 +16,7 @@ from align.catalog import Catalog
 from align.errors import AlignError
 from align.finite import FiniteTrainer
 from align.schema import TextRow
+from align.trainers.checkpointing import SafeTrainer
 
 Item = dict[str, Any]
 IGNORED = -100
@@ -124,7 +125,7 @@ def _cut(total: int, parts: int) -> list[int]:
     return [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]
 
 
-class DenoisingTrainer(FiniteTrainer):
+class DenoisingTrainer(FiniteTrainer, SafeTrainer):
     """The loss is the mean over the told tokens of the optimizer step's whole batch, whatever the model's head makes of it; an
     evaluation's is over all tokens of the set, and reports the share told rightly as ``token_accuracy``.
     """
