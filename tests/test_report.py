@@ -16,7 +16,7 @@ from align.errors import AlignError
 from align.progress import duration
 from align.report import compare, draw, pages, tables, write_report
 from align.report.answers import payload
-from align.report.curves import journeys, panels
+from align.report.curves import Journey, journeys, panels
 from align.report.road import Stop, diagram, stops
 from align.runner.locks import lock
 
@@ -602,3 +602,32 @@ def test_in_a_browser(tmp_path, make):
         assert NASTY[0] in text
         assert page("document.querySelectorAll('#cases script, #cases img').length") == 0
         assert page.problems == []
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's package chromium")
+def test_long_names_leave_room_on_a_phone(tmp_path, make):
+    """The column of names stays in sight as a table scrolls: where it was as wide as the screen, no value was ever seen."""
+    from browser import Browser
+
+    models = {"sft": measured(0.4), "a-model-of-a-name-that-is-as-long-as-those-of-sweeps": measured(0.5)}
+    samples = [{**row, "answers": dict(zip(models, row["answers"].values(), strict=True))} for row in many(3)]
+    write_report(tmp_path, "demo", {"evaluate": make("evaluate", "evaluate", {"models": models}, samples=samples)})
+    with Browser(tmp_path / "report.html") as page:
+        page.narrow(400)
+        assert page("document.documentElement.scrollWidth") <= 400
+        assert page("Math.max(...[...document.querySelectorAll('tbody th')].map(name => name.offsetWidth))") < 200
+
+
+def test_a_long_name_leaves_room_in_a_plot():
+    """And keeps its end, in which the branches of a sweep differ."""
+    assert draw.brief("sft") == "sft"
+    assert draw.brief("a-name-of-twenty-seven-char") == "a-name-of-tw…ty-seven-char"
+    points = [compare.Point(f"{'long-' * 20}{end}", x, 0.5, 0.4, 0.6) for x, end in ((1.0, "a"), (2.0, "b"))]
+    drawn = draw.cloud(compare.Cloud("gold", "KL", points), 0)
+    assert "long-a<" in drawn
+    assert "long-b<" in drawn
+    assert "long-" * 4 not in drawn
+
+
+def test_a_plot_of_ppos_way_names_what_goes_up():
+    assert ">score<" in draw.journey(Journey("KL", [(0.0, 0.1), (1.0, 0.2), (2.0, 0.3)], 0, 1), 0)

@@ -48,7 +48,7 @@ def cloud(models: Cloud, index: int) -> str:
     with _axes("", models.x_title, index) as (axes, drawn):
         for label, x, y, low, high in models.points:
             axes.errorbar(x, y, yerr=[[max(y - low, 0.0)], [max(high - y, 0.0)]], fmt="o", color=TRAIN, markersize=4, capsize=2)
-            axes.annotate(plain(label), (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7)
+            axes.annotate(plain(brief(label)), (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7)
         far = sorted(abs(point.x) for point in models.points)
         if far[-1] > 10 * max(far[-2], 1e-9) and far[-2] > 0:
             axes.set_xscale("symlog", linthresh=max(far[-2] / 4, 1e-3))
@@ -58,12 +58,19 @@ def cloud(models: Cloud, index: int) -> str:
 
 def journey(path: Journey, index: int) -> str:
     """Where a policy went: from the hollow point to the full one."""
-    with _axes("", path.title, index) as (axes, drawn):
+    with _axes("score", path.title, index) as (axes, drawn):
         xs, ys = zip(*path.points, strict=True)
         axes.plot(xs, ys, color=TRAIN, linewidth=0.9, marker="o", markersize=2.2, alpha=0.85)
         axes.plot(xs[0], ys[0], marker="o", markersize=5.5, markerfacecolor="none", color=HELD)
         axes.plot(xs[-1], ys[-1], marker="o", markersize=5.5, color=HELD)
     return drawn[0]
+
+
+def brief(label: str, most: int = 26) -> str:
+    """`label`, where it is long without its middle: beside all of it no room would be left for the plot, and the branches of a
+    sweep differ at the end.
+    """
+    return label if len(label) <= most else f"{label[: most // 2 - 1]}…{label[-most // 2 :]}"
 
 
 def plain(label: str) -> str:
