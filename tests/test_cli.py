@@ -721,6 +721,16 @@ def test_a_report_can_be_written_again(capsys, tmp_path):
     assert "mine-sft@1" in written
 
 
+@pytest.mark.parametrize("run", ["out", "."])
+def test_a_report_written_again_is_called_after_the_recipe(capsys, tmp_path, monkeypatch, run):
+    """Whatever its folder is called, and however that is named: nothing changed, so nothing is written."""
+    assert main(f"run recipe.py --out {tmp_path}/out".split()) == 0
+    written = [(path, path.read_text()) for path in (tmp_path / "out").iterdir() if path.is_file()]
+    monkeypatch.chdir(tmp_path / "out" if run == "." else tmp_path)
+    assert main(["report", run]) == 0
+    assert [(path, path.read_text()) for path in (tmp_path / "out").iterdir() if path.is_file()] == written
+
+
 def test_one_stage_has_no_report(capsys, tmp_path):
     run_json(f"{SFT}sft.jsonl --output_dir {tmp_path}/out --json", capsys)
     before = sorted((tmp_path / "out").iterdir())

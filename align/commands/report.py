@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from align.artifact import read_artifact
+from align.artifact import Artifact, read_artifact
 from align.errors import AlignError
 
 
@@ -31,5 +32,11 @@ def report(options: argparse.Namespace) -> int:
         )
     if not artifacts:
         raise AlignError(f"{options.run} holds no finished stage")
-    write_report(options.run, options.run.name, artifacts)
+    write_report(options.run, _recipe(options.run, artifacts.values()), artifacts)
     return 0
+
+
+def _recipe(run: Path, artifacts: Iterable[Artifact]) -> str:
+    """What the recipe is called whose stages lie in the folder `run`; the folder's name, where none of them says so."""
+    stages = ((artifact, artifact.name_in(Path(artifact.path))) for artifact in artifacts)
+    return next((a.name.removesuffix(f"-{stage}") for a, stage in stages if stage), run.resolve().name)
