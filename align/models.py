@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -220,7 +221,7 @@ def load_model(
         model.rows_on_disk = None if new else model.get_input_embeddings().weight.shape[0]
         if adapter is not None:
             model = _with_adapter(model, path, adapter["peft_type"], on_adapter)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # the last is of a file that was cut
         raise AlignError(_not_loadable("model", path, error)) from error
     if auto is AutoModelForCausalLM and not hasattr(model.config, "vocab_size"):  # it is in the config of a part
         raise AlignError(f"{path} is a {type(model).__name__}, made of several models (for pictures, say): take one for text alone")

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 
 import pytest
@@ -176,6 +177,16 @@ def test_what_is_refused_leaves_nothing(trained, ground, tmp_path, capsys, token
         assert message in said
         assert not there.exists()
     assert {artifact.reference for artifact in Registry().all()} == {"two-sft@1", "two-reward@1"}
+
+
+def test_a_model_without_a_tokenizer_is_refused(trained, ground, tmp_path, capsys):
+    shutil.copytree(ground / "base", tmp_path / "untold")
+    for file in (tmp_path / "untold").glob("*token*"):
+        file.unlink()
+    code = main(["export", str(tmp_path / "untold"), "--to", str(tmp_path / "there")])
+    assert code == 2
+    assert "cannot load a tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "there").exists()
 
 
 def test_one_that_would_answer_otherwise_is_not_written(trained, ground, tmp_path, capsys, monkeypatch):

@@ -324,3 +324,12 @@ def test_pickles_are_not_loaded(tmp_path, base):
     torch.save(llama().state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
     with pytest.raises(AlignError, match="cannot load a model"):
         load_causal_lm(str(tmp_path / "pickled"))
+
+
+def test_weights_that_were_cut_are_named(tmp_path, base):
+    """As by a download or a copy that was broken off."""
+    shutil.copytree(base, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(AlignError, match="cannot load a model"):
+        load_causal_lm(str(tmp_path / "cut"))

@@ -15,11 +15,19 @@ import torch
 import yaml
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from align.artifact import Artifact, library_versions
 from align.errors import AlignError
-from align.models import DTYPES, family_of, is_adapter, is_classifier, load_causal_lm, load_config, load_reward_model
+from align.models import (
+    DTYPES,
+    family_of,
+    is_adapter,
+    is_classifier,
+    load_causal_lm,
+    load_config,
+    load_reward_model,
+    load_tokenizer,
+)
 from align.progress import say
 from align.registry import Registry
 from align.runner.files import named_when_full, refuse_unwritable
@@ -81,6 +89,7 @@ def export(
     adapter = is_adapter(resolved.path)
     if adapter and not merge:
         raise AlignError(f"{reference} is an adapter: add --merge to export it as a part of its base")
+    tokenizer = load_tokenizer(resolved.path)
     model, stored = _load(resolved.path, adapter)
     before = _logits(model)
     if adapter:
@@ -91,7 +100,7 @@ def export(
     with named_when_full(to), tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as folder:
         aside = Path(folder) / to.name
         model.save_pretrained(aside, max_shard_size=max_shard_size)
-        AutoTokenizer.from_pretrained(resolved.path).save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
         for name in KEPT:
             if (Path(resolved.path) / name).is_file():
                 shutil.copy(Path(resolved.path) / name, aside / name)
