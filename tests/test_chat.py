@@ -304,6 +304,12 @@ def test_mistakes_are_one_line(arguments, said, capsys):
     assert error.count("\n") == 1
 
 
+def test_a_conversation_needs_a_stdin(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)  # as after `<&-`
+    assert main(["chat", "a"]) == 2
+    assert capsys.readouterr().err == "align: error: there is no stdin to read questions from: --prompt TEXT asks one\n"
+
+
 # -- serving -------------------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,8 @@ def _check(options: argparse.Namespace) -> None:
         raise AlignError(f"align chat compares two models, not {len(options.models)}")
     if options.json and options.prompt is None:
         raise AlignError("--json needs --prompt TEXT: a conversation is no JSON")
+    if options.prompt is None and sys.stdin is None:
+        raise AlignError("there is no stdin to read questions from: --prompt TEXT asks one")
     for flag in ("prompt", "system"):
         if any("\ud800" <= character <= "\udfff" for character in getattr(options, flag) or ""):
             raise AlignError(f"--{flag} holds bytes that are no UTF-8")
