@@ -340,6 +340,12 @@ def test_a_mistake_is_one_line(capsys, command, message):
     assert not list(home().glob("stages/*"))
 
 
+def test_the_folder_one_stands_in_is_called_by_its_name(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder / "one")
+    assert main(["eval", ".", "../one", "--data", "../alpaca.jsonl"]) == 2
+    assert "two of the models ., ../one have the same name" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("metric", "column"), [("ifeval", "instruction_id_list"), ("win_rate", "scores")])
 def test_a_column_that_a_metric_needs_is_missed_before_any_answer(metric, column, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "complete", lambda *_: pytest.fail("answers were sampled"))

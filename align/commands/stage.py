@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections import deque
 from collections.abc import Callable
@@ -96,9 +97,9 @@ def _show_result(artifact: Artifact, *, as_json: bool) -> None:
 
 
 def _models_as_flags(rest: list[str]) -> list[str]:
-    """``eval NAME …`` is ``eval --models.NAME NAME …``."""
+    """``eval NAME …`` is ``eval --models.NAME NAME …``; a folder has its own name however it is written, as ``.`` too."""
     count = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
-    flags = [word for model in rest[:count] for word in (f"--models.{Path(model).name}", model)]
+    flags = [word for model in rest[:count] for word in (f"--models.{Path(os.path.abspath(model)).name}", model)]
     if len(set(flags[::2])) < count:
         raise AlignError(f"two of the models {', '.join(rest[:count])} have the same name; call them apart: --models.NAME MODEL")
     return flags + rest[count:]
