@@ -17,6 +17,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from align.checkpointing import whole_weights
 from align.encode import Encoder, set_chat_template
 from align.engine import base_model, compile_forest, enable_forest
 from align.errors import AlignError, near_miss
@@ -45,7 +46,6 @@ from align.stages.rows import rewritten
 from align.stages.rows import rows_of as rows_of
 from align.stages.rows import usable as usable
 from align.trainers.callbacks import Checkpoints, Watch
-from align.trainers.checkpointing import whole_weights
 from align.trainers.forest import ForestTrainer
 from align.trainers.objectives import Objective, add_reference_logps
 from align.tuning.tune import trainable, tune

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from align.catalog import Catalog
+from align.checkpointing import SafeTrainer
 from align.engine import check_reach
 from align.errors import AlignError
 from align.finite import FiniteTrainer
@@ -22,7 +23,6 @@ from align.metrics.base import check, measure_all, refuse_missing
 from align.models import load_model
 from align.progress import say
 from align.runner.files import write_atomically
-from align.trainers.checkpointing import SafeTrainer
 
 TASK_FILE = "task.json"
 """In a trained model's folder: which task it does, with which labels and arguments."""

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from align.catalog import Catalog
+from align.checkpointing import SafeTrainer
 from align.errors import AlignError
 from align.finite import FiniteTrainer
 from align.schema import TextRow
-from align.trainers.checkpointing import SafeTrainer
 
 Item = dict[str, Any]
 IGNORED = -100

@@ -18,11 +18,11 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from align.budget import Budget, MaxTokens, Packed, measuring
+from align.checkpointing import SafeTrainer
 from align.engine import base_model
 from align.errors import NonFiniteLoss
 from align.forest import Forest, Tree, deal, plant
 from align.progress import say
-from align.trainers.checkpointing import SafeTrainer
 from align.trainers.objectives import Objective
 
 MOST_SKIPPED = 10
