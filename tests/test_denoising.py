@@ -202,6 +202,16 @@ def test_the_held_out_loss_is_over_all_tokens_of_the_set(capsys, folder):
     assert math.isfinite(loss)
 
 
+def test_two_processes_measure_every_held_out_block_once(capsys, folder, monkeypatch):
+    """Ten blocks in batches of four: accelerate fills up the last ones of both with six from the start, which must not count."""
+    command = f"pretrain {FAMILIES['bert'][0]} --data texts.jsonl --eval_data texts.jsonl --max_length 64 --max_steps 1"
+    command += " --vocab_size 300 --per_device_train_batch_size 4"
+    one = run(capsys, f"{command} --name one")["metrics"]
+    monkeypatch.delenv("ALIGN_IN_PROCESS")
+    two = run(capsys, f"{command} --launch.num_processes 2 --launch.cpu true --name two")["metrics"]
+    assert two["eval_loss_before"] == pytest.approx(one["eval_loss_before"], rel=1e-6)
+
+
 def test_probes_are_for_causal_models(capsys, folder):
     command = f"pretrain {FAMILIES['bert'][0]} --data texts.jsonl --vocab_size 300 --probes.old texts.jsonl"
     assert main(command.split()) == 2

@@ -160,7 +160,7 @@ class DenoisingTrainer(FiniteTrainer, SafeTrainer):
         self._told = torch.zeros(3, dtype=torch.double)
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        loss, right, count = self.accelerator.reduce(self._told.to(self.accelerator.device)).tolist()
+        loss, right, count = self._told.tolist()
         output.metrics.update({f"{prefix}_loss": loss / count, f"{prefix}_token_accuracy": right / count})
         return output
 
@@ -170,7 +170,10 @@ class DenoisingTrainer(FiniteTrainer, SafeTrainer):
             logits = model(**inputs).logits.float()
         labels = inputs["labels"]
         told = labels != IGNORED
-        loss = nn.functional.cross_entropy(logits[told], labels[told], reduction="sum")
-        right = (logits[told].argmax(-1) == labels[told]).sum()
-        self._told += torch.stack([loss.double(), right.double(), told.sum().double()]).cpu()
-        return loss / told.sum().clamp(min=1), None, None
+        losses = logits.new_zeros(labels.shape)
+        losses[told] = nn.functional.cross_entropy(logits[told], labels[told], reduction="none")
+        right = told & (logits.argmax(-1) == labels)
+        rows = torch.stack([losses.double(), right.double(), told.double()]).sum(2).T
+        # All processes' rows, without those that the last batches were filled up with.
+        self._told += self.accelerator.gather_for_metrics(rows.contiguous()).sum(0).cpu()
+        return losses.sum() / told.sum().clamp(min=1), None, None
