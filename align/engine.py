@@ -58,7 +58,8 @@ def enable_forest(model: nn.Module, longest: int | None = None) -> str | None:
         longest: tokens in the longest path to come, held against the reach of the model's attention and positions.
 
     Raises:
-        AlignError: the model is not a causal decoder, has too few positions, or neither path gives its own log-probs.
+        AlignError: the model is not a causal decoder, has too few positions or answers that are no numbers, or neither path gives
+            its own log-probs.
     """
     base = base_model(model)
     before = base.config._attn_implementation
@@ -304,6 +305,11 @@ class _Probe:
         self.forest = _probe_forest(self.base)
         self.batch = pad(self.forest)
         self.own = self._own_answers(self.batch.input_ids)
+        if not self.own.isfinite().all():
+            raise AlignError(
+                f"{type(self.base).__name__} answers random tokens with NaN or infinity in {self.base.dtype}: its weights are "
+                "damaged, or too large for this precision. Take another checkpoint, or float32"
+            )
         with rounding_twice(self.base):
             noise = self._distance(self._own_answers(self.batch.input_ids))
         lower, upper = PROBE_BOUNDS

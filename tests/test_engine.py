@@ -174,6 +174,15 @@ def test_a_model_that_agrees_on_neither_path_is_refused():
         enable_forest(model)
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_model_whose_answers_are_no_numbers_is_told_so(broken):
+    """It was said not to be causal, as nothing is near to NaN."""
+    model = llama()
+    model.lm_head.weight.data[3] = broken
+    with pytest.raises(AlignError, match=r"LlamaForCausalLM answers random tokens with NaN or infinity in torch.float32: "):
+        enable_forest(model)
+
+
 def test_a_row_longer_than_the_learned_positions_is_refused():
     model = build("gpt2", n_embd=32, n_layer=1, n_head=4, n_positions=20)
     assert enable_forest(model, 20) is None
