@@ -85,6 +85,9 @@ def test_seqeval_strict():
     columns = {"references": [["B-NP", "I-NP", "O"]], "predictions": [["I-NP", "I-NP", "O"]]}
     assert one("seqeval", "entity_f1", **columns) == 1
     assert one("seqeval(strict=True)", "entity_f1", **columns) == 0
+    for tag in ("S-PER", "X"):  # a ValueError and a KeyError, after a model had answered
+        with pytest.raises(AlignError, match=rf"references\[0\] has the tag '{tag}', which is none of IOB2; leave strict out"):
+            measure("seqeval(strict=True)", predictions=[["O"]], references=[[tag]])
 
 
 def test_the_examples_of_scikit_learn():
@@ -382,7 +385,7 @@ def test_what_is_no_label_or_tag_is_refused():
         measure("accuracy", predictions=[1.0, math.nan], references=[1.0, 1.0])
     assert measure("accuracy", predictions=[None, None], references=[None, None]) == {"accuracy": 1.0}
     assert measure("accuracy", predictions=[0.5, 0.25], references=[0.5, 0.5]) == {"accuracy": 0.5}
-    for tags in ("B-X O", [1, 2], None):
+    for tags in ("B-X O", [1, 2], None, ["O", ""]):
         with pytest.raises(AlignError, match=r"'seqeval': predictions\[0\] is .*, expected a list of tags"):
             measure("seqeval", predictions=[tags], references=[tags])
     with pytest.raises(AlignError, match=r"field kwargs: got 'x', expected an object"):

@@ -78,8 +78,10 @@ def seqeval(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[
     """Precision, recall and F1 of whole entities in BIO tags (as conlleval counts them; `strict` is seqeval's IOB2 mode)."""
     for i, (ours, theirs) in enumerate(zip(predictions, references, strict=True)):
         for column, tags in (("predictions", ours), ("references", theirs)):
-            if not isinstance(tags, list | tuple) or not all(isinstance(tag, str) for tag in tags):
+            if not isinstance(tags, list | tuple) or not all(isinstance(tag, str) and tag for tag in tags):
                 raise AlignError(f"metric 'seqeval': {column}[{i}] is {tags!r:.40}, expected a list of tags")
+            if strict and (other := next((tag for tag in tags if not tag.startswith(("B", "I", "O"))), None)) is not None:
+                raise AlignError(f"metric 'seqeval': {column}[{i}] has the tag {other!r}, which is none of IOB2; leave strict out")
         if len(ours) != len(theirs):
             raise AlignError(f"metric 'seqeval': sentence {i} has {len(ours)} predicted tags and {len(theirs)} reference tags")
     package("seqeval")
