@@ -368,6 +368,8 @@ def test_other_mistakes_are_explained():
         measure("win_rate(resamples=0)", scores=[1], baseline_scores=[0], lengths=[1], baseline_lengths=[1])
     with pytest.raises(AlignError, match=r"'ranking_accuracy': pair 0 has the scores nan and 0.0, expected numbers"):
         measure("ranking_accuracy", chosen_scores=[math.nan], rejected_scores=[0.0])
+    with pytest.raises(AlignError, match=r"'length_bias': pair 0 has the scores nan and 0.0, expected numbers"):
+        measure("length_bias", chosen_scores=[math.nan], rejected_scores=[0.0], chosen_lengths=[2], rejected_lengths=[1])
     with pytest.raises(AlignError, match=r"'win_rate': pair 0 has the scores nan and 0.0, expected numbers"):
         measure("win_rate", scores=[math.nan], baseline_scores=[0.0], lengths=[1], baseline_lengths=[1])
     with pytest.raises(AlignError, match=r"field kwargs: got '.{}.', expected a list"):

@@ -45,6 +45,7 @@ def length_bias(
     """How far scores follow length: the Pearson correlation of score difference and length difference over the pairs, the share of
     pairs of unequal length whose longer answer scores higher, and for comparison the share whose longer answer was chosen.
     """
+    preferences("length_bias", chosen_scores, rejected_scores)  # refuses what is no number
     pairs = list(zip(chosen_scores, rejected_scores, chosen_lengths, rejected_lengths, strict=True))
     margins, gaps = [a - b for a, b, _, _ in pairs], [c - d for _, _, c, d in pairs]
     unequal = [(margin if gap > 0 else -margin, gap > 0) for margin, gap in zip(margins, gaps, strict=True) if gap]
