@@ -29,9 +29,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
-from transformers import Trainer
 
 from align.errors import AlignError
+from align.finite import WarmTrainer
 from align.runner.checkpoints import learning_rate_scale
 from align.tuning.adapters import names_in_model
 
@@ -39,7 +39,7 @@ OPTIMIZER, PROGRESS, RANDOM = "optimizer.safetensors", "progress.json", "random-
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 
 
-class SafeTrainer(Trainer):
+class SafeTrainer(WarmTrainer):
     """A Trainer that saves and resumes without pickles. Subclasses add to `progress`."""
 
     def progress(self) -> dict[str, Any]:

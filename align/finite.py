@@ -1,4 +1,6 @@
-"""Where transformers' Trainer does the training: it stops before an update with a loss or a gradient that is not finite."""
+"""Where transformers' Trainer does the training: it stops before an update with a loss or a gradient that is not finite, and a
+run of one step makes that step.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,16 @@ from transformers import Trainer
 from align.errors import NonFiniteLoss
 
 
-class FiniteTrainer(Trainer):
+class WarmTrainer(Trainer):
+    """A Trainer whose warm-up leaves something to train."""
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if num_training_steps == 1:  # any share of one step is the whole of it, at a learning rate of 0
+            self.args.warmup_steps = 0
+        return super().create_scheduler(num_training_steps, optimizer)
+
+
+class FiniteTrainer(WarmTrainer):
     """A Trainer for padded rows. By itself it would go on with weights that are NaN."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

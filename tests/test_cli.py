@@ -136,7 +136,7 @@ MISTAKES = {
     "no such model": ("sft --model modle --data sft.jsonl", "no model 'modle'"),
     "no such folder": ("sft --model ./modle --data sft.jsonl", r"no model folder '\./modle'"),
     "no such hub id": ("sft --model owner/nothing --data sft.jsonl", "cannot load a tokenizer from 'owner/nothing'"),
-    "nothing to export": ("export owner/nothing --to there", "cannot load a config from 'owner/nothing'"),
+    "nothing to export": ("export owner/nothing --to there", "cannot load a tokenizer from 'owner/nothing'"),
     "nothing to measure": ("curvature owner/nothing --data sft.jsonl", "cannot load a config from 'owner/nothing'"),
     "no such version": ("sft --model model@3 --data sft.jsonl", "no model 'model' in the registry"),
     "a folder that is no model": ("sft --model . --data sft.jsonl", "cannot load a tokenizer from"),

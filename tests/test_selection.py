@@ -187,6 +187,16 @@ def test_what_is_not_asked_to_keep_the_best_ends_with_the_last(metric, ground, c
     assert all(torch.equal(found[name], tensor) for name, tensor in last.items())
 
 
+@pytest.mark.parametrize("engine", ["forest", "trl"])
+def test_a_run_of_one_step_makes_that_step(engine, ground):
+    """Five hundredths of it, rounded up as a warm-up is, would be all of it, at a learning rate of 0."""
+    place = {"model": str(ground / "base"), "data": str(ground / "sft.jsonl"), "chat_template": "plain", "max_length": 64}
+    stage = SFT(**place, per_device_train_batch_size=4, learning_rate=1e-2, engine=engine)
+    artifact = Run(Recipe("try", {"try": stage}), ground / "out").execute()["try"]
+    before, after = (load_file(folder / "model.safetensors") for folder in (ground / "base", Path(artifact.path)))
+    assert not all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 def test_an_early_stop_is_remembered(ground, cut_behind_training):
     """Cut between its early stop and its end, a run that goes on trains no further."""
     stage = sampled(ground, "ppo", save_steps=1, early_stopping_patience=2)
