@@ -351,6 +351,22 @@ def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list
     return ids
 
 
+def settle_generation(model: Any) -> list[str]:
+    """Leave out what does nothing in the model's generation config, such as a temperature without `do_sample`, and return the
+    names: transformers refuses to save such a config once anything in it was changed, as a padding or an end token is.
+    """
+    config = getattr(model, "generation_config", None)
+    try:
+        if config is not None:
+            config.validate(strict=True)
+        return []
+    except ValueError as error:
+        named = re.findall(r"^- `(\w+)`:", str(error), re.MULTILINE)
+    for name in named:
+        setattr(config, name, None)
+    return named
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Switch dropout off for good: the probabilities compared in preference losses and PPO must come from one and the same
     network. (Falcon alone reads its shares from the config, where published models have 0.)

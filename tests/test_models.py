@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from align.models import (
     load_reward_model,
     load_tokenizer,
     save_model,
+    settle_generation,
     stop_token_ids,
 )
 from align.tuning.strategies import Tuning
@@ -265,6 +267,18 @@ def test_stop_tokens(tokenizer):
     assert stop_token_ids(model, tokenizer) == [tokenizer.eos_token_id]
     model.generation_config.eos_token_id = [7, 9]
     assert stop_token_ids(model, tokenizer) == [7, 9, tokenizer.eos_token_id]
+
+
+def test_settings_that_do_nothing_do_not_keep_a_model_from_being_saved(base, tmp_path, tokenizer):
+    """Published generation configs have a temperature without `do_sample`; training changes their padding or end token."""
+    file = Path(base) / "generation_config.json"
+    file.write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "do_sample": False, "eos_token_id": 2}))
+    model = load_causal_lm(base)
+    assert settle_generation(model) == ["temperature", "top_p"]
+    assert settle_generation(model) == []
+    model.generation_config.eos_token_id = 5
+    save_model(model, tokenizer, tmp_path / "saved")
+    assert load_causal_lm(str(tmp_path / "saved")).generation_config.eos_token_id == 5
 
 
 def test_random_weights(tokenizer):

@@ -32,6 +32,7 @@ from align.models import (
     load_reward_model,
     load_tokenizer,
     save_model,
+    settle_generation,
 )
 from align.progress import say
 from align.runner.checkpoints import last_good, step_of
@@ -121,6 +122,8 @@ def make_ready(
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # type: ignore[operator]
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # type: ignore[operator]
     ensure_pad_token(tokenizer, model)
+    if unset := settle_generation(base_model(model)):
+        say(f"{label}: its generation_config sets {', '.join(unset)}, which does nothing there, and could not be saved: left out")
     if stage.on_adapter == "merge":
         model = tune(model, stage.strategy, folder)
     elif stage.launch is not None and stage.launch.shards_weights and model.active_peft_config.is_prompt_learning:  # type: ignore[union-attr]
