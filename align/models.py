@@ -21,9 +21,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from align.errors import AlignError, first_line
 from align.tuning.adapters import HEADS, save_adapter
@@ -220,6 +222,8 @@ def load_model(
         new = [key for key in info["missing_keys"] if not re.fullmatch(HEADS, key)]  # such as the pooler of a masked language model
         model.rows_on_disk = None if new else model.get_input_embeddings().weight.shape[0]
         if adapter is not None:
+            if (Path(path) / GENERATION_CONFIG_NAME).is_file():  # the end tokens that training taught
+                model.generation_config = GenerationConfig.from_pretrained(path)
             model = _with_adapter(model, path, adapter["peft_type"], on_adapter)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # the last is of a file that was cut
         raise AlignError(_not_loadable("model", path, error)) from error
@@ -390,6 +394,9 @@ def save_model(
     """
     if isinstance(model, PeftModel):
         save_adapter(model, folder, weights)
+        base: Any = model.get_base_model()
+        if base.can_generate():  # its end tokens are the adapter's, too, and peft does not keep them
+            base.generation_config.save_pretrained(folder)
     else:
         model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)

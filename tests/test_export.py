@@ -86,6 +86,21 @@ def test_the_merged_export_answers_as_the_adapter_did(trained, ground, tmp_path,
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_the_end_token_that_an_adapter_was_taught_is_exported(ground, tokenizer, tmp_path, capsys):
+    """`generate` stops at it: where the chat template ends an answer with another token than the tokenizer's own."""
+    model = llama()
+    model.generation_config.eos_token_id = [7, 2]
+    adapted = tune(model, Tuning("lora", {"r": 2}), tmp_path / "adapter")
+    save_model(adapted, tokenizer, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter" / "base")
+    base.generation_config.eos_token_id = 2  # as it was before training
+    base.save_pretrained(tmp_path / "adapter" / "base")
+    assert load_causal_lm(str(tmp_path / "adapter")).generation_config.eos_token_id == [7, 2]
+    assert load_causal_lm(str(tmp_path / "adapter"), on_adapter="continue").generation_config.eos_token_id == [7, 2]
+    export(capsys, tmp_path / "adapter", "--merge", "--to", tmp_path / "there")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "there").generation_config.eos_token_id == [7, 2]
+
+
 def test_an_export_to_a_full_disk_names_it_and_leaves_nothing(trained, tmp_path, capsys):
     disk = tmp_path / "disk"
     disk.mkdir()
