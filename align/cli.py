@@ -84,11 +84,23 @@ def main(arguments: list[str] | None = None) -> int:
         if error.errno in REMEDIES and error.filename is not None:
             print(f"align: error: {error.filename}: {error.strerror}; {REMEDIES[error.errno]}", file=sys.stderr)
             return 2
+        if isinstance(error, FileNotFoundError) and error.filename is None and _is_nowhere():
+            print("align: error: the folder that this command was given in is gone: change to one that is there", file=sys.stderr)
+            return 2
         if not disk_is_full(error):
             raise
         full = no_room(Path(error.filename)) if error.filename else "the disk is full; make room, and give the same command again"
         print(f"align: error: {full}", file=sys.stderr)
         return 2
+
+
+def _is_nowhere() -> bool:
+    """Whether the working folder was deleted or moved away."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def parser() -> argparse.ArgumentParser:

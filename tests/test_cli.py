@@ -721,6 +721,16 @@ def test_a_report_can_be_written_again(capsys, tmp_path):
     assert "mine-sft@1" in written
 
 
+@pytest.mark.parametrize("command", ["chat .", "run dpo --plan"])
+def test_a_working_folder_that_is_gone_is_told_in_one_line(capsys, tmp_path, monkeypatch, command):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(command.split()) == 2
+    expected = "align: error: the folder that this command was given in is gone: change to one that is there\n"
+    assert capsys.readouterr().err == expected
+
+
 @pytest.mark.parametrize("run", ["out", "."])
 def test_a_report_written_again_is_called_after_the_recipe(capsys, tmp_path, monkeypatch, run):
     """Whatever its folder is called, and however that is named: nothing changed, so nothing is written."""
