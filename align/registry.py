@@ -32,8 +32,10 @@ ALIASES = {
 
 
 def home() -> Path:
-    """Where runs and the registry live; an empty ``ALIGN_HOME``, as an unset variable of a shell gives, is none."""
-    return Path(os.environ.get("ALIGN_HOME") or "runs")
+    """Where runs and the registry live; an empty ``ALIGN_HOME``, as an unset variable of a shell gives, is none. A ``~`` that no
+    shell has read, in quotes or in a file of settings, is the user's folder.
+    """
+    return Path(os.path.expanduser(os.environ.get("ALIGN_HOME") or "runs"))
 
 
 def check_name(name: str) -> str:

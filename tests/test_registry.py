@@ -312,3 +312,10 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         write_atomically(file, "half \ud800")
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_home_that_no_shell_has_read_is_the_users(tmp_path, monkeypatch):
+    """`ALIGN_HOME="~/runs"` made a folder called ~ wherever a command was given."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ALIGN_HOME", "~/runs")
+    assert home() == tmp_path / "runs"
