@@ -162,7 +162,7 @@ class Registry:
         Raises:
             AlignError: it looks like a path or a version and there is none, or aliases stand for each other.
         """
-        path = Path(reference).expanduser().resolve()
+        path = Path(os.path.expanduser(reference)).resolve()
         if reference and path.is_dir():
             return Resolved(str(path), Artifact.read(path))
         if reference.startswith((".", "/", "~")) or reference.count("/") > 1:

@@ -27,7 +27,7 @@ def read_source(source: str, split: str) -> Iterator[Item]:
     if entry is not None:
         yield from _entry_rows(entry, split)
         return
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         yield from (Item(path.name, *row) for row in _saved(path, split))
     elif path.exists():
@@ -51,7 +51,7 @@ def files_of(source: str) -> list[Path]:
     entry = entry_of(source)
     if entry is not None:
         return files_of(entry.source)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     return [path] if path.is_file() else _files(path) if path.is_dir() else []
 
 
@@ -64,7 +64,7 @@ def fingerprint(source: str) -> str:
     entry = entry_of(source)
     if entry is not None:
         return hashlib.sha256(f"{entry!r}\n{fingerprint(entry.source)}".encode()).hexdigest()
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_file():
         return _digest(path).hexdigest()
     if not path.exists():
@@ -160,7 +160,7 @@ def _hub_id(source: str) -> str:
     Raises:
         AlignError: it is a path, and there is nothing there.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_symlink():
         raise AlignError(_leads_nowhere(path))
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?", source) or type_of(path) in READERS:

@@ -540,6 +540,15 @@ def test_reasons_are_counted_without_their_particulars(reason: str, expected: st
     assert family(reason) == expected
 
 
+def test_a_name_that_begins_with_a_tilde_need_not_be_a_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Editors call copies so, and pathlib fails where no user has the name."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(Path("~copy.jsonl"), [{"text": "Once."}])
+    assert load_rows("~copy.jsonl", "text").rows == [TextRow(text="Once.")]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(load_rows("~/~copy.jsonl", "text").rows) == 1
+
+
 def test_nothing_heavy_is_imported() -> None:
     code = "import sys, align.data; print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -319,3 +319,8 @@ def test_a_home_that_no_shell_has_read_is_the_users(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("ALIGN_HOME", "~/runs")
     assert home() == tmp_path / "runs"
+
+
+def test_a_user_that_nobody_is_leads_nowhere():
+    with pytest.raises(AlignError, match="no model folder '~nobody-of-that-name/model'"):
+        Registry().resolve("~nobody-of-that-name/model")

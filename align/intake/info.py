@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def entry_of(source: str) -> Entry | None:
         AlignError: the file has no such entry, or the entry cannot be understood.
     """
     place, colon, name = source.rpartition(":")
-    path = Path(place).expanduser() if colon else Path(source).expanduser()
+    path = Path(os.path.expanduser(place if colon else source))
     path = path / FILE if path.is_dir() else path
     if path.name != FILE or not path.is_file() or (not colon and Path(source).is_dir()):
         return None

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -108,7 +109,7 @@ def _locate(target: str) -> tuple[ModuleType, str]:
             raise AlignError(f"unknown reward {target!r}{near_miss(target, rewards)}; known: {', '.join(rewards)}; or name {FORMS}")
     if not path or not name:
         raise AlignError(f"reward {target!r} is incomplete: name {FORMS}")
-    return (_load_file(Path(path).expanduser()) if path.endswith(".py") else _import(path)), name
+    return (_load_file(Path(os.path.expanduser(path))) if path.endswith(".py") else _import(path)), name
 
 
 def _import(path: str) -> ModuleType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import compress, islice
@@ -113,7 +114,7 @@ def streams(stage: DataFields) -> bool:
 
 def _size(sources: Sequence[str]) -> int:
     """Bytes of the files of `sources`; what is no local file or folder counts nothing."""
-    paths = [Path(entry.source if (entry := entry_of(source)) else source).expanduser() for source in sources]
+    paths = [Path(os.path.expanduser(entry.source if (entry := entry_of(source)) else source)) for source in sources]
     files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
     return sum(file.stat().st_size for file in files if file.is_file())
 
