@@ -543,12 +543,13 @@ def test_nothing_to_apply(tmp_path):
 def test_forgetting_is_seen_by_the_runs_evaluation(tmp_path):
     config = {"model": "x/y", "data": ["a.jsonl"], "learning_rate": 1e-3}
     stage_folder(tmp_path, "sft", "sft", config, HEALTHY["sft"], "1")
-    measured = {"models": {"before": {"perplexity": 4.0}, "after": {"perplexity": 9.0}}}
+    measured = {"models": {"before": {"perplexity": 4.25}, "after": {"perplexity": 5.6e19}}}
     evaluation = {"models": {"before": "x/y", "after": "sft"}}
     stage_folder(tmp_path, "evaluate", "evaluate", evaluation, identity="2", metrics=measured)
     (finding,) = diagnose(patients(str(tmp_path)))["sft"]
     assert finding.rule == "forgetting"
-    assert finding.diagnosis.evidence["perplexity_after"] == 9.0
+    assert finding.diagnosis.evidence["perplexity_after"] == 5.6e19
+    assert "went from 4.25 to 5.6e+19: " in finding.diagnosis.cause
 
 
 # -- the examination -------------------------------------------------------------------------------------------------------------

@@ -439,6 +439,8 @@ def test_forgetting_is_measured_from_the_parent(make):
         ("sft", "probe stories", "4.00", "5.00", "+25%"),
         ("sft", "the evaluation's rows", "10.00", "12.00", "+20%"),
     ]
+    ruined = compare.forgetting(stages, {"start": {"perplexity": 10.0}, "tuned": {"perplexity": 5.6e19}})
+    assert str(ruined.rows[1][1][3]) == "+5.6e+20%"
 
 
 def test_reward_models(make):

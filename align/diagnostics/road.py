@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeGuard
 
-from align.diagnostics.case import Case, Diagnosis, rule
+from align.diagnostics.case import Case, Diagnosis, figure, rule
 
 FORGOTTEN = 1.5
 """Perplexity on the same held-out text, against that of the model it was trained from."""
@@ -21,7 +21,7 @@ def forgetting(case: Case) -> Diagnosis | None:
     changes = case.slower(5) | (case.closer(4) if case.kind == "ppo" else {})
     return Diagnosis(
         {"perplexity_before": then, "perplexity_after": now, "learning_rate": case.learning_rate},
-        f"perplexity on {what} went from {then:.2f} to {now:.2f}: what the model learned overwrote what it knew",
+        f"perplexity on {what} went from {figure(then)} to {figure(now)}: what the model learned overwrote what it knew",
         f"lower learning_rate to {changes['learning_rate']:.1e}, train a LoRA adapter (use_peft), or mix rows of the earlier kind "
         "into the data",
         changes,

@@ -112,7 +112,9 @@ def _evaluated_as(stages: Mapping[str, Artifact]) -> dict[str, str]:
 
 def _change(what: str, before: Any, after: Any) -> list[Cell]:
     known = isinstance(before, int | float) and isinstance(after, int | float) and before > 0 and after < math.inf
-    return [Cell(what), Cell(number(before, 2)), Cell(number(after, 2)), Cell(f"{after / before - 1:+.0%}" if known else "–")]
+    percent = 100 * (after / before - 1) if known else math.nan
+    change = (f"{percent:+.0f}%" if percent < 10_000 else f"{percent:+.2g}%") if known else "–"
+    return [Cell(what), Cell(number(before, 2)), Cell(number(after, 2)), Cell(change)]
 
 
 JUDGED = {
