@@ -1,10 +1,12 @@
 """Log-probabilities of target tokens from hidden states, without ever holding (tokens, vocabulary) logits.
 
-Logits are made in chunks, reduced, and made again in the backward pass, and in a second one: memory is flat in the vocabulary size.
+Logits are made block by block, reduced, and made again in the backward pass, and in a second one: memory is flat in the vocabulary
+size. On a CPU the first few blocks are kept for the backward pass instead.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +19,24 @@ from align.errors import AlignError
 from align.onednn import linear
 from align.ops import at_least_fp32
 
-CHUNK_ELEMENTS = 2**22
+BLOCK_ELEMENTS = 2**22
 """Logits held at a time (16 MB in fp32)."""
 
+BLOCK_ROWS = 2048
+"""A block on a CPU has at most so many rows, and as many columns as there is room for: a large vocabulary's weights, and their
+gradient, are then read and written once for so many rows, not for the few whose whole logits fit.
+"""
+
+KEPT_BLOCKS = 3
+"""So many are not made again in the backward pass on a CPU. The head is a fifth of what a small model computes on rows that are
+mostly targets; making its logits again would be a quarter of that.
+"""
+
 ON_GPU = 64
-"""So many times more of them on a GPU, whose products need more rows to be fast, and which does not make them fp32."""
+"""So many times more logits at a time on a GPU, whose products need more rows to be fast, and which does not make them fp32."""
 
 COPIES = 8
-"""How many tensors of a chunk's logits its second derivative holds: those chunks are so many times smaller."""
+"""How many tensors of a block's logits its second derivative holds: those blocks are so many times smaller."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +58,9 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
-    def products(self, hidden: Tensor) -> Tensor:
-        """(n, hidden) to (n, vocabulary), neither scaled nor capped."""
-        return linear(hidden, self.weight, self.bias)
+    def products(self, hidden: Tensor, columns: slice = slice(None)) -> Tensor:
+        """(n, hidden) to (n, vocabulary), or these `columns` of it, neither scaled nor capped."""
+        return linear(hidden, self.weight[columns], None if self.bias is None else self.bias[columns])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, hidden) to (n, vocabulary), in fp32 or wider."""
@@ -85,7 +97,8 @@ def token_scores(
     Args:
         with_entropy: entropy costs two more passes over the vocabulary, so it is left out unless asked for.
     """
-    settings = _Settings(head.scale, head.softcap, temperature, with_entropy)
+    keeps = blocks_kept(head.softcap, gpu=hidden.is_cuda)
+    settings = _Settings(head.scale, head.softcap, temperature, with_entropy, keeps)
     logps, entropy, correct = _TokenScores.apply(hidden, head.weight, head.bias, targets, settings)
     return TokenScores(logps, correct, entropy)
 
@@ -96,6 +109,12 @@ class _Settings:
     softcap: float | None
     temperature: float
     with_entropy: bool
+    keeps: int
+
+    @property
+    def slope(self) -> float:
+        """Of logits by products, where there is no cap."""
+        return self.scale / self.temperature
 
 
 class _TokenScores(torch.autograd.Function):
@@ -106,26 +125,38 @@ class _TokenScores(torch.autograd.Function):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         head = Head(weight.to(dtype), None if bias is None else bias.to(dtype), settings.scale, settings.softcap)
-        n = len(targets)
-        logps, log_totals = (hidden.new_empty(n, dtype=at_least_fp32(dtype)) for _ in range(2))
-        entropy = torch.empty_like(logps) if settings.with_entropy else None
-        correct = torch.empty(n, dtype=torch.bool, device=hidden.device)
+        grid = _grid(len(targets), weight)
+        kept: list[Tensor] = []
+        # Of each block's rows: the target's logit, the highest one, the sum of weights, and that of logits by weights.
+        chosen, highest, totals, sums = hidden.new_empty(4, len(grid.columns), len(targets), dtype=at_least_fp32(dtype))
         with torch.autocast(device, enabled=False):
-            for part in _chunks(n, weight):
-                products = head.products(hidden[part].to(dtype))
-                logps[part], log_totals[part], correct[part], found = _read(products, targets[part], settings)
-                if entropy is not None and found is not None:
-                    entropy[part] = found
-        ctx.save_for_backward(hidden, weight, bias, targets, log_totals, entropy)
+            for rows in grid.rows:
+                h = hidden[rows].to(dtype)
+                for at, columns in enumerate(grid.columns):
+                    read = _read(head.products(h, columns), targets[rows] - columns.start, len(kept) < settings.keeps, settings)
+                    chosen[at, rows], highest[at, rows], totals[at, rows], sums[at, rows], weights = read
+                    if weights is not None:
+                        kept.append(weights)
+        top = highest.amax(0)
+        shares = (highest - top).exp()
+        total = (totals * shares).sum(0)
+        target = chosen.amax(0)
+        # Not the target's logit less a sum's logarithm: that is rounded to the size of the logits.
+        logps, correct = target - top - total.log(), target == top
+        entropy = None
+        if settings.with_entropy:  # log Z - E[logit]
+            entropy = total.log() - ((sums + totals * (highest - top)) * shares).sum(0) / total
+        ctx.save_for_backward(hidden, weight, bias, targets, highest, highest - top - total.log(), entropy, *kept)
         ctx.dtype, ctx.settings = dtype, settings
         ctx.mark_non_differentiable(correct)
         return logps, entropy, correct
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        *saved, entropy = ctx.saved_tensors
+        *saved, entropy = ctx.saved_tensors[:7]
         constant = None if entropy is None else entropy.detach()  # its part in the second derivative is in that of the inputs
-        found = _Gradient.apply(*gradients[:2], *saved, constant, ctx.dtype, ctx.settings, ctx.needs_input_grad[:3])
+        kept = ctx.saved_tensors[7:]
+        found = _Gradient.apply(*gradients[:2], *saved, constant, kept, ctx.dtype, ctx.settings, ctx.needs_input_grad[:3])
         return *found, None, None
 
 
@@ -141,8 +172,10 @@ class _Gradient(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        log_totals: Tensor,
+        highest: Tensor,
+        log_shares: Tensor,
         entropy: Tensor | None,
+        kept: tuple[Tensor, ...],
         dtype: torch.dtype,
         settings: _Settings,
         needed: tuple[bool, bool, bool],
@@ -150,37 +183,47 @@ class _Gradient(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias = (
             torch.zeros_like(x) if x is not None and need else None for x, need in zip((hidden, weight, bias), needed, strict=True)
         )
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.to(highest.dtype)  # a sum over the columns
         head = Head(weight.to(dtype), None if bias is None else bias.to(dtype), settings.scale, settings.softcap)
         of_entropy = grad_entropy if grad_entropy is not None and grad_entropy.any() else None
+        d_logps = settings.slope * grad_logps.to(highest.dtype)
+        grid, waiting = _grid(len(targets), weight), list(kept)
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in _chunks(len(targets), weight):
-                h = hidden[part].to(dtype)
-                products = head.products(h)
-                to_entropy, said = (None if x is None else x[part] for x in (of_entropy, entropy))
-                grad = _slopes(products, targets[part], log_totals[part], grad_logps[part], to_entropy, said, settings)
-                if grad_hidden is not None:
-                    grad_hidden[part] = linear(grad, head.weight.T).to(hidden.dtype)
-                if grad_weight is not None:
-                    if dtype == weight.dtype:
-                        grad_weight.addmm_(grad.T, h)
-                    elif grad.is_cuda and weight.dtype == torch.float32:  # summed in fp32
-                        torch.addmm(grad_weight, grad.T, h, out_dtype=weight.dtype, out=grad_weight)
+            for rows in grid.rows:
+                h = hidden[rows].to(dtype)
+                to_entropy, said = (None if x is None else x[rows] for x in (of_entropy, entropy))
+                for at, columns in enumerate(grid.columns):
+                    weights = waiting.pop(0) if waiting else None
+                    where = targets[rows] - columns.start, highest[at, rows], log_shares[at, rows], d_logps[rows]
+                    if weights is None or to_entropy is not None:
+                        grad = _slopes(head.products(h, columns), *where, to_entropy, said, settings)
                     else:
-                        grad_weight += grad.T @ h
-                if grad_bias is not None:
-                    grad_bias += grad.sum(0)
+                        grad = _slopes_of_kept(weights, *where).to(dtype)
+                    if grad_hidden is not None:
+                        grad_hidden[rows] += linear(grad, head.weight[columns].T)
+                    if grad_weight is not None:
+                        part = grad_weight[columns]
+                        if dtype == weight.dtype:
+                            part.addmm_(grad.T, h)
+                        elif grad.is_cuda and weight.dtype == torch.float32:  # summed in fp32
+                            torch.addmm(part, grad.T, h, out_dtype=weight.dtype, out=part)
+                        else:
+                            part += grad.T @ h
+                    if grad_bias is not None:
+                        grad_bias[columns] += grad.sum(0)
         ctx.save_for_backward(grad_logps, grad_entropy, hidden, weight, bias, targets)
         ctx.dtype, ctx.settings = dtype, settings
-        return grad_hidden, grad_weight, grad_bias
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
-        """By PyTorch's own operations, chunk by chunk."""
+        """By PyTorch's own operations, a few rows at a time."""
         inputs: tuple[Any, ...] = ctx.saved_tensors[:-1]
         targets = ctx.saved_tensors[-1]
         found = [torch.zeros_like(x) if need else None for x, need in zip(inputs, ctx.needs_input_grad, strict=False)]
-        for part in _chunks(len(targets), inputs[3], COPIES):
+        for part in _slices(len(targets), BLOCK_ELEMENTS // (COPIES * len(inputs[3]))):
             places = [part, part, part, slice(None), slice(None)]
             leaves: list[Any] = [
                 None if x is None else x[at].detach().requires_grad_(need)
@@ -200,7 +243,7 @@ class _Gradient(torch.autograd.Function):
             for whole, at in zip(found, places, strict=True):
                 if whole is not None and (piece := second.pop(0)) is not None:
                     whole[at] += piece
-        return *found, None, None, None, None, None, None
+        return *found, *[None] * 8
 
 
 def _weighted(inputs: list[Any], targets: Tensor, dtype: torch.dtype, settings: _Settings) -> Tensor:
@@ -215,52 +258,77 @@ def _weighted(inputs: list[Any], targets: Tensor, dtype: torch.dtype, settings: 
 
 
 @fused
-def _read(products: Tensor, targets: Tensor, settings: _Settings) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """What the forward pass says of `targets` (n,) by the head's `products` (n, vocabulary): log-probs, the logarithm of what
-    probabilities are divided by, whether no token is likelier, and the entropy where it is asked for. Each is (n,).
+def _read(
+    products: Tensor, targets: Tensor, keep: bool, settings: _Settings
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """What the forward pass takes from a block of the head's `products` (n, columns) for `targets` (n,).
+
+    Targets are counted from the block's first column. Returns, (n,) each: the target's logit, -inf where it is in another block;
+    the highest logit; the sum of the weights, which are probabilities over the highest one; if entropy is asked for, the sum of
+    logits, less the highest, by weights. And the weights (n, columns) themselves, if they are to be kept.
     """
     logits = _tempered(_shaped(products, settings.scale, settings.softcap), settings.temperature)
-    chosen = logits.gather(1, targets[:, None])
-    highest = logits.amax(1, keepdim=True)
-    correct = (chosen == highest)[:, 0]
-    logits -= highest
-    entropy = None
+    inside, at = _places(targets, logits.shape[1])
+    chosen = torch.where(inside, logits.gather(1, at[:, None])[:, 0], -torch.inf)
+    highest = logits.amax(1)
+    logits -= highest[:, None]
     if settings.with_entropy:
         weights = logits.exp()
         total = weights.sum(1)
-        entropy = total.log() - weights.mul_(logits).sum(1) / total  # H = log Z - E[logit]
+        sums = logits.mul_(weights).sum(1)
     else:
-        total = logits.exp_().sum(1)
-    # Not chosen - log_totals: that is rounded to the size of the logits.
-    return (chosen - highest)[:, 0] - total.log(), highest[:, 0] + total.log(), correct, entropy
+        weights = logits.exp_()
+        total = sums = weights.sum(1)
+    return chosen, highest, total, sums, weights if keep else None
 
 
 @fused
 def _slopes(
     products: Tensor,
     targets: Tensor,
-    log_totals: Tensor,
-    grad_logps: Tensor,
+    highest: Tensor,
+    log_shares: Tensor,
+    d_logps: Tensor,
     grad_entropy: Tensor | None,
     entropy: Tensor | None,
     settings: _Settings,
 ) -> Tensor:
-    """The gradient of the head's `products` (n, vocabulary), in their type."""
-    dtype, at = products.dtype, targets[:, None]
+    """The gradient of a block of the head's `products` (n, columns), in their type.
+
+    Args:
+        targets: counted from the block's first column.
+        highest: of the block's logits.
+        log_shares: logarithm of the probability of the token that has it.
+        d_logps: slope of what is differentiated by the target's logit.
+    """
+    dtype = products.dtype
     logits = _shaped(products, settings.scale, settings.softcap)
     cap_slope = None if settings.softcap is None else 1 - (logits / settings.softcap) ** 2
-    log_p = _tempered(logits, settings.temperature).sub_(log_totals[:, None])
-    slope = settings.scale / settings.temperature
+    logits = _tempered(logits, settings.temperature).sub_(highest[:, None])
     # d logp(target) = onehot - p;  dH = -p (log p + H)
-    d_logp = slope * grad_logps[:, None].to(log_p.dtype)
     if grad_entropy is None or entropy is None:
-        grad = log_p.exp_().mul_(-d_logp)
+        grad = logits.exp_().mul_((-d_logps * log_shares.exp())[:, None])
     else:
-        grad = log_p.exp().mul_(-d_logp - slope * grad_entropy[:, None] * (log_p + entropy[:, None]))
-    of_target = grad.gather(1, at) + d_logp
-    if cap_slope is not None:
-        grad, of_target = grad * cap_slope, of_target * cap_slope.gather(1, at)
-    return grad.to(dtype).scatter_(1, at, of_target.to(dtype))
+        log_p = logits.add_(log_shares[:, None])
+        grad = log_p.exp().mul_(-d_logps[:, None] - settings.slope * grad_entropy[:, None] * (log_p + entropy[:, None]))
+    return _with_targets(grad, targets, d_logps, cap_slope).to(dtype)
+
+
+def _slopes_of_kept(weights: Tensor, targets: Tensor, highest: Tensor, log_shares: Tensor, d_logps: Tensor) -> Tensor:
+    """What `_slopes` gives, to the bit, from the `weights` (n, columns) that `_read` has kept; they stay as they are."""
+    return _with_targets(weights * (-d_logps * log_shares.exp())[:, None], targets, d_logps, None)
+
+
+def _with_targets(grad: Tensor, targets: Tensor, d_logps: Tensor, cap_slope: Tensor | None) -> Tensor:
+    """Adds the targets' own part in place, and the cap's slope."""
+    inside, at = _places(targets, grad.shape[1])
+    grad.scatter_(1, at[:, None], grad.gather(1, at[:, None]) + torch.where(inside, d_logps, 0)[:, None])
+    return grad if cap_slope is None else grad * cap_slope
+
+
+def _places(targets: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Whether each target is in a block of so many columns, and where; somewhere, if it is not."""
+    return (targets >= 0) & (targets < columns), targets.clamp(0, columns - 1)
 
 
 def _shaped(products: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -274,11 +342,35 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
-def rows_at_once(vocabulary: int, *, gpu: bool) -> int:
-    """How many rows of logits are held at a time."""
-    return max(1, CHUNK_ELEMENTS * (ON_GPU if gpu else 1) // vocabulary)
+@dataclass(frozen=True)
+class _Grid:
+    """How (n, vocabulary) logits are cut into blocks."""
+
+    rows: list[slice]
+    columns: list[slice]
 
 
-def _chunks(n: int, weight: Tensor, copies: int = 1) -> list[slice]:
-    size = rows_at_once(copies * weight.shape[0], gpu=weight.is_cuda)
+def _grid(n: int, weight: Tensor) -> _Grid:
+    rows, columns = block_size(n, len(weight), gpu=weight.is_cuda)
+    return _Grid(_slices(n, rows), _slices(len(weight), columns))
+
+
+def block_size(n: int, vocabulary: int, *, gpu: bool) -> tuple[int, int]:
+    """How many rows and columns of (n, vocabulary) logits are held at a time. On a GPU all columns: kernels there are made for any
+    number of rows.
+    """
+    if gpu:
+        return max(1, BLOCK_ELEMENTS * ON_GPU // vocabulary), vocabulary
+    rows = max(1, min(n, BLOCK_ROWS))
+    blocks = math.ceil(rows * vocabulary / BLOCK_ELEMENTS)
+    return rows, math.ceil(vocabulary / blocks)
+
+
+def blocks_kept(softcap: float | None, *, gpu: bool) -> int:
+    """How many blocks of logits wait for the backward pass. A cap's slope takes the logits, not what is left of them."""
+    return KEPT_BLOCKS if torch.is_grad_enabled() and softcap is None and not gpu else 0
+
+
+def _slices(n: int, size: int) -> list[slice]:
+    size = max(1, size)
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]

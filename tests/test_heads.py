@@ -1,4 +1,4 @@
-"""The chunked head against log_softmax and gather, its first and second gradients against finite differences."""
+"""The head against log_softmax and gather, its first and second gradients against finite differences."""
 
 import pytest
 import torch
@@ -43,10 +43,11 @@ def scored(h, w, b, targets, scale=1.0, softcap=None, temperature=1.0):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("elements", [1, 33, 2**22])
-def test_equals_log_softmax_for_any_chunk(kind, elements, monkeypatch):
-    """A vocabulary of 11: chunks of 1 row (it cannot be less), of 3 with a rest of 1, and all at once."""
-    monkeypatch.setattr(heads, "CHUNK_ELEMENTS", elements)
+@pytest.mark.parametrize(("elements", "rows"), [(1, 7), (33, 7), (33, 3), (12, 2), (2**22, 7)])
+def test_equals_log_softmax_for_any_block(kind, elements, rows, monkeypatch):
+    """A vocabulary of 11: blocks of one column (it cannot be less), of 4, of 3 rows with a rest of 1, of 2 x 6, and all in one."""
+    monkeypatch.setattr(heads, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(heads, "BLOCK_ROWS", rows)
     bias, options = split(kind)
     h, w, b, targets = inputs(bias=bias)
     ours, (logps, entropy, correct) = scored(h, w, b, targets, **options), slowly(h, w, b, targets, **options)
@@ -64,7 +65,7 @@ def test_equals_log_softmax_for_any_chunk(kind, elements, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("which", ["logps", "entropy", "both"])
 def test_gradients_by_finite_differences(kind, which, monkeypatch):
-    monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 33)
+    monkeypatch.setattr(heads, "BLOCK_ELEMENTS", 33)
     bias, options = split(kind)
     h, w, b, targets = inputs(n=5, hidden=3, dtype=torch.float64, bias=bias)
     leaves = [x for x in (h, w, b) if x is not None]
@@ -77,9 +78,9 @@ def test_gradients_by_finite_differences(kind, which, monkeypatch):
     assert torch.autograd.gradgradcheck(outputs, leaves)
 
 
-def test_no_chunk_holds_more_than_its_share(monkeypatch):
-    """Memory is flat in the vocabulary: the largest product made is CHUNK_ELEMENTS logits, forward and backward."""
-    monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 44)
+@pytest.fixture
+def sizes(monkeypatch):
+    """How many logits each product of the head has made."""
     sizes, products = [], Head.products
 
     def watched(*args):
@@ -87,11 +88,53 @@ def test_no_chunk_holds_more_than_its_share(monkeypatch):
         return products(*args)
 
     monkeypatch.setattr(Head, "products", watched)
+    return sizes
+
+
+def test_no_block_holds_more_than_its_share(sizes, monkeypatch):
+    """Memory is flat in the vocabulary: the largest product made is BLOCK_ELEMENTS logits, forward and backward."""
+    monkeypatch.setattr(heads, "BLOCK_ELEMENTS", 44)
+    monkeypatch.setattr(heads, "KEPT_BLOCKS", 1)
     h, w, b, targets = inputs(n=10)
     (gradient,) = torch.autograd.grad(scored(h, w, b, targets).logps.sum(), w, create_graph=True)
-    assert sizes == [44, 44, 22] * 2
+    assert sizes == [40, 40, 30, 40, 30], "the first is kept"
     gradient.square().sum().backward()
-    assert sizes[6:] == [11] * 10, "smaller the second time, as it holds more of them"
+    assert sizes[5:] == [11] * 10, "smaller the second time, as it holds more of them"
+
+
+@pytest.mark.parametrize("kind", ["plain", "bias", "scale", "temperature"])
+def test_blocks_that_are_kept_give_the_same_bits(kind, sizes, monkeypatch):
+    monkeypatch.setattr(heads, "BLOCK_ELEMENTS", 33)
+    bias, options = split(kind)
+
+    def gradients(blocks):
+        monkeypatch.setattr(heads, "KEPT_BLOCKS", blocks)
+        h, w, b, targets = inputs(bias=bias)
+        leaves = [x for x in (h, w, b) if x is not None]
+        sizes.clear()
+        said = scored(h, w, b, targets, **options).logps @ torch.randn(7)
+        return torch.autograd.grad(said, leaves, retain_graph=True), torch.autograd.grad(said, leaves), len(sizes)
+
+    (made, again, count), (kept, twice, fewer) = gradients(0), gradients(3)
+    assert (count, fewer) == (9, 3)
+    for each in zip(made, again, kept, twice, strict=True):
+        assert all(torch.equal(each[0], x) for x in each)
+
+
+def test_nothing_is_kept_for_a_gradient_that_nobody_takes(monkeypatch):
+    found, read = [], heads._read
+
+    def watched(*args):
+        found.append(read(*args)[-1])
+        return read(*args)
+
+    monkeypatch.setattr(heads, "_read", watched)
+    h, w, b, targets = inputs()
+    with torch.no_grad():
+        scored(h, w, b, targets)
+    assert found == [None]
+    scored(h, w, b, targets, softcap=2.0)
+    assert found == [None, None], "the slope of a cap takes the logits"
 
 
 def test_no_targets_give_no_loss_and_no_gradient():

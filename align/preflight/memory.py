@@ -1,7 +1,7 @@
 """How much memory a pass takes: it runs without data, on torch's meta device, and a ledger is kept of the tensors it makes.
 
 Nothing is guessed about a model's layers. The model itself goes forward and backward over a forest of the stage's own rows, with an
-attention that keeps what ours keeps and a head in the same chunks. What does not depend on the rows is arithmetic:
+attention that keeps what ours keeps and a head in the same blocks. What does not depend on the rows is arithmetic:
 
     training  = weights + optimizer + the most that is alive in a pass (gradients, activations, what is on its way)
     loading   = weights, and the file that they are read from
@@ -27,7 +27,7 @@ from align import onednn
 from align.attention import AttentionPlan
 from align.engine import base_model, trunk_of
 from align.forest import Forest
-from align.heads import rows_at_once
+from align.heads import block_size, blocks_kept
 from align.models import DTYPES
 from align.rollout.packed import MOST_BYTES
 from align.tuning.strategies import ADAPTERS, Tuning
@@ -123,24 +123,29 @@ AttentionInterface.register(METER, _meter)
 
 
 class _Score(torch.autograd.Function):
-    """The head of `align.heads`: logits in chunks, made again on the way back."""
+    """The head of `align.heads`: logits in blocks, made again on the way back but for those that are kept."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, gpu: bool) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        ctx.rows = rows_at_once(len(weight), gpu=gpu)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, keeps: int, gpu: bool) -> Tensor:
+        ctx.rows, ctx.columns = block_size(len(hidden), len(weight), gpu=gpu)
+        kept: list[Tensor] = []
         for part in hidden.split(ctx.rows):
-            logits = (part @ weight.T).float()  # noqa: F841  held until the next ones are made
+            for some in weight.split(ctx.columns):
+                logits = (part @ some.T).float()  # held until the next ones are made
+                if len(kept) < keeps:
+                    kept.append(logits)
+        ctx.save_for_backward(hidden, weight, *kept)
         return hidden.new_empty(len(hidden))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor | None, None]:
-        hidden, weight = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor | None, None, None]:
+        hidden, weight, *_ = ctx.saved_tensors
         to_hidden, to_weight = torch.empty_like(hidden), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for part, place in zip(hidden.split(ctx.rows), to_hidden.split(ctx.rows), strict=True):
-            logits = (part @ weight.T).float()
-            place.copy_(logits.to(weight.dtype) @ weight)
-        return to_hidden, to_weight, None
+            for some in weight.split(ctx.columns):
+                logits = (part @ some.T).float()
+                place.add_(logits.to(weight.dtype) @ some)
+        return to_hidden, to_weight, None, None
 
 
 @dataclass
@@ -225,7 +230,8 @@ class Skeleton:
             if self.score_head:
                 total = base.score(hidden[forest.ends]).sum()
             else:
-                total = _Score.apply(hidden[forest.sources], base.get_output_embeddings().weight, self.gpu).sum()
+                keeps = blocks_kept(getattr(self.config, "final_logit_softcapping", None), gpu=self.gpu)
+                total = _Score.apply(hidden[forest.sources], base.get_output_embeddings().weight, keeps, self.gpu).sum()
             del hidden  # as the engine, which hands on what the head says of it
         if backward:
             total.backward()
