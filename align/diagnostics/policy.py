@@ -9,7 +9,7 @@ from typing import Any
 
 from align.diagnostics.case import Case, Diagnosis, rounded, rule
 from align.diagnostics.series import Series
-from align.rewards.spec import RewardSpec
+from align.rewards.spec import RewardSpec, name_beside
 
 KL_A_TOKEN = 0.4
 """Nats a token from where it started beyond which a policy speaks another language."""
@@ -125,14 +125,11 @@ def _weights(config: Mapping[str, Any]) -> dict[str, float]:
 
 
 def reward_names(functions: Iterable[RewardSpec]) -> list[str]:
-    """The names that reward functions log under; a second one of a name gets ``_2``, as in `RewardSet`."""
+    """The names that reward functions log under, read from their specs alone."""
     names: list[str] = []
     for spec in functions:
-        base = name = spec.name or re.split(r"[:./]", spec.reward.partition("(")[0])[-1]
-        count = 1
-        while name in names:
-            name = f"{base}_{(count := count + 1)}"
-        names.append(name)
+        name = spec.name or re.split(r"[:./]", spec.reward.partition("(")[0])[-1]
+        names.append(name_beside(name, names))
     return names
 
 

@@ -14,7 +14,7 @@ from align.progress import say
 from align.rewards.calling import OWN, Failure, arguments_for, await_all, call, checked, close, refuse_missing_columns
 from align.rewards.loading import FORMS, load_reward
 from align.rewards.protocol import RewardFunction, name_of, short
-from align.rewards.spec import REWARD_MODEL, RewardSpec
+from align.rewards.spec import REWARD_MODEL, RewardSpec, name_beside
 
 Totals = Callable[[Sequence[float]], list[float]]
 """Sums each of some numbers over processes."""
@@ -97,11 +97,8 @@ class RewardSet:
                 raise AlignError(f"reward {short(entry)}: {error}") from error
             if spec.reward != REWARD_MODEL:
                 function = load_reward(spec.reward, spec.protocol)
-        base = name = spec.name or (REWARD_MODEL if function is None else name_of(function))
-        count = 1
-        while name in self.components:
-            name = f"{base}_{(count := count + 1)}"
-        self.components[name] = Component(spec, function)
+        name = spec.name or (REWARD_MODEL if function is None else name_of(function))
+        self.components[name_beside(name, self.components)] = Component(spec, function)
 
     @property
     def functions(self) -> dict[str, RewardFunction | None]:

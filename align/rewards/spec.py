@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -14,6 +15,12 @@ Protocol = Literal["trl", "verl", "openrlhf"]
 PROTOCOLS = get_args(Protocol)
 REWARD_MODEL = "reward_model"
 """The reward that stands for the stage's reward model."""
+
+
+def name_beside(name: str, taken: Collection[str]) -> str:
+    """What a reward called `name` logs under beside others: the second of a name is ``name_2``."""
+    free = (name if count == 1 else f"{name}_{count}" for count in itertools.count(1))
+    return next(each for each in free if each not in taken)
 
 
 @dataclass(frozen=True)
