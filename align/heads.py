@@ -184,17 +184,17 @@ class _Gradient(torch.autograd.Function):
             torch.zeros_like(x) if x is not None and need else None for x, need in zip((hidden, weight, bias), needed, strict=True)
         )
         if grad_hidden is not None:
-            grad_hidden = grad_hidden.to(highest.dtype)  # a sum over the columns
+            grad_hidden = grad_hidden.to(highest.dtype)  # summed over blocks of columns
         head = Head(weight.to(dtype), None if bias is None else bias.to(dtype), settings.scale, settings.softcap)
         of_entropy = grad_entropy if grad_entropy is not None and grad_entropy.any() else None
         d_logps = settings.slope * grad_logps.to(highest.dtype)
-        grid, waiting = _grid(len(targets), weight), list(kept)
+        grid, waiting = _grid(len(targets), weight), iter(kept)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in grid.rows:
                 h = hidden[rows].to(dtype)
                 to_entropy, said = (None if x is None else x[rows] for x in (of_entropy, entropy))
                 for at, columns in enumerate(grid.columns):
-                    weights = waiting.pop(0) if waiting else None
+                    weights = next(waiting, None)
                     where = targets[rows] - columns.start, highest[at, rows], log_shares[at, rows], d_logps[rows]
                     if weights is None or to_entropy is not None:
                         grad = _slopes(head.products(h, columns), *where, to_entropy, said, settings)
@@ -223,7 +223,7 @@ class _Gradient(torch.autograd.Function):
         inputs: tuple[Any, ...] = ctx.saved_tensors[:-1]
         targets = ctx.saved_tensors[-1]
         found = [torch.zeros_like(x) if need else None for x, need in zip(inputs, ctx.needs_input_grad, strict=False)]
-        for part in _slices(len(targets), BLOCK_ELEMENTS // (COPIES * len(inputs[3]))):
+        for part in _slices(len(targets), _elements(gpu=targets.is_cuda) // (COPIES * len(inputs[3]))):
             places = [part, part, part, slice(None), slice(None)]
             leaves: list[Any] = [
                 None if x is None else x[at].detach().requires_grad_(need)
@@ -360,10 +360,14 @@ def block_size(n: int, vocabulary: int, *, gpu: bool) -> tuple[int, int]:
     number of rows.
     """
     if gpu:
-        return max(1, BLOCK_ELEMENTS * ON_GPU // vocabulary), vocabulary
+        return max(1, _elements(gpu=gpu) // vocabulary), vocabulary
     rows = max(1, min(n, BLOCK_ROWS))
-    blocks = math.ceil(rows * vocabulary / BLOCK_ELEMENTS)
+    blocks = math.ceil(rows * vocabulary / _elements(gpu=gpu))
     return rows, math.ceil(vocabulary / blocks)
+
+
+def _elements(*, gpu: bool) -> int:
+    return BLOCK_ELEMENTS * (ON_GPU if gpu else 1)
 
 
 def blocks_kept(softcap: float | None, *, gpu: bool) -> int:
