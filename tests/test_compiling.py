@@ -213,17 +213,18 @@ def test_answers_are_sampled_uncompiled():
 
 @pytest.fixture
 def settings():
-    return heads._Settings(scale=0.5, softcap=30.0, temperature=0.7, with_entropy=True)
+    return heads._Settings(scale=0.5, softcap=30.0, temperature=0.7, with_entropy=True, keeps=0)
 
 
 def read_and_sloped(read, slopes, rows, settings):
     generator = torch.Generator().manual_seed(rows)
     products = torch.randn(rows, 50, generator=generator).bfloat16()
     targets = torch.randint(50, (rows,), generator=generator)
-    logps, totals, correct, entropy = read(products.clone(), targets, settings)
+    chosen, highest, totals, sums, kept = read(products.clone(), targets, False, settings)
+    assert kept is None
     of_logps, of_entropy = torch.randn(2, rows, generator=generator)
-    slope = slopes(products, targets, totals, of_logps, of_entropy, entropy, settings)
-    return [logps, totals, correct.float(), entropy, slope]
+    slope = slopes(products, targets, highest, -totals.log(), of_logps, of_entropy, totals.log() - sums / totals, settings)
+    return [chosen, highest, totals, sums, slope]
 
 
 def test_the_head_compiles_once_for_any_number_of_rows(monkeypatch, settings):
