@@ -372,7 +372,7 @@ from align.engine import enable_forest
 from align.trainers.forest import ForestTrainer
 from align.trainers.objectives import LanguageModel
 
-processes = int(sys.argv[2])
+processes, rows, held = map(int, sys.argv[2:])
 folder = f"{sys.argv[1]}/{processes}"
 args = TrainingArguments(
     folder, max_steps=4, learning_rate=0.1, adam_epsilon=1.0, lr_scheduler_type="constant", max_grad_norm=1e9, seed=5, use_cpu=True,
@@ -382,7 +382,7 @@ args = TrainingArguments(
 for resume in (None, f"{folder}/checkpoint-2"):
     model = llama()
     enable_forest(model)
-    trainer = ForestTrainer(model, LanguageModel(), args, documents(1, 21), documents(2, 7), max_tokens=25)
+    trainer = ForestTrainer(model, LanguageModel(), args, documents(1, rows), documents(2, held), max_tokens=25)
     trainer.train(resume_from_checkpoint=resume)
 trainer.evaluate()
 if trainer.is_world_process_zero():
@@ -391,15 +391,17 @@ if trainer.is_world_process_zero():
 """
 
 
-def test_two_processes_do_as_one(tmp_path, monkeypatch):
-    """Each cuts its rows into a number of forests of its own; weights, logged means and the evaluation of 7 rows are the same.
+@pytest.mark.parametrize(("rows", "held"), [(21, 7), (17, 1)], ids=["five left", "one left"])
+def test_two_processes_do_as_one(rows, held, tmp_path, monkeypatch):
+    """Each cuts its rows into a number of forests of its own; weights, logged means and the evaluation are the same.
 
-    The third step is the end of an epoch, with 5 rows left instead of 8: accelerate fills up the processes' batches with rows from
-    the epoch's start, which must not count, in a run that was resumed one step before either.
+    The third step is the end of an epoch, with 5 rows left instead of 8, or 1, of which the second process gets none: accelerate
+    fills up the processes' batches with rows from the epoch's start, which must not count, in a run that was resumed one step
+    before either.
     """
     script = tmp_path / "script.py"
     script.write_text(TWO_PROCESSES)
-    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path), "1"])
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path), "1", str(rows), str(held)])
     runpy.run_path(str(script))
     command = [
         sys.executable,
@@ -411,6 +413,8 @@ def test_two_processes_do_as_one(tmp_path, monkeypatch):
         str(script),
         str(tmp_path),
         "2",
+        str(rows),
+        str(held),
     ]
     tests = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}

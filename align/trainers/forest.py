@@ -233,11 +233,14 @@ class ForestTrainer(SafeTrainer):
         self._sums = defaultdict(float, progress["sums"] if first else dict.fromkeys(progress["sums"], 0.0))
 
     def _over_processes(self, sums: dict[str, float]) -> dict[str, float]:
+        """By name: a process that had no tree of a step or an evaluation has fewer sums than the others."""
         if self.accelerator.num_processes == 1:
             return dict(sums)
-        names = sorted(sums)
-        mine = torch.tensor([sums[name] for name in names], device=self.args.device)
-        return dict(zip(names, self.accelerator.reduce(mine, "sum").tolist(), strict=True))
+        together: dict[str, float] = defaultdict(float)
+        for part in gather_object([dict(sums)]):
+            for name, value in part.items():
+                together[name] += value
+        return dict(together)
 
     @staticmethod
     def _means(sums: dict[str, float]) -> dict[str, float]:
