@@ -67,23 +67,23 @@ class SafeTrainer(WarmTrainer):
             super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
         folder = Path(output_dir)
-        state: dict[str, Any] = get_optimizer_state_dict(self.model_wrapped, self._optimizer(), options=_OPTIONS)
         # Every process takes part, as shards are gathered and sums are over all of them; the first has the result.
-        progress = self.progress()
+        content: dict[str, Any] = {"progress": self.progress()}
+        if self.is_deepspeed_enabled:  # which keeps its state in files of its own
+            super()._save_optimizer_and_scheduler(output_dir)
+        else:
+            state: dict[str, Any] = get_optimizer_state_dict(self.model_wrapped, self._optimizer(), options=_OPTIONS)
+            if self.args.should_save:
+                tensors = {
+                    f"{name}/{key}": torch.as_tensor(value).contiguous()
+                    for name, values in state["state"].items()
+                    for key, value in values.items()
+                }
+                save_file(tensors, folder / OPTIMIZER)
+                scheduler = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
+                content |= {"groups": state["param_groups"], "scheduler": scheduler, "scale": learning_rate_scale(folder.parent)}
         if self.args.should_save:
-            tensors = {
-                f"{name}/{key}": torch.as_tensor(value).contiguous()
-                for name, values in state["state"].items()
-                for key, value in values.items()
-            }
-            save_file(tensors, folder / OPTIMIZER)
-            scheduler = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
-            scale = learning_rate_scale(folder.parent)
-            content = {"groups": state["param_groups"], "scheduler": scheduler, "scale": scale, "progress": progress}
             (folder / PROGRESS).write_text(json.dumps(content))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

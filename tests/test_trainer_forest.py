@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import Alone, assert_close, build, documents, llama, pairs, run_alone, tokens
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
+from align.checkpointing import OPTIMIZER
 from align.engine import enable_forest
 from align.errors import AlignError
 from align.forest import Tree
@@ -361,6 +362,19 @@ def test_resume_is_bit_for_bit(make, tmp_path, grouped):
     losses = [[record["loss"] for record in t.state.log_history if "loss" in record] for t in (resumed, whole)]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 6
+
+
+def test_deepspeed_keeps_its_own_state_and_we_what_was_summed(make, tmp_path, monkeypatch):
+    """DeepSpeed is not here, so its part is left out: a run that goes on finds ours."""
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", lambda self, folder: None)
+    trainer, other = (make(llama(), LanguageModel(), documents(1, 4), max_steps=1) for _ in range(2))
+    trainer.train()
+    trainer.is_deepspeed_enabled = True
+    trainer._save_optimizer_and_scheduler(str(tmp_path))
+    trainer._save_rng_state(str(tmp_path))
+    other._load_rng_state(str(tmp_path))
+    assert other._tokens_seen == trainer._tokens_seen > 0
+    assert not (tmp_path / OPTIMIZER).exists()
 
 
 TWO_PROCESSES = """
