@@ -51,6 +51,21 @@ def test_sentinels_stand_for_what_is_gone(spans):
         assert item["input_ids"][-1] == item["labels"][-1] == spans.tokenizer.eos_token_id
 
 
+def test_special_tokens_are_looked_up_once(masked, monkeypatch):
+    """The tokenizer makes its list anew each time, of 100 sentinels with T5's: for every token of the data that took minutes."""
+    asked = 0
+    ids = masked.tokenizer.all_special_ids
+
+    def counted(self):
+        nonlocal asked
+        asked += 1
+        return ids
+
+    monkeypatch.setattr(type(masked.tokenizer), "all_special_ids", property(counted), raising=False)
+    assert len(masked.blocks([TextRow(text=text) for text in TEXTS])) == len(TEXTS)
+    assert asked == 1
+
+
 @pytest.mark.parametrize("length", [2, 3, 7])
 def test_a_short_text_keeps_a_word_and_loses_one(spans, length):
     item = spans.corrupt({"input_ids": list(range(3, 3 + length))})

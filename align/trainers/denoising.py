@@ -35,14 +35,11 @@ class Denoiser:
         """Documents in blocks of at most `max_length` tokens, special tokens included; a block without two words of its own is
         left out.
         """
-        items = []
+        items, special = [], set(self.tokenizer.all_special_ids)  # asked once: the tokenizer looks each up anew
         for row in rows:
             encoding = self.tokenizer(row.text, truncation=True, max_length=self.max_length, return_overflowing_tokens=True)
-            items += [{"input_ids": ids} for ids in encoding["input_ids"] if len(ids) - self._special(ids) >= 2]
+            items += [{"input_ids": ids} for ids in encoding["input_ids"] if sum(i not in special for i in ids) >= 2]
         return items
-
-    def _special(self, ids: Sequence[int]) -> int:
-        return sum(i in self.tokenizer.all_special_ids for i in ids)
 
     def corrupt(self, item: Item) -> Item:
         """``input_ids`` and ``labels`` of a block, drawn anew at each call."""
