@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from align.errors import AlignError
-from align.finite import WarmTrainer
+from align.guarded import WarmTrainer
 from align.runner.checkpoints import learning_rate_scale
 from align.tuning.adapters import names_in_model
 

@@ -17,7 +17,7 @@ from align.catalog import Catalog
 from align.checkpointing import SafeTrainer
 from align.engine import check_reach
 from align.errors import AlignError
-from align.finite import FiniteTrainer
+from align.guarded import FiniteTrainer
 from align.metrics import columns_of
 from align.metrics.base import check, measure_all, refuse_missing
 from align.models import load_model

@@ -15,7 +15,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 from align.catalog import Catalog
 from align.checkpointing import SafeTrainer
 from align.errors import AlignError
-from align.finite import FiniteTrainer
+from align.guarded import FiniteTrainer
 from align.schema import TextRow
 
 Item = dict[str, Any]

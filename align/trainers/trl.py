@@ -34,8 +34,8 @@ from trl import (
 
 from align.encode import Encoded
 from align.errors import AlignError
-from align.finite import FiniteTrainer
 from align.forest import Tree
+from align.guarded import FiniteTrainer
 from align.rollout import Completion
 from align.schema import LabelledRow, PreferenceRow
 from align.scoring import Judge, component_means, plain

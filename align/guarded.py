@@ -1,5 +1,5 @@
-"""Where transformers' Trainer does the training: it stops before an update with a loss or a gradient that is not finite, and a
-run of one step makes that step.
+"""What transformers' Trainer does not guard against by itself: an update with a loss or a gradient that is not finite, and a
+warm-up that is the whole run.
 """
 
 from __future__ import annotations
