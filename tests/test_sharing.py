@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
@@ -237,6 +237,24 @@ def test_pushed_and_pulled_by_another_registry(tmp_path, monkeypatch):
     assert Artifact.read(Path(pulled.path)) == pulled
     with pytest.raises(AlignError, match=r"has no 'r-a@7'; it has the versions: 1"):
         pull(Registry(), str(shelf), "r-a@7", home())
+
+
+def test_two_push_at_once(tmp_path, monkeypatch):
+    """The second finds the place free, waits for the first, and finds that it is done."""
+    run({"a": Act(text="precious")})
+    shelf = str(tmp_path / "shelf")
+
+    @contextmanager
+    def late(folder):
+        with monkeypatch.context() as patch:
+            patch.setattr("align.runner.share.lock", lock)
+            push(Registry(), "r-a", shelf)
+        with lock(folder):
+            yield
+
+    monkeypatch.setattr("align.runner.share.lock", late)
+    assert push(Registry(), "r-a", shelf) == str(tmp_path / "shelf" / "r-a" / "1")
+    assert [path.name for path in (tmp_path / "shelf" / "r-a").iterdir()] == ["1"]
 
 
 def test_what_is_cut_leaves_no_half(tmp_path, monkeypatch):

@@ -56,16 +56,17 @@ def _base(folder: Path) -> str | None:
 
 def _put(artifact: Artifact, shelf: Path) -> Path:
     place = shelf / artifact.name / str(artifact.version)
-    if place.exists():
-        there = Artifact.read(place)
-        if there is not None and there.identity == artifact.identity and fault(place) is None:
-            return place
-        raise AlignError(f"{place} holds something else than {artifact.reference}; remove it first")
-    aside = place.with_name(f".{place.name}.part")
-    with lock(place), _whole(aside):
-        shutil.copytree(artifact.path, aside, ignore=shutil.ignore_patterns("checkpoints", ".*"))
-        seal(aside)
-        os.replace(aside, place)
+    with lock(place):
+        if place.exists():
+            there = Artifact.read(place)
+            if there is not None and there.identity == artifact.identity and fault(place) is None:
+                return place
+            raise AlignError(f"{place} holds something else than {artifact.reference}; remove it first")
+        aside = place.with_name(f".{place.name}.part")
+        with _whole(aside):
+            shutil.copytree(artifact.path, aside, ignore=shutil.ignore_patterns("checkpoints", ".*"))
+            seal(aside)
+            os.replace(aside, place)
     return place
 
 
