@@ -604,6 +604,9 @@ def test_a_stage_that_finds_no_pair_fails(prompts, capsys):
     )
     assert main([*command.split(), "--output_dir", "out"]) == 2
     assert "pairs: no pair came of 4 prompts: no two answers to one differ by more than min_gap (9)" in capsys.readouterr().err
+    assert main([*command.split(), "--max_length", "8", "--output_dir", "short"]) == 2
+    told = capsys.readouterr().err
+    assert "none of the rows can be used: 4 rows = 0 used + 4 set aside (4 leave no room for an answer within 2 tokens)" in told
     assert not Path("out").exists()
 
 

@@ -64,6 +64,8 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
         metrics: dict[str, Any] = {}
         for name, part, deviation in (("preferences", rows, self.label_noise), ("held_out", held, 0.0)):
             encoded = encoder.prompts(part)
+            if name == "preferences":
+                t.usable(encoded, context.name)
             prompts = [tree.prompt for tree in encoded.trees for _ in range(self.num_generations)]
             repeated = [row for row in encoded.rows for _ in range(self.num_generations)]
             with bar(f"{context.name}", len(prompts), "answer") as progress:
