@@ -57,6 +57,12 @@ def test_paraphrases(tmp_path):
     ways.write_text("no place\n")
     with pytest.raises(AlignError, match=r"the line 'no place' has no \{prompt\} in it"):
         augment(ROWS, [spec])
+    ways.write_bytes(b"caf\xe9: {prompt}\n")
+    with pytest.raises(AlignError, match=r"ways\.txt: cannot be read: 'utf-8' codec can't decode byte 0xe9"):
+        augment(ROWS, [spec])
+    ways.write_text("\n")
+    with pytest.raises(AlignError, match=r"ways\.txt: is empty, expected a way to put a request a line"):
+        augment(ROWS, [spec])
 
 
 def test_swaps_are_in_place_and_exactly_so_many():

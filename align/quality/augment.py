@@ -128,8 +128,10 @@ def paraphrases(rows: Sequence[Row], rng: random.Random, *, templates: str | Non
     if templates is not None:
         try:
             ways = [line.replace("\\n", "\n") for line in Path(templates).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a ValueError: bytes that are no text
             raise AlignError(f"templates {templates}: cannot be read: {error}") from error
+        if not ways:
+            raise AlignError(f"templates {templates}: is empty, expected a way to put a request a line, each with {{prompt}} in it")
         if bad := next((way for way in ways if "{prompt}" not in way), None):
             raise AlignError(f"templates {templates}: the line {bad!r} has no {{prompt}} in it")
     for i, row in enumerate(rows):
