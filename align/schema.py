@@ -229,17 +229,16 @@ def row_class(kind: str) -> type[Row]:
     return KINDS[kind]
 
 
-def validate(kind: str, raw: dict[str, Any], where: str = "") -> Row:
+def validate(kind: str, raw: dict[str, Any]) -> Row:
     """The row that `raw` describes.
 
     Raises:
-        AlignError: it is not one of `kind`. One line: `where` (file and row), the field, what was there, what was expected.
+        AlignError: it is not one of `kind`. One line: the field, what was there, what was expected.
     """
     try:
         return row_class(kind).model_validate(raw)
     except ValidationError as error:
-        reason = _explain(error.errors(include_url=False)[0])
-        raise AlignError(f"{where}, {reason}" if where else reason) from None
+        raise AlignError(_explain(error.errors(include_url=False)[0])) from None
 
 
 def problem(path: str, got: Any, expected: str) -> str:

@@ -304,7 +304,7 @@ def test_the_examples_of_the_documentation_are_of_their_format() -> None:
             assert isinstance(fields, SetAside if name == "answers" else dict)
             if isinstance(fields, dict):
                 shown = {key: value for key, value in fields.items() if key != "columns" or kind_of(fields) == "prompts"}
-                validate(kind_of(fields), shown, name)
+                validate(kind_of(fields), shown)
 
 
 def test_the_documented_way_to_add_a_format() -> None:

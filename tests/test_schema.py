@@ -35,7 +35,7 @@ TOOL = {"role": "tool", "content": "42"}
     ],
 )
 def test_accepted(kind: str, raw: dict[str, Any]) -> None:
-    row = validate(kind, raw, "row")
+    row = validate(kind, raw)
     assert type(row) is KINDS[kind]
     assert type(row).model_validate(row.model_dump()) == row
 
@@ -46,87 +46,86 @@ def test_accepted(kind: str, raw: dict[str, Any]) -> None:
         (
             "preference",
             {"prompt": [USER], "chosen": [{"role": "assitant", "content": "a"}], "rejected": [BOT]},
-            "data.jsonl row 17, field chosen[0].role: got 'assitant', expected 'system', 'user', 'assistant' or 'tool'",
+            "field chosen[0].role: got 'assitant', expected 'system', 'user', 'assistant' or 'tool'",
         ),
         (
             "preference",
             {"prompt": "p", "chosen": [BOT], "rejected": "r"},
-            "data.jsonl row 17, prompt is a string, chosen is a list of messages, rejected is a string; "
-            "expected all strings or all lists of messages",
+            "prompt is a string, chosen is a list of messages, rejected is a string; expected all strings or all lists of messages",
         ),
         (
             "preference",
             {"prompt": "p", "chosen": "c", "rejectd": "r"},
-            "data.jsonl row 17, field rejected: missing; found prompt, chosen, rejectd (did you mean 'rejected'?)",
+            "field rejected: missing; found prompt, chosen, rejectd (did you mean 'rejected'?)",
         ),
         (
             "preference",
             {"prompt": [USER, BOT], "chosen": [BOT], "rejected": [BOT]},
-            "data.jsonl row 17, field prompt[1].role: got 'assistant', expected a prompt that ends before the assistant's turn",
+            "field prompt[1].role: got 'assistant', expected a prompt that ends before the assistant's turn",
         ),
         (
             "preference",
             {"prompt": [USER], "chosen": [], "rejected": [BOT]},
-            "data.jsonl row 17, field chosen: got [], expected at least one message",
+            "field chosen: got [], expected at least one message",
         ),
         (
             "preference",
             {"prompt": [USER], "chosen": [BOT], "rejected": [USER, BOT]},
-            "data.jsonl row 17, field rejected[0].role: got 'user', expected 'assistant' or 'tool': the rest belongs to the prompt",
+            "field rejected[0].role: got 'user', expected 'assistant' or 'tool': the rest belongs to the prompt",
         ),
         (
             "preference",
             {"prompt": [USER], "chosen": [CALL, TOOL], "rejected": [BOT]},
-            "data.jsonl row 17, field chosen[1].role: got 'tool', expected a reply that ends with the assistant",
+            "field chosen[1].role: got 'tool', expected a reply that ends with the assistant",
         ),
         (
             "preference",
             {"prompt": "p", "chosen": "c", "rejected": "r", "margin": float("nan")},
-            "data.jsonl row 17, field margin: got nan, expected a finite number",
+            "field margin: got nan, expected a finite number",
         ),
-        ("prompts", {"prompt": []}, "data.jsonl row 17, field prompt: got [], expected at least one message"),
-        ("prompts", {"prompt": 3}, "data.jsonl row 17, field prompt: got 3, expected a string or a list of messages"),
+        ("prompts", {"prompt": []}, "field prompt: got [], expected at least one message"),
+        ("prompts", {"prompt": 3}, "field prompt: got 3, expected a string or a list of messages"),
         (
             "sft",
             {"messages": [USER]},
-            "data.jsonl row 17, field messages: got ['user'], expected at least one assistant message to learn from",
+            "field messages: got ['user'], expected at least one assistant message to learn from",
         ),
         (
             "sft",
             {"messages": [USER, {"role": "assistant", "content": None}]},
-            "data.jsonl row 17, field messages[1].content: got None, expected a string",
+            "field messages[1].content: got None, expected a string",
         ),
         (
             "sft",
             {"messages": [USER, BOT], "prompt": "p"},
-            "data.jsonl row 17, fields messages, prompt: expected either messages, or prompt and completion",
+            "fields messages, prompt: expected either messages, or prompt and completion",
         ),
-        ("sft", {}, "data.jsonl row 17, fields none: expected either messages, or prompt and completion"),
+        ("sft", {}, "fields none: expected either messages, or prompt and completion"),
         (
             "sft",
             {"messages": [USER, {**BOT, "tone": "kind"}]},
-            "data.jsonl row 17, field messages[1].tone: unknown key (holds 'kind')",
+            "field messages[1].tone: unknown key (holds 'kind')",
         ),
         (
             "unpaired",
             {"prompt": "p", "completion": "c", "label": 1},
-            "data.jsonl row 17, field label: got 1, expected true or false",
+            "field label: got 1, expected true or false",
         ),
         (
             "text",
             {"text": "a\ud83d"},
-            r"data.jsonl row 17, field text: got 'a\ud83d', expected a string without unpaired surrogates",
+            r"field text: got 'a\ud83d', expected a string without unpaired surrogates",
         ),
         (
             "sft",
             {"messages": [USER, BOT], "tools": [{"type": "function", "function": {"name": "f", "description": "\ud83d"}}]},
-            r"data.jsonl row 17, field tools[0]: got {'type': 'function', 'function': {'name'...on': '\ud83d'}}, expected "
+            r"field tools[0]: got {'type': 'function', 'function': {'name'...on': '\ud83d'}}, expected "
             "a string without unpaired surrogates",
         ),
         (
             "sft",
             {"messages": [{**CALL, "tool_calls": [{"id": "\ud83d"}]}]},
-            r"data.jsonl row 17, field messages[0].tool_calls[0]: got {'id': '\ud83d'}, expected "
+            r"field messages[0].tool_calls[0]: got {'id': '\ud83d'}, expected "
             "a string without unpaired surrogates",
         ),
         (
@@ -139,18 +138,18 @@ def test_accepted(kind: str, raw: dict[str, Any]) -> None:
 )
 def test_refused_in_one_line(kind: str, raw: dict[str, Any], message: str) -> None:
     with pytest.raises(AlignError) as caught:
-        validate(kind, raw, "data.jsonl row 17")
+        validate(kind, raw)
     assert str(caught.value) == message
 
 
 def test_long_values_are_shortened() -> None:
     with pytest.raises(AlignError) as caught:
-        validate("sft", {"messages": "x" * 100_000}, "data.jsonl row 1")
+        validate("sft", {"messages": "x" * 100_000})
     assert len(str(caught.value)) < 140
 
 
 def test_null_content_beside_tool_calls_is_empty() -> None:
-    row = validate("sft", {"messages": [USER, CALL, TOOL, BOT]}, "row")
+    row = validate("sft", {"messages": [USER, CALL, TOOL, BOT]})
     assert isinstance(row, SFTRow)
     assert row.messages is not None
     assert row.messages[1].content == ""

@@ -115,14 +115,14 @@ def learning_rate_scale(folder: Path) -> float:
     return json.loads(path.read_text())["scale"] if path.is_file() else 1.0
 
 
-def lower_learning_rate(folder: Path, error: AlignError, factor: float = 0.5, least: float = 1 / 64) -> float:
+def lower_learning_rate(folder: Path, error: AlignError) -> float:
     """Halve the scale of the learning rate, for this and later attempts at the stage.
 
     Raises:
         AlignError: `error`, when it was halved six times already.
     """
-    scale = learning_rate_scale(folder) * factor
-    if scale < least:
+    scale = learning_rate_scale(folder) / 2
+    if scale < 1 / 64:
         raise error
     write_atomically(folder / SCALE, json.dumps({"scale": scale, "because": str(error)}))
     return scale
