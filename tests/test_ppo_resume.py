@@ -1,5 +1,6 @@
 """A PPO run that is stopped and goes on ends as one that was never stopped, to the bit."""
 
+import os
 import signal
 import sys
 import time
@@ -96,6 +97,22 @@ def test_a_killed_process(folder, whole, capsys):
     assert process.exitcode == -signal.SIGKILL
     assert "going on from step" in run("killed", "", capsys)
     assert kill_ppo.differences(wanted, kill_ppo.outcome(folder / "killed")) == []
+
+
+def test_what_was_logged_is_on_the_disk_before_its_checkpoint(folder, capsys, monkeypatch):
+    """After a power cut a run goes on from the checkpoint, and what was measured until then is there to choose the best by."""
+    flushed, fsync = [], os.fsync
+
+    def noted(descriptor):
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    run("flushed", "--save_steps 4", capsys)
+    seals = [place for place, name in enumerate(flushed) if name.startswith(".checksums.json")]
+    logs = [place for place, name in enumerate(flushed) if name == "metrics.jsonl"]
+    assert len(seals) == 2
+    assert logs[0] < seals[0] < logs[1] < seals[1]
 
 
 def test_kept_completions_are_not_sampled_again(folder, whole, capsys, monkeypatch):

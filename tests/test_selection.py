@@ -1,6 +1,7 @@
 """Evaluation every N steps, early stopping and the best checkpoint, on any metric of any stage."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,28 @@ def test_an_early_stop_is_remembered(ground, cut_behind_training):
     artifact = Run(Recipe("p", {"p": stage}), ground / "out").execute()["p"]
     assert list(history(artifact, "eval_score")) == [1, 2, 3]
     assert artifact.metrics["best_step"] == 1
+
+
+def test_the_best_weights_survive_a_power_cut(tmp_path, monkeypatch):
+    """They are on the disk when they get their name: the checkpoint that a run goes on from is, and speaks of them."""
+    flushed, fsync, replace = [], os.fsync, Path.replace
+
+    def noted(descriptor):
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def renamed(self, target):
+        flushed.append(f"{self.name} -> {Path(target).name}")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "replace", renamed)
+    history = History(tmp_path / "metrics.jsonl")
+    stage = PPO(model="m", data="d", reward_funcs=["length"], metric_for_best_model="score", load_best_model_at_end=True)
+    best = Best(stage, Context("x", tmp_path, history), torch.nn.Linear(2, 2))
+    history.add(1, {"eval_score": 1.0})
+    best.see(1)
+    assert flushed == ["best-1.part", "best-1.part -> best-1.safetensors", "checkpoints"]
 
 
 def test_the_best_weights_are_those_of_the_run_that_went_on(tmp_path):

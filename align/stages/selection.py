@@ -11,6 +11,7 @@ from torch import nn
 from align.errors import AlignError
 from align.progress import say
 from align.runner.checkpoints import checkpoints, step_of
+from align.runner.files import flush
 from align.stages.base import Context
 from align.stages.fields import SelectionFields
 from align.stages.training import check_metric
@@ -44,7 +45,9 @@ class Best:
             self.folder.mkdir(parents=True, exist_ok=True)
             aside = self._file(step).with_suffix(".part")
             save_file({name: p.detach().cpu().contiguous() for name, p in self._trained().items()}, aside)
+            flush(aside)  # a checkpoint that is on the disk goes by them
             aside.replace(self._file(step))
+            flush(self.folder)
             self._prune(values)
         processes.wait()
         return self.enough()

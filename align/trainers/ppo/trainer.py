@@ -21,6 +21,7 @@ from align.forest import Tree
 from align.ops import kl_k1, masked_moments, masked_whiten
 from align.progress import History, bar, say, shown
 from align.rollout import Completion, Engine, Sampling
+from align.runner.files import flush
 from align.runner.stop import Stopped, stop_requested
 from align.trainers.ppo import processes
 from align.trainers.ppo.advantages import Rewarded, estimators, parameters
@@ -130,6 +131,7 @@ class PPOTrainer:
                 enough = after_step(self.done)
                 stopping = processes.any_of(stop_requested())
                 if self.checkpoints is not None and (stopping or self.checkpoints.due(self.done)):
+                    flush(self.history.path)
                     self.checkpoints.save(self.done, self.state())
                 if stopping:
                     raise Stopped
