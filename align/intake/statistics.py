@@ -37,7 +37,7 @@ class Statistics:
         texts = {name: text for name, value in fields.items() if (text := _text(value)) is not None}
         counts = {name: self._length(text) for name, text in texts.items()}
         for name, count in counts.items():
-            self.lengths.setdefault(name, array("L")).append(count)
+            self.lengths.setdefault(name, array("I")).append(count)
         if "chosen" in counts:
             self.shares["chosen is longer"] += counts["chosen"] > counts["rejected"]
         turns = fields.get("messages") or fields.get("prompt")
