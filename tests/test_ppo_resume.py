@@ -1,18 +1,21 @@
 """A PPO run that is stopped and goes on ends as one that was never stopped, to the bit."""
 
 import os
+import re
 import signal
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from chaos import kill_ppo
 
 from align.cli import main
+from align.runner.checkpoints import checkpoints, seal
 
 COMMAND = f"ppo --model model --data prompts.jsonl --reward_funcs mine.py:noisy {kill_ppo.FLAGS}"
 
@@ -97,6 +100,22 @@ def test_a_killed_process(folder, whole, capsys):
     assert process.exitcode == -signal.SIGKILL
     assert "going on from step" in run("killed", "", capsys)
     assert kill_ppo.differences(wanted, kill_ppo.outcome(folder / "killed")) == []
+
+
+@pytest.mark.parametrize("role", ["policy/", "optimizer/"])
+def test_a_checkpoint_of_another_shape_is_refused_in_one_line(role, folder, capsys, monkeypatch):
+    """Sealed and well-formed, as somebody would who means harm. One number in place of a row would be taken for all of it."""
+    out = f"shape-{role[:-1]}"
+    monkeypatch.setenv("STOP_AT", str(calls_so_far() + 4))
+    run(out, "", capsys, code=2)
+    monkeypatch.delenv("STOP_AT")
+    checkpoint = checkpoints(folder / out / "checkpoints")[-1]
+    tensors = load_file(checkpoint / "state.safetensors")
+    changed = {name: tensor[..., :1].contiguous() for name, tensor in tensors.items() if name.startswith(role) and tensor.dim()}
+    save_file({**tensors, **changed}, checkpoint / "state.safetensors")
+    seal(checkpoint)
+    told = run(out, "", capsys, code=2).splitlines()[-1]
+    assert re.match(rf"align: error: .*the checkpoint .*{checkpoint.name} does not fit the model \({role}\S+ has the shape", told)
 
 
 def test_what_was_logged_is_on_the_disk_before_its_checkpoint(folder, capsys, monkeypatch):

@@ -292,6 +292,9 @@ class PPOTrainer:
         if self.checkpoints is None or step is None:
             return False
         state, learner = self.checkpoints.load(step), self.learner
+        if wrong := self._misfit(state.tensors):
+            place = self.checkpoints.folder / f"checkpoint-{step}"
+            raise AlignError(f"the checkpoint {place} does not fit the model ({wrong}); remove it to start before it")
         with torch.no_grad():
             for name, parameter in self._weights().items():
                 parameter.copy_(state.tensors[name])
@@ -307,6 +310,19 @@ class PPOTrainer:
         self.done = step
         say(f"going on from step {step} of {self.settings.steps}")
         return True
+
+    def _misfit(self, tensors: dict[str, Tensor]) -> str | None:
+        """What of a checkpoint is not there or of another shape. (One number would be taken for all of a row.)"""
+        shapes = {name: tuple(weight.shape) for name, weight in self._weights().items()}
+        trained = [p for group in self.learner.optimizer.param_groups for p in group["params"]]
+        moments = {f"optimizer/{number}": tuple(p.shape) for number, p in enumerate(trained)}
+        known = [name for name, tensor in tensors.items() if name.startswith("optimizer/") and tensor.dim()]
+        for name, shape in {**shapes, **{name: moments.get(name.rpartition(".")[0]) for name in known}}.items():
+            if name not in tensors:
+                return f"{name} is missing"
+            if tuple(tensors[name].shape) != shape:
+                return f"{name} has the shape {tuple(tensors[name].shape)}, expected {shape}"
+        return None
 
     def _weights(self) -> dict[str, Tensor]:
         return {f"{role}/{name}": weight for role, named in self.models.parameters().items() for name, weight in named.items()}
