@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -44,7 +45,7 @@ class KTO(TrainingStage, ProbeFields):
         from align.models import disable_dropout
         from align.stages import training as t
         from align.trainers.kto import KTOTrainer
-        from align.trainers.objectives import Unpaired, add_reference_logps
+        from align.trainers.objectives import Unpaired
 
         t.seed_everything(self)
         rows, held = t.rows_of(self, "unpaired", context)
@@ -76,10 +77,7 @@ class KTO(TrainingStage, ProbeFields):
                 callbacks=callbacks,
             )
         else:
-            both = [*trees, *held_trees]
-            with t.precision(self):
-                both = add_reference_logps(model, both, self.max_tokens_per_micro_batch, context.name)
-            trees, held_trees = both[: len(trees)], both[len(trees) :]
+            trees, held_trees = t.with_reference(self, context.name, model, trees, held_trees, common=False)
             trainer = KTOTrainer(
                 model,
                 Unpaired(**parameters),
@@ -95,7 +93,7 @@ class KTO(TrainingStage, ProbeFields):
         metrics = t.run_trainer(trainer, self, context, has_eval=bool(held))
         return {**metrics, **after()}
 
-    def _mismatched(self, tokenizer: Any, part: Encoded) -> list[Tree]:
+    def _mismatched(self, tokenizer: Any, part: Encoded) -> Sequence[Tree]:
         """The trees of `part`, each with the answer of a neighbour as well, whole before it is cut behind its new prompt."""
         from align.encode import Encoder
         from align.trainers.kto import add_mismatched
