@@ -260,6 +260,13 @@ class TestLengths:
     def test_each_word_is_one_token(self, plain):
         assert len(plain.tokenizer(self.answers(50))["input_ids"]) == 50
 
+    def test_a_row_cut_to_its_first_token_has_nothing_to_learn(self, plain):
+        """No token is before it, so it is no target, though it is the assistant's."""
+        plain.max_length = 1
+        result = plain.sft([SFTRow(prompt="", completion=" one two")])
+        assert not result.trees
+        assert result.set_aside == {"leave no room for an answer within 1 tokens": 1}
+
     def test_counts_add_up(self, plain):
         """Prompts of 1 to 12 words, answers of 1 to 9 words and an end token, at most 10 tokens: counted by hand. Two pairs have
         the same beginnings, and nothing else is left of them.

@@ -193,7 +193,7 @@ class TestGroupAdvantages:
         assert population[2].item() == pytest.approx(math.sqrt(1.5))
         assert ops.group_advantages_grpo(rewards, 3)[2].item() == pytest.approx(1 / 1.0001)
 
-    @pytest.mark.parametrize("reward", [0.1, 3333.3, -1e-3])
+    @pytest.mark.parametrize("reward", [0.1, 0.3, 3333.3, -1e-3])
     @pytest.mark.parametrize("eps", [0.0, 1e-4])
     def test_equal_rewards_get_0_also_where_their_mean_is_rounded(self, reward, eps):
         rewards = torch.full((14,), reward)

@@ -254,6 +254,7 @@ def test_the_best_weights_are_those_of_the_run_that_went_on(tmp_path):
     evaluated(3, 3.0)
     (tmp_path / "checkpoints" / "checkpoint-1").rmdir()
     evaluated(4, 4.0)
+    evaluated(5, 4.0)  # no better
     assert [file.name for file in (tmp_path / "checkpoints").iterdir()] == ["best-4.safetensors"]
 
 
