@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from align.artifact import Artifact
 from align.cli import main
@@ -335,6 +337,23 @@ def test_no_history_makes_a_rule_stumble():
         for kind in ("sft", "preference", "reward", "ppo", "kto", "pretrain"):
             for finding in ask(case(kind, kept, running=draw.random() < 0.5)):
                 assert finding.rule in rules
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        ({"use_peft": True, "lora_r": 1}, {"lora_r": 64}),
+        ({"use_peft": True, "lora_r": 1, "lora_alpha": 4}, {"lora_r": 64, "lora_alpha": 256}),
+        ({"tuning": "lora", "tuning_args": {"r": 1}}, {"tuning_args": {"r": 64}}),
+        ({"tuning": "lora", "tuning_args": {"r": 1, "alpha": 4}}, {"tuning_args": {"r": 64, "alpha": 256}}),
+    ],
+)
+def test_alpha_follows_the_rank_where_it_was_set_by_hand(tmp_path, config, changes):
+    """2,000 tokens a pass, half of them with a loss of 0.5 nats, are 721 bits; eight numbers hold 16: 45 times the rank, so 64."""
+    save_file({"lora_A": torch.zeros(1, 8)}, tmp_path / "adapter_model.safetensors")
+    (finding,) = ask(case(records=HEALTHY["sft"], config=config, folder=tmp_path))
+    assert finding.rule == "rank_too_low"
+    assert finding.diagnosis.changes == changes
 
 
 # -- progress is measured in learning rate ---------------------------------------------------------------------------------------

@@ -302,12 +302,20 @@ def rank_too_low(case: Case) -> Diagnosis | None:
 
 def _rank(case: Case) -> tuple[int, Callable[[int], dict[str, Any]]]:
     """The rank of the stage's LoRA adapter, 0 where it has none, and the change that sets another; in either spelling."""
-    arguments = dict(case.config.get("tuning_args") or {})
-    if case.config.get("use_peft"):
-        return int(case.config.get("lora_r", 16)), lambda rank: {"lora_r": rank}
-    if case.config.get("tuning") == "lora":
-        return int(arguments.get("r", 16)), lambda rank: {"tuning_args": {**arguments, "r": rank}}
-    return 0, lambda rank: {}
+    config, arguments = case.config, dict(case.config.get("tuning_args") or {})
+    by_flags = bool(config.get("use_peft"))
+    if not by_flags and config.get("tuning") != "lora":
+        return 0, lambda rank: {}
+    given = int(config.get("lora_r", 16) if by_flags else arguments.get("r", 16))
+    alpha = config.get("lora_alpha") if by_flags else arguments.get("alpha")  # by default twice the rank, whatever that is
+
+    def change(rank: int) -> dict[str, Any]:
+        scale = None if alpha is None else round(alpha * rank / given)
+        if by_flags:
+            return {"lora_r": rank} | ({"lora_alpha": scale} if scale else {})
+        return {"tuning_args": {**arguments, "r": rank} | ({"alpha": scale} if scale else {})}
+
+    return given, change
 
 
 def adapter_parameters(folder: Path | None) -> int:
