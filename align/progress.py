@@ -102,7 +102,7 @@ class History:
         self.writes = writes
         self.watchers = [] if watcher is None else [watcher]
         path.touch()
-        self.records = json_lines(path)
+        self.records = json_lines(path, numbers=("step", "seconds"))
         self._start = time.monotonic() - (self.records[-1]["seconds"] if self.records else 0.0)
 
     def rewind(self, step: int) -> None:

@@ -517,6 +517,21 @@ def test_a_run_that_was_cut_can_be_looked_at(tmp_path):
         patients(str(tmp_path / "empty"))
 
 
+@pytest.mark.parametrize(
+    "record", ['{"loss": 1.0}', '{"step": null, "loss": 1.0}', '{"step": "3"}', '{"step": NaN}', f'{{"step": 1{"0" * 400}}}']
+)
+def test_a_record_without_a_step_is_named(tmp_path, record, capsys):
+    folder = stage_folder(tmp_path, "sft", "sft", {"learning_rate": 1e-3}, FEW)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(record + "\n")
+    found = main(["doctor", str(tmp_path)])
+    if "000" in record:
+        assert found == 0, "however many steps"
+    else:
+        assert found == 2
+        assert f"metrics.jsonl:{len(FEW) + 1} is damaged (it has no number 'step'): mend or remove" in capsys.readouterr().err
+
+
 def test_the_recipe_names_what_it_cannot_make_by_its_path(tmp_path):
     """A stage that only its own recipe knows stays as it was; so does what lies outside the run."""
     world = stage_folder(tmp_path, "world", "my_world", {"seed": 0}, identity="1")

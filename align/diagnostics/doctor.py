@@ -90,7 +90,7 @@ def cases(found: Sequence[Patient]) -> list[Case]:
             patient.name,
             patient.kind,
             patient.config,
-            json_lines(patient.folder / "metrics.jsonl"),
+            json_lines(patient.folder / "metrics.jsonl", numbers=["step"]),
             patient.folder,
             metrics=patient.artifact.metrics if patient.artifact is not None else {},
             measured=measured.get(patient.name, {}),

@@ -56,7 +56,7 @@ class Panel(NamedTuple):
 
 def panels(folder: Path) -> list[Panel]:
     """The learning curves in a stage's ``metrics.jsonl``."""
-    records = json_lines(folder / "metrics.jsonl")
+    records = json_lines(folder / "metrics.jsonl", numbers=["step"])
     found = []
     for title, train, held_out in PANELS:
         lines = [Series(label, *points_of(records, key)) for label, key in (("train", train), ("held out", held_out))]
@@ -80,7 +80,9 @@ def journeys(folder: Path) -> list[Journey]:
     """The paid score against the divergence from the reference, and against the length of answers, batch by batch; of many
     batches, the means of neighbours.
     """
-    records = [r for r in json_lines(folder / "metrics.jsonl") if isinstance(r.get("objective/scores"), int | float)]
+    records = [
+        r for r in json_lines(folder / "metrics.jsonl", numbers=["step"]) if isinstance(r.get("objective/scores"), int | float)
+    ]
     found = []
     for key, title in (("objective/kl", "KL to the start, nats an answer"), ("completions/mean_length", "tokens an answer")):
         given = [(r[key], r["objective/scores"]) for r in records if isinstance(r.get(key), int | float)]

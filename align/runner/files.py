@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -71,20 +72,30 @@ def write_named(path: Path, text: str) -> None:
         raise AlignError(f"{path} cannot be written ({error.strerror}): name another file") from error
 
 
-def json_lines(path: Path) -> list[dict[str, Any]]:
+def json_lines(path: Path, *, numbers: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The records of a .jsonl file that is appended to; none without it. A kill may have cut the last line, which is left out.
 
+    Args:
+        numbers: fields that every record has, as numbers.
+
     Raises:
-        AlignError: another line is no record.
+        AlignError: another line is no record, or has no such field.
     """
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            found.extend([dict(json.loads(line))] if line else [])
+            record = dict(json.loads(line)) if line else None
+            if record is not None and (absent := [name for name in numbers if not _is_number(record.get(name))]):
+                raise ValueError(f"it has no number {absent[0]!r}")
         except (ValueError, TypeError) as error:
             raise AlignError(f"{path}:{number} is damaged ({error}): mend or remove that line") from error
+        found.extend([] if record is None else [record])
     return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < math.inf
 
 
 def json_record(path: Path) -> dict[str, Any]:
