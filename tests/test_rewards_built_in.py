@@ -25,7 +25,13 @@ def test_json_valid():
         1,
         1,
     ]
-    assert function(["[" * 100_000, "```\r\n\n {} \n\n```", "```json\n{}", "``` json\n{}\n```"]) == [0, 1, 0, 0]
+    assert function(["[" * 100_000, "```\r\n\n {} \n\n```", "```json\n{}", "``` json\n{}\n```", "```JSON\n{}\n```"]) == [
+        0,
+        1,
+        0,
+        0,
+        1,
+    ]
     function = load_reward("json_valid(keys=['name', 'age'])")
     assert function(['{"name": "Ada", "age": 36, "x": 0}', '{"name": "Ada"}', '["name", "age"]']) == [1, 0, 0]
 

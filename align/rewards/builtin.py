@@ -68,7 +68,7 @@ def repetition(completions: list, *, ngram: int = 3, penalty: float = 1.0, **col
     return [-penalty * repeated(text_of(completion).lower().split()) for completion in completions]
 
 
-FENCED = re.compile(r"```(?:json)?[^\S\n]*\n(.*?)```", re.DOTALL)  # one way to match: answers may be endless newlines
+FENCED = re.compile(r"```(?i:json)?[^\S\n]*\n(.*?)```", re.DOTALL)  # one way to match: answers may be endless newlines
 
 
 def _no_json(word: str) -> None:
