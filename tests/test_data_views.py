@@ -186,7 +186,11 @@ def test_check_prints_a_line_for_each_file(tmp_path, capsys):
     assert second["reasons"] == {"field chosen: expected a string": 1}
     assert (second["rows"], second["used"], second["set_aside"]) == (4, 3, 1)
     assert raw_rows(aside)[0]["row"] == 4
-    assert main(["data", "check", str(gone)]) == 2
+    for options in ([], ["--format", "native"]):
+        capsys.readouterr()
+        assert main(["data", "check", str(gone), *options]) == 2
+        assert (said := capsys.readouterr()).out == "", "of what was never opened there is no account"
+        assert said.err.startswith(f"align: {gone}: no such file or folder")
     assert main(["data", "check", str(good), str(gone)]) == 1
     assert "no such file" in capsys.readouterr().err
     (noise := tmp_path / "noise.jsonl").write_bytes(b"\x93\xff\x00\xfe\n\x80\n")

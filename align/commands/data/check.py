@@ -41,12 +41,12 @@ def check(options: argparse.Namespace) -> int:
         except AlignError as caught:
             error = str(caught)
         account = stream.account
-        read += bool(stream.format)  # of bytes that are no text, or text that is no row, no format is known
+        read += account.rows > 0 and bool(stream.format)  # of bytes that are no text, or text that is no row, no format is known
         clean += account.rows > 0 and not account.set_aside and error is None
         if options.json:
             found = {"file": file, "format": stream.format or None, "kind": stream.kind, **account.as_dict()}
             print(json.dumps(found | ({"error": error} if error else {}), ensure_ascii=False))
-        else:
+        elif account.rows or error is None:
             print(f"{file}: {stream.format or 'no known format'}, {stream.kind or 'no known kind'}: {visible(account.summary())}")
             for place, reason in stream.set_aside[:3]:
                 print(f"  {place}: {visible(reason)}")
