@@ -31,5 +31,6 @@ def near_miss(word: str, options: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what `error` says; its type, where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of what `error` says, and those that it announces with a colon; its type, where it says nothing."""
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip()
+    return " ".join(str(error).split())[:400] if first.endswith(":") else first

@@ -72,6 +72,10 @@ def family_of(config: Any) -> Literal["causal", "masked", "encoder-decoder"]:
     return "masked" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not causal else "causal"
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+"""One of these is in any folder with a tokenizer."""
+
+
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id.
 
@@ -81,6 +85,11 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
+        if os.path.isdir(path) and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+            raise AlignError(
+                f"{path} holds no tokenizer: copy the one that the model was trained with into it (tokenizer.json and "
+                "tokenizer_config.json)"
+            ) from error
         raise AlignError(_not_loadable("tokenizer", path, error)) from error
 
 
