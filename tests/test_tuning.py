@@ -124,6 +124,12 @@ def test_use_peft_is_another_spelling_of_lora():
             "the experts of MixtralForCausalLM are none: use 'lora'",
         ),
         (
+            "dora",
+            {},
+            lambda: build("mixtral", num_local_experts=4, **LLAMA),
+            "DoRA .* the experts of MixtralForCausalLM are none: use 'lora', or name other target_modules",
+        ),
+        (
             "ia3",
             {},
             lambda: build("olmo2", **LLAMA),

@@ -117,6 +117,11 @@ def _wrap(model: Any, config: PeftConfig) -> PeftModel:
     try:
         return get_peft_model(model, config).train(model.training)
     except ValueError as error:
+        if "ParamWrapper does not work with use_dora" in str(error):
+            raise AlignError(
+                f"DoRA takes the weights of linear layers apart, and the experts of {type(base_model(model)).__name__} are none: "
+                "use 'lora', or name other target_modules"
+            ) from error
         raise AlignError(f"target_modules {config.target_modules or 'of the family'}: {error}") from error
     except AttributeError as error:
         if getattr(config, "init_lora_weights", None) != "pissa":
