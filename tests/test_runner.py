@@ -13,6 +13,7 @@ import threading
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from runner_stages import Act
@@ -288,7 +289,7 @@ def test_sigterm_and_a_second_look_at_the_run(hanging, capsys, monkeypatch):
     assert until(lambda: main(["status", "out"]) == 0 and " 3/10 steps" in capsys.readouterr().out)
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr("time.sleep", interrupted)
+        patch.setattr("align.commands.status.time", SimpleNamespace(sleep=interrupted))
         assert main(["status", "out", "--watch"]) == 130
     assert capsys.readouterr().err == "", "that is how one stops watching"
     process.send_signal(signal.SIGTERM)
