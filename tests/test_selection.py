@@ -91,6 +91,17 @@ def test_a_stage_stops_early_and_keeps_the_best_of_any_metric(kind, ground, caps
         assert metrics[f"eval_{metric}_before"] == pytest.approx(best, rel=1e-4)
 
 
+@pytest.mark.parametrize("eval_steps", [2, None])
+def test_what_was_trained_until_an_early_stop_has_its_loss(ground, eval_steps):
+    """It comes long before the first log, by the step and by the end of an epoch (which is one step here)."""
+    stage = {"eval_steps": eval_steps, "early_stopping_patience": 1, "num_train_epochs": 24, "logging_steps": 100}
+    artifact = go(ground, SFT, "sft", **stage)
+    evaluated, logged = history(artifact, "eval_loss"), history(artifact, "loss")
+    assert {1, *evaluated} == set(logged)  # the first step is always logged
+    assert max(logged) < 24
+    assert artifact.metrics["train_loss"] == logged[artifact.metrics["best_step"]]
+
+
 def test_the_best_without_stopping_early(ground):
     """All steps are made; what is kept is the best all the same, adapters included."""
     artifact = go(

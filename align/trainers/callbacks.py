@@ -16,7 +16,10 @@ from align.runner.stop import Stopped, stop_requested
 
 
 class Watch(TrainerCallback):
-    """A bar with the time left, and every log appended to the history; the last step is logged whatever its number."""
+    """A bar with the time left, and every log appended to the history.
+
+    Whatever their numbers, the last step is logged, and where the best weights are kept, each evaluated one: it may be the last.
+    """
 
     def __init__(self, label: str, history: History) -> None:
         self.label = label
@@ -29,9 +32,12 @@ class Watch(TrainerCallback):
             self.bar.update(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_log |= state.global_step >= state.max_steps
+        control.should_log |= state.global_step >= state.max_steps or (args.load_best_model_at_end and control.should_evaluate)
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_log |= args.load_best_model_at_end and control.should_evaluate
 
     def on_log(
         self,
