@@ -339,6 +339,12 @@ def test_no_history_makes_a_rule_stumble():
                 assert finding.rule in rules
 
 
+def test_scores_too_large_to_be_reckoned_with_say_nothing():
+    """A reward may return 1e300: no rule has a score to look at then, and the divergence alone makes none stumble."""
+    still = {"objective/scores": lambda t: 1e300, "objective/kl": lambda t: 0.0}
+    assert ask(case("ppo", ppo(**still))) == []
+
+
 @pytest.mark.parametrize(
     ("config", "changes"),
     [

@@ -266,7 +266,7 @@ def value_blind(case: Case) -> Diagnosis | None:
 def policy_stands_still(case: Case) -> Diagnosis | None:
     """The policy is where it started."""
     kl, score = case.series("objective/kl"), case.series("objective/scores")
-    if len(kl) < 5 or abs(kl.tail()) > STILL or score.tail() > score.head() + 2 * score.noise:
+    if len(kl) < 5 or not len(score) or abs(kl.tail()) > STILL or score.tail() > score.head() + 2 * score.noise:
         return None
     rate = rounded(case.learning_rate * 100)
     return Diagnosis(
