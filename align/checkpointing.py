@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from align.errors import AlignError
 from align.guarded import WarmTrainer
-from align.runner.checkpoints import learning_rate_scale
+from align.runner.checkpoints import fault, learning_rate_scale
 from align.tuning.adapters import names_in_model
 
 OPTIMIZER, PROGRESS, RANDOM = "optimizer.safetensors", "progress.json", "random-{}.json"
@@ -128,8 +128,13 @@ class SafeTrainer(WarmTrainer):
             raise AlignError(f"the checkpoint {folder} does not fit the model ({_line(error)}); remove it") from error
 
     def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        if reason := fault(best):
+            raise AlignError(
+                f"the best weights are those of {best}, and {reason}; the same command goes on from a checkpoint before"
+            )
         if self.is_fsdp_enabled:
-            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+            self._load_from_checkpoint(str(best))
         else:
             super()._load_best_model()
 

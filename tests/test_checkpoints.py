@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import struct
 import subprocess
 from copy import deepcopy
@@ -14,6 +15,7 @@ from helpers import llama
 from transformers import BertConfig, BertForMaskedLM
 
 from align.artifact import MANIFEST
+from align.checkpointing import SafeTrainer
 from align.data import write_rows
 from align.errors import AlignError, NonFiniteLoss
 from align.losses import preference_losses
@@ -241,6 +243,59 @@ def test_a_run_whose_last_checkpoint_is_damaged_ends_with_the_same_bits(damage, 
     assert "set aside as corrupt-3" in said
     assert "x: going on from step 2" in said
     assert differences(left(Path(cut.path)), left(Path(whole.path))) == []
+
+
+def best_first(data):
+    """Three steps, of which the first counts as the best: the loss falls, and the greatest one is kept."""
+    return stages(data)["early_stopping"].model_copy(update={"greater_is_better": True})
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, shutil.rmtree])
+def test_a_run_whose_best_checkpoint_is_damaged_ends_with_the_same_bits(damage, data, tmp_path, monkeypatch, capsys):
+    stage = best_first(data)
+    whole = run(stage, tmp_path / "whole")
+    assert whole.metrics["best_step"] == 1
+    with monkeypatch.context() as patched:
+        stop_at(patched, 2)
+        with pytest.raises(Stopped):
+            run(stage, tmp_path / "cut")
+    (kept,) = tmp_path.glob("cut/x-*/checkpoints/checkpoint-1")
+    damage(kept)
+    cut = run(stage, tmp_path / "cut")
+    assert "checkpoint-1 has the best weights until then, and " in capsys.readouterr().err
+    assert differences(left(Path(cut.path)), left(Path(whole.path))) == []
+    assert cut.metrics == whole.metrics
+
+
+def test_the_best_checkpoint_of_a_run_that_was_moved(data, tmp_path, monkeypatch):
+    """Stopped behind its last step; where its best checkpoint was is noted by its path."""
+    stage = best_first(data)
+    whole = run(stage, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        stop_at(patched, 3)
+        with pytest.raises(Stopped):
+            run(stage, tmp_path / "cut")
+    (tmp_path / "cut").rename(tmp_path / "moved")
+    assert differences(left(Path(run(stage, tmp_path / "moved").path)), left(Path(whole.path))) == []
+
+
+def test_best_weights_that_were_damaged_while_training_went_on(data, tmp_path, monkeypatch):
+    """They are loaded at its end, which may be hours later; given again, the command makes them anew."""
+    stage = best_first(data)
+    whole = run(stage, tmp_path / "whole")
+    load = SafeTrainer._load_best_model
+
+    def damaged(trainer):
+        flip(Path(trainer.state.best_model_checkpoint))
+        load(trainer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SafeTrainer, "_load_best_model", damaged)
+        with pytest.raises(
+            AlignError, match=r"the best weights are those of .*, and model.safetensors does not match its checksum"
+        ):
+            run(stage, tmp_path / "cut")
+    assert differences(left(Path(run(stage, tmp_path / "cut").path)), left(Path(whole.path))) == []
 
 
 def test_a_disk_that_is_full_during_a_save_and_has_room_again(data, tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from align.errors import AlignError
 from align.progress import say
-from align.runner.files import flush_tree, write_atomically
+from align.runner.files import flush_tree, json_record, write_atomically
 
 SEAL = "checksums.json"
 SCALE = "learning_rate_scale.json"
@@ -79,11 +79,30 @@ def header_fault(file: Path) -> str | None:
     return None
 
 
+def best_until(checkpoint: Path) -> Path | None:
+    """The checkpoint with the best weights of a transformers' training until `checkpoint`, wherever the two are by now; None where
+    no best one is kept.
+    """
+    state = json_record(checkpoint / "trainer_state.json")
+    best = state.get("best_model_checkpoint")
+    return checkpoint.with_name(Path(best).name) if best else None
+
+
+def _fault_of_best(checkpoint: Path) -> str | None:
+    best = best_until(checkpoint)
+    if best is None or best == checkpoint:
+        return None
+    reason = fault(best) if best.is_dir() else "it is gone"
+    return reason and f"{best.name} has the best weights until then, and {reason}"
+
+
 def last_good(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that is whole. What a cut save left is removed; a damaged one is set aside, with a line."""
+    """The newest checkpoint in `folder` that is whole, and so are the best weights until then. What a cut save left is removed; a
+    damaged one is set aside, with a line.
+    """
     remove_unsealed(folder)
     for checkpoint in reversed(checkpoints(folder)):
-        reason = fault(checkpoint)
+        reason = fault(checkpoint) or _fault_of_best(checkpoint)
         if reason is None:
             return checkpoint
         aside = folder / f"corrupt-{step_of(checkpoint)}"

@@ -35,7 +35,7 @@ from align.models import (
     settle_generation,
 )
 from align.progress import say
-from align.runner.checkpoints import last_good, step_of
+from align.runner.checkpoints import best_until, last_good, step_of
 from align.runner.stop import saving_first
 from align.scoring import SCORE_SCALE, branch_scores
 from align.stages.base import Context, TrainingStage
@@ -280,7 +280,7 @@ def final_weights(checkpoint: Path) -> Path | None:
     control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
     if state["global_step"] < state["max_steps"] and not control.get("should_training_stop"):
         return None
-    return Path(state["best_model_checkpoint"]) if state.get("best_model_checkpoint") else checkpoint
+    return best_until(checkpoint) or checkpoint
 
 
 def save_trained(trainer: Any, folder: Path) -> None:
