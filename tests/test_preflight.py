@@ -25,7 +25,7 @@ from align.preflight.memory import Ledger, Skeleton, peak
 from align.preflight.show import html, paths, terminal
 from align.recipe import Recipe
 from align.schema import PreferenceRow
-from align.stages import GRPO, PPO, RLOO, SFT, Evaluate, Pairs, Preference
+from align.stages import GRPO, PPO, RLOO, SFT, Evaluate, Pairs, Preference, Pretrain
 from align.tuning.strategies import Tuning
 from align.tuning.tune import tune
 
@@ -378,6 +378,23 @@ def test_flags_of_the_command_that_do_not_fit_are_one_line(recipe, capsys, flags
 def test_the_page_makes_its_folder(recipe):
     assert main(["check", recipe, "--only", "sft", "--samples", "0", "--html", "new/page.html"]) == 0
     assert "preflight" in Path("new/page.html").read_text()
+
+
+def test_time_is_that_of_the_tokens_in_the_rows(folder):
+    """A step that is larger than all rows has no more of them, and of a long document every block counts."""
+    write_rows("short.jsonl", [{"text": " ".join(NOUNS)}] * 40)
+    write_rows("long.jsonl", [{"text": " ".join(NOUNS * 10)}] * 40)
+    text = {"model": "model", "max_length": 16, "learning_rate": 1e-3, "held_out": 0.0}
+    stages = {
+        "small": sft(per_device_train_batch_size=1, held_out=0.0),
+        "large": sft(per_device_train_batch_size=512, held_out=0.0),
+        "short": Pretrain(data="short.jsonl", **text),
+        "long": Pretrain(data="long.jsonl", **text),
+    }
+    plan = Run(Recipe("r", stages), Path("runs")).plan()
+    seconds = {each.name: each.estimate.seconds for each in inspect(plan, machine=card("H100"))}
+    assert seconds["large"] == seconds["small"]
+    assert seconds["long"] / seconds["short"] == pytest.approx(10, rel=0.15)
 
 
 def test_a_model_too_large_for_a_card(folder):

@@ -149,8 +149,10 @@ def _supervised(subject: Subject, config: Any, machine: Machine) -> Estimate:
         "evaluating": model.weights + read,
         "training": sum(training.values()),
     }
-    steps = math.ceil(len(subject.rows) / rows) * stage.num_train_epochs if stage.max_steps < 0 else stage.max_steps
-    flops = steps * rows * each * model.parameters * (4 if model.adapted else 6)
+    looked = subject.encoded.used + subject.encoded.set_aside.total()
+    count = len(subject.rows) * len(trees) / looked  # a long document gives several
+    passed = count * stage.num_train_epochs if stage.max_steps < 0 else stage.max_steps * min(rows, count)
+    flops = passed * each * model.parameters * (4 if model.adapted else 6)
     seconds = None if subject.capped and stage.max_steps < 0 else flops / (machine.flops_bf16 if stage.in_bf16 else machine.flops)
     return Estimate(parts, training, model.weights + 3.0 * model.gradients, forest.tokens, seconds, machine.name)
 
