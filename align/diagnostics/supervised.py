@@ -12,6 +12,7 @@ from typing import Any
 
 from align.diagnostics.case import LANGUAGE, SUPERVISED, Case, Diagnosis, rounded, rule
 from align.diagnostics.series import late_share, learned_by
+from align.runner.checkpoints import header_fault
 
 SET_BACK, SET_BACK_TRAIN, SMALL_RISE = 0.25, 0.1, 0.03
 """Relative rise from its lowest that a good run's loss does not have, that its training loss must show, too, where the held-out one
@@ -319,9 +320,9 @@ def _rank(case: Case) -> tuple[int, Callable[[int], dict[str, Any]]]:
 
 
 def adapter_parameters(folder: Path | None) -> int:
-    """Numbers in a folder's adapter, from the header of its safetensors file; 0 where there is none."""
+    """Numbers in a folder's adapter, from the header of its safetensors file; 0 where there is none that is whole."""
     path = folder / "adapter_model.safetensors" if folder is not None else None
-    if path is None or not path.is_file():
+    if path is None or not path.is_file() or header_fault(path):
         return 0
     with path.open("rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
