@@ -360,6 +360,8 @@ def test_alpha_follows_the_rank_where_it_was_set_by_hand(tmp_path, config, chang
     (finding,) = ask(case(records=HEALTHY["sft"], config=config, folder=tmp_path))
     assert finding.rule == "rank_too_low"
     assert finding.diagnosis.changes == changes
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"cut")
+    assert ask(case(records=HEALTHY["sft"], config=config, folder=tmp_path)) == []
 
 
 # -- progress is measured in learning rate ---------------------------------------------------------------------------------------
@@ -521,6 +523,13 @@ def test_a_run_that_was_cut_can_be_looked_at(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(AlignError, match="holds no stage"):
         patients(str(tmp_path / "empty"))
+
+
+def test_a_run_that_was_cut_before_it_logged_anything_is_told_of(tmp_path, capsys):
+    stage_folder(tmp_path, "sft", "sft", {"learning_rate": 1e-3}, [{"step": 0, "eval_loss": 3.0}], finished=False)
+    stage_folder(tmp_path, "dpo", "preference", {"learning_rate": 1e-3}, HEALTHY["preference"], "1")
+    assert main(["doctor", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == "sft: nothing is logged of its training, so no rule could speak\n"
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def add(verbs: Any) -> None:
 
 
 def doctor(options: argparse.Namespace) -> int:
-    from align.diagnostics.doctor import diagnose, patients, verdict, write_prescription
+    from align.diagnostics.doctor import diagnose, logged, patients, verdict, write_prescription
     from align.progress import say
 
     found = patients(options.run)
@@ -33,6 +33,9 @@ def doctor(options: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=1))
     elif findings:
         print(as_text(findings))
+        for patient in found:
+            if patient.name in findings and not (findings[patient.name] or logged(patient)):
+                say(f"{patient.name}: nothing is logged of its training, so no rule could speak")
     else:
         say(f"{options.run}: none of its stages trains, so there is nothing to say")
     if options.apply is not None:

@@ -112,6 +112,11 @@ def _evaluations(found: Sequence[Patient]) -> dict[str, dict[str, Any]]:
     return measured
 
 
+def logged(patient: Patient) -> bool:
+    """Whether the stage's history has anything of its training, and not of what was before it alone."""
+    return any(record["step"] > 0 for record in json_lines(patient.folder / "metrics.jsonl", numbers=["step"]))
+
+
 def verdict(findings: Sequence[Finding]) -> str:
     """The word for a stage: that of its first finding, else ``good``."""
     return findings[0].verdict if findings else "good"
