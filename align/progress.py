@@ -74,9 +74,27 @@ class _ReportingBar(tqdm):
 def bar(label: str, total: int | None, unit: str = "step") -> tqdm:
     """A progress bar with the time left; without a `total`, with the rate alone."""
     options: dict[str, Any] = {"total": total, "desc": f"{label:>12}", "unit": unit, "mininterval": 0.5}
-    if _watched is not None:
-        return _ReportingBar(file=_Nowhere(), **options)
-    return tqdm(file=sys.stderr, dynamic_ncols=True, **options)
+    return drawn(**options) if _watched is None else _ReportingBar(file=_Nowhere(), **options)
+
+
+def drawn(**options: Any) -> tqdm:
+    """A bar on stderr: drawn over itself on a terminal that can and knows its width, or in a notebook; elsewhere `_Lines`."""
+    terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    if (terminal and os.get_terminal_size(sys.stderr.fileno()).columns) or "ipykernel" in sys.modules:
+        return tqdm(file=sys.stderr, dynamic_ncols=True, **options)
+    return _Lines(file=_Nowhere(), **{**options, "ncols": 0, "mininterval": SECONDS_A_LINE, "maxinterval": SECONDS_A_LINE})
+
+
+SECONDS_A_LINE = 60.0
+"""Between two lines of a bar where it cannot be drawn over."""
+
+
+class _Lines(tqdm):
+    """A bar as plain lines, one now and then and one at its end."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if self.n > self.initial:
+            print(self, file=sys.stderr, flush=True)
 
 
 class _Nowhere:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from align.progress import duration
+from align.progress import drawn, duration
 from align.runner.locks import is_locked
 
 
@@ -28,7 +27,7 @@ def status_of(folder: Path) -> dict[str, Any]:
 
 
 class View:
-    """Bars at the bottom of the terminal, one a stage; lines are said above them."""
+    """Bars at the bottom of the terminal, one a stage; lines are said above them. In a file or a pipe they are lines, too."""
 
     def __init__(self) -> None:
         self._bars: dict[str, tqdm] = {}
@@ -42,16 +41,7 @@ class View:
         label = f"{seen['label']:>12}"
         if bar is None or (bar.desc, bar.total) != (label, seen["total"]) or bar.n > seen["n"]:
             self.close(name)
-            bar = tqdm(
-                total=seen["total"],
-                initial=seen["n"],
-                desc=label,
-                unit=seen["unit"],
-                file=sys.stderr,
-                dynamic_ncols=True,
-                leave=True,
-            )
-            self._bars[name] = bar
+            bar = self._bars[name] = drawn(total=seen["total"], initial=seen["n"], desc=label, unit=seen["unit"])
         shown = f"{seen['shown']} {status['memory_gb']:.1f} GB".strip()
         if (bar.n, bar.postfix) != (seen["n"], shown):
             bar.set_postfix_str(shown, refresh=False)
