@@ -1,8 +1,11 @@
 """Short versions of the scripts in tests/chaos; docs/reliability.md has the results of the long ones."""
 
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "chaos"))
@@ -108,6 +111,10 @@ else:
 """
 
 
+def task_of(folder):
+    return Task("a", "", {}, {}, "", str(folder / "logs" / "a.log"), "", "", None)
+
+
 FULL_DISK = """
 import sys
 from pathlib import Path
@@ -116,24 +123,49 @@ Path(sys.argv[1]).with_name("mistake-0").touch()
 
 
 @pytest.mark.parametrize("other", ["ends", "waits"])
-def test_a_mistake_that_one_process_meets_is_the_stages(other, monkeypatch, capfd):
+def test_a_mistake_that_one_process_meets_is_the_stages(other, monkeypatch, capfd, tmp_path):
     """Whether the other comes to its end, or waits for the one that left. The launcher adds nothing of its own."""
     script = lambda launch, words, folder: [sys.executable, "-c", ONE_OF_TWO, words[-1], other]  # noqa: E731
     monkeypatch.setattr(runner_launch, "command", script)
     monkeypatch.setattr(runner_launch, "PATIENCE", 0.1, raising=False)
     stage = SFT(model="owner/name", data="x", launch={"num_processes": 2})
     with pytest.raises(AlignError, match="row 3 is no row"):
-        runner_launch.run_launched(Task("a", "", {}, {}, "", "", "", "", None), stage)
+        runner_launch.run_launched(task_of(tmp_path), stage)
     assert capfd.readouterr().err == ""
 
 
-def test_a_full_disk_in_a_launched_stage_is_told_as_one(monkeypatch):
+def test_a_full_disk_in_a_launched_stage_is_told_as_one(monkeypatch, tmp_path):
     script = lambda launch, words, folder: [sys.executable, "-c", FULL_DISK, words[-1]]  # noqa: E731
     monkeypatch.setattr(runner_launch, "command", script)
     stage = SFT(model="owner/name", data="x", launch={"num_processes": 2})
     with pytest.raises(OSError, match="No space left") as raised:
-        runner_launch.run_launched(Task("a", "", {}, {}, "", "", "", "", None), stage)
+        runner_launch.run_launched(task_of(tmp_path), stage)
     assert disk_is_full(raised.value)
+
+
+KILLS_ITS_PARENT = "import os, sys, signal; open(sys.argv[1] + '/mistake-1', 'x').close(); os.kill(os.getppid(), signal.SIGKILL)"
+
+
+def test_what_a_killed_launch_leaves_lies_in_the_run_and_goes_with_the_next(monkeypatch, tmp_path):
+    """It stayed in the system's folder for temporary files, where nobody looks."""
+    (tmp_path / "tmp").mkdir()
+    script = f"""
+import sys
+from align.runner import launch
+from align.runner.worker import Task
+from align.stages import SFT
+launch.command = lambda launch, words, folder: [sys.executable, "-c", {KILLS_ITS_PARENT!r}, folder]
+launch.run_launched(Task(**{asdict(task_of(tmp_path))!r}), SFT(model="owner/name", data="x", learning_rate=1e-3))
+"""
+    killed = subprocess.run([sys.executable, "-c", script], env={**os.environ, "TMPDIR": str(tmp_path / "tmp")})
+    assert killed.returncode == -signal.SIGKILL
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["a.launch"]
+    ends = "import sys; open(sys.argv[1], 'x').write('{\"loss\": 1.0}')"
+    monkeypatch.setattr(runner_launch, "command", lambda launch, words, folder: [sys.executable, "-c", ends, words[-1]])
+    stage = SFT(model="owner/name", data="x", learning_rate=1e-3, launch={"num_processes": 2})
+    assert runner_launch.run_launched(task_of(tmp_path), stage) == {"loss": 1.0}
+    assert list((tmp_path / "logs").iterdir()) == []
 
 
 @pytest.mark.skipif(not two_machines.permitted(), reason="network namespaces cannot be made here")

@@ -7,12 +7,13 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -102,10 +103,10 @@ def run_launched(task: Any, stage: Stage) -> dict[str, Any]:
         AlignError: what the stage found wrong; OSError: the disk is full; StageFailed: a process died.
     """
     launch = getattr(stage, "launch", None) or Launch()
-    with tempfile.TemporaryDirectory(prefix="align-launch-") as folder:
-        task_file, outcome = Path(folder) / "task.json", Path(folder) / "outcome.json"
+    with _fresh(Path(task.log).with_suffix(".launch")) as folder:
+        task_file, outcome = folder / "task.json", folder / "outcome.json"
         task_file.write_text(json.dumps(asdict(task)), encoding="utf-8")
-        words = command(launch, ["-m", "align.runner.rank", str(task_file), str(outcome)], folder)
+        words = command(launch, ["-m", "align.runner.rank", str(task_file), str(outcome)], str(folder))
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         if launch.cpu:
             environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -115,7 +116,7 @@ def run_launched(task: Any, stage: Stage) -> dict[str, Any]:
                 try:
                     process.wait(0.2)
                 except subprocess.TimeoutExpired:
-                    if any(Path(folder).glob(f"{MISTAKE}*")):
+                    if any(folder.glob(f"{MISTAKE}*")):
                         deadline = min(deadline, time.monotonic() + PATIENCE)
                     if stop_requested() or time.monotonic() > deadline:
                         # A killed launcher says nothing, and on Linux its processes end with it: there is nothing to save.
@@ -124,13 +125,26 @@ def run_launched(task: Any, stage: Stage) -> dict[str, Any]:
                         process.wait()
         if stop_requested():
             raise Stopped
-        for mistake in sorted(Path(folder).glob(f"{MISTAKE}*")):
+        for mistake in sorted(folder.glob(f"{MISTAKE}*")):
             if not (said := mistake.read_text(encoding="utf-8")):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             raise AlignError(said)
         if outcome.is_file() and process.returncode == 0:
             return json.loads(outcome.read_text(encoding="utf-8"))
     raise StageFailed(f"a process of its launch ended with code {process.returncode}")
+
+
+@contextmanager
+def _fresh(folder: Path) -> Iterator[Path]:
+    """An empty `folder`, which is taken away at the end. What a killed process left in it goes first: therefore it lies beside
+    the stage's log, and not where the system keeps temporary files.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def slurm_script(command: Sequence[str], *, nodes: int, gpus: int, hours: float, partition: str | None, name: str) -> str:

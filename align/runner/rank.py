@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,10 +34,13 @@ def main(task_file: str, outcome_file: str) -> int:
         sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the first process says it all
     try:
         metrics = attempt(task.stage(), task.name, Path(task.draft["path"]))
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # each machine's first tells its own runner
+            Path(outcome_file).write_text(json.dumps(metrics), encoding="utf-8")
     except Stopped:
         return 130
     except AlignError as error:
-        mistake.write_text("" if disk_is_full(error) else str(error), encoding="utf-8")
+        with suppress(OSError):  # no room for the words: the file stays empty
+            mistake.write_text("" if disk_is_full(error) else str(error), encoding="utf-8")
         return 0
     except Exception as error:
         if disk_is_full(error):
@@ -46,8 +50,6 @@ def main(task_file: str, outcome_file: str) -> int:
             return 0
         traceback.print_exc(file=sys.__stderr__)
         return 1
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # each machine's first tells its own runner
-        Path(outcome_file).write_text(json.dumps(metrics), encoding="utf-8")
     return 0
 
 
