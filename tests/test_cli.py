@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+import tomllib
 from copy import deepcopy
 from pathlib import Path
 
@@ -480,6 +483,29 @@ def test_an_interruption_has_its_own_exit_code(monkeypatch, capsys):
     for command in (["data", "check", "sft.jsonl"], ["reward", "test", "repetition", "--data", "pairs.jsonl"]):
         assert main(command) == 130
         assert capsys.readouterr().err == "align: interrupted\n", "there is no stage to go on with"
+
+
+INTERRUPTED = """
+import os, runpy, signal, sys
+
+class Finder:
+    @staticmethod
+    def find_spec(name, *_):
+        if name == "align.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has background jobs ignore it
+sys.meta_path.insert(0, Finder)
+runpy.run_module("align", run_name="__main__")
+"""
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_line():
+    """That is the first second; it was a traceback through whatever was being imported."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "align: interrupted\n")
+    scripts = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"align": "align.__main__:main"}, "the script begins there, too"
 
 
 # -- help ----------------------------------------------------------------------------------------------------------------------
