@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,7 +40,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) ->
     if choice is None or (choice == "auto" and tokenizer.chat_template):
         return
     shipped = {path.stem: path for path in sorted(TEMPLATES.glob("*.jinja"))}
-    path = shipped.get("plain" if choice == "auto" else choice, Path(choice))
+    path = shipped.get("plain" if choice == "auto" else choice, Path(os.path.expanduser(choice)))
     if not path.is_file():
         raise AlignError(f"chat_template {choice!r} is neither a file nor one of: auto, {', '.join(shipped)}")
     tokenizer.chat_template = path.read_text(encoding="utf-8")

@@ -29,6 +29,16 @@ def test_synonyms(tmp_path):
     assert [turn["content"] for turn in rows[4]["messages"]] == ["Compose it", "big house"]
 
 
+def test_files_in_the_users_folder(tmp_path, monkeypatch):
+    """In quotes no shell reads the tilde."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.json").write_text('{"big": ["large"]}')
+    (tmp_path / "ways.txt").write_text("Please: {prompt}\n")
+    made = augment([PromptRow(prompt="A big one")], ["synonyms(rate=1.0, thesaurus='~/mine.json')"])
+    assert made[1]["prompt"] == "A large one"
+    assert augment([PromptRow(prompt="A big one")], ["paraphrases(templates='~/ways.txt')"])[1]["prompt"] == "Please: A big one"
+
+
 def test_the_shipped_thesaurus_and_chance():
     known = load_thesaurus(None)
     assert all(word not in others and word.isalpha() for word, others in known.items())

@@ -328,7 +328,8 @@ MISTAKES = {
     ),
     "a name that is empty": (SFT + "sft.jsonl --name=", "--name takes one value"),
     "an output without a name": (SFT + "sft.jsonl --output_dir=", "--output_dir takes one value"),
-    "a run's output without a name": (RUN + "--out=", "argument --out: it names no folder"),
+    "a run's output without a name": (RUN + "--out=", "argument --out: it names no file or folder"),
+    "a check of an output without a name": ("check recipe.py --out=", "argument --out: it names no file or folder"),
     "a sweep over nothing": (RUN + "--plan --sweep sft.seed=1,,2", "--sweep sft.seed=1,,2: a value is missing"),
     "no seeds": (RUN + "--seeds 0", "--seeds must be at least 1"),
     "fewer than no attempts": (RUN + "--retries -1", "--retries must be at least 0"),
@@ -604,6 +605,18 @@ def test_a_plan_of_a_stage_runs_nothing(capsys, tmp_path):
     assert capsys.readouterr().out == "run   sft            never ran\n"
     assert not (tmp_path / "out").exists()
     assert written() == []
+
+
+def test_a_tilde_behind_an_equals_sign_is_the_users_folder(monkeypatch, tmp_path, capsys):
+    """No shell reads it there: a folder called ~ was made where the command was given."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("model: model\ndata: sft.jsonl\nlearning_rate: 1e-4\n")
+    (plan,) = run_json("sft --config=~/c.yaml --output_dir=~/out --plan --json", capsys)
+    assert plan["folder"] == f"{tmp_path}/out"
+    (plan,) = run_json("run recipe.py --out=~/run --plan --json", capsys)
+    assert plan["folder"].startswith(f"{tmp_path}/run/sft-")
+    assert main(["data", "convert", "sft.jsonl", "--to", "sharegpt", "--out=~/other.jsonl"]) == 0
+    assert (tmp_path / "other.jsonl").is_file()
 
 
 def test_names_from_hugging_face_mean_the_same(capsys):

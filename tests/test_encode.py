@@ -32,6 +32,15 @@ def plain(tokenizer):
     return Encoder(copy.deepcopy(tokenizer))
 
 
+def test_a_template_in_the_users_folder(tokenizer, tmp_path, monkeypatch):
+    """``--chat_template=~/t.jinja`` and a config file come here as they were written: no shell has read the tilde."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "t.jinja").write_text("{{ messages[0]['content'] }}")
+    mine = copy.deepcopy(tokenizer)
+    set_chat_template(mine, "~/t.jinja")
+    assert mine.chat_template == "{{ messages[0]['content'] }}"
+
+
 def end(encoder):
     return encoder.tokenizer.convert_ids_to_tokens(encoder.end_of_turn)
 

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import os
+from pathlib import Path
+from typing import Any, NoReturn
 
 from align.errors import AlignError
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a mistake as all others are told, in one line, instead of printing its usage and leaving."""
+    """Tells a mistake as all others are told, in one line, instead of printing its usage and leaving. A `Path` is read by
+    `place`.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.register("type", Path, place)
 
     def error(self, message: str) -> NoReturn:
         raise AlignError(f"{message}; see `{self.prog} --help`")
+
+
+def place(text: str) -> Path:
+    """The path `text`. A shell reads ``--out ~/x``, but not ``--out=~/x``.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty, as an unset variable of the shell is, and would be the current folder.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("it names no file or folder")
+    return Path(os.path.expanduser(text))

@@ -22,7 +22,7 @@ from align.stages.sampling import RewardFields
 def add(verbs: Any) -> None:
     parser = verbs.add_parser("run", help="run a pipeline: a recipe file or the name of a shipped one")
     parser.add_argument("recipe", metavar="RECIPE")
-    parser.add_argument("--out", type=_folder, metavar="DIR", help="output folder (default: runs/NAME)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="output folder (default: runs/NAME)")
     parser.add_argument("--plan", action="store_true", help="show what would run and why, and stop")
     parser.add_argument("--only", metavar="STAGE", help="run just this stage")
     parser.add_argument(
@@ -50,13 +50,6 @@ def add(verbs: Any) -> None:
     parser.add_argument("--notify", metavar="URL|COMMAND", help="told by JSON when the run has ended")
     parser.add_argument("--json", action="store_true", help="print results as JSON")
     parser.set_defaults(handler=run)
-
-
-def _folder(text: str) -> Path:
-    """A path; an empty one, as an unset variable of the shell gives, would be the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("it names no folder")
-    return Path(text)
 
 
 def run(options: argparse.Namespace) -> int:

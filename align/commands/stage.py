@@ -15,6 +15,7 @@ from typing import Any
 
 from align.artifact import Artifact
 from align.commands import reward_test
+from align.commands.parser import place
 from align.commands.run import show_plan
 from align.errors import AlignError, near_miss
 from align.pipeline import Run
@@ -65,7 +66,7 @@ def run_stage(options: argparse.Namespace, rest: list[str]) -> int:
         return 0
     fields = _flags(_models_as_flags(rest) if cls is Evaluate else rest, cls, options.verb)
     if "config" in fields:
-        fields = _merged(_config_file(Path(fields.pop("config")), cls), fields)
+        fields = _merged(_config_file(place(fields.pop("config")), cls), fields)
     own = {key: fields.pop(key, None) for key in OWN_FLAGS}
     if verb in PREFERENCE_VERBS:
         if fields.get("loss", verb) != verb:
@@ -73,7 +74,7 @@ def run_stage(options: argparse.Namespace, rest: list[str]) -> int:
         fields["loss"] = verb
     name = check_name(own["name"] or verb)
     recipe = Recipe(name, {name: make_stage(cls, fields, f"align {options.verb}")})
-    folder = None if own["output_dir"] is None else Path(str(own["output_dir"]))  # `--output_dir` promises exactly this folder
+    folder = None if own["output_dir"] is None else place(str(own["output_dir"]))  # `--output_dir` promises exactly this folder
     run = Run(recipe, home() / "stages" if folder is None else folder.parent, folder)
     if own["plan"]:
         return show_plan(run, as_json=bool(own["json"]))

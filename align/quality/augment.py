@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -110,7 +111,7 @@ def load_thesaurus(path: str | None) -> dict[str, list[str]]:
     Raises:
         AlignError: the file is not there, or something else than lists of words.
     """
-    file = THESAURUS if path is None else Path(path)
+    file = THESAURUS if path is None else Path(os.path.expanduser(path))
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -127,7 +128,8 @@ def paraphrases(rows: Sequence[Row], rng: random.Random, *, templates: str | Non
     ways = list(PARAPHRASES)
     if templates is not None:
         try:
-            ways = [line.replace("\\n", "\n") for line in Path(templates).read_text(encoding="utf-8").splitlines() if line.strip()]
+            text = Path(os.path.expanduser(templates)).read_text(encoding="utf-8")
+            ways = [line.replace("\\n", "\n") for line in text.splitlines() if line.strip()]
         except (OSError, ValueError) as error:  # a ValueError: bytes that are no text
             raise AlignError(f"templates {templates}: cannot be read: {error}") from error
         if not ways:
