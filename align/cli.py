@@ -121,8 +121,6 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if getattr(options, "reads_flags", False):
         return options.handler(options, rest)
-    if rest:
-        raise AlignError(f"unknown argument {rest[0]!r}; see `align {options.verb} --help`")
     return options.handler(options)
 
 

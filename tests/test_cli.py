@@ -341,7 +341,11 @@ MISTAKES = {
     "a model of a name that no file can have": (f"chat {'x' * 300} --prompt x", "x: File name too long; name something shorter"),
     "an export below a file": ("export model --to raw.jsonl/x", r"raw\.jsonl is a file, not a folder: name another place for"),
     "a measurement below a file": ("curvature model --data sft.jsonl --out raw.jsonl/x", r"raw\.jsonl is a file, not a folder"),
-    "unknown option": (RUN + "--outt x", "unknown argument '--outt'"),
+    "unknown option": (RUN + "--outt=x", r"unknown argument '--outt=x' \(did you mean '--out'\?\); see `align run --help`"),
+    "unknown option of a verb's verb": (
+        "data check sft.jsonl --formt openai",
+        r"unknown argument '--formt' \(did you mean '--format'\?\); see `align data check --help`",
+    ),
     "no such config": ("sft --config nothing.yaml", r"--config nothing\.yaml: there is no such file"),
     "bad config": ("sft --config bad.yaml", r"bad\.yaml is not YAML"),
     "typo in the config": ("sft --config modle.yaml", r"unknown key 'modle' \(did you mean 'model'\?\)"),

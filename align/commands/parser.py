@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, NoReturn
 
-from align.errors import AlignError
+from align.errors import AlignError, near_miss
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,6 +18,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.register("type", Path, place)
+
+    def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
+        found, rest = super().parse_known_args(*arguments, **options)
+        if rest and not getattr(found, "reads_flags", False):
+            near = near_miss(rest[0].partition("=")[0], self._option_string_actions)
+            raise AlignError(f"unknown argument {rest[0]!r}{near}; see `{self.prog} --help`")
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         raise AlignError(f"{message}; see `{self.prog} --help`")
