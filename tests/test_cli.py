@@ -843,6 +843,28 @@ def test_aliases_are_listed_and_shown(capsys):
     assert capsys.readouterr().out.split() == ["small", "alias", row["path"]]
 
 
+def test_what_changes_the_registry_tells_programs_too(capsys, tmp_path):
+    """``--json`` was taken there and did nothing."""
+    row = run_json("models alias small ./model --json", capsys)
+    assert (row["name"], row["path"]) == ("small", str(Path("model").resolve()))
+    made = run_json(f"{SFT}sft.jsonl --json", capsys)
+    assert run_json(f"models push sft {tmp_path}/shelf --json", capsys) == {
+        "reference": "sft@1",
+        "where": f"{tmp_path}/shelf/sft/1",
+    }
+    pulled = run_json(f"models pull sft {tmp_path}/shelf --json", capsys)
+    assert (pulled["version"], pulled["identity"]) == (2, made["identity"])
+    assert run_json("models delete sft@2 --json", capsys) == pulled
+
+
+def test_plans_that_are_no_stages_tell_programs_too(capsys):
+    plan = run_json("reward test repetition --data sft.jsonl --plan --json", capsys)
+    assert plan == {"data": "sft.jsonl", "max_rows": 64, "model": None, "rewards": ["repetition"]}
+    model = str(Path("model").resolve())
+    plan = run_json("curvature model --data sft.jsonl --plan --json", capsys)
+    assert plan == {"measure": {"final": model}, "write": f"{model}/curvature"}
+
+
 def test_an_alias_can_be_trained_on(capsys):
     assert main(["models", "alias", "small", "./model"]) == 0
     artifact = run_json("sft --model small --data sft.jsonl --max_steps 1 --json", capsys)

@@ -48,7 +48,8 @@ def curvature(options: argparse.Namespace) -> int:
     out = options.out or (Path(path) / "curvature" if Path(path).is_dir() else home() / "curvature" / Path(path).name)
     refuse_unwritable(out)
     if options.plan:
-        print("\n".join(f"measure  {name:<16} {place}" for name, place in places) + f"\nwrite    {out}")
+        told = "\n".join(f"measure  {name:<16} {place}" for name, place in places) + f"\nwrite    {out}"
+        print(json.dumps({"measure": dict(places), "write": str(out)}, indent=1) if options.json else told)
         return 0
     from align.diagnostics.curvature.draw import draw
     from align.diagnostics.curvature.load import Rows

@@ -85,10 +85,13 @@ def _show(registry: Registry, options: argparse.Namespace) -> int:
             registry.folder(known)
         except AlignError as gone:  # what is known of it is worth showing all the same
             say(str(gone))
-    print(
-        json.dumps(artifact, indent=1) if options.json else yaml.safe_dump(artifact, sort_keys=False, allow_unicode=True).rstrip()
-    )
+    _tell(artifact, yaml.safe_dump(artifact, sort_keys=False, allow_unicode=True).rstrip(), options)
     return 0
+
+
+def _tell(row: dict[str, Any], line: str, options: argparse.Namespace) -> None:
+    """`row` for a program, or the `line` that says it to a person."""
+    print(json.dumps(row, indent=1) if options.json else line)
 
 
 def _lineage(registry: Registry, options: argparse.Namespace) -> int:
@@ -107,12 +110,14 @@ def _unknown(row: dict[str, Any]) -> str:
 
 def _alias(registry: Registry, options: argparse.Namespace) -> int:
     registry.add_alias(options.name, options.target)
+    if options.json:
+        print(json.dumps(_as_row(options.name, registry.aliases()[options.name]), indent=1))
     return 0
 
 
 def _delete(registry: Registry, options: argparse.Namespace) -> int:
     artifact = delete(registry, options.name)
-    print(f"deleted {artifact.reference}  {artifact.path}")
+    _tell(asdict(artifact), f"deleted {artifact.reference}  {artifact.path}", options)
     return 0
 
 
@@ -135,13 +140,14 @@ def _gc(registry: Registry, options: argparse.Namespace) -> int:
 
 
 def _push(registry: Registry, options: argparse.Namespace) -> int:
-    print(push(registry, options.name, options.target, public=options.public))
+    where = push(registry, options.name, options.target, public=options.public)
+    _tell({"reference": registry.get(options.name).reference, "where": where}, where, options)
     return 0
 
 
 def _pull(registry: Registry, options: argparse.Namespace) -> int:
     artifact = pull(registry, options.target, options.name, home() / "pulled")
-    print(f"{artifact.reference}  {artifact.path}")
+    _tell(asdict(artifact), f"{artifact.reference}  {artifact.path}", options)
     return 0
 
 

@@ -64,7 +64,9 @@ def run(arguments: list[str]) -> int:
         rewards = RewardSet([_spec(text, options) for text in options.rewards])
     if options.plan:
         source = "their own completions" if options.model is None else f"completions sampled from {options.model}"
-        print(f"would score up to {options.max_rows} rows of {options.data}, {source}, by {', '.join(rewards.components)}")
+        told = f"would score up to {options.max_rows} rows of {options.data}, {source}, by {', '.join(rewards.components)}"
+        plan = {"data": options.data, "max_rows": options.max_rows, "model": options.model, "rewards": list(rewards.components)}
+        print(json.dumps(plan, indent=1) if options.json else told)
         return 0
     with redirect_stdout(sys.stderr):
         trial = _trial(rewards, options)
