@@ -46,10 +46,13 @@ class Denoiser:
         raise NotImplementedError
 
     def fixed(self, items: Sequence[Item], seed: int) -> list[Item]:
-        """`items` corrupted as `seed` has it, the same way every time; the generator is left alone."""
+        """`items` corrupted as `seed` has it, each alike whatever stands beside it; the generator is left alone."""
+        corrupted = []
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            return [self.corrupt(item) for item in items]
+            for item in items:
+                torch.default_generator.manual_seed(hash((seed, *item["input_ids"])))
+                corrupted.append(self.corrupt(item))
+        return corrupted
 
     def collate(self, batch: Sequence[Item]) -> dict[str, Tensor] | list[Item]:
         """A padded batch; of blocks that are not corrupted yet, themselves."""
@@ -133,11 +136,11 @@ class DenoisingTrainer(FiniteTrainer, SafeTrainer):
         self.model_accepts_loss_kwargs = True  # so that the step's told tokens are counted, and its micro-steps' losses added
 
     def get_batch_samples(self, epoch_iterator: Iterator[list[Item]], num_batches: int, device: torch.device) -> Any:
-        """The step's micro-batches, corrupted by its number. The loader is ahead of the steps: what it drew would be lost to a run
-        that goes on from a checkpoint.
+        """The step's micro-batches, corrupted by its number, whichever process has them. The loader is ahead of the steps: what it
+        drew would be lost to a run that goes on from a checkpoint.
         """
         batches = list(islice(epoch_iterator, num_batches))
-        seed = hash((self.args.seed, self.args.process_index, self.state.global_step))
+        seed = hash((self.args.seed, self.state.global_step))
         items = iter(self.denoiser.fixed([item for batch in batches for item in batch], seed))
         corrupted = [self.denoiser.collate(list(islice(items, len(batch)))) for batch in batches]
         return super().get_batch_samples(iter(corrupted), num_batches, device)
