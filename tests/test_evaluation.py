@@ -9,6 +9,10 @@ import re
 import pytest
 import torch
 from helpers import build, llama
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from align import evaluation
 from align.artifact import Artifact
@@ -310,6 +314,18 @@ def test_a_local_judge_asks_in_both_orders(capsys, folder):
         JudgeModel(str(folder / "judge"), dtype="float32", max_length=8, max_tokens=64)(["a"], ["b"], ["c"])
     found = results(capsys, f"eval one two --baseline one --judge_model judge --data alpaca.jsonl{SHORT} --max_length 512")
     assert 0 <= found["two"]["win_rate_vs_one"]["mean"] <= 1
+
+
+def test_a_judge_without_the_letters_is_refused(folder, tmp_path):
+    """Both were its unknown token, and every pair a tie."""
+    from align.metrics.judge import JudgeModel
+
+    words = Tokenizer(WordLevel({"<unk>": 0, "one": 1, "<end>": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>").save_pretrained(tmp_path)
+    llama().save_pretrained(tmp_path)
+    with pytest.raises(AlignError, match="reads the letters A and B as the same token"):
+        JudgeModel(str(tmp_path), dtype="float32", max_length=512, max_tokens=8192)
 
 
 # -- mistakes ------------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class JudgeModel:
     With both orders a judge that prefers the first place prefers nobody (Zheng et al. 2023, arXiv:2306.05685, section 3.4).
 
     Raises:
-        AlignError: there is no such model.
+        AlignError: there is no such model, or its tokenizer does not tell the letters apart.
     """
 
     def __init__(self, path: str, *, dtype: str, max_length: int, max_tokens: MaxTokens, trust_remote_code: bool = False) -> None:
@@ -46,6 +46,8 @@ class JudgeModel:
         self.max_tokens, self.chats = max_tokens, bool(tokenizer.chat_template)
         lead = "" if self.chats else " "
         self.letters = tuple(tokenizer(f"{lead}{letter}", add_special_tokens=False)["input_ids"] for letter in "AB")
+        if self.letters[0] == self.letters[1]:  # then every pair would be a tie
+            raise AlignError(f"the judge {path} reads the letters A and B as the same token, and cannot answer: take another model")
 
     def __call__(self, prompts: Sequence[str], ours: Sequence[str], theirs: Sequence[str]) -> list[float]:
         """Probability (0 to 1) that each of `ours` is better than its counterpart of `theirs`.
