@@ -57,6 +57,11 @@ BRIEF = """
         return [float(len(c.split()) <= limit) for c in completions]
 
     threshold = 3
+
+    class Judge:
+        def __init__(self, scale=1): ...
+        def __call__(self, completions, **columns):
+            return [1.0] * len(completions)
 """
 
 
@@ -169,6 +174,8 @@ class TestLoading:
             ("my_reward.py:brief", "does not exist.*did you mean 'my_rewards.py'"),
             ("my_rewards.py:breif", "has no 'breif' .did you mean 'brief'."),
             ("my_rewards.py:threshold", "no function but a int"),
+            ("my_rewards.py:Judge", r"is a class: make an object of it there \(judge = Judge\(\)\)"),
+            ("my_rewards.py:Judge(scale=2)", "is a class"),
             ("my_rewards.py:", "incomplete"),
             ("no_such_module:f", "no module 'no_such_module'; for a file"),
             ("align.no_such_module:f", "no module 'align.no_such_module'"),

@@ -69,6 +69,8 @@ def _function(target: str) -> RewardFunction:
         )
     if not callable(function):
         raise AlignError(f"reward {target!r} is no function but a {type(function).__name__}")
+    if isinstance(function, type):  # called, it gives an object and no rewards: at the end of a round's sampling
+        raise AlignError(f"reward {target!r} is a class: make an object of it there (judge = {name}()), and name that")
     return function
 
 
