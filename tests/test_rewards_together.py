@@ -495,6 +495,18 @@ def test_the_last_turn_of_a_conversation_is_its_completion(capsys):
     assert (report["completions"], report["components"][0]["mean"]) == (2, 1)
 
 
+def test_a_broken_row_is_set_aside_and_the_others_are_scored(tmp_path, capsys):
+    """One broken pair among others was taken for a file without completions, or its file for demonstrations."""
+    (tmp_path / "my.py").write_text(TWO)
+    broken = ({"prompt": "q", "chosen": "a", "rejected": None}, {"instruction": "q", "output": "a", "chosen": "b"})
+    for number, row in enumerate(broken):
+        write_rows(f"rows{number}.jsonl", [row, *PAIRS])
+        assert main(["reward", "test", "my.py:words", "--data", f"rows{number}.jsonl"]) == 0
+        said = capsys.readouterr()
+        assert "4 pairs" in said.out
+        assert f"rows{number}.jsonl: 5 rows = 4 used + 1 set aside" in said.err
+
+
 def test_chance_is_seen(capsys):
     write_rows("pairs.jsonl", PAIRS)
     report = report_of(capsys, "my.py:chance", "--data", "pairs.jsonl")
@@ -567,6 +579,7 @@ def test_a_broken_function_is_one_line_and_exit_code_2(name, capsys):
         (["my.py:raises_on_third", "--data", "rows.jsonl"], r"raised ZeroDivisionError: .* \(row 2, prompt 'third'\)"),
         (["my.py:valuse", "--data", "rows.jsonl"], "did you mean 'values'"),
         (["my.py:values", "--data", "prompts.jsonl"], "holds no completions to score; name a --model"),
+        (["my.py:values", "--data", "rows.jsonl", "--max_rows", "0"], "--max_rows: got 0, expected at least 1"),
         (["my.py:values", "--data", "rows.jsonl", "--on_error", "ignore"], "on_error must be raise, abstain or a number"),
         (["my.py:values"], "the following arguments are required: --data"),
         (["{reward: my.py:values, wieght: 2}", "--data", "rows.jsonl"], "did you mean 'weight'"),

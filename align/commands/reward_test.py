@@ -60,6 +60,8 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: list[str]) -> int:
     """Returns the exit code; a broken function is an `AlignError`."""
     options = parser().parse_args(arguments)
+    if options.max_rows < 1:
+        raise AlignError(f"--max_rows: got {options.max_rows}, expected at least 1")
     with redirect_stdout(sys.stderr):  # what a reward function's file prints is no part of the report
         rewards = RewardSet([_spec(text, options) for text in options.rewards])
     if options.plan:
@@ -101,11 +103,12 @@ def _spec(text: str, options: argparse.Namespace) -> RewardSpec:
 def _given(options: argparse.Namespace) -> tuple[list[Any], list[Any], None, int]:
     """Prompts (with their columns) and the completions in the data: the chosen ones and then the rejected, or demonstrations."""
     from align.data import RowStream, refuse_empty
+    from align.intake.kinds import GIVES
     from align.schema import PromptRow
     from align.scoring import plain
 
-    def stream(kind: str, limit: int | None = options.max_rows) -> RowStream:
-        return RowStream(options.data, kind, format=options.data_format, limit=limit)
+    def stream(kind: str | None, limit: int | None = options.max_rows) -> RowStream:
+        return RowStream(options.data, kind, format=options.data_format, limit=limit, on_bad_row="quarantine")
 
     def placed(rows: RowStream) -> Iterator[tuple[Place, Any]]:
         for row in rows:
@@ -113,18 +116,20 @@ def _given(options: argparse.Namespace) -> tuple[list[Any], list[Any], None, int
             assert rows.item is not None
             yield (rows.item.file, rows.item.number, json.dumps(plain(row.prompt))), row
 
-    sides: tuple[str, ...] = ("chosen", "rejected")
-    try:
-        rows = [*placed(read := stream("preference"))]
-        refuse_empty(read)
-    except AlignError:
-        try:
-            rows, sides = [*placed(read := stream("sft"))], ("completion",)
-            refuse_empty(read)
-        except AlignError as error:
-            raise AlignError(
-                f"{options.data} holds no completions to score; name a --model that answers its prompts ({error})"
-            ) from error
+    first = stream(None, limit=1)
+    next(iter(first), None)
+    refuse_empty(first)
+    ways = [kind for kind in ("preference", "sft") if kind in GIVES[first.kind or "prompts"]]
+    if not ways:
+        raise AlignError(
+            f"{options.data} holds no completions to score; name a --model that answers its prompts (its rows are {first.kind})"
+        )
+    for kind in ways:
+        rows = [*placed(read := stream(kind))]
+        if rows:
+            break
+    refuse_empty(read)
+    sides = ("chosen", "rejected") if kind == "preference" else ("completion",)
     if read.set_aside:
         say(f"{options.data}: {read.account.summary()}")
     asked: dict[Place, Any] = {}
@@ -164,7 +169,10 @@ def _sampled(options: argparse.Namespace) -> tuple[list[Any], list[Any], list[li
     tokenizer, model = load_tokenizer(path), load_causal_lm(path)
     model.to(best_device())
     set_chat_template(tokenizer, "auto")
-    rows = load_rows(options.data, "prompts", format=options.data_format, limit=options.max_rows).rows
+    read = load_rows(options.data, "prompts", format=options.data_format, limit=options.max_rows, on_bad_row="quarantine")
+    if read.set_aside:
+        say(f"{options.data}: {read.summary()}")
+    rows = read.rows
     encoder = Encoder(tokenizer, None)
     encoded = encoder.prompts(rows)
     if len(encoded.rows) < len(rows):
