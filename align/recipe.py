@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import json
 import re
 import sys
 import sysconfig
@@ -211,6 +212,17 @@ def make_stage(cls: type[Stage], fields: Mapping[str, Any], where: str) -> Stage
         return cls.model_validate({name: _as_list(cls, name, value) for name, value in named.items()})
     except ValidationError as error:
         raise AlignError(f"{where}: {_explain(error)}") from error
+
+
+def given_fields(cls: type[Stage], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage's whole config (as JSON or YAML has it) says beyond the defaults: some fields may be set only with others."""
+
+    def default(info: Any) -> Any:
+        """As JSON has it; a required field has none."""
+        return json.loads(json.dumps(None if info.is_required() else info.get_default(call_default_factory=True), default=str))
+
+    known = cls.model_fields
+    return {name: value for name, value in config.items() if name not in known or value != default(known[name])}
 
 
 def field_name(cls: type[Stage], key: str) -> str:

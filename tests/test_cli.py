@@ -654,6 +654,18 @@ def test_flags_win_over_the_config_file(capsys):
     assert (config["data"], config["seed"], config["lr_scheduler_kwargs"]) == (["raw.jsonl"], 4, {"min_lr_rate": 0.2}), "from flags"
 
 
+def test_the_config_that_a_stage_left_runs_it_again_with_one_change(capsys):
+    """It has the name of the stage, and every field: also those that may be set only without others, as tuning and use_peft."""
+    left = run_json(SFT + "sft.jsonl --use_peft --lora_r 2 --name small --json", capsys)
+    again = f"sft --config {left['path']}/config.yaml --name small"
+    assert main([*again.split(), "--plan"]) == 0
+    assert capsys.readouterr().out.split() == ["skip", "small", "up", "to", "date"]
+    assert main([*again.split(), "--seed", "7", "--plan"]) == 0
+    assert "changed: seed" in capsys.readouterr().out
+    assert main(["dpo", "--config", f"{left['path']}/config.yaml", "--beta", "0.1", "--plan"]) == 2
+    assert "it is of the stage 'sft', and this verb runs Preference" in capsys.readouterr().err
+
+
 def test_no_mixed_precision_is_not_what_yaml_makes_of_it(capsys):
     """YAML reads a bare ``no`` as False."""
     (plan,) = run_json(SFT + "sft.jsonl --launch.mixed_precision no --plan --json", capsys)

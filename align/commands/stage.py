@@ -19,7 +19,18 @@ from align.commands.parser import place
 from align.commands.run import show_plan
 from align.errors import AlignError, near_miss
 from align.pipeline import Run
-from align.recipe import Recipe, by_field, field_name, field_value, make_stage, other_names, parse_value, read_yaml, takes_list
+from align.recipe import (
+    Recipe,
+    by_field,
+    field_name,
+    field_value,
+    given_fields,
+    make_stage,
+    other_names,
+    parse_value,
+    read_yaml,
+    takes_list,
+)
 from align.registry import check_name, home
 from align.stages import Evaluate, Preference, Stage, stages
 
@@ -172,6 +183,10 @@ def _config_file(path: Path, cls: type[Stage]) -> dict[str, Any]:
     fields = read_yaml(path)
     if not isinstance(fields, dict):
         raise AlignError(f"--config {path}: expected `key: value` lines")
+    if (kind := fields.pop("stage", None)) is not None:  # the config.yaml that a stage left: it has every field
+        if not any(name == kind and stages[name] is cls for name in stages):
+            raise AlignError(f"--config {path}: it is of the stage {kind!r}, and this verb runs {cls.__name__}")
+        fields = given_fields(cls, fields)
     return by_field(cls, fields, f"--config {path}")
 
 

@@ -13,7 +13,7 @@ import yaml
 from align.artifact import Artifact, read_artifact
 from align.diagnostics.case import Case, Finding, ask
 from align.errors import AlignError
-from align.recipe import make_stage, read_yaml, reference_fields
+from align.recipe import given_fields, make_stage, read_yaml, reference_fields
 from align.registry import Registry
 from align.runner.files import json_lines, json_record, write_named
 from align.stages import stages
@@ -147,9 +147,7 @@ def prescription(name: str, found: Sequence[Patient], findings: Iterable[Finding
     for patient in kept:
         changes = dict(first[patient.name].diagnosis.changes) if patient.name in first else {}
         cls = stages[patient.kind]
-        fields = cls.model_fields
-        # What was left at its default is left again: some fields may be set only with others.
-        given = {k: v for k, v in patient.config.items() if k in fields and v != _default(fields[k])} | changes
+        given = {k: v for k, v in given_fields(cls, patient.config).items() if k in cls.model_fields} | changes
         stage = make_stage(cls, given, f"the changed stage {patient.name!r}")
         plain = json.loads(stage.model_dump_json(exclude_defaults=True))
         for field, kind, _ in reference_fields(stage):
@@ -159,12 +157,6 @@ def prescription(name: str, found: Sequence[Patient], findings: Iterable[Finding
         for field, value in changes.items():
             comments.append(f"# {patient.name}.{field}: {patient.config.get(field)} -> {value} ({first[patient.name].rule})")
     return "\n".join([*comments, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)])
-
-
-def _default(info: Any) -> Any:
-    """A field's default as JSON has it; a required field has none."""
-    value = None if info.is_required() else info.get_default(call_default_factory=True)
-    return json.loads(json.dumps(value, default=str))
 
 
 def _paths(found: Sequence[Patient], kept: set[str]) -> dict[str, dict[str, str]]:
