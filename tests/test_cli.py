@@ -599,7 +599,7 @@ def test_the_same_command_again_does_nothing(capsys, tmp_path):
     expected = {"stage": "sft", "runs": False, "reason": "up to date", "folder": f"{tmp_path}/out", "seconds_last_time": None}
     assert plan == expected
     assert main(f"{SFT}sft.jsonl --seed 1 --output_dir {tmp_path}/out".split()) == 2
-    assert "holds another result (sft@1)" in capsys.readouterr().err
+    assert "holds another result (sft@1; changed: seed)" in capsys.readouterr().err
 
 
 def test_a_plan_of_a_stage_runs_nothing(capsys, tmp_path):

@@ -459,7 +459,7 @@ def test_the_manifest_is_written_last(monkeypatch):
 def test_a_folder_that_holds_another_result_is_not_overwritten():
     target = Path("mine")
     Run(Recipe("a", {"a": Note(text="1")}), Path(), target).execute()
-    with pytest.raises(AlignError, match=r"holds another result \(a@1\)"):
+    with pytest.raises(AlignError, match=r"holds another result \(a@1; changed: text\)"):
         Run(Recipe("a", {"a": Note(text="2")}), Path(), target).execute()
     assert (target / "note.txt").read_text() == "1"
 

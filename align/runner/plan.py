@@ -130,8 +130,6 @@ class Planner:
         identity = _hash({"stage": stage.stage, "config": config, "inputs": sorted(found.inputs.values()), "code": code})
         folder = (self.folder or self.out / f"{name}-{identity[:8]}").resolve()
         done = read_artifact(folder)
-        if done is not None and done.identity != identity:
-            raise AlignError(f"{folder} holds another result ({done.reference}); choose another output_dir, or remove it")
         draft = Artifact(
             name=f"{self.recipe.name}-{name}" if self.recipe.name != name else name,
             stage=stage.stage,
@@ -143,6 +141,9 @@ class Planner:
             inputs=found.inputs,
             code=code,
         )
+        if done is not None and done.identity != identity:
+            why = _changed(draft, done) if done.stage == draft.stage else f"of the stage {done.stage}"
+            raise AlignError(f"{folder} holds another result ({done.reference}; {why}); choose another output_dir, or remove it")
         if done is None and name not in self.forced:
             _refuse_anothers(draft)
         resolved = stage.model_copy(update={key: _map(value, found.places) for key, value in fields})
