@@ -295,6 +295,25 @@ def test_a_bad_first_row_does_not_decide_the_format(tmp_path: Path) -> None:
     assert len(load_rows(path, "preference", on_bad_row="quarantine").rows) == 6
 
 
+def test_columns_and_roles_of_other_names(tmp_path: Path) -> None:
+    """The refusal names the way, and the page's own example goes it."""
+    asked = "Question,Answer\nOne?,Two.\n"
+    (tmp_path / "asked.csv").write_text(asked)
+    with pytest.raises(AlignError, match=r"found Question, Answer; .*; rename the columns, or say in a dataset_info\.json"):
+        load_rows(tmp_path / "asked.csv", "sft")
+    (tmp_path / "ranked.csv").write_text("Question,Better,Worse\nOne?,Two.,Three.\n")
+    turns = [{"role": "Human", "content": "One?"}, {"role": "AI", "content": "Two."}]
+    (tmp_path / "talks.jsonl").write_bytes(lines([{"conversation": turns}]))
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+    (tmp_path / "dataset_info.json").write_text(page.split("```json\n")[1].split("```")[0])
+    (row,) = load_rows(f"{tmp_path}/dataset_info.json:talks", "sft").rows
+    assert [(message.role, message.content) for message in row.messages] == [("user", "One?"), ("assistant", "Two.")]
+    (row,) = load_rows(f"{tmp_path}/dataset_info.json:asked", "sft").rows
+    assert row.messages[-1].content == "Two."
+    (row,) = load_rows(f"{tmp_path}/dataset_info.json:ranked", "preference").rows
+    assert row.rejected[-1].content == "Three."
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

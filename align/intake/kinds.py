@@ -108,7 +108,8 @@ def detect(raw: Raw, kind: str | None) -> str:
         return name
     wanted = "no format" if kind is None else f"no format of {kind} rows"
     unnamed = UNNAMED if {"column 1", "column 2"} <= raw.keys() else ""
-    raise AlignError(f"the columns fit {wanted}{unnamed}; {_lacking(raw, kind)}; formats: {', '.join(formats)}")
+    told = "rename the columns, or say in a dataset_info.json what they are (docs/data.md)"
+    raise AlignError(f"the columns fit {wanted}{unnamed}; {_lacking(raw, kind)}; formats: {', '.join(formats)}; {told}")
 
 
 MEDIA = ("images", "videos", "audios")
