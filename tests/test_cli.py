@@ -623,6 +623,13 @@ def test_a_tilde_behind_an_equals_sign_is_the_users_folder(monkeypatch, tmp_path
     assert (tmp_path / "other.jsonl").is_file()
 
 
+def test_the_plan_of_a_sweep_has_its_reasons_below_each_other(capsys):
+    """The names of branches are longer than those of stages."""
+    assert main(f"{RUN}--sweep sft.learning_rate=1e-4,2.5e-4 --plan".split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len({len(line) for line in lines}) == 1 < len(lines), lines
+
+
 def test_names_from_hugging_face_mean_the_same(capsys):
     ours = run_json("sft --model model --data sft.jsonl --max_steps 1 --plan --json", capsys)
     assert run_json("sft --model_name_or_path model --dataset_name=sft.jsonl --max-steps 1 --plan --json", capsys) == ours

@@ -138,10 +138,12 @@ def show_plan(run: Run, only: str | None = None, *, as_json: bool) -> int:
         for step in plan
     ]
 
+    width = max([14, *(len(step.name) for step in plan)])  # branches of a sweep have long names
+
     def line(row: dict[str, Any]) -> str:
         before = row["seconds_last_time"] if row["runs"] else None
         took = "" if before is None else f"  (took {duration(before)} the last time)"
-        return f"{'run ' if row['runs'] else 'skip'}  {row['stage']:<14} {row['reason']}{took}"
+        return f"{'run ' if row['runs'] else 'skip'}  {row['stage']:<{width}} {row['reason']}{took}"
 
     print_rows(rows, as_json, line)
     return 0
