@@ -63,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     # OpenMP's threads wait for each other by spinning. On a busy machine that can cost a factor of ten; a short spin costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    _open_closed()
     if isinstance(sys.stdout, io.TextIOWrapper):  # data may hold half of a surrogate pair, and a terminal know fewer characters
         sys.stdout.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -92,6 +93,16 @@ def main(arguments: list[str] | None = None) -> int:
         full = no_room(Path(error.filename)) if error.filename else "the disk is full; make room, and give the same command again"
         print(f"align: error: {full}", file=sys.stderr)
         return 2
+
+
+def _open_closed() -> None:
+    """Have what is said go nowhere where who called has closed stdout or stderr (``2>&-``). Python would say on stdout what is for
+    stderr, and the next file to be opened would be taken for one of the two.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115 - as long as the process
 
 
 def _is_nowhere() -> bool:

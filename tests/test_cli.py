@@ -1,7 +1,9 @@
 """The command line: what a mistake looks like, and what a program gets that reads the output."""
 
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -488,6 +490,16 @@ def test_an_interruption_has_its_own_exit_code(monkeypatch, capsys):
     for command in (["data", "check", "sft.jsonl"], ["reward", "test", "repetition", "--data", "pairs.jsonl"]):
         assert main(command) == 130
         assert capsys.readouterr().err == "align: interrupted\n", "there is no stage to go on with"
+
+
+def test_what_is_for_a_closed_stderr_is_not_said_on_stdout(tmp_path):
+    """Nor has a stage that runs without it any trouble."""
+    stage = [*f"{SFT}sft.jsonl --json --output_dir".split(), f"{tmp_path}/out"]
+    for words, code in ((["run", "nothing"], 2), (stage, 0)):
+        command = f"exec {shlex.join([sys.executable, '-m', 'align', *words])} 2>&-"
+        done = subprocess.run(["sh", "-c", command], env={**os.environ, "ALIGN_IN_PROCESS": "1"}, stdout=subprocess.PIPE)
+        assert done.returncode == code
+        assert (json.loads(done.stdout)["name"] == "sft") if code == 0 else (done.stdout == b"")
 
 
 INTERRUPTED = """
