@@ -234,3 +234,18 @@ def test_one_base_four_roles(make, tmp_path):  # noqa: F811
     assert names
     assert all(".default" in name for name in names)
     assert json.loads((tmp_path / "reward/adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+
+
+ARGUMENTS = {"lora": {"r": 2}, "pissa": {"r": 2}, "ia3": {}, "prefix": {"num_virtual_tokens": 2}}
+
+
+@pytest.mark.parametrize(
+    ("policy", "reward"), [("lora", "ia3"), ("ia3", "lora"), ("lora", "prefix"), ("prefix", "prefix"), ("pissa", "lora")]
+)
+def test_adapters_that_cannot_share_a_base_stand_apart(policy, reward, tmp_path):
+    """peft refuses two kinds on one base; PiSSA's is another than the reward model was trained on, and scored otherwise."""
+    llama().save_pretrained(tmp_path / "base")
+    judge = tune(load_reward_model(str(tmp_path / "base")), Tuning(reward, ARGUMENTS[reward]), tmp_path / "reward")
+    judge.save_pretrained(tmp_path / "reward")
+    learner = tune(load_causal_lm(str(tmp_path / "base")), Tuning(policy, ARGUMENTS[policy]), tmp_path)
+    assert reward_on_base(learner, str(tmp_path / "reward")) is None

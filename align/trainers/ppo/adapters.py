@@ -33,7 +33,7 @@ class AdapterReward(nn.Module):
 
 
 def reward_on_base(policy: nn.Module, folder: str | None) -> AdapterReward | None:
-    """The reward model in `folder` on the base of `policy`; None unless both are adapters of the same weights."""
+    """The reward model in `folder` on the base of `policy`; None unless both are adapters that can share one (see `same_base`)."""
     if folder is None or not isinstance(policy, PeftModel) or not same_base(policy, folder):
         return None
     head = _add_from(policy, folder, REWARD)
@@ -53,14 +53,19 @@ def critic_on_base(policy: PeftModel, reward_folder: str | None) -> AdapterCriti
 
 
 def same_base(policy: PeftModel, folder: str) -> bool:
-    """Whether `folder` holds an adapter whose base has the weights of the base of `policy`.
+    """Whether `folder` holds an adapter of the policy's kind whose base has the weights of the base of `policy`.
 
     Two stages that start from one merged adapter each write the merged base anew, so where the names differ the numbers decide.
+    peft keeps adapters of one kind beside each other, and of virtual tokens none with a score head. PiSSA takes its adapter's start
+    out of the base, which is no longer what is on disk.
     """
     if not is_adapter(folder):
         return False
+    own = policy.peft_config[POLICY]
+    if PeftConfig.from_pretrained(folder).peft_type != own.peft_type or own.is_prompt_learning or hasattr(policy, "pissa_start"):
+        return False
     theirs = adapter_base(folder)
-    if theirs == policy.peft_config[POLICY].base_model_name_or_path:
+    if theirs == own.base_model_name_or_path:
         return True
     files = sorted(Path(theirs).glob("*.safetensors"))
     ours = {name: tensor for name, tensor in base_weights(policy).items() if _in_trunk(name)}
