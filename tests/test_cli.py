@@ -205,6 +205,10 @@ MISTAKES = {
     ),
     "a group of one": (PPO + "mine.py:short --advantage_estimator rloo", "set num_generations to 2 or more"),
     "a critic for nothing": (PPO + "mine.py:short --critic adapter", "set use_peft, or take 'separate' or 'shared'"),
+    "a critic on a base that pissa changed": (
+        PPO + "mine.py:short --critic adapter --tuning lora --tuning_args.pissa true",
+        "set use_peft, or take 'separate' or 'shared'",
+    ),
     "rows without a weight": (PPO + "mine.py:short --ptx_data sft.jsonl", "ptx_data is mixed in with weight ptx_coef, which is 0"),
     "nothing to mix in": (PPO + "mine.py:short --ptx_coef 0.1", "there are no rows for it: set ptx_data"),
     "k1 in the loss": (PPO + "mine.py:short --kl_in loss", "kl_estimator 'k1' has a gradient of mean zero"),

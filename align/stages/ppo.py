@@ -63,7 +63,8 @@ class PPO(
 
     @model_validator(mode="after")
     def _an_adapter_needs_lora(self) -> PPO:
-        if self.critic == "adapter" and self.strategy.name not in ("lora", "rslora", "dora", "qlora"):
+        tuning = self.strategy
+        if self.critic == "adapter" and (tuning.name not in ("lora", "rslora", "dora", "qlora") or tuning.arguments.get("pissa")):
             raise ValueError("critic 'adapter' sits on the policy's frozen base: set use_peft, or take 'separate' or 'shared'")
         return self
 
