@@ -221,7 +221,10 @@ def test_the_command(tmp_path, tokenizer, capsys):
     assert found == json.loads((model / "curvature" / "curvature.json").read_text())
     assert (model / "curvature" / "curvature.svg").read_text().count("<svg") == 1
     assert main(["curvature", str(model), "--data", str(data), *fast, "--out", str(tmp_path / "again")]) == 0
-    assert "as long as" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "as long as" in said
+    assert "  loss  " in said, "of the rows that were measured: none were held out"
+    assert "held-out" not in said
     assert main(["curvature", str(model), "--data", str(data), "--kind", "preference"]) == 2
     assert "is a language model" in capsys.readouterr().err
     assert main(["curvature", str(model), "--data", str(data), "--checkpoints"]) == 2

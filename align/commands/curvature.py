@@ -95,9 +95,10 @@ def _as_text(measured: list[dict[str, Any]], out: Path) -> str:
     lines = []
     for one in measured:
         edges, cost, trace = one["largest_learning_rate"], one["cost"], one["trace"]
+        held_out = one["held_out_loss"] != one["loss"]  # without --eval_data it is that of the rows that were measured
         told = {
             "parameters": f"{one['parameters']:,} on {one['tokens']:,} tokens",
-            "held-out loss": f"{one['held_out_loss']:.4f} (perplexity {one['held_out_perplexity']:.3f})",
+            "held-out loss" if held_out else "loss": f"{one['held_out_loss']:.4f} (perplexity {one['held_out_perplexity']:.3f})",
             "eigenvalues": ", ".join(f"{value:.4g}" for value in one["top_eigenvalues"])
             + f"; lowest {one['lowest_eigenvalue']:.4g}",
             "trace": f"{trace['mean']:.4g} ± {trace['error']:.2g} ({trace['probes']} probes)",
