@@ -66,17 +66,19 @@ def run(out, flags, capsys, code=0):
 
 @pytest.mark.parametrize("critic", kill_ppo.VARIANTS)
 def test_a_run_that_failed_halfway_ends_as_a_whole_one(critic, folder, whole, capsys, monkeypatch):
-    """It fails in the fifth step (the first call of the reward is for the held-out prompts), whose prompts are drawn by then."""
+    """It fails in the sixth step (the first call of the reward is for the held-out prompts), whose prompts are drawn by then. Rows
+    to mix in are left of the shuffled ones, and a round that is not logged yet.
+    """
     flags = kill_ppo.VARIANTS[critic]
     wanted = whole(critic)
-    monkeypatch.setenv("STOP_AT", str(calls_so_far() + 6))
+    monkeypatch.setenv("STOP_AT", str(calls_so_far() + 7))
     assert "stopped" in run(f"{critic}-cut", flags, capsys, code=2)
     monkeypatch.delenv("STOP_AT")
     assert sorted(path.name for path in (folder / f"{critic}-cut" / "checkpoints").glob("check*")) == [
-        "checkpoint-3",
         "checkpoint-4",
+        "checkpoint-5",
     ]
-    assert "going on from step 4 of 8" in run(f"{critic}-cut", flags, capsys)
+    assert "going on from step 5 of 8" in run(f"{critic}-cut", flags, capsys)
     assert kill_ppo.differences(wanted, kill_ppo.outcome(folder / f"{critic}-cut")) == []
 
 
