@@ -26,7 +26,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from align.errors import AlignError, near_miss
 from align.registry import check_name
 from align.stages import Stage, stages
-from align.stages.config import Reference
+from align.stages.config import MADE, Reference
 
 Build = Callable[..., "Recipe"]
 
@@ -68,7 +68,7 @@ class Recipe:
     def stage_of(self, kind: str, reference: str) -> str | None:
         """The stage that `reference` speaks of: all of it for a model, its first part for data. Alone it speaks of none."""
         owner = reference.split("/", 1)[0] if kind == "data" else reference
-        return owner if kind != "reward" and owner in self.stages and len(self.stages) > 1 else None
+        return owner if kind in MADE and owner in self.stages and len(self.stages) > 1 else None
 
 
 def in_order(needs: Mapping[str, set[str]], recipe: str) -> list[str]:

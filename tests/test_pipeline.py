@@ -334,6 +334,22 @@ def test_a_reward_file_that_changed():
     assert run(recipe)[0] == ["b", "c"]
 
 
+def test_a_chat_template_that_changed():
+    """A file is what it says, a shipped template its name."""
+    Path("rows.txt").write_text("one")
+
+    def identity(template):
+        sft = SFT(model="some/base", data="rows.txt", chat_template=template)
+        (step,) = Run(Recipe("s", {"s": sft}), Path("out")).plan()
+        return step.identity
+
+    Path("mine.jinja").write_text("{{ messages }}")
+    before = identity("mine.jinja")
+    assert identity("mine.jinja") == before
+    Path("mine.jinja").write_text("{{ messages }}!")
+    assert len({before, identity("mine.jinja"), identity("plain"), identity("chatml"), identity(None)}) == 5
+
+
 def test_a_registered_parent_that_has_a_newer_version():
     run(Recipe("base", {"base": Note(text="1")}))
     recipe = chain(b=Note(model="base"))

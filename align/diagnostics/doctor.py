@@ -17,6 +17,7 @@ from align.recipe import given_fields, make_stage, read_yaml, reference_fields
 from align.registry import Registry
 from align.runner.files import json_lines, json_record, write_named
 from align.stages import stages
+from align.stages.config import MADE
 
 CURVATURE = "curvature/curvature.json"
 """Where `align curvature` leaves what it measured of a stage's model, under the stage's folder."""
@@ -151,7 +152,7 @@ def prescription(name: str, found: Sequence[Patient], findings: Iterable[Finding
         stage = make_stage(cls, given, f"the changed stage {patient.name!r}")
         plain = json.loads(stage.model_dump_json(exclude_defaults=True))
         for field, kind, _ in reference_fields(stage):
-            if field in plain and kind != "reward":  # no stage makes one
+            if field in plain and kind in MADE:
                 plain[field] = _moved(plain[field], paths[patient.name], parts=kind == "data")
         recipe["stages"][patient.name] = {"stage": patient.kind, **plain}
         for field, value in changes.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,6 +22,7 @@ from align.runner.code import code_of
 from align.runner.files import write_atomically
 from align.runner.launch import is_first_machine, machine_rank, refuse_uneven
 from align.stages import Stage
+from align.stages.config import MADE
 
 FORCED = "forced"
 """How the reason begins of what runs though it is done."""
@@ -123,8 +125,7 @@ class Planner:
         stage = self.recipe.stages[name]
         refuse_uneven(name, stage)
         found = self._look_up(name, earlier)
-        # Rewards keep their names in the config; what they were at the time is among the inputs.
-        fields = [(key, value) for key, kind, value in reference_fields(stage) if kind != "reward"]
+        fields = [(key, value) for key, kind, value in reference_fields(stage) if kind in MADE]
         code = code_of(type(stage))
         config = stage.essence() | {key: _map(value, found.inputs) for key, value in fields}
         identity = _hash({"stage": stage.stage, "config": config, "inputs": sorted(found.inputs.values()), "code": code})
@@ -172,7 +173,7 @@ class Planner:
         return found
 
     def _fingerprint(self, kind: str, reference: str) -> str:
-        """Of a model that no stage made, a file or a reward; each is read once in a plan."""
+        """Of a model that no stage made, a file, a reward or a template; each is read once in a plan."""
         key = (kind, reference)
         if key not in self._fingerprints:
             self._fingerprints[key] = FINGERPRINTS[kind](reference)
@@ -265,4 +266,15 @@ def _digest(file: Path) -> str:
     return digest
 
 
-FINGERPRINTS = {"model": _model_fingerprint, "data": fingerprint, "reward": reward_fingerprint}
+def _template_fingerprint(choice: str) -> str:
+    """The content of a file, or the name of a shipped template."""
+    path = Path(os.path.expanduser(choice))
+    return _digest(path) if path.is_file() else choice
+
+
+FINGERPRINTS = {
+    "model": _model_fingerprint,
+    "data": fingerprint,
+    "reward": reward_fingerprint,
+    "template": _template_fingerprint,
+}

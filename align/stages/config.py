@@ -19,9 +19,13 @@ from align.rewards.spec import RewardSpec
 
 @dataclass(frozen=True)
 class Reference:
-    """Marks a field that names something outside the config: a ``model``, ``data`` or a ``reward``."""
+    """Marks a field that names something outside the config: a ``model``, ``data``, a ``reward`` or a chat ``template``."""
 
-    to: Literal["model", "data", "reward"]
+    to: Literal["model", "data", "reward", "template"]
+
+
+MADE = ("model", "data")
+"""What a stage may make; the rest keeps its name, and what it is now is added to a stage's identity."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ def _known_metric(spec: str) -> str:
 
 Name = Annotated[str, Field(min_length=1)]
 ModelRef = Annotated[Name, Reference("model")]
+TemplateRef = Annotated[str, Reference("template")]
 DataRefs = Annotated[list[Name], BeforeValidator(_as_list), Reference("data")]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 MaxTokens = Annotated[int, Field(gt=0)] | Literal["auto"]

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from align.data import write_rows
 from align.stages.base import Context, Stage, stage
-from align.stages.config import DataRefs, MaxTokens, MetricSpecs, ModelRef, Seed
+from align.stages.config import DataRefs, MaxTokens, MetricSpecs, ModelRef, Seed, TemplateRef
 from align.stages.sampling import RewardFields, SamplingFields, check_reward_model
 
 
@@ -67,7 +67,7 @@ class Evaluate(Stage, SamplingFields, RewardFields):
     """Precision of the weights."""
     trust_remote_code: bool = False
     """Run code that comes with a model."""
-    chat_template: str | None = None
+    chat_template: TemplateRef | None = None
     """For a base model without one: `auto`, a shipped template's name or a .jinja file."""
     max_tokens_per_micro_batch: MaxTokens = 8192
     """Tokens in one forward pass, or `auto`: 8192, and on CUDA what memory holds."""

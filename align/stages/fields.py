@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from align.errors import AlignError
-from align.stages.config import Bookkeeping, DataRefs, Fields, MaxTokens, ModelRef, Seed
+from align.stages.config import Bookkeeping, DataRefs, Fields, MaxTokens, ModelRef, Seed, TemplateRef
 from align.tuning.strategies import Tuning
 
 
@@ -41,7 +41,7 @@ class DataFields(Fields):
     """Stop at a malformed row, or set it aside and say so."""
     max_length: int | None = Field(1024, gt=1)
     """Longest row in tokens: answers are cut, rows without room for an answer are set aside; both are counted."""
-    chat_template: str | None = None
+    chat_template: TemplateRef | None = None
     """None: the tokenizer's own. `auto`: its own, else `plain`. Or the name of a shipped template, or a .jinja file."""
 
     @model_validator(mode="after")
