@@ -320,6 +320,20 @@ def test_every_row_of_an_epochs_last_step_counts_the_same(capsys, folder):
     assert thirds["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-5)
 
 
+def test_two_processes_make_the_update_of_one(capsys, folder, monkeypatch):
+    """They did not share their gradients where the model was measured before training."""
+    config = folder / "both.yaml"
+    config.write_text('task: cloze\ntask_args:\n  {pattern: "{text} {mask}", verbalizer: {cat: " cat", mat: " mat"}}\n')
+    base = "task --config both.yaml --model llama --data animals.jsonl --eval_data animals.jsonl --max_steps 1 --warmup_ratio 0"
+    one = run(capsys, f"{base} --per_device_train_batch_size 12 --name one_process")["metrics"]
+    monkeypatch.delenv("ALIGN_IN_PROCESS")
+    launch = "--per_device_train_batch_size 6 --launch.num_processes 2 --launch.cpu true"
+    two = run(capsys, f"{base} {launch} --name two_processes")["metrics"]
+    for name in ("eval_loss_before", "train_loss", "eval_loss"):
+        assert two[name] == pytest.approx(one[name], rel=1e-5), name
+    assert two["eval_loss"] != pytest.approx(two["eval_loss_before"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("task", "weights"),
     [

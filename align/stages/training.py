@@ -246,6 +246,7 @@ def run_trainer(trainer: Any, stage: TrainingStage, context: Context, *, has_eva
     if last is None and has_eval:
         with precision(stage):  # the Trainer prepares the model for it no earlier than in `train`
             check_metric(stage, [name for name in trainer.evaluate() if not name.endswith(TIMING)])
+        _not_prepared(trainer)
     if last is not None:
         say(f"{context.name}: going on from step {step_of(last)}")
     try:
@@ -266,6 +267,17 @@ def run_trainer(trainer: Any, stage: TrainingStage, context: Context, *, has_eva
         trainer.evaluate()
     save_trained(trainer, context.folder)
     return {**summary(context, best), **trainable(trainer.model)}
+
+
+def _not_prepared(trainer: Any) -> None:
+    """Have `train` prepare the model for several processes. An evaluation before it prepares the model for evaluation alone, and
+    accelerate prepares nothing twice: each process would train by itself, without a word.
+    """
+    accelerator, model = trainer.accelerator, trainer.model
+    if accelerator.num_processes > 1 and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # gives it back its own forward
+        accelerator._models.clear()
+        vars(model).pop("_is_accelerate_prepared", None)
 
 
 def _last_good(trainer: Any, folder: Path) -> Path | None:
