@@ -158,14 +158,17 @@ def run(capsys, command):
 
 @pytest.mark.parametrize(("architecture", "family"), FAMILIES.values(), ids=FAMILIES)
 def test_every_family_is_pretrained_by_its_own_objective_and_goes_on(capsys, folder, architecture, family):
-    common = "--data texts.jsonl --eval_data texts.jsonl --max_length 64 --max_steps 30 --eval_steps 30 --warmup_ratio 0"
-    first = run(capsys, f"pretrain {architecture} {common} --vocab_size 300 --learning_rate 5e-3 --name first")
+    def pretrain(fields, steps):
+        common = "--data texts.jsonl --eval_data texts.jsonl --max_length 64 --warmup_ratio 0"
+        return run(capsys, f"pretrain {fields} {common} --max_steps {steps} --eval_steps {steps}")
+
+    first = pretrain(f"{architecture} --vocab_size 300 --learning_rate 5e-3 --name first", 30)
     metrics = first["metrics"]
     assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.5
     assert metrics["eval_token_accuracy"] > metrics["eval_token_accuracy_before"]
     model = load_language_model(first["path"])
     assert family_of(model.config) == family
-    second = run(capsys, f"pretrain --model first {common} --tuning lora --learning_rate 1e-3 --name second")["metrics"]
+    second = pretrain("--model first --tuning lora --learning_rate 1e-2 --name second", 120)["metrics"]
     assert second["eval_loss_before"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
     assert second["eval_loss"] < second["eval_loss_before"]
     assert second["trainable_share"] < 0.6
