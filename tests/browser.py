@@ -17,9 +17,11 @@ FLAGS = (
 
 
 class Browser:
-    """One page. Calling it evaluates JavaScript there and returns the value; `problems` are its errors and console messages."""
+    """One page, of a file or at an address. Calling it evaluates JavaScript there and returns the value; `problems` are its errors
+    and console messages.
+    """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, page: Path | str) -> None:
         self.problems: list[str] = []
         self._profile = tempfile.mkdtemp()
         (theirs_in, self._out), (self._in, theirs_out) = os.pipe(), os.pipe()
@@ -35,7 +37,7 @@ class Browser:
         self._session = self._ask("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
         for domain in ("Runtime", "Log", "Page"):
             self._ask(f"{domain}.enable")
-        self._ask("Page.navigate", url=path.resolve().as_uri())
+        self._ask("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         self("new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', () => done()))")
 
     def __enter__(self) -> Browser:
@@ -52,6 +54,11 @@ class Browser:
         answer = self._ask("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
+
+    def wait(self, condition: str) -> None:
+        """Until `condition`, JavaScript, holds; a minute at most."""
+        look = f"look = left => ({condition}) ? done() : left ? setTimeout(look, 100, left - 1) : failed(Error('never'))"
+        self(f"new Promise((done, failed) => {{ const {look}; look(600) }})")
 
     def narrow(self, width: int) -> None:
         """Show the page on a screen of `width` pixels."""

@@ -1,10 +1,12 @@
 """The page of `align ui`: a blind vote becomes a preference row, what models say stays text; in a browser where there is one."""
 
+import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from browser import Browser
 from helpers import llama
 
 from align.artifact import Artifact
@@ -155,6 +157,43 @@ def test_in_a_browser(page):
     assert [error for error in errors if "from accessing a cross-origin frame" not in error] == []
     assert len(errors) == 1, "the report's script ran in its frame, and could not reach out of it"
     assert len(load_rows(votes, "preference").rows) == 2
+
+
+def say(page, box, text):
+    """Write `text` into the box and press Enter."""
+    page.wait(f"document.querySelector('#{box} textarea')?.offsetParent")
+    page(
+        f"(async () => {{ const box = document.querySelector('#{box} textarea'); box.value = {json.dumps(text)};"
+        "box.dispatchEvent(new Event('input', {bubbles: true})); await new Promise(done => setTimeout(done, 200));"
+        "box.dispatchEvent(new KeyboardEvent('keypress', {key: 'Enter', bubbles: true, cancelable: true})) })()"
+    )
+
+
+def press(page, what):
+    """Click the one visible button or tab of this name."""
+    seen = (
+        f"[...document.querySelectorAll('button')].find(b => b.offsetParent && (b.ariaLabel || b.textContent.trim()) === '{what}')"
+    )
+    page.wait(seen)
+    page(f"{seen}.click()")
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's package chromium")
+@pytest.mark.parametrize("button", ["Begin anew", "Clear"])
+def test_an_answer_that_is_still_coming_does_not_outlive_its_conversation(folders, tmp_path, button):
+    built = build([str(folders / "one")], votes=tmp_path / "votes.jsonl", runs=tmp_path, decoding=Decoding(480, temperature=0.0))
+    _, address, _ = built.launch(prevent_thread_lock=True, quiet=True, share=False, server_name="127.0.0.1")
+    try:
+        with Browser(address) as page:
+            say(page, "talk-said", "How are you?")
+            page.wait("document.querySelector('.bot')?.textContent.trim().length > 8")
+            press(page, button)
+            page.wait("!document.querySelector('.bot')")
+            say(page, "talk-said", "And who?")
+            page.wait("document.querySelector('.bot')?.textContent.trim().length > 8")
+            assert "How are you?" not in page("document.querySelector('.bot').closest('[role=log]').textContent")
+    finally:
+        built.close()
 
 
 def test_nothing_is_sent_home():

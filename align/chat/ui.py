@@ -116,21 +116,29 @@ def _talk(names: list[str], speakers: Speakers, settings: list[Any]) -> None:
         if not text.strip():
             raise _refusal("Ask something first.")
         how, asked = _decoding(*decoding), [*history, Message(role="user", content=text)]
+        yield "", gr.skip(), _shown([*asked, Message(role="assistant", content="…")])
         answer = Message(role="assistant", content="")
-        yield "", history, _shown(asked)
         try:
             for piece in speakers[name].answer(_messages(system, asked), how):
                 answer = Message(role="assistant", content=answer.content + piece)
-                yield "", history, _shown([*asked, answer])
+                yield "", gr.skip(), _shown([*asked, answer])
         except AlignError as error:  # the question is taken back: the next one would fail with it
-            yield text, history, _shown(history)
+            yield text, gr.skip(), _shown(history)
             raise _refusal(str(error)) from error
         history = [*asked, Message(role="assistant", content=answer.content.strip())]
         yield "", history, _shown(history)
 
-    said.submit(ask, [model, said, turns, *settings], [said, turns, shown], api_name="talk")
-    for event in (again.click, model.change):
-        event(lambda: ([], []), None, [turns, shown], api_visibility="private")
+    one = "talk"  # one at a time: what is cleared stays empty, as the answer that was cut has ended before
+    asking = said.submit(
+        ask,
+        [model, said, turns, *settings],
+        [said, turns, shown],
+        api_name="talk",
+        concurrency_id=one,
+        show_progress_on=again,  # elsewhere "Error" would stand over the conversation and the question that was taken back
+    )
+    for event in (again.click, shown.clear, model.change):
+        event(lambda: ([], []), None, [turns, shown], api_visibility="private", concurrency_id=one, cancels=asking)
 
 
 def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: Path, draw: random.Random) -> None:
@@ -145,7 +153,7 @@ def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: P
         buttons = [gr.Button(label, interactive=False, elem_id=f"vote-{side}") for side, label in choices.items()]
     verdict = gr.Markdown(f"Votes go to `{votes}` as preference rows.", elem_id="verdict")
     answered = gr.State(([], []))  # what the models saw, and the (name, answer) of left and right
-    off = [gr.Button(interactive=False)] * len(choices)
+    off = [gr.update(interactive=False)] * len(choices)  # a gr.Button made here would stand on the page
 
     def ask(one: str, two: str, text: str, history: list[Message], system: str, *decoding: float) -> tuple[Any, ...]:
         if not text.strip():
@@ -186,12 +194,13 @@ def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: P
         return record
 
     outputs = [said, turns, shown, *sides, *buttons, verdict, answered]
-    said.submit(ask, [*models, said, turns, *settings], outputs, api_name="ask")
+    asking = said.submit(ask, [*models, said, turns, *settings], outputs, api_name="ask", show_progress_on=verdict)
     for side, button in zip(choices, buttons, strict=True):
-        button.click(vote(side), [answered, turns], [*buttons, verdict, turns, shown, answered], api_name=side)
-    for model in models:  # what the others answered is no longer voted on
-        anew = [turns, shown, *sides, *buttons, answered]
-        model.change(lambda: ([], [], "", "", *off, ([], [])), None, anew, api_visibility="private")
+        voted = [*buttons, verdict, turns, shown, answered]
+        button.click(vote(side), [answered, turns], voted, api_name=side, show_progress_on=verdict)
+    anew = [turns, shown, *sides, *buttons, answered]
+    for event in (shown.clear, *(model.change for model in models)):  # what the others answered is no longer voted on
+        event(lambda: ([], [], "", "", *off, ([], [])), None, anew, api_visibility="private", cancels=asking)
 
 
 def _plain(name: str) -> str:
