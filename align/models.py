@@ -86,6 +86,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         if os.path.isdir(path) and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+            if not (Path(path) / "config.json").is_file():
+                raise AlignError(f"{path} is no model's folder: it holds neither a config.json nor a tokenizer") from error
             raise AlignError(
                 f"{path} holds no tokenizer: copy the one that the model was trained with into it (tokenizer.json and "
                 "tokenizer_config.json)"

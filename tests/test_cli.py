@@ -144,7 +144,10 @@ MISTAKES = {
     "nothing to export": ("export owner/nothing --to there", "cannot load a tokenizer from 'owner/nothing'"),
     "nothing to measure": ("curvature owner/nothing --data sft.jsonl", "cannot load a config from 'owner/nothing'"),
     "no such version": ("sft --model model@3 --data sft.jsonl", "no model 'model' in the registry"),
-    "a folder that is no model": ("sft --model . --data sft.jsonl", "cannot load a tokenizer from"),
+    "a folder that is no model": (
+        "sft --model . --data sft.jsonl",
+        "is no model's folder: it holds neither a config.json nor a tokenizer",
+    ),
     "no such layer": (SFT + "sft.jsonl --use_peft --lora_target_modules q_porj", "target_modules"),
     # rewards
     "no reward": (PPO.removesuffix("--reward_funcs "), "nothing judges the answers: set reward_funcs, reward_model or both"),

@@ -308,11 +308,17 @@ def test_disable_dropout_makes_training_mode_deterministic():
         assert_close(model(input_ids=IDS).logits, expected)
 
 
+def with_config(path):
+    llama().config.save_pretrained(path)
+    return path
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda path: load_causal_lm(path), "cannot load a model from"),
-        (lambda path: load_tokenizer(path), "holds no tokenizer: copy the one that the model was trained with"),
+        (lambda path: load_tokenizer(path), "is no model's folder: it holds neither a config.json nor a tokenizer"),
+        (lambda path: load_tokenizer(with_config(path)), "holds no tokenizer: copy the one that the model was trained with"),
         (lambda path: load_tokenizer(f"{path}/vocab.json"), "cannot load a tokenizer from"),
         (lambda path: load_causal_lm(path, dtype="float8"), "dtype 'float8' is not one of float32, bfloat16, float16"),
         (lambda path: tune(llama(), Tuning("lora", {"target_modules": ["q_prj"]})), "target_modules"),
