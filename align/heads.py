@@ -311,19 +311,22 @@ def _slopes(
     else:
         log_p = logits.add_(log_shares[:, None])
         grad = log_p.exp().mul_(-d_logps[:, None] - settings.slope * grad_entropy[:, None] * (log_p + entropy[:, None]))
-    return _with_targets(grad, targets, d_logps, cap_slope).to(dtype)
+    return _with_targets(grad, targets, d_logps, cap_slope, dtype)
 
 
 def _slopes_of_kept(weights: Tensor, targets: Tensor, highest: Tensor, log_shares: Tensor, d_logps: Tensor) -> Tensor:
     """What `_slopes` gives, to the bit, from the `weights` (n, columns) that `_read` has kept; they stay as they are."""
-    return _with_targets(weights * (-d_logps * log_shares.exp())[:, None], targets, d_logps, None)
+    return _with_targets(weights * (-d_logps * log_shares.exp())[:, None], targets, d_logps, None, weights.dtype)
 
 
-def _with_targets(grad: Tensor, targets: Tensor, d_logps: Tensor, cap_slope: Tensor | None) -> Tensor:
-    """Adds the targets' own part in place, and the cap's slope."""
-    inside, at = _places(targets, grad.shape[1])
-    grad.scatter_(1, at[:, None], grad.gather(1, at[:, None]) + torch.where(inside, d_logps, 0)[:, None])
-    return grad if cap_slope is None else grad * cap_slope
+def _with_targets(grad: Tensor, targets: Tensor, d_logps: Tensor, cap_slope: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Puts the targets' own part in. Only then, in `dtype`: a compiler need not hold `grad` in fp32 for it."""
+    inside, places = _places(targets, grad.shape[1])
+    at = places[:, None]
+    of_target = grad.gather(1, at) + torch.where(inside, d_logps, 0)[:, None]
+    if cap_slope is not None:
+        grad, of_target = grad * cap_slope, of_target * cap_slope.gather(1, at)
+    return grad.to(dtype).scatter_(1, at, of_target.to(dtype))
 
 
 def _places(targets: Tensor, columns: int) -> tuple[Tensor, Tensor]:
