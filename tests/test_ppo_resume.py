@@ -143,11 +143,24 @@ def test_kept_completions_are_not_sampled_again(folder, whole, capsys, monkeypat
     run("four", "--save_steps 4", capsys, code=2)
     monkeypatch.delenv("STOP_AT")
     kept = sorted(path.name for path in (folder / "four/checkpoints/rollouts").iterdir())
-    assert kept == ["5-0-of-1.json", "6-0-of-1.json"]
+    assert kept == ["5-0-of-1.jsonl", "6-0-of-1.jsonl"]
     before = calls_so_far()
     run("four", "--save_steps 4", capsys)
     assert calls_so_far() - before == 3  # steps seven and eight, and the held-out prompts
     assert kill_ppo.differences(wanted, kill_ppo.outcome(folder / "four")) == []
+
+
+def test_damaged_completions_are_sampled_again(folder, whole, capsys, monkeypatch):
+    wanted, before = whole("separate"), calls_so_far()
+    monkeypatch.setenv("STOP_AT", str(before + 8))
+    run("damaged", "--save_steps 4", capsys, code=2)
+    monkeypatch.delenv("STOP_AT")
+    file = folder / "damaged/checkpoints/rollouts/6-0-of-1.jsonl"
+    file.write_bytes(file.read_bytes().replace(b"1", b"2"))
+    before = calls_so_far()
+    assert "6-0-of-1.jsonl is damaged: what it held is sampled again" in run("damaged", "--save_steps 4", capsys)
+    assert calls_so_far() - before == 4  # steps six to eight, and the held-out prompts
+    assert kill_ppo.differences(wanted, kill_ppo.outcome(folder / "damaged")) == []
 
 
 def test_completions_from_before_the_first_checkpoint_are_kept_as_well(folder, whole, capsys, monkeypatch):

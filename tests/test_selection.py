@@ -162,12 +162,19 @@ def test_a_stage_that_samples_stops_early_too(kind, tuning, ground, capsys):
     assert artifact.metrics["best_step"] == 1
     assert artifact.metrics["eval_score"] == values[1] > values[2] > values[3]
     assert "kept the weights of step 1, of 3" in capsys.readouterr().err
-    saw = load_file(Path(artifact.path) / "checkpoints" / "best-1.safetensors")
+    saw = load_file(Path(artifact.path) / "checkpoints" / "best-1" / "weights.safetensors")
     found = load_causal_lm(artifact.path).state_dict()
     assert tuning == "lora" or all(torch.equal(found[name], tensor) for name, tensor in saw.items())
     wrong = sampled(ground, kind, tuning=tuning, metric_for_best_model="scroe", load_best_model_at_end=True)
     with pytest.raises(AlignError, match=r"metric_for_best_model 'scroe' is not measured here \(did you mean 'score'"):
         Run(Recipe("q", {"q": wrong}), ground / "out").execute()
+
+
+def test_the_rounds_before_an_early_stop_are_logged(ground):
+    """Though the next line of the log was not due yet."""
+    stage = sampled(ground, "ppo", logging_steps=4, early_stopping_patience=2)
+    artifact = Run(Recipe("p", {"p": stage}), ground / "out").execute()["p"]
+    assert list(history(artifact, "objective/kl")) == [3]
 
 
 @pytest.fixture
@@ -221,26 +228,42 @@ def test_an_early_stop_is_remembered(ground, cut_behind_training):
     assert artifact.metrics["best_step"] == 1
 
 
+def best_in(folder):
+    """Who keeps the best weights in `folder`, the history that it goes by, and the model."""
+    history, model = History(folder / "metrics.jsonl"), torch.nn.Linear(2, 2, bias=False)
+    stage = PPO(model="m", data="d", reward_funcs=["length"], metric_for_best_model="score", load_best_model_at_end=True)
+    return Best(stage, Context("x", folder, history), model), history, model
+
+
 def test_the_best_weights_survive_a_power_cut(tmp_path, monkeypatch):
-    """They are on the disk when they get their name: the checkpoint that a run goes on from is, and speaks of them."""
-    flushed, fsync, replace = [], os.fsync, Path.replace
+    """They are on the disk before their seal is: the checkpoint that a run goes on from is, and speaks of them."""
+    flushed, fsync = [], os.fsync
 
     def noted(descriptor):
-        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.split(".json")[0])
         fsync(descriptor)
 
-    def renamed(self, target):
-        flushed.append(f"{self.name} -> {Path(target).name}")
-        return replace(self, target)
-
     monkeypatch.setattr(os, "fsync", noted)
-    monkeypatch.setattr(Path, "replace", renamed)
-    history = History(tmp_path / "metrics.jsonl")
-    stage = PPO(model="m", data="d", reward_funcs=["length"], metric_for_best_model="score", load_best_model_at_end=True)
-    best = Best(stage, Context("x", tmp_path, history), torch.nn.Linear(2, 2))
+    best, history, _ = best_in(tmp_path)
     history.add(1, {"eval_score": 1.0})
     best.see(1)
-    assert flushed == ["best-1.part", "best-1.part -> best-1.safetensors", "checkpoints"]
+    assert flushed == ["weights.safetensors", "best-1", ".checksums", "best-1", "checkpoints"]
+
+
+def test_damaged_best_weights_are_not_used(tmp_path):
+    """Neither to go on with nor to end with."""
+    best, history, model = best_in(tmp_path)
+    history.add(0, {"eval_score": 0.0})
+    history.add(1, {"eval_score": 1.0})
+    best.see(1)
+    best.check()
+    file = tmp_path / "checkpoints" / "best-1" / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    before = model.weight.clone()
+    for use in (best.check, best.restore):
+        with pytest.raises(AlignError, match=r"of step 1, .*weights.safetensors does not match its checksum; remove"):
+            use()
+    assert torch.equal(model.weight, before)
 
 
 def test_the_best_weights_are_those_of_the_run_that_went_on(tmp_path):
@@ -251,10 +274,7 @@ def test_the_best_weights_are_those_of_the_run_that_went_on(tmp_path):
         model.weight.data.fill_(10 * step + score)
         best.see(step)
 
-    history, model = History(tmp_path / "metrics.jsonl"), torch.nn.Linear(2, 2, bias=False)
-    context = Context("x", tmp_path, history)
-    stage = PPO(model="m", data="d", reward_funcs=["length"], metric_for_best_model="score", load_best_model_at_end=True)
-    best = Best(stage, context, model)
+    best, history, model = best_in(tmp_path)
     evaluated(1, 1.0)
     (tmp_path / "checkpoints" / "checkpoint-1").mkdir()
     evaluated(2, 2.0)
@@ -266,7 +286,7 @@ def test_the_best_weights_are_those_of_the_run_that_went_on(tmp_path):
     (tmp_path / "checkpoints" / "checkpoint-1").rmdir()
     evaluated(4, 4.0)
     evaluated(5, 4.0)  # no better
-    assert [file.name for file in (tmp_path / "checkpoints").iterdir()] == ["best-4.safetensors"]
+    assert [file.name for file in (tmp_path / "checkpoints").iterdir()] == ["best-4"]
 
 
 def test_the_direction_follows_from_the_name():

@@ -1,7 +1,8 @@
-"""The best weights of a run that is not transformers' Trainer's: kept in files, so that a run that goes on has them as well."""
+"""The best weights of a run that is not transformers' Trainer's: kept on disk, so that a run that goes on has them as well."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ from torch import nn
 
 from align.errors import AlignError
 from align.progress import say
-from align.runner.checkpoints import checkpoints, step_of
+from align.runner.checkpoints import checkpoints, fault, seal, step_of
 from align.runner.files import flush
 from align.stages.base import Context
 from align.stages.fields import SelectionFields
 from align.stages.training import check_metric
 from align.trainers.ppo import processes
+
+WEIGHTS = "weights.safetensors"
 
 
 class Best:
@@ -31,23 +34,24 @@ class Best:
         self.folder = context.folder / "checkpoints"
 
     def check(self) -> None:
-        """Raise `AlignError` unless the evaluation before training measured the metric."""
+        """Raise `AlignError` unless the evaluation before training measured the metric, and what a run goes on with is whole."""
         measured = [name for name in next(iter(self.context.history.records), {}) if name.startswith("eval_")]
         if not measured:
             raise AlignError("keeping the best weights needs held-out prompts: set eval_data or held_out, and eval_prompts")
         check_metric(self.stage, measured)
+        if values := self._values():
+            self._whole(self._best(values))
 
     def see(self, step: int) -> bool:
         """After the evaluation at `step`: keep its weights if none was better. Returns whether it is time to stop."""
         values = self._values()
         best = self._best(values)
         if best == step and processes.number() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            aside = self._file(step).with_suffix(".part")
-            save_file({name: p.detach().cpu().contiguous() for name, p in self._trained().items()}, aside)
-            flush(aside)  # a checkpoint that is on the disk goes by them
-            aside.replace(self._file(step))
-            flush(self.folder)
+            place = self._place(step)
+            place.mkdir(parents=True, exist_ok=True)
+            save_file({name: p.detach().cpu().contiguous() for name, p in self._trained().items()}, place / WEIGHTS)
+            seal(place)
+            flush(self.folder)  # a checkpoint that is on the disk goes by them
             self._prune(values)
         processes.wait()
         return self.enough()
@@ -61,26 +65,36 @@ class Best:
         return sum(later > best for later in values) >= patience
 
     def restore(self) -> int:
-        """Give the model its best weights back; returns their step."""
+        """Give the model its best weights back; returns their step.
+
+        Raises:
+            AlignError: they are damaged.
+        """
         values = self._values()
         best = self._best(values)
-        kept = load_file(self._file(best))
+        kept = load_file(self._whole(best) / WEIGHTS)
         for name, parameter in self._trained().items():
             parameter.data.copy_(kept[name])
         say(f"{self.context.name}: kept the weights of step {best}, of {max(values)}")
         return best
 
-    def _file(self, step: int) -> Path:
-        return self.folder / f"best-{step}.safetensors"
+    def _place(self, step: int) -> Path:
+        return self.folder / f"best-{step}"
+
+    def _whole(self, step: int) -> Path:
+        place = self._place(step)
+        if reason := fault(place):
+            raise AlignError(f"the best weights, of step {step}, are in {place}, and {reason}; remove {self.folder} to train anew")
+        return place
 
     def _prune(self, values: dict[int, float]) -> None:
         """Leave the best of all, and the best until each checkpoint, from which a run that was cut goes on."""
         ends = [max(values), *map(step_of, checkpoints(self.folder))]
         until = [{step: value for step, value in values.items() if step <= end} for end in ends]
-        needed = {self._file(self._best(some)) for some in until if some}
-        for file in self.folder.glob("best-*.safetensors"):
-            if file not in needed:
-                file.unlink()
+        needed = {self._place(self._best(some)) for some in until if some}
+        for place in self.folder.glob("best-*"):
+            if place not in needed:
+                shutil.rmtree(place)
 
     def _values(self) -> dict[int, float]:
         """The metric by step."""

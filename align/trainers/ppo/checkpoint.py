@@ -7,6 +7,7 @@ that goes on with as many processes does not sample them again.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import random
@@ -21,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from align.progress import say
 from align.runner.checkpoints import last_good, prune, seal, step_of
 from align.runner.files import flush, write_atomically
 from align.trainers.ppo import processes
@@ -97,19 +99,24 @@ class Checkpoints:
         return State(load_file(place / "state.safetensors"), json.loads((place / "state.json").read_text()), own)
 
     def keep_rollout(self, step: int, rollout: dict[str, Any]) -> None:
-        """Keep what this process sampled in `step`."""
-        write_atomically(self._rollout(step), json.dumps(rollout))
+        """Keep what this process sampled in `step`, with its checksum in a line before it."""
+        text = json.dumps(rollout)
+        write_atomically(self._rollout(step), f"{_sealed(text)}\n{text}")
 
     def rollout(self, step: int) -> dict[str, Any] | None:
-        """What this process kept of `step`; None unless every process has."""
+        """What this process kept of `step`; None unless every process has, undamaged."""
         path = self._rollout(step)
-        return json.loads(path.read_text()) if processes.all_of(path.is_file()) else None
+        line, _, text = path.read_text(errors="replace").partition("\n") if path.is_file() else ("", "", "")
+        whole = line == _sealed(text)
+        if line and not whole:
+            say(f"{path} is damaged: what it held is sampled again")
+        return json.loads(text) if processes.all_of(whole) else None
 
     def _place(self, step: int) -> Path:
         return self.folder / f"checkpoint-{step}"
 
     def _rollout(self, step: int) -> Path:
-        return self.rollouts / f"{step}-{processes.number()}-of-{processes.count()}.json"
+        return self.rollouts / f"{step}-{processes.number()}-of-{processes.count()}.jsonl"
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -150,6 +157,11 @@ def restore_random_state(state: dict[str, Any], *generators: torch.Generator) ->
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     for generator, text in zip(generators, state["own"], strict=True):
         generator.set_state(_tensor(text))
+
+
+def _sealed(text: str) -> str:
+    """The line that goes before `text`."""
+    return json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest()})
 
 
 def _text(state: Tensor) -> str:

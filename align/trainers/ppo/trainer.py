@@ -124,11 +124,10 @@ class PPOTrainer:
                 self.done += 1
                 progress.update()
                 if self.done % log_every == 0 or self.done == steps:
-                    metrics = {name: sum(values) / len(values) for name, values in self._pending.items()}
-                    self._pending.clear()
-                    progress.set_postfix_str(shown(metrics), refresh=False)
-                    self._log(metrics)
+                    progress.set_postfix_str(shown(self._log_means()), refresh=False)
                 enough = after_step(self.done)
+                if enough and self._pending:  # the rounds since the last line
+                    self._log_means()
                 stopping = processes.any_of(stop_requested())
                 if self.checkpoints is not None and (stopping or self.checkpoints.due(self.done)):
                     flush(self.history.path)
@@ -246,11 +245,15 @@ class PPOTrainer:
 
     # -- logs ---------------------------------------------------------------------------------------------------------------
 
-    def _log(self, metrics: dict[str, float]) -> None:
+    def _log_means(self) -> dict[str, float]:
+        """Log the means over the rounds since the last line; returns them."""
+        metrics = {name: sum(values) / len(values) for name, values in self._pending.items()}
+        self._pending.clear()
         if processes.number() == 0:
             episode = self.done * self.settings.episodes_per_step
             rate = self.learner.scheduler.get_last_lr()[0]
             self.history.add(self.done, {"episode": episode, "learning_rate": rate, **metrics})
+        return metrics
 
     def _show_samples(self, prompts: Sequence[list[int]], sampled: Sampled) -> None:
         every = self.settings.sample_steps
