@@ -23,19 +23,19 @@ def add(verbs: Any) -> None:
 
 
 def doctor(options: argparse.Namespace) -> int:
-    from align.diagnostics.doctor import diagnose, logged, patients, verdict, write_prescription
+    from align.diagnostics.doctor import diagnose, patients, verdict, write_prescription
     from align.progress import say
 
     found = patients(options.run)
     findings = {name: said for name, said in diagnose(found).items() if said or _trains(found, name)}
+    verdicts = {patient.name: verdict(patient, findings[patient.name]) for patient in found if patient.name in findings}
     if options.json:
-        rows = [{"stage": n, "verdict": verdict(f), "findings": [x.as_dict() for x in f]} for n, f in findings.items()]
+        rows = [{"stage": n, "verdict": verdicts[n], "findings": [x.as_dict() for x in f]} for n, f in findings.items()]
         print(json.dumps(rows, indent=1))
     elif findings:
-        print(as_text(findings))
-        for patient in found:
-            if patient.name in findings and not (findings[patient.name] or logged(patient)):
-                say(f"{patient.name}: nothing is logged of its training, so no rule could speak")
+        print(as_text(findings, verdicts))
+        if unclear := [name for name, word in verdicts.items() if word == "unclear"]:
+            say(f"{', '.join(unclear)}: too few steps are logged for the rules to see anything; a lower logging_steps shows more")
     else:
         say(f"{options.run}: none of its stages trains, so there is nothing to say")
     if options.apply is not None:
@@ -49,15 +49,14 @@ def _trains(found: Sequence[Any], name: str) -> bool:
     return any(patient.name == name and "learning_rate" in patient.config for patient in found)
 
 
-def as_text(findings: Mapping[str, Sequence[Finding]]) -> str:
+def as_text(findings: Mapping[str, Sequence[Finding]], verdicts: Mapping[str, str]) -> str:
     """Stages with their verdicts, and under each its findings."""
     from align.diagnostics.case import figure
-    from align.diagnostics.doctor import verdict
 
     width = max((len(name) for name in findings), default=0)
     lines = []
     for name, said in findings.items():
-        lines.append(f"{name:<{width}}  {verdict(said)}")
+        lines.append(f"{name:<{width}}  {verdicts[name]}")
         for finding in said:
             d = finding.diagnosis
             evidence = ", ".join(f"{key} {figure(value)}" for key, value in d.evidence.items())

@@ -22,6 +22,9 @@ from align.stages.config import MADE
 CURVATURE = "curvature/curvature.json"
 """Where `align curvature` leaves what it measured of a stage's model, under the stage's folder."""
 
+ENOUGH = 5
+"""Logged steps from which on it means something that no rule speaks."""
+
 
 @dataclass(frozen=True)
 class Patient:
@@ -113,14 +116,16 @@ def _evaluations(found: Sequence[Patient]) -> dict[str, dict[str, Any]]:
     return measured
 
 
-def logged(patient: Patient) -> bool:
-    """Whether the stage's history has anything of its training, and not of what was before it alone."""
-    return any(record["step"] > 0 for record in json_lines(patient.folder / "metrics.jsonl", numbers=["step"]))
+def logged(patient: Patient) -> int:
+    """At how many steps the stage's history has anything of its training; what was before it does not count."""
+    return len({record["step"] for record in json_lines(patient.folder / "metrics.jsonl", numbers=["step"])} - {0})
 
 
-def verdict(findings: Sequence[Finding]) -> str:
-    """The word for a stage: that of its first finding, else ``good``."""
-    return findings[0].verdict if findings else "good"
+def verdict(patient: Patient, findings: Sequence[Finding]) -> str:
+    """The word for a stage: that of its first finding, else ``good``, or ``unclear`` where too little is logged to tell."""
+    if findings:
+        return findings[0].verdict
+    return "good" if logged(patient) >= ENOUGH else "unclear"
 
 
 # -- the recipe that follows the advice -----------------------------------------------------------------------------------------

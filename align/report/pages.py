@@ -39,6 +39,7 @@ def gathered(out: Path, results: Mapping[str, Any], stages: Mapping[str, Artifac
     patients = [Patient(stage, a.stage, a.config, Path(a.path), a) for stage, a in stages.items()]
     trained = [patient for patient in patients if "learning_rate" in patient.config]
     findings = {stage: said for stage, said in diagnose(patients).items() if said or any(p.name == stage for p in trained)}
+    verdicts = {patient.name: verdict(patient, findings[patient.name]) for patient in patients if patient.name in findings}
     return {
         **results,
         "artifacts": stages,
@@ -54,7 +55,7 @@ def gathered(out: Path, results: Mapping[str, Any], stages: Mapping[str, Artifac
         "forgotten": compare.forgetting(stages, models),
         "judges": compare.judges(stages, models),
         "findings": findings,
-        "verdicts": {stage: verdict(said) for stage, said in findings.items()},
+        "verdicts": verdicts,
         "preflight": preflight(out),
         "curvature": {stage: found for stage, a in stages.items() if (found := json_record(Path(a.path) / CURVATURE))},
         "answered": answered,
