@@ -20,7 +20,7 @@ from align.forest import Tree
 from align.intake.kinds import replies
 from align.metrics import columns_of, measure
 from align.metrics.base import check, check_columns, measure_all, refuse_missing
-from align.metrics.judge import JudgeModel
+from align.metrics.judge import JudgeModel, letters
 from align.metrics.preferences import preferences
 from align.models import best_device, load_causal_lm, load_tokenizer, stop_token_ids
 from align.progress import bar, say
@@ -107,6 +107,8 @@ class Evaluation:
             raise AlignError(f"{unused[0]} is about answers of language models; all models were trained for a task, so use metrics")
         self.answer_metrics = answered
         refuse_missing(answered)
+        if stage.judge_model is not None:
+            letters(stage.judge_model, load_tokenizer(stage.judge_model, trust_remote_code=stage.trust_remote_code))
         asked = self._read(stage.data, "prompts") if talks and not alone else []
         self.references: list[Any] | None = None
         if asked and self._needs_references():

@@ -24,10 +24,13 @@ from align.errors import AlignError
 from align.intake.kinds import replies
 from align.metrics import measure
 from align.models import load_causal_lm, load_tokenizer
+from align.progress import History
 from align.registry import home
 from align.rewards import text_of
 from align.schema import TextRow
 from align.scoring import mean_nll
+from align.stages import Evaluate
+from align.stages.base import Context
 from align.turns import assistant, user
 
 WORDS = ("the cat sat on a mat and said hello to me. " * 4).split()
@@ -317,15 +320,14 @@ def test_a_local_judge_asks_in_both_orders(capsys, folder):
 
 
 def test_a_judge_without_the_letters_is_refused(folder, tmp_path):
-    """Both were its unknown token, and every pair a tie."""
-    from align.metrics.judge import JudgeModel
-
+    """Both were its unknown token, and every pair a tie. It is told before anything is answered."""
     words = Tokenizer(WordLevel({"<unk>": 0, "one": 1, "<end>": 2}, unk_token="<unk>"))
     words.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>").save_pretrained(tmp_path)
     llama().save_pretrained(tmp_path)
+    stage = Evaluate(models={"one": "one", "two": "two"}, data=["alpaca.jsonl"], baseline="one", judge_model=str(tmp_path))
     with pytest.raises(AlignError, match="reads the letters A and B as the same token"):
-        JudgeModel(str(tmp_path), dtype="float32", max_length=512, max_tokens=8192)
+        evaluation.Evaluation(stage, Context("e", tmp_path, History(tmp_path / "metrics.jsonl")))
 
 
 # -- mistakes ------------------------------------------------------------------------------------------------------------------

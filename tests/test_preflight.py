@@ -216,6 +216,16 @@ def test_mojibake(folder):
     assert findings(sft=sft()) == []
 
 
+def test_empty_answers(folder):
+    rows = sft_rows()
+    rows[7]["messages"][1]["content"] = " "
+    write_rows("sft.jsonl", rows)
+    assert findings(sft=sft()) == [("warning", "empty_texts")]
+    rows[7]["messages"][1]["content"] = "7"
+    write_rows("sft.jsonl", rows)
+    assert findings(sft=sft()) == []
+
+
 def test_duplicates(folder):
     write_rows("sft.jsonl", [*sft_rows(), *sft_rows(6)])
     assert findings(sft=sft()) == [("warning", "duplicates")]

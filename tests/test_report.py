@@ -408,15 +408,18 @@ def rows_with(*rewards):
 
 
 def test_win_rates(make):
-    """a beats b on two of four prompts, ties once, loses once: (2 + 1/2) / 4 = 62.5 %. Wins 1, 1, 1/2, 0 have the deviation 0.479,
-    so half of the interval is 1.96 x 0.479 / 2 = 0.469.
+    """a beats b on two of four prompts, ties once, loses once: (2 + 1/2) / 4 = 62.5 %. Wilson's interval with z² = 3.84: the
+    middle (0.625 + 3.84 / 8) / (1 + 3.84 / 4) = 0.564, on each side 1.96 (0.625 x 0.375 / 4 + 3.84 / 64)^½ / 1.96 = 0.344. Three
+    wins of three are no certainty: the lower end is 3 / (3 + 3.84) = 0.44.
     """
     ((name, prompts, table),) = compare.win_rates([(make("evaluate", "evaluate"), rows_with((3, 1), (2, 1), (1, 1), (0, 1)))])
     assert (name, prompts, table.header) == ("demo-evaluate", 4, ["a", "b"])
     (_, (same, wins)), (_, (loses, _)) = table.rows
     assert str(same) == "–"
-    assert str(wins) == "62% [16%, 100%]"
+    assert str(wins) == "62% [22%, 91%]"
     assert loses.text == "38%"
+    ((_, _, table),) = compare.win_rates([(make("evaluate", "evaluate"), rows_with((3, 1), (2, 1), (4, 1)))])
+    assert str(table.rows[0][1][1]) == "100% [44%, 100%]"
     assert compare.win_rates([(make("evaluate", "evaluate"), rows_with((None, 1), (None, 2)))]) == [], "one model has rewards"
 
 

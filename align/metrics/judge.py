@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from transformers import PreTrainedTokenizerBase
+
 from align.budget import MaxTokens
 from align.encode import Encoder
 from align.engine import enable_forest
@@ -28,13 +30,26 @@ Answer B:
 Which answer is better? Reply with the letter alone."""
 
 
+def letters(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens of the answers "A" and "B" of the judge at `path`.
+
+    Raises:
+        AlignError: they are the same.
+    """
+    lead = "" if tokenizer.chat_template else " "
+    first, second = (tokenizer(f"{lead}{letter}", add_special_tokens=False)["input_ids"] for letter in "AB")
+    if first == second:  # then every pair would be a tie
+        raise AlignError(f"the judge {path} reads the letters A and B as the same token, and cannot answer: take another model")
+    return first, second
+
+
 class JudgeModel:
     """Asks a model which of two answers is better, in both orders, and reads the probabilities of "A" and "B".
 
     With both orders a judge that prefers the first place prefers nobody (Zheng et al. 2023, arXiv:2306.05685, section 3.4).
 
     Raises:
-        AlignError: there is no such model, or its tokenizer does not tell the letters apart.
+        AlignError: there is no such model, or from `letters`.
     """
 
     def __init__(self, path: str, *, dtype: str, max_length: int, max_tokens: MaxTokens, trust_remote_code: bool = False) -> None:
@@ -43,11 +58,7 @@ class JudgeModel:
         self.model = load_causal_lm(path, dtype=dtype, trust_remote_code=trust_remote_code)
         self.model.to(best_device()).requires_grad_(False)
         enable_forest(self.model)
-        self.max_tokens, self.chats = max_tokens, bool(tokenizer.chat_template)
-        lead = "" if self.chats else " "
-        self.letters = tuple(tokenizer(f"{lead}{letter}", add_special_tokens=False)["input_ids"] for letter in "AB")
-        if self.letters[0] == self.letters[1]:  # then every pair would be a tie
-            raise AlignError(f"the judge {path} reads the letters A and B as the same token, and cannot answer: take another model")
+        self.max_tokens, self.chats, self.letters = max_tokens, bool(tokenizer.chat_template), letters(path, tokenizer)
 
     def __call__(self, prompts: Sequence[str], ours: Sequence[str], theirs: Sequence[str]) -> list[float]:
         """Probability (0 to 1) that each of `ours` is better than its counterpart of `theirs`.

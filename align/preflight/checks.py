@@ -15,7 +15,7 @@ from align.forest import Tree
 from align.preflight.labels import suspicious
 from align.preflight.subject import Subject
 from align.quality.overlap import Overlap
-from align.quality.rules import contradictory_pairs, exact_duplicates, mojibake_rows
+from align.quality.rules import contradictory_pairs, empty, exact_duplicates, mojibake_rows
 from align.quality.texts import texts
 from align.schema import PreferenceRow, Row
 
@@ -43,6 +43,7 @@ CUT = 0.1
 """Share of cut rows from which it is worth a warning."""
 DUPLICATES = 0.05
 GARBLED = 0.005
+EMPTY = 0.005
 CONTRADICTORY = 0.01
 SWAPPED = 0.05
 LONGER = 0.7
@@ -202,6 +203,18 @@ def duplicates(subject: Subject) -> Iterator[Finding]:
             "duplicates",
             f"{_of(found, len(subject.rows))} repeat another",
             "`align data clean FILE --output CLEAN.jsonl` takes them out",
+        )
+
+
+@checks.add
+def empty_texts(subject: Subject) -> Iterator[Finding]:
+    """Answers without a letter or a digit: a model learns from them to say nothing."""
+    found = list(empty(subject.rows))
+    if subject.rows and len(found) / len(subject.rows) > EMPTY:
+        yield _warn(
+            "empty_texts",
+            f"{_of(len(found), len(subject.rows))} hold nothing to learn, first row {found[0][0] + 1}: {found[0][1]}",
+            "`align data clean` takes these rows out",
         )
 
 

@@ -59,7 +59,7 @@ def clouds(models: Mapping[str, Mapping[str, Any]]) -> list[Cloud]:
 
 def win_rates(answered: Iterable[tuple[Artifact, list[dict[str, Any]]]]) -> list[tuple[str, int, Table]]:
     """Of each evaluation: its name, how many prompts, and the share of them on which the row's sampled answer has the higher reward
-    than the column's, ties counting half, with 95 % intervals (of a mean of that many).
+    than the column's, ties counting half, with 95 % intervals (Wilson 1927, which a few prompts do not make narrow).
     """
     found = []
     for artifact, rows in answered:
@@ -77,9 +77,10 @@ def _wins(ours: list[Any], theirs: list[Any], same: bool) -> Cell:
     if same or not pairs:
         return Cell("–")
     wins = [(a > b) + 0.5 * (a == b) for a, b in pairs]
-    mean = sum(wins) / len(wins)
-    half = 1.96 * math.sqrt(sum((w - mean) ** 2 for w in wins) / max(len(wins) - 1, 1) / len(wins))
-    low, high = max(0.0, mean - half), min(1.0, mean + half)
+    mean, n, z = sum(wins) / len(wins), len(wins), 1.96
+    middle = (mean + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2) / (1 + z * z / n)
+    low, high = middle - half, middle + half
     return Cell(f"{mean:.0%}", f"[{low:.0%}, {high:.0%}]", (round(100 * low, 1), round(100 * mean, 1), round(100 * high, 1)))
 
 
