@@ -294,7 +294,7 @@ MISTAKES = {
     ),
     "a name that is no name": (SFT + "sft.jsonl --name ../x", r"the name '\.\./x' must be letters"),
     # recipes
-    "unknown verb": ("stf", "invalid choice: 'stf'"),
+    "unknown verb": ("stf", r"invalid choice: 'stf' \(did you mean 'sft'\?\); known: run, pretrain"),
     "no such recipe": ("run compere", r"no recipe 'compere' \(did you mean 'compare'\?\)"),
     "unknown key in YAML": (
         "run typo.yaml",

@@ -21,6 +21,7 @@ import gradio as gr
 from align.chat.speaker import Decoding, Speaker
 from align.chat.votes import add_vote
 from align.errors import AlignError
+from align.progress import harmless
 from align.schema import Message
 
 KEPT = 2
@@ -99,7 +100,7 @@ def _messages(system: str, history: list[Message]) -> list[Message]:
 
 def _shown(history: list[Message]) -> list[dict[str, str]]:
     """A conversation as the page shows it. Gradio takes a turn for HTML and would fetch the images in it, so it is escaped."""
-    return [{"role": message.role, "content": html.escape(message.content)} for message in history]
+    return [{"role": message.role, "content": html.escape(harmless(message.content))} for message in history]
 
 
 def _chatbot(label: str, height: int) -> gr.Chatbot:
@@ -151,11 +152,12 @@ def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: P
     with gr.Row():
         choices = {"left": "Left is better", "right": "Right is better", "neither": "Neither"}
         buttons = [gr.Button(label, interactive=False, elem_id=f"vote-{side}") for side, label in choices.items()]
-    verdict = gr.Markdown(f"Votes go to `{votes}` as preference rows.", elem_id="verdict")
+    purpose = f"Votes go to `{votes}` as preference rows."
+    verdict = gr.Markdown(purpose, elem_id="verdict")
     answered = gr.State(([], []))  # what the models saw, and the (name, answer) of left and right
     off = [gr.update(interactive=False)] * len(choices)  # a gr.Button made here would stand on the page
 
-    def ask(one: str, two: str, text: str, history: list[Message], system: str, *decoding: float) -> tuple[Any, ...]:
+    def ask(one: str, two: str, text: str, history: list[Message], system: str, *decoding: float) -> Iterator[tuple[Any, ...]]:
         if not text.strip():
             raise _refusal("Ask something first.")
         if one == two:
@@ -166,14 +168,21 @@ def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: P
         order = [one, two]
         draw.shuffle(order)
         prompt, how = _messages(system, history), _decoding(*decoding)
+        answers: list[tuple[str, str]] = []
         try:
-            answers = [(name, "".join(speakers[name].answer(prompt, how)).strip()) for name in order]
+            for name in order:
+                pieces = []
+                for piece in speakers[name].answer(prompt, how):
+                    pieces.append(piece)
+                    yield waiting  # a comparison that is cleared ends here
+                answers.append((name, "".join(pieces).strip()))
         except AlignError as error:
             raise _refusal(str(error)) from error
         same = answers[0][1] == answers[1][1]
         ready = [gr.Button(interactive=side == "neither" or not same) for side in choices]
         question = "Both say the same." if same else "Which is better?"
-        return "", history, _shown(history), *(answer for _, answer in answers), *ready, question, (prompt, answers)
+        texts = [harmless(answer) for _, answer in answers]
+        yield "", history, _shown(history), *texts, *ready, question, (prompt, answers)
 
     def vote(side: str) -> Any:
         def record(seen: tuple[list[Message], list[tuple[str, str]]], history: list[Message]) -> tuple[Any, ...]:
@@ -194,13 +203,14 @@ def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: P
         return record
 
     outputs = [said, turns, shown, *sides, *buttons, verdict, answered]
+    waiting = tuple(gr.skip() for _ in outputs)
     asking = said.submit(ask, [*models, said, turns, *settings], outputs, api_name="ask", show_progress_on=verdict)
     for side, button in zip(choices, buttons, strict=True):
         voted = [*buttons, verdict, turns, shown, answered]
         button.click(vote(side), [answered, turns], voted, api_name=side, show_progress_on=verdict)
-    anew = [turns, shown, *sides, *buttons, answered]
+    anew = [turns, shown, *sides, *buttons, verdict, answered]
     for event in (shown.clear, *(model.change for model in models)):  # what the others answered is no longer voted on
-        event(lambda: ([], [], "", "", *off, ([], [])), None, anew, api_visibility="private", cancels=asking)
+        event(lambda: ([], [], "", "", *off, purpose, ([], [])), None, anew, api_visibility="private", cancels=asking)
 
 
 def _plain(name: str) -> str:
@@ -226,5 +236,7 @@ def _reports(runs: Path) -> None:
 
 def launch(page: gr.Blocks, host: str, port: int) -> None:
     """Serve `page` until it is interrupted. Nothing is shared, and fonts are this machine's."""
+    for name in ("no_proxy", "NO_PROXY"):  # gradio asks its own page whether it is there
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), "localhost", "127.0.0.1", host)))
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     page.launch(server_name=host, server_port=port, share=False, quiet=True, theme=theme, footer_links=[])

@@ -26,6 +26,11 @@ class Parser(argparse.ArgumentParser):
             raise AlignError(f"unknown argument {rest[0]!r}{near}; see `{self.prog} --help`")
         return found, rest
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            near = near_miss(str(value), [str(choice) for choice in action.choices])
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}{near}; known: {', '.join(map(str, action.choices))}")
+
     def error(self, message: str) -> NoReturn:
         raise AlignError(f"{message}; see `{self.prog} --help`")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def status(options: argparse.Namespace) -> int:
     while True:
         if options.watch and sys.stdout.isatty():
             print(CLEAR, end="")
-        print_rows(found, options.json, as_line)
+        print_rows(found, options.json, partial(as_line, width=max(len(one["name"]) for one in found)))
         if not options.watch or not any(one["state"] == "running" for one in found):
             return 0
         time.sleep(2.0)

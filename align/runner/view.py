@@ -71,9 +71,9 @@ def statuses(run: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda status: status["started"])
 
 
-def as_line(status: dict[str, Any]) -> str:
-    """One stage of `align status`."""
-    line = f"{status['name']:<14} {status['state']:<12}"
+def as_line(status: dict[str, Any], width: int) -> str:
+    """One stage of `align status`, its name in a column of `width`."""
+    line = f"{status['name']:<{width}}  {status['state']:<12}"
     seen = status.get("bar")
     if status["state"] == "running" and seen and seen["total"]:
         left = f", {duration(seen['seconds_left'])} left" if seen["seconds_left"] is not None else ""
