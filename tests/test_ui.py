@@ -16,6 +16,7 @@ from align.cli import main
 from align.commands.ui import policies
 from align.data import load_rows
 from align.models import save_model
+from align.progress import harmless
 from align.registry import Registry
 
 
@@ -53,7 +54,7 @@ def test_a_blind_vote_becomes_a_preference_row(page):
     assert shown[0]["content"][0]["text"] == "How &lt;b&gt;are&lt;/b&gt; you?"
     *_, verdict, _ = client.predict(api_name="/right")
     (row,) = load_rows(votes, "preference").rows
-    assert (row.chosen[0].content, row.rejected[0].content) == (right, left)
+    assert (harmless(row.chosen[0].content), harmless(row.rejected[0].content)) == (right, left)
     assert [message.content for message in row.prompt] == ["Be brief.", "How <b>are</b> you?"]
     assert all(f"**{name}**" in verdict for name in names)
     with pytest.raises(AppError, match="Ask something first"):  # a second click, before the buttons are off
