@@ -27,7 +27,7 @@ from align.recipe import Recipe
 from align.rollout import Sampling, complete
 from align.runner.worker import quiet
 from align.scoring import branch_logps
-from align.stages import SFT, Preference, Pretrain, RewardModel
+from align.stages import PPO, SFT, Preference, Pretrain, RewardModel
 from align.trainers.objectives import LanguageModel
 from align.trainers.objectives import RewardModel as Scores
 from align.tuning.adapters import save_adapter
@@ -467,6 +467,33 @@ def test_what_cannot_be_handed_over_says_why(ground):
     save_model(model, *[__import__("transformers").AutoTokenizer.from_pretrained(ground / "base")], ground / "a")
     with pytest.raises(AlignError, match="an adapter of a language model; a reward model"):
         load_reward_model(str(ground / "a"), on_adapter="continue")
+
+
+def test_the_critic_sits_beside_an_adapter_that_goes_on(ground):
+    """On the same frozen base. Of another kind peft holds no two beside each other in this way."""
+    write_rows(ground / "prompts.jsonl", [{"prompt": f"How are {n}?"} for n in ("you", "they", "we", "cats")])
+    common = {"held_out": 0, "learning_rate": 1e-2, "max_length": 64, "chat_template": "plain"}
+
+    def train(tuning):
+        first = SFT(model=str(ground / "base"), data=str(ground / "sft.jsonl"), max_steps=2, tuning=tuning, **common)
+        then = PPO(
+            model="sft",
+            data=str(ground / "prompts.jsonl"),
+            reward_funcs=["length_band(low=2, high=4)"],
+            max_completion_length=3,
+            on_adapter="continue",
+            critic="adapter",
+            episodes_per_step=4,
+            total_episodes=8,
+            num_mini_batches=1,
+            **common,
+        )
+        return Run(Recipe(tuning, {"sft": first, "ppo": then}), ground / tuning).execute()
+
+    done = train("lora")
+    assert done["ppo"].metrics["trainable_parameters"] == done["sft"].metrics["trainable_parameters"]
+    with pytest.raises(AlignError, match="is for LoRA, and the model's adapter is of the kind IA3: take 'separate'"):
+        train("ia3")
 
 
 def test_an_adapter_of_a_reward_model_is_continued_with_its_head(ground, tokenizer):

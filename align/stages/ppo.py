@@ -64,7 +64,8 @@ class PPO(
     @model_validator(mode="after")
     def _an_adapter_needs_lora(self) -> PPO:
         tuning = self.strategy
-        if self.critic == "adapter" and (tuning.name not in ("lora", "rslora", "dora", "qlora") or tuning.arguments.get("pissa")):
+        lora = tuning.name in ("lora", "rslora", "dora", "qlora") and not tuning.arguments.get("pissa")
+        if self.critic == "adapter" and not lora and self.on_adapter == "merge":
             raise ValueError("critic 'adapter' sits on the policy's frozen base: set use_peft, or take 'separate' or 'shared'")
         return self
 

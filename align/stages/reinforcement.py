@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftType
 from torch import nn
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
@@ -26,7 +27,7 @@ from align.trainers.ppo import processes
 from align.trainers.ppo.adapters import critic_on_base, reward_on_base
 from align.trainers.ppo.advantages import estimators
 from align.trainers.ppo.checkpoint import Checkpoints
-from align.trainers.ppo.critics import Critic, SeparateCritic, SharedCritic, ValueHead
+from align.trainers.ppo.critics import POLICY, Critic, SeparateCritic, SharedCritic, ValueHead
 from align.trainers.ppo.models import Models
 from align.trainers.ppo.trainer import PPOTrainer, check
 from align.trainers.settings import PPOSettings
@@ -44,6 +45,11 @@ def _separate(stage: Any, context: Context, policy: Any, tokenizer: PreTrainedTo
 
 
 def _adapter(stage: Any, context: Context, policy: Any, tokenizer: PreTrainedTokenizerBase, longest: int) -> Critic:
+    kind = PeftType(policy.peft_config[POLICY].peft_type).value
+    if kind != "LORA":  # of an adapter that is trained further only its file tells
+        raise AlignError(
+            f"critic 'adapter' is for LoRA, and the model's adapter is of the kind {kind}: take 'separate' or 'shared'"
+        )
     critic = critic_on_base(policy, stage.reward_model)
     disable_dropout(policy)
     return critic
