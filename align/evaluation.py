@@ -389,7 +389,7 @@ class Evaluation:
         tokenizer = load_tokenizer(path, trust_remote_code=self.stage.trust_remote_code)
         set_chat_template(tokenizer, self.stage.chat_template)
         budget = self.stage.max_tokens_per_micro_batch
-        scorer = RewardScorer(path, tokenizer.get_vocab(), dtype=self.stage.dtype, max_tokens=budget, normalize=False)
+        scorer = RewardScorer(path, tokenizer, dtype=self.stage.dtype, max_tokens=budget, normalize=False)
         trees = self._trees(name, scorer.model, Encoder(tokenizer, self.stage.max_length).preference(self.pairs))
         pairs = branch_scores(scorer.model, trees, budget)
         columns = {"chosen_scores": [c for c, _ in pairs], "rejected_scores": [r for _, r in pairs]}

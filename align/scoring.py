@@ -17,6 +17,7 @@ from align.engine import enable_forest
 from align.errors import AlignError
 from align.forest import WINDOW, Forest, Tree
 from align.models import best_device, is_classifier, load_reward_model, load_tokenizer
+from align.progress import say
 from align.rewards import RewardSet
 from align.rollout import Completion
 from align.schema import PromptRow, Text
@@ -87,6 +88,7 @@ class RewardScorer:
     """A reward model that scores sampled tokens as they are.
 
     Args:
+        tokenizer: what the tokens are of. Where it writes a conversation in another way than the model learned, a line says so.
         normalize: subtract the mean and divide by the deviation of the scores that the reward stage stored with the model.
         model: answers as an enabled model of `path` would; None loads that.
 
@@ -97,7 +99,7 @@ class RewardScorer:
     def __init__(
         self,
         path: str,
-        vocabulary: dict[str, int],
+        tokenizer: PreTrainedTokenizerBase,
         *,
         dtype: str,
         max_tokens: MaxTokens,
@@ -105,8 +107,11 @@ class RewardScorer:
         model: nn.Module | None = None,
     ) -> None:
         refuse_language_model(path)
-        if load_tokenizer(path).get_vocab() != vocabulary:
+        own = load_tokenizer(path)
+        if own.get_vocab() != tokenizer.get_vocab():
             raise AlignError(f"the reward model {path} has another tokenizer than the policy; train both from one base")
+        if own.chat_template and tokenizer.chat_template and _asked(own) != _asked(tokenizer):
+            say(f"the reward model {path} has another chat template than the policy: it judges texts as the policy writes them")
         if model is None:
             model = load_reward_model(path, dtype=dtype)
             model.to(best_device())
@@ -126,6 +131,11 @@ class RewardScorer:
         """Scores of completions, read at their last token."""
         trees = [Tree(prompt, (completion,)) for prompt, completion in zip(prompts, completions, strict=True)]
         return [(score - self.mean) / self.std for (score,) in branch_scores(self.model, trees, self.budget)]
+
+
+def _asked(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A question as the chat template of `tokenizer` writes it."""
+    return tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True)
 
 
 class Judge:

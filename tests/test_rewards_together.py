@@ -553,7 +553,7 @@ def test_a_reward_model_is_tried_beside_functions(tmp_path, capsys, tokenizer):
     write_rows("rows.jsonl", [{"prompt": "one", "completion": " two"}, {"prompt": "one", "completion": " three four"}])
     options = ["--data", "rows.jsonl", "--reward_model", "rm"]
     model, repetition, total = report_of(capsys, "{reward: reward_model, weight: 2}", "repetition", *options)["components"]
-    scorer = RewardScorer("rm", tokenizer.get_vocab(), dtype="float32", max_tokens=64, normalize=False)
+    scorer = RewardScorer("rm", tokenizer, dtype="float32", max_tokens=64, normalize=False)
     end = tokenizer.eos_token_id
     prompt = tokenizer("one", add_special_tokens=False)["input_ids"]
     ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in (" two", " three four")]
@@ -563,6 +563,27 @@ def test_a_reward_model_is_tried_beside_functions(tmp_path, capsys, tokenizer):
     capsys.readouterr()
     assert main(["reward", "test", "reward_model", "--data", "rows.jsonl"]) == 2
     assert "stands for a reward model, and there is none: set reward_model" in capsys.readouterr().err
+
+
+def test_a_reward_model_with_another_chat_template_is_told_of(tmp_path, capsys, tokenizer):
+    from copy import deepcopy
+
+    from helpers import llama
+
+    from align.encode import set_chat_template
+    from align.scoring import RewardScorer
+
+    def said(learned, policy):
+        own, asked = deepcopy(tokenizer), deepcopy(tokenizer)
+        llama(score_head=True).save_pretrained(tmp_path / "rm")
+        set_chat_template(own, learned)
+        own.save_pretrained(tmp_path / "rm")
+        set_chat_template(asked, policy)
+        RewardScorer("rm", asked, dtype="float32", max_tokens=64, normalize=False)
+        return capsys.readouterr().err
+
+    assert "rm has another chat template than the policy" in said("chatml", "plain")
+    assert said("plain", "plain") == ""
 
 
 @pytest.mark.parametrize("name", BROKEN)

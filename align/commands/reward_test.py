@@ -201,7 +201,7 @@ def _model_scores(
     tokenizer = load_tokenizer(path)
     set_chat_template(tokenizer, "auto")
     normalize = (Path(path) / SCORE_SCALE).is_file()
-    scorer = RewardScorer(path, tokenizer.get_vocab(), dtype="float32", max_tokens=8192, normalize=normalize)
+    scorer = RewardScorer(path, tokenizer, dtype="float32", max_tokens=8192, normalize=normalize)
     encoder = Encoder(tokenizer, None)
     prompts = [encoder.prompt_ids(row.prompt, row.tools) for row in rows]
     if ids is None:  # a written completion ends where its turn or text does: that is where scores are read

@@ -150,7 +150,7 @@ class RewardFields(Fields):
         if self.reward_model is not None:
             scorer = RewardScorer(
                 self.reward_model,
-                tokenizer.get_vocab(),
+                tokenizer,
                 dtype=dtype,
                 max_tokens=max_tokens,
                 normalize=self.normalize_scores,
