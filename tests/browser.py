@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import tempfile
@@ -24,14 +23,10 @@ class Browser:
     def __init__(self, page: Path | str) -> None:
         self.problems: list[str] = []
         self._profile = tempfile.mkdtemp()
-        (theirs_in, self._out), (self._in, theirs_out) = os.pipe(), os.pipe()
-        wire = f'exec 3<&{theirs_in} 4>&{theirs_out} {theirs_in}<&- {theirs_out}>&-; exec chromium "$@"'
-        command = ["bash", "-c", wire, "bash", *FLAGS, f"--user-data-dir={self._profile}", "about:blank"]
-        self._process = subprocess.Popen(
-            command, pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        os.close(theirs_in)
-        os.close(theirs_out)
+        wire = 'exec chromium "$@" 3<&0 4>&1 </dev/null >/dev/null'  # it reads and writes at the pipes 3 and 4
+        command = ["sh", "-c", wire, "sh", *FLAGS, f"--user-data-dir={self._profile}", "about:blank"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen(command, bufsize=0, **pipes)
         self._rest, self._number, self._session = b"", 0, None
         (target,) = [t for t in self._ask("Target.getTargets")["targetInfos"] if t["type"] == "page"]
         self._session = self._ask("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
@@ -46,8 +41,8 @@ class Browser:
     def __exit__(self, *error: Any) -> None:
         self._process.kill()
         self._process.wait()
-        os.close(self._in)
-        os.close(self._out)
+        self._process.stdin.close()
+        self._process.stdout.close()
         shutil.rmtree(self._profile, ignore_errors=True)
 
     def __call__(self, script: str) -> Any:
@@ -67,7 +62,8 @@ class Browser:
     def _ask(self, method: str, **parameters: Any) -> dict[str, Any]:
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
-        os.write(self._out, json.dumps(message | ({"sessionId": self._session} if self._session else {})).encode() + b"\0")
+        message |= {"sessionId": self._session} if self._session else {}
+        self._process.stdin.write(json.dumps(message).encode() + b"\0")
         while True:
             said = self._read()
             if said.get("id") == self._number:
@@ -78,7 +74,7 @@ class Browser:
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
-            part = os.read(self._in, 65536)
+            part = self._process.stdout.read(65536)
             assert part, "the browser has ended"
             self._rest += part
         line, _, self._rest = self._rest.partition(b"\0")
