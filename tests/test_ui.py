@@ -11,13 +11,15 @@ from helpers import llama
 
 from align.artifact import Artifact
 from align.chat.speaker import Decoding
-from align.chat.ui import Speakers, build
+from align.chat.ui import Speakers, build, launch
 from align.cli import main
 from align.commands.ui import policies
 from align.data import load_rows
 from align.models import save_model
 from align.progress import harmless
 from align.registry import Registry
+
+GREEDY = Decoding(8, temperature=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +39,8 @@ def page(folders, tmp_path, request):
     )
     votes = tmp_path / "votes.jsonl"
     names = [str(folders / name) for name in getattr(request, "param", ("one", "two"))]
-    built = build(names, votes=votes, runs=tmp_path / "runs", decoding=Decoding(8, temperature=0.0))
-    _, address, _ = built.launch(prevent_thread_lock=True, quiet=True, share=False, server_name="127.0.0.1")
-    yield address, votes, names
+    built = build(names, votes=votes, runs=tmp_path / "runs", decoding=GREEDY)
+    yield launch(built, "127.0.0.1", wait=False), votes, names
     built.close()
 
 
@@ -171,19 +172,27 @@ def say(page, box, text):
 
 
 def press(page, what):
-    """Click the one visible button or tab of this name."""
-    seen = (
-        f"[...document.querySelectorAll('button')].find(b => b.offsetParent && (b.ariaLabel || b.textContent.trim()) === '{what}')"
-    )
+    """Click the one visible button or tab of this name; gradio measures copies of tabs, which nobody reaches."""
+    named = f"b.offsetParent && b.tabIndex >= 0 && (b.ariaLabel || b.textContent.trim()) === '{what}'"
+    seen = f"[...document.querySelectorAll('button')].find(b => {named})"
     page.wait(seen)
     page(f"{seen}.click()")
+
+
+def choose(page, box, option):
+    """Take an option of the visible dropdown of this name."""
+    found = f"[...document.querySelectorAll('input')].find(i => i.offsetParent && i.ariaLabel === '{box}')"
+    page(f"{found}.dispatchEvent(new Event('focus'))")
+    seen = f"[...document.querySelectorAll('[role=option]')].find(o => o.offsetParent && o.ariaLabel === '{option}')"
+    page.wait(seen)
+    page(f"{seen}.dispatchEvent(new MouseEvent('mousedown', {{bubbles: true}}))")
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's package chromium")
 @pytest.mark.parametrize("button", ["Begin anew", "Clear"])
 def test_an_answer_that_is_still_coming_does_not_outlive_its_conversation(folders, tmp_path, button):
     built = build([str(folders / "one")], votes=tmp_path / "votes.jsonl", runs=tmp_path, decoding=Decoding(480, temperature=0.0))
-    _, address, _ = built.launch(prevent_thread_lock=True, quiet=True, share=False, server_name="127.0.0.1")
+    address = launch(built, "127.0.0.1", wait=False)
     try:
         with Browser(address) as page:
             say(page, "talk-said", "How are you?")
@@ -195,6 +204,35 @@ def test_an_answer_that_is_still_coming_does_not_outlive_its_conversation(folder
             assert "How are you?" not in page("document.querySelector('.bot').closest('[role=log]').textContent")
     finally:
         built.close()
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's package chromium")
+def test_a_conversation_keeps_its_spaces_and_shows_what_turns_letters_round(page):
+    with Browser(page[0]) as tab:
+        say(tab, "talk-said", "if  x:\n\treturn\u202e 1\n    y")
+        tab.wait("document.querySelector('.user')")
+        assert tab("document.querySelector('.user').innerText.trim()") == "if  x:\n\treturn\\u202e 1\n    y"
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's package chromium")
+def test_other_models_leave_nothing_to_vote_on(page):
+    with Browser(page[0]) as tab:
+        press(tab, "Compare blind")
+        say(tab, "compare-said", "How are you?")
+        tab.wait("document.querySelector('#verdict').textContent.includes('Which is better?')")
+        choose(tab, "Model 1", page[2][1])
+        tab.wait("document.querySelector('#verdict').textContent.includes('Votes go to')")
+        assert tab("document.querySelector('#left textarea').value") == ""
+        assert tab("document.querySelector('#vote-left').disabled")
+
+
+def test_the_page_starts_where_a_proxy_is_named_that_does_not_answer(folders, tmp_path, monkeypatch):
+    for name, value in {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "no_proxy": ""}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("NO_PROXY", "")
+    built = build([str(folders / "one")], votes=tmp_path / "v.jsonl", runs=tmp_path, decoding=GREEDY)
+    assert launch(built, "127.0.0.1", wait=False).startswith("http://127.0.0.1:")
+    built.close()
 
 
 def test_nothing_is_sent_home():

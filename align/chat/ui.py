@@ -26,6 +26,8 @@ from align.schema import Message
 
 KEPT = 2
 """Models held in memory."""
+CSS = ".message-content .md { white-space: pre-wrap }"
+"""Code in an answer keeps its indentation."""
 
 
 class Speakers:
@@ -99,8 +101,11 @@ def _messages(system: str, history: list[Message]) -> list[Message]:
 
 
 def _shown(history: list[Message]) -> list[dict[str, str]]:
-    """A conversation as the page shows it. Gradio takes a turn for HTML and would fetch the images in it, so it is escaped."""
-    return [{"role": message.role, "content": html.escape(harmless(message.content))} for message in history]
+    """A conversation as the page shows it. Gradio takes a turn for HTML, and would fetch the images in it, so it is escaped; it
+    takes the indentation from lines, as from a docstring's, so it sees none.
+    """
+    texts = (html.escape(harmless(message.content)).replace("\n", "&#10;").replace("\t", "&#9;") for message in history)
+    return [{"role": message.role, "content": text} for message, text in zip(history, texts, strict=True)]
 
 
 def _chatbot(label: str, height: int) -> gr.Chatbot:
@@ -234,9 +239,21 @@ def _reports(runs: Path) -> None:
     run.change(show, run, page)
 
 
-def launch(page: gr.Blocks, host: str, port: int) -> None:
-    """Serve `page` until it is interrupted. Nothing is shared, and fonts are this machine's."""
+def launch(page: gr.Blocks, host: str, port: int | None = None, *, wait: bool = True) -> str:
+    """Serve `page` until it is interrupted, or, without `wait`, in the background; returns its address. Without a `port` it takes a
+    free one. Nothing is shared, and fonts are this machine's.
+    """
     for name in ("no_proxy", "NO_PROXY"):  # gradio asks its own page whether it is there
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), "localhost", "127.0.0.1", host)))
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    page.launch(server_name=host, server_port=port, share=False, quiet=True, theme=theme, footer_links=[])
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        quiet=True,
+        theme=theme,
+        css=CSS,
+        footer_links=[],
+        prevent_thread_lock=not wait,
+    )
+    return str(page.local_url)
