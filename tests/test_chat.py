@@ -422,6 +422,11 @@ def test_a_wrong_request_is_refused_in_one_line(folders):
         assert post({"prompt": 3}, "/completions").json()["error"]["message"].startswith("prompt: Input should be a valid string")
         assert post({"prompt": "Hi", "max_tokens": 2}, "/completions").status_code == 200
         assert "reads text alone" in post({"input": [{"role": "user", "content": [PICTURE]}]}, "/responses").text
+        assert post({"input": "Hi", "max_output_tokens": 2}, "/responses").json()["status"] == "completed", (
+            "no stream, unless asked"
+        )
+        other = post({**ASKED, "model": "other"})
+        assert (other.status_code, other.json()["error"]["message"]) == (400, "Server is pinned to 'one'; requested 'other'.")
 
 
 def test_a_base_model_that_is_served_takes_no_conversation_and_says_what_to_do(folders, tokenizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -9,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from transformers import PreTrainedTokenizerBase
 
@@ -124,9 +126,12 @@ class Guard:
             if len(content) > MOST:
                 await refusal(413, f"a request has at most {MOST} bytes")(scope, receive, send)
                 return
-        if scope["method"] == "POST" and scope["path"] in REQUESTS and (wrong := self.wrong(REQUESTS[scope["path"]], content)):
-            await refusal(400, wrong)(scope, receive, send)
-            return
+        if scope["method"] == "POST" and scope["path"] in REQUESTS:
+            if wrong := self.wrong(REQUESTS[scope["path"]], content):
+                await refusal(400, wrong)(scope, receive, send)
+                return
+            if scope["path"] == "/v1/responses":  # theirs streams where nothing is said of it, OpenAI's does not
+                content = json.dumps({"stream": False, **json.loads(content)}).encode()
         unread = [{"type": "http.request", "body": content, "more_body": False}]
 
         async def again() -> MutableMapping[str, Any]:
@@ -166,6 +171,10 @@ def guarded(app: FastAPI, tokenizer: PreTrainedTokenizerBase, context: int | Non
     async def misunderstood(_: Request, error: Exception) -> JSONResponse:
         return refusal(400, f"{type(error).__name__}: {first_line(error)}")
 
+    async def refused(_: Request, error: Any) -> JSONResponse:
+        return refusal(error.status_code, error.detail)
+
+    app.add_exception_handler(HTTPException, refused)
     for raised in CLIENTS:
         app.add_exception_handler(raised, misunderstood)
     app.add_middleware(Guard, tokenizer=tokenizer, context=context)
