@@ -226,6 +226,18 @@ def test_other_models_leave_nothing_to_vote_on(page):
         assert tab("document.querySelector('#vote-left').disabled")
 
 
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's package chromium")
+def test_a_run_that_finishes_later_can_be_read(page):
+    runs = page[1].parent / "runs"
+    (runs / "later").mkdir()
+    (runs / "later" / "report.html").write_text("<h1>Later</h1>")
+    with Browser(page[0]) as tab:
+        press(tab, "Reports")
+        tab.wait("document.querySelector('iframe')?.srcdoc.includes('The <em>report</em>')")
+        choose(tab, "Run", "later")
+        tab.wait("document.querySelector('iframe').srcdoc.includes('Later')")
+
+
 def test_the_page_starts_where_a_proxy_is_named_that_does_not_answer(folders, tmp_path, monkeypatch):
     for name, value in {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "no_proxy": ""}.items():
         monkeypatch.setenv(name, value)

@@ -68,7 +68,7 @@ def build(
         with gr.Tab("Compare blind"):
             _compare(names, speakers, settings, votes, draw)
         with gr.Tab("Reports"):
-            _reports(runs)
+            _reports(page, runs)
     return page
 
 
@@ -222,9 +222,9 @@ def _plain(name: str) -> str:
     return html.escape(name).replace("*", "\\*")
 
 
-def _reports(runs: Path) -> None:
+def _reports(page: gr.Blocks, runs: Path) -> None:
     def found() -> list[str]:
-        return sorted(page.parent.name for page in runs.glob("*/report.html"))
+        return sorted(report.parent.name for report in runs.glob("*/report.html"))
 
     def show(name: str | None) -> str:
         if name not in found():
@@ -233,10 +233,14 @@ def _reports(runs: Path) -> None:
         # In a frame of its own, without access to this page.
         return f'<iframe sandbox="allow-scripts" style="width:100%;height:80vh;border:0" srcdoc="{html.escape(text)}"></iframe>'
 
-    names = found()
-    run = gr.Dropdown(names, value=names[0] if names else None, label="Run")
-    page = gr.HTML(show(names[0] if names else None))
-    run.change(show, run, page)
+    def look() -> tuple[Any, str]:
+        names = found()
+        first = names[0] if names else None
+        return gr.update(choices=names, value=first), show(first)
+
+    run, frame = gr.Dropdown([], label="Run"), gr.HTML()
+    run.change(show, run, frame)
+    page.load(look, None, [run, frame], api_visibility="private")  # runs may have finished since the page was built
 
 
 def launch(page: gr.Blocks, host: str, port: int | None = None, *, wait: bool = True) -> str:
