@@ -213,7 +213,7 @@ MISTAKES = {
         "set use_peft, or take 'separate' or 'shared'",
     ),
     "rows without a weight": (PPO + "mine.py:short --ptx_data sft.jsonl", "ptx_data is mixed in with weight ptx_coef, which is 0"),
-    "nothing to mix in": (PPO + "mine.py:short --ptx_coef 0.1", "there are no rows for it: set ptx_data"),
+    "nothing to mix in": (PPO + "mine.py:short --ptx_coef 0.1 --plan", "there are no rows for it: set ptx_data"),
     "k1 in the loss": (PPO + "mine.py:short --kl_in loss", "kl_estimator 'k1' has a gradient of mean zero"),
     "groups that do not fit": (GRPO + "mine.py:short --num_generations 3", r"\(8\) must be a multiple of num_generations \(3\)"),
     "greedy groups": (GRPO + "mine.py:short --temperature 0", "'temperature' is 0: input should be greater than 0"),

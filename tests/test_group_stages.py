@@ -259,6 +259,10 @@ def test_records_go_to_trackers(tmp_path, monkeypatch):
         history.add(1, {"objective/kl": 0.5})
     history.add(2, {"objective/kl": 0.7})
     assert Diary.written == [(1, 0.5)]
+    for words in (["none"], ["all"]):  # as transformers' Trainer reads them; "all" are those that are installed
+        with tracked(history, words, tmp_path):
+            history.add(3, {"objective/kl": 0.9})
+    assert Diary.written == [(1, 0.5)]
 
 
 @pytest.mark.parametrize(("name", "said"), [("tensorbord", "did you mean 'tensorboard'"), ("aim", "is not installed")])

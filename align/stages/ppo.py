@@ -73,6 +73,8 @@ class PPO(
     def _rows_are_mixed_in_by_a_weight(self) -> PPO:
         if self.ptx_data and "ptx_coef" not in self.model_fields_set:
             raise ValueError("ptx_data is mixed in with weight ptx_coef, which is 0 by default: set it, or leave ptx_data out")
+        if self.ptx_coef and not self.ptx_data:
+            raise ValueError("ptx_coef mixes in a language-model loss, and there are no rows for it: set ptx_data")
         return self
 
     @model_validator(mode="after")

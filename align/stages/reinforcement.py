@@ -12,7 +12,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from align.encode import Encoded, Encoder
-from align.errors import AlignError
 from align.forest import Tree
 from align.intake.account import Quarantine
 from align.models import disable_dropout, stop_token_ids
@@ -196,8 +195,6 @@ def _ptx(stage: Any, settings: PPOSettings, tokenizer: PreTrainedTokenizerBase, 
     """Trees of the rows that are mixed in."""
     if not settings.ptx_coef:
         return []
-    if not stage.ptx_data:
-        raise AlignError("ptx_coef mixes in a language-model loss, and there are no rows for it: set ptx_data")
     encoder = Encoder(tokenizer, stage.max_length)
     label = f"{context.name} (ptx)"
     rows = t.read_rows(stage, stage.ptx_data, stage.ptx_rows, label, Quarantine(context.folder / "quarantine_ptx.jsonl"))

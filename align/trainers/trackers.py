@@ -17,12 +17,16 @@ from align.progress import History
 
 @contextmanager
 def tracked(history: History, names: Sequence[str], folder: Path) -> Iterator[None]:
-    """Within, every record of `history` also goes to the trackers `names`, through accelerate.
+    """Within, every record of `history` also goes to the trackers `names`, through accelerate. ``none`` and ``all`` mean what they
+    mean to transformers' Trainer.
 
     Raises:
         AlignError: accelerate knows no such tracker, or its package is not installed.
     """
+    names = [name for name in names if name != "none"]
     for name in names:
+        if name == "all":
+            continue
         if name not in LOGGER_TYPE_TO_CLASS:
             raise AlignError(f"report_to: no tracker {name!r}{near_miss(name, LOGGER_TYPE_TO_CLASS)}")
         if name in LoggerType.list() and name not in get_available_trackers():
@@ -30,7 +34,7 @@ def tracked(history: History, names: Sequence[str], folder: Path) -> Iterator[No
     if not names:
         yield
         return
-    accelerator = Accelerator(log_with=list(names), project_dir=str(folder))
+    accelerator = Accelerator(log_with=names, project_dir=str(folder))
     accelerator.init_trackers("align")
 
     def forward(records: Sequence[dict[str, Any]]) -> None:
