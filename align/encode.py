@@ -220,9 +220,7 @@ class Encoder:
         set_aside: Counter[str] = Counter()
         cut_rows = 0
         for row in self._ahead(rows):
-            ids = self._ids(row.text, special=True)
-            if self._end is not None and ids[-1:] != [self._end]:
-                ids.append(self._end)
+            ids = self._document(row)
             step = self.max_length or max(len(ids), 1)
             blocks = [ids[i : i + step] for i in range(0, len(ids), step)]
             new = [Tree(block, prompt_mask=[True] * len(block)) for block in blocks if len(block) > 1]
@@ -233,6 +231,11 @@ class Encoder:
             elif len(new) < len(blocks):
                 cut_rows += 1
         return Encoded(trees, kept, set_aside, cut_rows, cut_tokens=cut_rows)
+
+    def _document(self, row: TextRow) -> list[int]:
+        """Tokens of a text, with the end token."""
+        ids = self._ids(row.text, special=True)
+        return [*ids, self._end] if self._end is not None and ids[-1:] != [self._end] else ids
 
     def windows(self, rows: Iterable[TextRow], stride: int | None = None) -> Encoded:
         """Documents for measuring: every token but a document's first is a target exactly once, in windows of `max_length` tokens
@@ -248,10 +251,8 @@ class Encoder:
         trees: list[Tree] = []
         kept: list[TextRow] = []
         set_aside: Counter[str] = Counter()
-        for row in rows:
-            ids = self.tokenizer(row.text)["input_ids"]
-            if self.tokenizer.eos_token_id is not None and ids[-1:] != [self.tokenizer.eos_token_id]:
-                ids.append(self.tokenizer.eos_token_id)
+        for row in self._ahead(rows):
+            ids = self._document(row)
             if len(ids) < 2:
                 set_aside["have no token to predict"] += 1
                 continue

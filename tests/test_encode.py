@@ -214,6 +214,13 @@ class TestRawText:
         assert tree.prompt[0] == tokenizer.bos_token_id
         assert tokenizer.bos_token_id not in [*tree.prompt[1:], *tree.branches[0], *tree.branches[1]]
 
+    def test_a_document_is_measured_on_the_tokens_that_it_is_trained_on(self, tokenizer):
+        """One that writes its begin token itself was measured with two."""
+        encoder, rows = Encoder(add_begin(copy.deepcopy(tokenizer))), [TextRow(text="<|bos|>one two")]
+        (trained,), (measured,) = encoder.text(rows).trees, encoder.windows(rows).trees
+        assert measured.prompt == trained.prompt
+        assert measured.prompt.count(tokenizer.bos_token_id) == 1
+
     def test_a_tokenizer_without_an_end_token_is_refused(self, plain):
         plain.tokenizer.eos_token = None
         with pytest.raises(AlignError, match=r"no end token \(eos_token\)"):
