@@ -391,7 +391,8 @@ class TestErrors:
         def broken(completions, **columns):
             return [columns["nothing"]]
 
-        with pytest.raises(AlignError, match="reward 'broken' raised KeyError: 'nothing'") as caught:
+        where = rf"\(test_rewards\.py line {broken.__code__.co_firstlineno + 1}\)"
+        with pytest.raises(AlignError, match=f"reward 'broken' raised KeyError: 'nothing' {where}") as caught:
             score(broken)
         assert isinstance(caught.value.__cause__, KeyError)
 
@@ -399,7 +400,8 @@ class TestErrors:
         async def broken(completions, **columns):
             raise TimeoutError("judge is down")
 
-        with pytest.raises(AlignError, match="reward 'broken' raised TimeoutError: judge is down") as caught:
+        where = rf"\(test_rewards\.py line {broken.__code__.co_firstlineno + 1}\)"
+        with pytest.raises(AlignError, match=f"reward 'broken' raised TimeoutError: judge is down {where}") as caught:
             score(broken)
         assert isinstance(caught.value.__cause__, TimeoutError)
 

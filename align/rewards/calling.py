@@ -8,10 +8,12 @@ import functools
 import inspect
 import signal
 import threading
+import traceback
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from align.errors import AlignError, near_miss
@@ -101,7 +103,13 @@ def raised(name: str, error: BaseException) -> AlignError:
         said = str(error)
     except RAISED:
         said = "it cannot say what"
-    return Failure(f"reward {name!r} raised {type(error).__name__}: {said}")
+    return Failure(f"reward {name!r} raised {type(error).__name__}: {said}{_place(error)}")
+
+
+def _place(error: BaseException) -> str:
+    """The line of the function's file that was at work, behind the calls of this package."""
+    calls = ((Path(frame.f_code.co_filename), line) for frame, line in traceback.walk_tb(error.__traceback__))
+    return next((f" ({file.name} line {line})" for file, line in calls if file.parent != Path(__file__).parent), "")
 
 
 def _too_long(name: str, timeout: float | None) -> str:
