@@ -74,7 +74,7 @@ class Evaluate(Stage, SamplingFields, RewardFields):
     seed: Seed = 0
     """Seed of sampling."""
     on_bad_row: Literal["raise", "quarantine"] = "raise"
-    """`raise` or `quarantine`."""
+    """Stop at a malformed row, or leave it out and say so."""
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Evaluate:
