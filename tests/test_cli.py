@@ -357,7 +357,7 @@ MISTAKES = {
     ),
     "no such config": ("sft --config nothing.yaml", r"--config nothing\.yaml: there is no such file"),
     "bad config": ("sft --config bad.yaml", r"bad\.yaml is not YAML"),
-    "typo in the config": ("sft --config modle.yaml", r"unknown key 'modle' \(did you mean 'model'\?\)"),
+    "typo in the config": ("sft --config modle.yaml", r"--config modle\.yaml: unknown key 'modle' \(did you mean 'model'\?\)"),
     "more epochs than a life has": (SFT + "sft.jsonl --num_train_epochs 1e300", "should be less than or equal to 1000000"),
     "a crowd": (SFT + "sft.jsonl --launch.num_processes 9999", "launch.num_processes: 9999 are too many for this machine"),
     "a flag with one dash": (SFT + "sft.jsonl -lr 1", "'-lr' is not a flag; write --KEY VALUE, or --data=-lr"),

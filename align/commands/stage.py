@@ -76,15 +76,18 @@ def run_stage(options: argparse.Namespace, rest: list[str]) -> int:
         print(_stage_help(options.verb, cls))
         return 0
     fields = _flags(_models_as_flags(rest) if cls is Evaluate else rest, cls, options.verb)
+    where = f"align {options.verb}"
     if "config" in fields:
-        fields = _merged(_config_file(place(fields.pop("config")), cls), fields)
+        config = fields.pop("config")
+        where += f" --config {config}"
+        fields = _merged(_config_file(place(config), cls), fields)
     own = {key: fields.pop(key, None) for key in OWN_FLAGS}
     if verb in PREFERENCE_VERBS:
         if fields.get("loss", verb) != verb:
             raise AlignError(f"`align {verb}` with loss {fields['loss']!r}: use `align preference --loss {fields['loss']}`")
         fields["loss"] = verb
     name = check_name(own["name"] or verb)
-    recipe = Recipe(name, {name: make_stage(cls, fields, f"align {options.verb}")})
+    recipe = Recipe(name, {name: make_stage(cls, fields, where)})
     folder = None if own["output_dir"] is None else place(str(own["output_dir"]))  # `--output_dir` promises exactly this folder
     run = Run(recipe, home() / "stages" if folder is None else folder.parent, folder)
     if own["plan"]:
