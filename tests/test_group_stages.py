@@ -160,13 +160,13 @@ def test_tools_in_a_prompt_are_refused(tokenizer, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ("raises", "reward 'raises' raised RuntimeError: the judge is asleep"),
-        ("wants", "reward 'wants' needs a column 'score'; the rows have: answer, extra"),
+        ("raises", "reward 'raises' raised RuntimeError: the judge is asleep (mine.py line 4)"),
+        ("wants", "reward 'wants' needs a column 'score'; the rows have: answer, extra. The stage '{stage}' would stop there"),
     ],
 )
 def test_a_reward_that_fails_is_one_line_below_the_bar(stage, reward, message, capsys):
     assert main(f"{stage} {COMMAND} --held_out 0 --reward_funcs mine.py:{reward}".split()) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == f"align: error: {stage}: {message}"
+    assert capsys.readouterr().err.splitlines()[-1] == f"align: error: {stage}: {message.format(stage=stage)}"
     assert Registry().all() == []
 
 

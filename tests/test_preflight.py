@@ -306,6 +306,16 @@ def test_answers_that_nothing_judges_are_found_before_the_policy_is_trained(fold
     assert findings(sft=sft(), after=stage(**asked, reward_funcs=["repetition"])) == []
 
 
+@pytest.mark.parametrize("stage", [PPO, GRPO])
+def test_a_column_that_a_reward_lacks_is_found_before_the_policy_is_trained(folder, stage):
+    """The run met it only when the stage itself had begun, after all that it stands on."""
+    fields = {"model": "sft", "data": "prompts.jsonl", "reward_funcs": ["exact_match"]}
+    write_rows("prompts.jsonl", [{"prompt": f"{i} {noun}?", "answers": "yes"} for i, noun in enumerate(NOUNS)])
+    with pytest.raises(AlignError, match=r"last: reward 'exact_match' needs a column 'answer' \(did you mean 'answers'"):
+        Run(Recipe("t", {"sft": sft(), "last": stage(**fields)}), Path("runs")).execute()
+    assert not list(Path("runs").glob("sft-*"))
+
+
 def test_a_model_that_is_yet_to_be_trained_speaks_through_its_base(folder):
     """The tokenizer and the template of a stage's output are known before it runs."""
     folder.chat_template = None

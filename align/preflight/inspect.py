@@ -18,6 +18,8 @@ from align.preflight.subject import ROWS, NotYet, Planned, Subject, subject
 from align.progress import say
 from align.runner.files import write_atomically
 from align.schema import Row
+from align.scoring import row_columns
+from align.stages.sampling import RewardFields
 
 
 @dataclass
@@ -71,6 +73,10 @@ def _inspect(step: Planned, plan: Sequence[Planned], machine: Machine | None, sa
     try:
         step.stage.check()
         seen = subject(step, plan)
+        # A column may come in rows that were not looked at.
+        if seen is not None and isinstance(step.stage, RewardFields) and not seen.capped:
+            rows: list[Any] = [*seen.rows, *seen.held_out]
+            step.stage.reward_set(row_columns(rows))
     except NotYet as reason:
         return Looked(step.name, f"not looked at yet: {reason}")
     except AlignError as error:

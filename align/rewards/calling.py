@@ -54,7 +54,10 @@ def refuse_missing_columns(name: str, function: RewardFunction, columns: Collect
                     f"reward {name!r} wants {p.name!r}, which TRL's trainer passes and nothing here does: give it a default"
                 )
             known = ", ".join(columns) or "none"
-            raise AlignError(f"reward {name!r} needs a column {p.name!r}{near_miss(p.name, columns)}; the rows have: {known}")
+            answers = "" if "completions" in parameters_of(function) else "; answers come as `completions` (docs/rewards.md)"
+            raise AlignError(
+                f"reward {name!r} needs a column {p.name!r}{near_miss(p.name, columns)}; the rows have: {known}{answers}"
+            )
 
 
 def arguments_for(name: str, function: RewardFunction, own: Mapping[str, Any], columns: Mapping[str, Any]) -> dict[str, Any]:
