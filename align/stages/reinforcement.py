@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from align.encode import Encoded, Encoder
+from align.errors import AlignError
 from align.forest import Tree
 from align.intake.account import Quarantine
 from align.models import disable_dropout, stop_token_ids
