@@ -153,10 +153,10 @@ def _module(path: Path) -> Any:
             sys.path.append(beside)
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
-        assert spec.loader is not None
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(module)
+            # Not by its loader, whose bytecode cache can miss a quick edit.
+            exec(compile(path.read_bytes(), path.resolve(), "exec", dont_inherit=True), vars(module))
         except Exception as error:
             del sys.modules[name]
             raise AlignError(f"running the recipe {path} failed{_told(error, path)}") from error

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import assert_close
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
@@ -71,7 +70,8 @@ def test_two_processes_train_as_one(strategy, tmp_path, monkeypatch):
             ours, theirs = weights(two), weights(one)
             assert ours.keys() == theirs.keys()
             for key, tensor in ours.items():
-                assert_close(tensor, theirs[key], rel=1e-2, what=f"{name}: {key}")  # AdamW blows rounding up
+                # As a whole: AdamW blows the rounding of single gradients up that are next to nothing.
+                assert (tensor - theirs[key]).norm() <= 2e-3 * theirs[key].norm(), f"{name}: {key}"
 
         assert_same()
     launch.cut_back(two, 2)

@@ -19,7 +19,6 @@ from align.progress import say
 from align.runner.files import write_atomically
 from align.schema import Row
 from align.scoring import row_columns
-from align.stages.sampling import RewardFields
 
 
 @dataclass
@@ -74,7 +73,7 @@ def _inspect(step: Planned, plan: Sequence[Planned], machine: Machine | None, sa
         step.stage.check()
         seen = subject(step, plan)
         # A column may come in rows that were not looked at.
-        if seen is not None and isinstance(step.stage, RewardFields) and not seen.capped:
+        if seen is not None and hasattr(step.stage, "reward_set") and not seen.capped:
             rows: list[Any] = [*seen.rows, *seen.held_out]
             step.stage.reward_set(row_columns(rows))
     except NotYet as reason:
