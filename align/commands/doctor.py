@@ -23,18 +23,18 @@ def add(verbs: Any) -> None:
 
 
 def doctor(options: argparse.Namespace) -> int:
-    from align.diagnostics.doctor import diagnose, patients, verdict, write_prescription
+    from align.diagnostics.doctor import diagnose, patients, verdicts, write_prescription
     from align.progress import say
 
     found = patients(options.run)
     findings = {name: said for name, said in diagnose(found).items() if said or _trains(found, name)}
-    verdicts = {patient.name: verdict(patient, findings[patient.name]) for patient in found if patient.name in findings}
+    words = verdicts(found, findings)
     if options.json:
-        rows = [{"stage": n, "verdict": verdicts[n], "findings": [x.as_dict() for x in f]} for n, f in findings.items()]
+        rows = [{"stage": n, "verdict": words[n], "findings": [x.as_dict() for x in f]} for n, f in findings.items()]
         print(json.dumps(rows, indent=1))
     elif findings:
-        print(as_text(findings, verdicts))
-        if unclear := [name for name, word in verdicts.items() if word == "unclear"]:
+        print(as_text(findings, words))
+        if unclear := [name for name, word in words.items() if word == "unclear"]:
             say(f"{', '.join(unclear)}: too few steps are logged for the rules to see anything; a lower logging_steps shows more")
     else:
         say(f"{options.run}: none of its stages trains, so there is nothing to say")

@@ -121,11 +121,15 @@ def logged(patient: Patient) -> int:
     return len({record["step"] for record in json_lines(patient.folder / "metrics.jsonl", numbers=["step"])} - {0})
 
 
-def verdict(patient: Patient, findings: Sequence[Finding]) -> str:
-    """The word for a stage: that of its first finding, else ``good``, or ``unclear`` where too little is logged to tell."""
-    if findings:
-        return findings[0].verdict
-    return "good" if logged(patient) >= ENOUGH else "unclear"
+def verdicts(found: Iterable[Patient], findings: Mapping[str, Sequence[Finding]]) -> dict[str, str]:
+    """The word for each stage in `findings`: that of its first one, else ``good``, or ``unclear`` where too little is logged."""
+
+    def word(patient: Patient) -> str:
+        if findings[patient.name]:
+            return findings[patient.name][0].verdict
+        return "good" if logged(patient) >= ENOUGH else "unclear"
+
+    return {patient.name: word(patient) for patient in found if patient.name in findings}
 
 
 # -- the recipe that follows the advice -----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from align.forest import Tree
 from align.preflight.labels import suspicious
 from align.preflight.subject import Subject
 from align.quality.overlap import Overlap
-from align.quality.rules import contradictory_pairs, empty, exact_duplicates, mojibake_rows
+from align.quality.rules import Rule, contradictory_pairs, empty, exact_duplicates, mojibake_rows
 from align.quality.texts import texts
 from align.schema import PreferenceRow, Row
 
@@ -209,25 +209,21 @@ def duplicates(subject: Subject) -> Iterator[Finding]:
 @checks.add
 def empty_texts(subject: Subject) -> Iterator[Finding]:
     """Answers without a letter or a digit: a model learns from them to say nothing."""
-    found = list(empty(subject.rows))
-    if subject.rows and len(found) / len(subject.rows) > EMPTY:
-        yield _warn(
-            "empty_texts",
-            f"{_of(len(found), len(subject.rows))} hold nothing to learn, first row {found[0][0] + 1}: {found[0][1]}",
-            "`align data clean` takes these rows out",
-        )
+    yield from _many(subject, empty, EMPTY, "empty_texts", "hold nothing to learn", "`align data clean` takes these rows out")
 
 
 @checks.add
 def mojibake(subject: Subject) -> Iterator[Finding]:
     """Text that was decoded wrongly."""
-    found = list(mojibake_rows(subject.rows))
-    if subject.rows and len(found) / len(subject.rows) > GARBLED:
-        yield _warn(
-            "mojibake",
-            f"{_of(len(found), len(subject.rows))} have garbled characters, first row {found[0][0] + 1}: {found[0][1]}",
-            "Decode the source as UTF-8, or `align data clean` takes these rows out",
-        )
+    advice = "Decode the source as UTF-8, or `align data clean` takes these rows out"
+    yield from _many(subject, mojibake_rows, GARBLED, "mojibake", "have garbled characters", advice)
+
+
+def _many(subject: Subject, rule: Rule, share: float, check: str, what: str, advice: str) -> Iterator[Finding]:
+    """The finding where the cleaning `rule` names more than this share of the rows."""
+    found = list(rule(subject.rows))
+    if subject.rows and len(found) / len(subject.rows) > share:
+        yield _warn(check, f"{_of(len(found), len(subject.rows))} {what}, first row {found[0][0] + 1}: {found[0][1]}", advice)
 
 
 @checks.add

@@ -16,7 +16,7 @@ import yaml
 
 from align.artifact import Artifact
 from align.diagnostics.case import figure
-from align.diagnostics.doctor import CURVATURE, Patient, diagnose, verdict
+from align.diagnostics.doctor import CURVATURE, Patient, diagnose, verdicts
 from align.progress import duration, harmless
 from align.report import compare, draw
 from align.report.answers import payload, samples
@@ -39,7 +39,6 @@ def gathered(out: Path, results: Mapping[str, Any], stages: Mapping[str, Artifac
     patients = [Patient(stage, a.stage, a.config, Path(a.path), a) for stage, a in stages.items()]
     trained = [patient for patient in patients if "learning_rate" in patient.config]
     findings = {stage: said for stage, said in diagnose(patients).items() if said or any(p.name == stage for p in trained)}
-    verdicts = {patient.name: verdict(patient, findings[patient.name]) for patient in patients if patient.name in findings}
     return {
         **results,
         "artifacts": stages,
@@ -55,7 +54,7 @@ def gathered(out: Path, results: Mapping[str, Any], stages: Mapping[str, Artifac
         "forgotten": compare.forgetting(stages, models),
         "judges": compare.judges(stages, models),
         "findings": findings,
-        "verdicts": verdicts,
+        "verdicts": verdicts(patients, findings),
         "preflight": preflight(out),
         "curvature": {stage: found for stage, a in stages.items() if (found := json_record(Path(a.path) / CURVATURE))},
         "answered": answered,
