@@ -109,16 +109,21 @@ def test_a_model_on_the_forest_multiplies_by_it(monkeypatch):
 
 @pytest.mark.parametrize(
     ("capability", "maker", "expected"),
-    [("AVX512", "AuthenticAMD", True), ("AVX512", "GenuineIntel", False), ("AVX2", "AuthenticAMD", False)],
+    [
+        ("AVX512", "AuthenticAMD", (True, True)),
+        ("AVX512", "GenuineIntel", (False, False)),
+        ("AVX2", "AuthenticAMD", (False, True)),
+        ("DEFAULT", "AuthenticAMD", (False, False)),
+    ],
 )
-def test_it_is_used_where_mkl_has_no_products_for_the_processor(capability, maker, expected, monkeypatch, tmp_path):
+def test_it_is_used_on_the_processors_where_mkl_is_slow(capability, maker, expected, monkeypatch, tmp_path):
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
     monkeypatch.setattr(onednn, "CPU_INFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert onednn.faster.__wrapped__() is expected
+    assert (onednn.faster.__wrapped__(), onednn.faster_packed.__wrapped__()) == expected
     (tmp_path / "cpuinfo").unlink()
     monkeypatch.setattr("platform.processor", lambda: f"Family 25, {maker}")
-    assert onednn.faster.__wrapped__() is expected
+    assert (onednn.faster.__wrapped__(), onednn.faster_packed.__wrapped__()) == expected
 
 
 GROWTH = """

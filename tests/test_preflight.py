@@ -485,10 +485,10 @@ def test_what_memory_grows_with(monkeypatch):
     assert peak([replace(full, bf16=True)], forest_of(40)) < one
     assert peak([replace(full, gpu=False)], forest_of(40)) > one
     matrices = sum(module.weight.numel() for module in llama().modules() if isinstance(module, torch.nn.Linear))
-    monkeypatch.setattr(onednn, "faster", lambda: True)
+    monkeypatch.setattr(onednn, "faster_packed", lambda: True)
     assert replace(full, gpu=False).packed == 4 * matrices
     assert full.packed == replace(full, gpu=False, bf16=True).packed == replace(full, gpu=False, dtype="bfloat16").packed == 0
-    monkeypatch.setattr(onednn, "faster", lambda: False)
+    monkeypatch.setattr(onednn, "faster_packed", lambda: False)
     assert replace(full, gpu=False).packed == 0
     lora = replace(full, tuning=Tuning("lora", {"r": 2}))
     assert lora.gradients < full.gradients / 5

@@ -510,7 +510,7 @@ def test_stories260k_tells_its_story(real):
 @pytest.mark.parametrize("family", NAMED)
 def test_packed_layers_are_the_plain_ones_up_to_rounding(family, monkeypatch):
     """With and without bias, GPT-2's, which hold their weights the other way round, and heads that are the embedding."""
-    monkeypatch.setattr(onednn, "faster", lambda: True)
+    monkeypatch.setattr(onednn, "faster_packed", lambda: True)
     model = build(FOREST[family][0], **FOREST[family][1])
     ids = torch.tensor([prompts_of()[1]])
     with torch.inference_mode():
@@ -529,7 +529,7 @@ def test_what_is_not_packed(monkeypatch):
     """Models in 16 bits or under autocast, few passes, layers with a forward of their own, what memory has no room for, and
     anything where MKL is as fast.
     """
-    monkeypatch.setattr(onednn, "faster", lambda: True)
+    monkeypatch.setattr(onednn, "faster_packed", lambda: True)
 
     def packed(model, passes=WORTH_PASSES):
         with packed_linears(model, passes):
@@ -548,12 +548,12 @@ def test_what_is_not_packed(monkeypatch):
     del first.forward
     monkeypatch.setattr("align.rollout.packed.MOST_BYTES", first.weight.nbytes + model.get_submodule(everything[1]).weight.nbytes)
     assert packed(model) == everything[:2]
-    monkeypatch.setattr(onednn, "faster", lambda: False)
+    monkeypatch.setattr(onednn, "faster_packed", lambda: False)
     assert packed(model) == []
 
 
 def test_layers_are_plain_again_after_an_error(monkeypatch):
-    monkeypatch.setattr(onednn, "faster", lambda: True)
+    monkeypatch.setattr(onednn, "faster_packed", lambda: True)
     model = llama()
     with pytest.raises(ValueError, match="1 layers"), packed_linears(model, WORTH_PASSES):
         raise ValueError(f"{sum(layer is model.lm_head for layer in model.modules() if 'forward' in vars(layer))} layers")

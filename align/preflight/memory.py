@@ -209,7 +209,7 @@ class Skeleton:
     @cached_property
     def packed(self) -> float:
         """Bytes of the copies of its layers that a CPU samples with (`align.rollout.packed`)."""
-        if self.gpu or self.bf16 or self.dtype != "float32" or not onednn.faster():
+        if self.gpu or self.bf16 or self.dtype != "float32" or not onednn.faster_packed():
             return 0.0
         weights = {module.weight for module in self.model.modules() if isinstance(module, nn.Linear | Conv1D)}
         return float(min(MOST_BYTES, sum(weight.nbytes for weight in weights)))

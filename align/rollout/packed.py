@@ -25,7 +25,7 @@ FORWARDS = (nn.Linear.forward, onednn.Linear.forward, Conv1D.forward)
 
 @contextmanager
 def packed_linears(model: nn.Module, passes: int) -> Iterator[None]:
-    """Within, the fp32 layers of a model on a CPU multiply by packed copies of their weights, where oneDNN is the faster one.
+    """Within, the fp32 layers of a model on a CPU multiply by packed copies of their weights, where that is faster.
     Results are those of the plain layers up to rounding. The weights must not change within.
 
     Args:
@@ -52,7 +52,7 @@ def packed_linears(model: nn.Module, passes: int) -> Iterator[None]:
 
 def _layers(model: nn.Module) -> Iterator[Any]:
     """Those that can be packed: the weight of a shard, for one, is no plain parameter."""
-    if not onednn.faster() or torch.is_autocast_enabled("cpu"):
+    if not onednn.faster_packed() or torch.is_autocast_enabled("cpu"):
         return
     for layer in model.modules():
         if getattr(layer, "merged", False) and getattr(layer, "disable_adapters", False):
