@@ -30,7 +30,7 @@ CASES = {
         ("dpo", "dora", {}),
         ("reward", "lora", {}),
         ("reward", "ia3", {}),
-        ("kto", "lora", {}),
+        ("kto", "lora", {"undesirable_weight": 0.1}),  # so that its z₀, of mismatched answers, is above 0
         ("kto", "pissa", {}),
     ],
     "ddp": [("sft", "adapter", {}), ("dpo", "lora", {}), ("dpo", "prefix", {}), ("reward", "ptuning", {}), ("kto", "pissa", {})],
@@ -50,10 +50,10 @@ def test_two_processes_train_as_one(strategy, tmp_path, monkeypatch):
     stages, tasks = {}, []
     for name, tuning, more in CASES[strategy]:
         fields = {**made[name].model_dump(exclude_unset=True), "tuning": tuning, "learning_rate": 3e-3, **more}
-        stages[f"{name}-{tuning}"] = type(made[name]).model_validate(fields)
+        stages[f"{name}-{tuning}"] = stage = type(made[name]).model_validate(fields)
         (folder := tmp_path / f"{name}-{tuning}").mkdir()
-        fields["per_device_train_batch_size"] //= 2
-        tasks.append((made[name].stage, fields, str(folder)))
+        two = launch.on_two(stage, strategy).model_dump(exclude_unset=True)
+        tasks.append((stage.stage, two, str(folder)))
     (tmp_path / "tasks.json").write_text(json.dumps(tasks))
     script = [str(Path(__file__).parent / "launched.py"), str(tmp_path / "tasks.json")]
     paths = os.pathsep.join(path for path in sys.path if path)
