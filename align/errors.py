@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class AlignError(Exception):
@@ -22,6 +23,15 @@ class DiskFull(AlignError):
 
 class StageFailed(AlignError):
     """A stage ended for another reason than a mistake in its input; its log tells more. Exit code 1."""
+
+
+@contextmanager
+def told_of(where: str) -> Iterator[None]:
+    """Have an `AlignError` that is raised within begin with `where` it was."""
+    try:
+        yield
+    except AlignError as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 def near_miss(word: str, options: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -23,12 +23,14 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from align.errors import AlignError, near_miss
+from align.errors import AlignError, near_miss, told_of
 from align.registry import check_name
 from align.stages import Stage, stages
 from align.stages.config import MADE, Reference
 
 Build = Callable[..., "Recipe"]
+SUFFIXES = (".py", ".yaml", ".yml")
+"""Of the files that recipes are written in."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def in_order(needs: Mapping[str, set[str]], recipe: str) -> list[str]:
     while waiting:
         ready = [name for name in waiting if not needs[name] & waiting.keys()]
         if not ready:
+            while behind := [name for name in waiting if not any(name in needs[other] for other in waiting)]:
+                waiting = {name: None for name in waiting if name not in behind}
             raise AlignError(f"recipe {recipe!r}: these stages need each other in a circle: {', '.join(waiting)}")
         order.append(ready[0])
         del waiting[ready[0]]
@@ -132,10 +136,12 @@ def find_recipe(source: str) -> Path:
     """The file of a recipe: a path, or a name in ``pipelines/``."""
     shipped = _root() / "pipelines"
     for path in (Path(source), shipped / f"{source}.py"):
-        if path.is_file() and path.suffix in {".py", ".yaml", ".yml"}:
+        if path.is_file() and path.suffix in SUFFIXES:
             return path
     names = sorted(path.stem for path in shipped.glob("*.py"))
-    raise AlignError(f"no recipe {source!r}{near_miss(source, names)}: neither a .py or .yaml file nor one of {', '.join(names)}")
+    beside = [str(path) for path in Path(source).parent.glob("*.*") if path.suffix in SUFFIXES]
+    guess = near_miss(source, [*names, *beside])
+    raise AlignError(f"no recipe {source!r}{guess}: neither a .py or .yaml file nor one of {', '.join(names)}")
 
 
 def _root() -> Path:
@@ -183,22 +189,31 @@ def from_yaml(path: Path) -> Recipe:
         AlignError: a key is missing or unknown.
     """
     raw = read_yaml(path)
-    if not isinstance(raw, dict) or not isinstance(raw.get("stages"), dict):
+    if not isinstance(raw, dict):
         raise AlignError(f"{path}: expected a mapping with `name` and `stages`")
+    if isinstance(raw.get("stage"), str):
+        raise AlignError(f"{path} has the fields of one stage; `align {raw['stage']} --config {path}` runs it")
     known = ("name", "stages", "launch")
-    for key in raw.keys() - set(known):
-        raise AlignError(
-            f"{path}: unknown key {key!r}{near_miss(str(key), known)}; a recipe has `name`, `stages` and perhaps `launch`"
-        )
+    for key in raw:
+        if key not in known:
+            raise AlignError(
+                f"{path}: unknown key {key!r}{near_miss(str(key), known)}; a recipe has `name`, `stages` and perhaps `launch`"
+            )
+    if not isinstance(raw.get("stages"), dict):
+        found = f"is {raw['stages']!r}" if "stages" in raw else "is missing"
+        raise AlignError(f"{path}: `stages` {found}; expected names of stages, each with its `stage` and its fields")
     built = {}
     for name, fields in raw["stages"].items():
-        if not isinstance(fields, dict) or not isinstance(fields.get("stage"), str):
-            raise AlignError(f"{path}: stage {name!r} needs a key `stage`, one of: {', '.join(stages)}")
-        cls = stages[fields["stage"]]
+        where = f"{path}, stage {name!r}"
+        if not isinstance(fields, dict) or "stage" not in fields:
+            raise AlignError(f"{where}: it needs a key `stage`, one of: {', '.join(stages)}")
+        with told_of(where):
+            cls = stages[str(fields["stage"])]
         common = {"launch": raw["launch"]} if "launch" in raw and "launch" in cls.model_fields else {}
         rest = {key: value for key, value in fields.items() if key != "stage"}
-        built[name] = make_stage(cls, {**common, **rest}, f"{path}, stage {name!r}")
-    return Recipe(raw.get("name", path.stem), built)
+        built[name] = make_stage(cls, {**common, **rest}, where)
+    with told_of(str(path)):
+        return Recipe(raw.get("name", path.stem), built)
 
 
 def make_stage(cls: type[Stage], fields: Mapping[str, Any], where: str) -> Stage:
@@ -271,12 +286,21 @@ def _explain(error: ValidationError) -> str:
     problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = [name for stage in stages if stages[stage].__name__ == error.title for name in stages[stage].model_fields]
-        return f"unknown key {key!r}{near_miss(key, known)}"
+        *above, last = problem["loc"]
+        known = [name for stage in stages if stages[stage].__name__ == error.title for name in _keys(stages[stage], above)]
+        return f"unknown key {key!r}{near_miss(str(last), known)}"
     if problem["type"] == "missing":
         return f"{key!r} is missing: it must be set"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key!r} is {problem['input']!r}: {message[0].lower()}{message[1:]}" if key else message
+
+
+def _keys(cls: type[BaseModel], above: Sequence[int | str]) -> list[str]:
+    """The keys of `cls`, or of what lies below the fields `above`."""
+    for field in above:
+        kinds = get_args(cls.model_fields[str(field)].annotation)
+        cls = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return list(cls.model_fields)
 
 
 def apply(build: Build, assignments: Mapping[str, str], where: str) -> Recipe:
@@ -297,13 +321,13 @@ def apply(build: Build, assignments: Mapping[str, str], where: str) -> Recipe:
     for key, value in sorted(assignments.items(), key=lambda item: item[0].count(".")):  # a whole mapping before its entries
         if "." not in key:
             continue
-        name, _, field = key.partition(".")
+        name = key.partition(".")[0]
         if name not in recipe.stages:
             raise AlignError(f"--set {key}: recipe {recipe.name!r} has no stage {name!r}{near_miss(name, recipe.stages)}")
         fields = changed.setdefault(name, {})
         together = [other.partition(".")[2] for other in assignments if other.startswith(f"{name}.")]
         by_field(type(recipe.stages[name]), dict.fromkeys(together), f"--set {key}")
-        fields |= _nested(recipe.stages[name], fields, field, value)
+        fields |= _nested(recipe.stages[name], fields, key, value)
     # Fields of one stage are judged together: what each asks of the others may be set by a later one.
     made = {
         name: make_stage(
@@ -317,8 +341,8 @@ def apply(build: Build, assignments: Mapping[str, str], where: str) -> Recipe:
 
 
 def _nested(stage: Stage, changed: Mapping[str, Any], key: str, text: str) -> dict[str, Any]:
-    """``architecture.hidden_size`` changes one entry of a mapping: that of `stage`, or what it was `changed` to."""
-    name, _, entry = key.partition(".")
+    """``base.architecture.hidden_size`` changes one entry of a mapping: that of `stage`, or what it was `changed` to."""
+    name, _, entry = key.partition(".")[2].partition(".")
     name = field_name(type(stage), name)
     if not entry:
         return {name: field_value(type(stage), name, text)}
@@ -379,8 +403,17 @@ def read_yaml(path: Path) -> Any:
     """
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Yaml)
+    except yaml.MarkedYAMLError as error:
+        raise AlignError(f"{path} is not YAML: {_marked(error)}") from error
     except (yaml.YAMLError, ValueError) as error:  # a ValueError: bytes that are no text, or 2026-02-30
         raise AlignError(f"{path} is not YAML: {error}") from error
+
+
+def _marked(error: yaml.MarkedYAMLError) -> str:
+    """What PyYAML says, with lines and columns, and without the drawing of them, which takes lines of its own."""
+    parts = ((error.context, error.context_mark), (error.problem, error.problem_mark))
+    told = [f"{text} (line {mark.line + 1}, column {mark.column + 1})" if mark else text for text, mark in parts if text]
+    return ", ".join(told)
 
 
 def parse_value(text: str) -> Any:

@@ -7,16 +7,16 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from align.artifact import BEGUN, Artifact, read_artifact
 from align.data import fingerprint
-from align.errors import AlignError
+from align.errors import AlignError, told_of
 from align.recipe import Recipe, reference_fields, references
-from align.registry import Registry, Resolved, home
+from align.registry import Registry, home
 from align.rewards import reward_fingerprint
 from align.runner.code import code_of
 from align.runner.files import write_atomically
@@ -108,14 +108,6 @@ class Planner:
             steps[name] = self.resolve(name, steps)
         return list(steps.values())
 
-    def _resolve(self, name: str, reference: str) -> Resolved:
-        """A model that is no stage's. Where there is none, it may be the name of a stage, misspelt."""
-        others = [other for other in self.recipe.stages if other != name]
-        try:
-            return self.registry.resolve(reference, others)
-        except AlignError as error:
-            raise AlignError(f"stage {name!r}: {error}" if others else str(error)) from error
-
     def resolve(self, name: str, earlier: Mapping[str, Step]) -> Step:
         """The stage `name`, given those that it needs.
 
@@ -124,7 +116,8 @@ class Planner:
         """
         stage = self.recipe.stages[name]
         refuse_uneven(name, stage)
-        found = self._look_up(name, earlier)
+        with told_of(f"stage {name!r}") if len(self.recipe.stages) > 1 else nullcontext():
+            found = self._look_up(name, earlier)
         fields = [(key, value) for key, kind, value in reference_fields(stage) if kind in MADE]
         code = code_of(type(stage))
         config = stage.essence() | {key: _map(value, found.inputs) for key, value in fields}
@@ -152,7 +145,7 @@ class Planner:
 
     def _look_up(self, name: str, earlier: Mapping[str, Step]) -> _Found:
         """What the references of the stage `name` mean now."""
-        found = _Found()
+        found, others = _Found(), [other for other in self.recipe.stages if other != name]
         for kind, reference in references(self.recipe.stages[name]):
             owner = self.recipe.stage_of(kind, reference)
             if owner is not None:
@@ -160,7 +153,7 @@ class Planner:
                 found.places[reference], found.inputs[reference] = str(step.folder) + rest, step.identity + rest
                 found.parents[reference] = step.done.reference if step.done else f"{self.recipe.name}-{owner}"
             elif kind == "model":
-                resolved = self._resolve(name, reference)
+                resolved = self.registry.resolve(reference, others)  # where there is none, it may be a stage, misspelt
                 path, artifact = resolved.path, resolved.artifact
                 found.places[reference] = path
                 found.inputs[reference] = artifact.identity if artifact else self._fingerprint(kind, path)
