@@ -369,6 +369,9 @@ def test_the_served_answer_is_the_local_greedy_one_or_drawn_as_asked(folders, na
         draws = [client.chat.completions.create(**asks, temperature=1.0, seed=seed) for seed in (1, 1, 2, 3)]
         again, first, *others = [draw.choices[0].message.content for draw in draws]
         listed = [model.id for model in client.models.list()]
+        assert client.models.retrieve(name).id == name
+        with pytest.raises(openai.NotFoundError, match="there is no model 'a/b' here, only"):
+            client.models.retrieve("a/b")
     assert not list(tmp_path.glob("align-serve-*")), "the copy that was served is gone with the server"
     assert listed == [name]
     assert again == first, "one seed, one answer"
@@ -384,6 +387,7 @@ REFUSED = {
     "nothing asked": ({}, 400, "messages: Field required"),
     "no message": ({**ASKED, "messages": []}, 400, "messages: List should have at least 1 item"),
     "no role": ({"messages": [{"content": "Hi"}]}, 400, "messages.0.role: Field required"),
+    "a role that is none": ({"messages": [{"role": "User", "content": "Hi"}]}, 400, "messages.0.role: Input should be 'system', "),
     "a text for a list": ({"messages": "Hi"}, 400, "messages: Input should be a valid array"),
     "no tokens": ({**ASKED, "max_tokens": -1}, 400, "max_tokens: Input should be greater than or equal to 1"),
     "words for a number": ({**ASKED, "temperature": "hot"}, 400, "temperature: Input should be a valid number"),

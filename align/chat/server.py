@@ -67,7 +67,9 @@ class _Request(_Body):
 
 
 class _Turn(_Body):
-    role: str
+    role: Literal[
+        "system", "developer", "user", "assistant", "tool", "function"
+    ]  # OpenAI's; a template writes any that it is given
     content: str | list[dict[str, Any]] | None = None
 
 
@@ -165,8 +167,15 @@ def refusal(status: int, message: str) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status)
 
 
-def guarded(app: FastAPI, tokenizer: PreTrainedTokenizerBase, context: int | None, host: str) -> FastAPI:
-    """`app` behind a `Guard`; at an address of this machine it answers to no other name."""
+def guarded(app: FastAPI, tokenizer: PreTrainedTokenizerBase, context: int | None, host: str, served: dict[str, Any]) -> FastAPI:
+    """`app` behind a `Guard`, with an address for the one model that is `served`; at one of this machine it answers to no other
+    name.
+    """
+
+    def model(name: str) -> dict[str, Any]:
+        if name != served["id"]:
+            raise HTTPException(404, f"there is no model {name!r} here, only {served['id']!r}")
+        return served
 
     async def misunderstood(_: Request, error: Exception) -> JSONResponse:
         return refusal(400, f"{type(error).__name__}: {first_line(error)}")
@@ -174,6 +183,7 @@ def guarded(app: FastAPI, tokenizer: PreTrainedTokenizerBase, context: int | Non
     async def refused(_: Request, error: Any) -> JSONResponse:
         return refusal(error.status_code, error.detail)
 
+    app.add_api_route("/v1/models/{name:path}", model)
     app.add_exception_handler(HTTPException, refused)
     for raised in CLIENTS:
         app.add_exception_handler(raised, misunderstood)

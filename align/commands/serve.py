@@ -141,7 +141,7 @@ def _transformers(options: argparse.Namespace, name: str) -> int:
     context = getattr(config, "max_position_embeddings", None)
     build = server.build_server
     server.build_server = lambda *parts, **more: guarded(
-        build(*parts, **more), tokenizer, context if context and context > 0 else None, options.host
+        build(*parts, **more), tokenizer, context if context and context > 0 else None, options.host, served
     )
     common = {"host": options.host, "port": options.port, "dtype": options.dtype}
     Serve(force_model=name, trust_remote_code=options.trust_remote_code, **common)
