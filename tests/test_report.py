@@ -16,7 +16,7 @@ from align.errors import AlignError
 from align.progress import duration
 from align.report import compare, draw, pages, tables, write_report
 from align.report.answers import payload
-from align.report.curves import Journey, journeys, panels
+from align.report.curves import Journey, Panel, Series, journeys, panels
 from align.report.road import Stop, diagram, stops
 from align.runner.locks import lock
 
@@ -632,6 +632,14 @@ def test_a_long_name_leaves_room_in_a_plot():
     assert "long-a<" in drawn
     assert "long-b<" in drawn
     assert "long-" * 4 not in drawn
+
+
+def test_a_plot_of_a_loss_that_hardly_moves_has_whole_numbers_at_its_axis():
+    """DPO's starts at ln 2, and at its usual rates the first logged ones differ by 1e-5."""
+    points = [(0.0, 0.693147), (8.0, 0.693124)]
+    drawn = draw.curve(Panel("loss", [Series("train", points, 0)]), 1)
+    assert ">0.693148<" in drawn
+    assert "e−" not in drawn
 
 
 def test_a_plot_of_ppos_way_names_what_goes_up():
