@@ -237,6 +237,10 @@ def test_pushed_and_pulled_by_another_registry(tmp_path, monkeypatch):
     assert Artifact.read(Path(pulled.path)) == pulled
     with pytest.raises(AlignError, match=r"has no 'r-a@7'; it has the versions: 1"):
         pull(Registry(), str(shelf), "r-a@7", home())
+    with pytest.raises(AlignError, match=r"shelf has no 'r-aa' \(did you mean 'r-a'\?\); it has: r-a$"):
+        pull(Registry(), str(shelf), "r-aa@7", home())
+    with pytest.raises(AlignError, match="nowhere has no 'r-a'; nothing was pushed there"):
+        pull(Registry(), str(tmp_path / "nowhere"), "r-a", home())
 
 
 def test_two_push_at_once(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from align.artifact import MANIFEST, Artifact, read_artifact
-from align.errors import AlignError
+from align.errors import AlignError, near_miss
 from align.progress import say
 from align.registry import Registry, check_name
 from align.runner.checkpoints import SEAL, fault, seal
@@ -102,12 +102,17 @@ def pull(registry: Registry, source: str, reference: str, into: Path) -> Artifac
 
 
 def _on_shelf(source: Path, name: str, version: str) -> Path:
-    shelf = source / name
-    known = sorted((int(path.name) for path in shelf.iterdir() if path.name.isdigit()), reverse=True) if shelf.is_dir() else []
-    if not known or (version and version not in map(str, known)):
-        wanted = f"{name}@{version}" if version else name
-        raise AlignError(f"{source} has no {wanted!r}; it has the versions: {', '.join(map(str, known)) or 'none'}")
-    return shelf / (version or str(known[0]))
+    found: dict[str, list[int]] = {}
+    for path in source.glob("*/*"):
+        if path.name.isdigit():
+            found.setdefault(path.parent.name, []).append(int(path.name))
+    if name not in found:
+        pushed = f"it has: {', '.join(sorted(found))}" if found else "nothing was pushed there"
+        raise AlignError(f"{source} has no {name!r}{near_miss(name, found)}; {pushed}")
+    known = sorted(found[name], reverse=True)
+    if version and version not in map(str, known):
+        raise AlignError(f"{source} has no '{name}@{version}'; it has the versions: {', '.join(map(str, known))}")
+    return source / name / (version or str(known[0]))
 
 
 def _take(registry: Registry, place: Path, name: str, into: Path, where: str) -> Artifact:
