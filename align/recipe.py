@@ -163,7 +163,7 @@ def _module(path: Path) -> Any:
         try:
             # Not by its loader, whose bytecode cache can miss a quick edit.
             exec(compile(path.read_bytes(), path.resolve(), "exec", dont_inherit=True), vars(module))
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # to leave would end the command without a word
             del sys.modules[name]
             raise AlignError(f"running the recipe {path} failed{_told(error, path)}") from error
     if not callable(getattr(sys.modules[name], "recipe", None)):
@@ -171,7 +171,7 @@ def _module(path: Path) -> Any:
     return sys.modules[name]
 
 
-def _told(error: Exception, path: Path) -> str:
+def _told(error: BaseException, path: Path) -> str:
     """An error of somebody's own code, with the last line of `path` that had part in it."""
     line = next((f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if Path(f.filename) == path.resolve()), None)
     return f"{'' if line is None else f' in line {line}'}: {type(error).__name__}: {error}"
@@ -313,7 +313,7 @@ def apply(build: Build, assignments: Mapping[str, str], where: str) -> Recipe:
         raise
     except ValidationError as error:
         raise AlignError(f"{where}, {error.title}: {_explain(error)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise AlignError(f"the function `recipe` of {where} failed{_told(error, Path(where))}") from error
     if not isinstance(recipe, Recipe):
         raise AlignError(f"{where}: its function `recipe` returned a {type(recipe).__name__}, not a Recipe")
@@ -452,5 +452,7 @@ def main(build: Build, arguments: list[str] | None = None) -> None:
     from align.cli import main as cli
 
     path = inspect.getfile(build)
+    if build.__module__ == _module_name(Path(path)):
+        raise AlignError('`main` runs the command again; write it behind `if __name__ == "__main__":`')
     sys.modules[_module_name(Path(path))] = sys.modules[build.__module__]  # the file is running: once is enough
     raise SystemExit(cli(["run", path, *(sys.argv[1:] if arguments is None else arguments)]))
