@@ -195,9 +195,9 @@ class _Gradient(torch.autograd.Function):
                 to_entropy, said = (None if x is None else x[rows] for x in (of_entropy, entropy))
                 for at, columns in enumerate(grid.columns):
                     weights = next(waiting, None)
-                    where = targets[rows] - columns.start, highest[at, rows], log_shares[at, rows], d_logps[rows]
+                    where = targets[rows] - columns.start, log_shares[at, rows], d_logps[rows]
                     if weights is None or to_entropy is not None:
-                        grad = _slopes(head.products(h, columns), *where, to_entropy, said, settings)
+                        grad = _slopes(head.products(h, columns), highest[at, rows], *where, to_entropy, said, settings)
                     else:
                         grad = _slopes_of_kept(weights, *where).to(dtype)
                     if grad_hidden is not None:
@@ -285,8 +285,8 @@ def _read(
 @fused
 def _slopes(
     products: Tensor,
-    targets: Tensor,
     highest: Tensor,
+    targets: Tensor,
     log_shares: Tensor,
     d_logps: Tensor,
     grad_entropy: Tensor | None,
@@ -296,8 +296,8 @@ def _slopes(
     """The gradient of a block of the head's `products` (n, columns), in their type.
 
     Args:
-        targets: counted from the block's first column.
         highest: of the block's logits.
+        targets: counted from the block's first column.
         log_shares: logarithm of the probability of the token that has it.
         d_logps: slope of what is differentiated by the target's logit.
     """
@@ -314,7 +314,7 @@ def _slopes(
     return _with_targets(grad, targets, d_logps, cap_slope, dtype)
 
 
-def _slopes_of_kept(weights: Tensor, targets: Tensor, highest: Tensor, log_shares: Tensor, d_logps: Tensor) -> Tensor:
+def _slopes_of_kept(weights: Tensor, targets: Tensor, log_shares: Tensor, d_logps: Tensor) -> Tensor:
     """What `_slopes` gives, to the bit, from the `weights` (n, columns) that `_read` has kept; they stay as they are."""
     return _with_targets(weights * (-d_logps * log_shares.exp())[:, None], targets, d_logps, None, weights.dtype)
 

@@ -280,6 +280,32 @@ def test_a_question_that_cannot_be_answered_is_taken_back(monkeypatch, capsys):
     assert "too long" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_ctrl_c_cuts_an_answer_at_a_terminal_and_ends_what_reads_a_pipe(terminal, monkeypatch, capsys):
+    class Cut(Parrot):
+        def answer(self, messages, decoding):
+            yield " What I"
+            if messages[-1].content == "long":
+                raise KeyboardInterrupt
+            yield " mean"
+
+    class Keyboard:
+        def isatty(self):
+            return terminal
+
+    lines = iter(["1", "long", "2", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr("sys.stdin", Keyboard())
+    talk = Talk([Cut("x")], GREEDY)
+    if terminal:
+        talk_at_terminal(talk)
+        assert [message.content for message in talk.messages] == ["1", "What I mean", "2", "What I mean"]
+        assert capsys.readouterr().out.endswith("What I mean\nWhat I\nWhat I mean\n"), "no answer begins with a space"
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            talk_at_terminal(talk)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

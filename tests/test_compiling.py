@@ -223,7 +223,7 @@ def read_and_sloped(read, slopes, rows, settings):
     chosen, highest, totals, sums, kept = read(products.clone(), targets, False, settings)
     assert kept is None
     of_logps, of_entropy = torch.randn(2, rows, generator=generator)
-    slope = slopes(products, targets, highest, -totals.log(), of_logps, of_entropy, totals.log() - sums / totals, settings)
+    slope = slopes(products, highest, targets, -totals.log(), of_logps, of_entropy, totals.log() - sums / totals, settings)
     return [chosen, highest, totals, sums, slope]
 
 

@@ -296,6 +296,8 @@ def test_sigterm_and_a_second_look_at_the_run(hanging, capsys, monkeypatch):
     process.wait(30)
     assert not Path(f"/proc/{status['pid']}").exists()
     assert states() == {"a": "stopped"}
+    assert main(["status", "out"]) == 0
+    assert re.fullmatch(r"a  stopped +3/10 steps\n", capsys.readouterr().out), "how far it came"
     assert not list(Path("out").rglob("*.lock"))
 
 

@@ -40,7 +40,7 @@ def page(folders, tmp_path, request):
     votes = tmp_path / "votes.jsonl"
     names = [str(folders / name) for name in getattr(request, "param", ("one", "two"))]
     built = build(names, votes=votes, runs=tmp_path / "runs", decoding=GREEDY)
-    yield launch(built, "127.0.0.1", wait=False), votes, names
+    yield launch(built, "127.0.0.1"), votes, names
     built.close()
 
 
@@ -192,7 +192,7 @@ def choose(page, box, option):
 @pytest.mark.parametrize("button", ["Begin anew", "Clear"])
 def test_an_answer_that_is_still_coming_does_not_outlive_its_conversation(folders, tmp_path, button):
     built = build([str(folders / "one")], votes=tmp_path / "votes.jsonl", runs=tmp_path, decoding=Decoding(480, temperature=0.0))
-    address = launch(built, "127.0.0.1", wait=False)
+    address = launch(built, "127.0.0.1")
     try:
         with Browser(address) as page:
             say(page, "talk-said", "How are you?")
@@ -227,6 +227,26 @@ def test_other_models_leave_nothing_to_vote_on(page):
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's package chromium")
+def test_a_question_to_both_closes_the_vote_on_the_last_one_and_may_be_taken_back(folders, tmp_path):
+    names = [str(folders / name) for name in ("one", "two")]
+    built = build(names, votes=tmp_path / "votes.jsonl", runs=tmp_path, decoding=Decoding(400, temperature=0.0))
+    try:
+        with Browser(launch(built, "127.0.0.1")) as tab:
+            press(tab, "Compare blind")
+            verdict = "document.querySelector('#verdict').textContent.includes('{}')"
+            say(tab, "compare-said", "How are you?")
+            tab.wait(verdict.format("Which is better?"))
+            say(tab, "compare-said", "And who?")
+            tab.wait(verdict.format("Both are answering"))
+            assert tab("document.querySelector('#vote-left').disabled && !document.querySelector('#left textarea').value")
+            press(tab, "Begin anew")
+            tab.wait(verdict.format("Votes go to"))
+            assert not (tmp_path / "votes.jsonl").exists()
+    finally:
+        built.close()
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's package chromium")
 def test_a_run_that_finishes_later_can_be_read(page):
     runs = page[1].parent / "runs"
     (runs / "later").mkdir()
@@ -243,7 +263,7 @@ def test_the_page_starts_where_a_proxy_is_named_that_does_not_answer(folders, tm
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("NO_PROXY", "")
     built = build([str(folders / "one")], votes=tmp_path / "v.jsonl", runs=tmp_path, decoding=GREEDY)
-    assert launch(built, "127.0.0.1", wait=False).startswith("http://127.0.0.1:")
+    assert launch(built, "127.0.0.1").startswith("http://127.0.0.1:")
     built.close()
 
 

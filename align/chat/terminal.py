@@ -14,7 +14,7 @@ from align.errors import AlignError
 from align.progress import harmless, say
 from align.schema import Message
 
-HELP = "/reset begins anew, /undo takes back the last turn, /system TEXT sets a system prompt, /quit ends"
+HELP = "/reset begins anew, /undo takes back the last turn, /system TEXT sets a system prompt, Ctrl-C cuts an answer, /quit ends"
 
 
 class Talk:
@@ -47,11 +47,12 @@ class Talk:
         for speaker in self.speakers:
             if len(self.speakers) > 1:
                 write(f"[{'ab'[len(answers)]}] ")
-            pieces = []
+            answer = ""
             for piece in speaker.answer(self.messages, self.decoding):
-                pieces.append(piece)
+                piece = piece if answer else piece.lstrip()
+                answer += piece
                 write(harmless(piece))
-            answers.append("".join(pieces).strip())
+            answers.append(answer.rstrip())
             write("\n")
         kept = 0
         if len(answers) == 2 and vote is not None and answers[0] != answers[1]:  # the same twice leaves nothing to prefer
@@ -114,3 +115,8 @@ def _converse(talk: Talk, read: Callable[[str], str], write: Callable[[str], obj
             except AlignError as error:
                 talk.undo()
                 say(str(error))
+            except KeyboardInterrupt:  # the answer is cut; where a prompt waits, Ctrl-C ends the conversation
+                if not sys.stdin.isatty():
+                    raise
+                talk.undo()
+                write("\n")

@@ -152,6 +152,7 @@ def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: P
         models = [gr.Dropdown(names, value=names[min(i, len(names) - 1)], label=f"Model {i + 1}") for i in range(2)]
     shown, turns = _chatbot("Conversation so far", 180), gr.State([])
     said = gr.Textbox(label="You", placeholder="Ask both and press Enter", elem_id="compare-said")
+    again = gr.Button("Begin anew", size="sm")
     with gr.Row():
         sides = [gr.Textbox(label=label, lines=4, interactive=False, elem_id=label.lower()) for label in ("Left", "Right")]
     with gr.Row():
@@ -174,6 +175,7 @@ def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: P
         draw.shuffle(order)
         prompt, how = _messages(system, history), _decoding(*decoding)
         answers: list[tuple[str, str]] = []
+        yield *[gr.skip()] * 3, "", "", *off, "Both are answering …", ([], [])
         try:
             for name in order:
                 pieces = []
@@ -182,6 +184,7 @@ def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: P
                     yield waiting  # a comparison that is cleared ends here
                 answers.append((name, "".join(pieces).strip()))
         except AlignError as error:
+            yield *[gr.skip()] * 3, "", "", *off, purpose, ([], [])
             raise _refusal(str(error)) from error
         same = answers[0][1] == answers[1][1]
         ready = [gr.Button(interactive=side == "neither" or not same) for side in choices]
@@ -214,7 +217,7 @@ def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: P
         voted = [*buttons, verdict, turns, shown, answered]
         button.click(vote(side), [answered, turns], voted, api_name=side, show_progress_on=verdict)
     anew = [turns, shown, *sides, *buttons, verdict, answered]
-    for event in (shown.clear, *(model.change for model in models)):  # what the others answered is no longer voted on
+    for event in (again.click, shown.clear, *(model.change for model in models)):  # what was answered is no longer voted on
         event(lambda: ([], [], "", "", *off, purpose, ([], [])), None, anew, api_visibility="private", cancels=asking)
 
 
@@ -239,13 +242,13 @@ def _reports(page: gr.Blocks, runs: Path) -> None:
         return gr.update(choices=names, value=first), show(first)
 
     run, frame = gr.Dropdown([], label="Run"), gr.HTML()
-    run.change(show, run, frame)
+    run.input(show, run, frame)
     page.load(look, None, [run, frame], api_visibility="private")  # runs may have finished since the page was built
 
 
-def launch(page: gr.Blocks, host: str, port: int | None = None, *, wait: bool = True) -> str:
-    """Serve `page` until it is interrupted, or, without `wait`, in the background; returns its address. Without a `port` it takes a
-    free one. Nothing is shared, and fonts are this machine's.
+def launch(page: gr.Blocks, host: str, port: int | None = None) -> str:
+    """Serve `page` from a thread of its own; returns its address. Without a `port` it takes a free one. Nothing is shared, and
+    fonts are this machine's.
     """
     for name in ("no_proxy", "NO_PROXY"):  # gradio asks its own page whether it is there
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), "localhost", "127.0.0.1", host)))
@@ -258,6 +261,6 @@ def launch(page: gr.Blocks, host: str, port: int | None = None, *, wait: bool = 
         theme=theme,
         css=CSS,
         footer_links=[],
-        prevent_thread_lock=not wait,
+        prevent_thread_lock=True,
     )
     return str(page.local_url)

@@ -55,6 +55,7 @@ def ui(options: argparse.Namespace) -> int:
     )
     say(f"http://{options.host}:{options.port} (Ctrl-C ends it)")
     launch(page, options.host, options.port)
+    page.block_thread()
     return 0
 
 

@@ -74,14 +74,16 @@ def statuses(run: Path) -> list[dict[str, Any]]:
 def as_line(status: dict[str, Any], width: int) -> str:
     """One stage of `align status`, its name in a column of `width`."""
     line = f"{status['name']:<{width}}  {status['state']:<12}"
-    seen = status.get("bar")
-    if status["state"] == "running" and seen and seen["total"]:
-        left = f", {duration(seen['seconds_left'])} left" if seen["seconds_left"] is not None else ""
-        line += f" {seen['n']}/{seen['total']} {seen['unit']}s{left}  {seen['shown']}"
-    elif status["state"] == "done":
+    seen, running = status.get("bar"), status["state"] == "running"
+    if status["state"] == "done":
         line += f" {duration(status['seconds'])}  {status['reference']}"
     elif status["state"] == "failed":
         line += f" {status['error']}"
-    if status["state"] == "running":
+    elif seen and seen["total"]:
+        line += f" {seen['n']}/{seen['total']} {seen['unit']}s"
+        if running:
+            left = f", {duration(seen['seconds_left'])} left" if seen["seconds_left"] is not None else ""
+            line += f"{left}  {seen['shown']}"
+    if running:
         line += f"  {status['memory_gb']:.1f} GB  for {duration(time.time() - status['started'])}"
     return line
