@@ -27,6 +27,9 @@ CLIENTS = (ValueError, TypeError, LookupError, AttributeError, TemplateError)
 TEXTS = ("text", "input_text", "output_text", "refusal")
 """Types of the parts of a message that are texts."""
 
+Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
+"""OpenAI's. A template would write any that it is given."""
+
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
@@ -67,9 +70,7 @@ class _Request(_Body):
 
 
 class _Turn(_Body):
-    role: Literal[
-        "system", "developer", "user", "assistant", "tool", "function"
-    ]  # OpenAI's; a template writes any that it is given
+    role: Role
     content: str | list[dict[str, Any]] | None = None
 
 
