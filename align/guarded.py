@@ -32,6 +32,22 @@ class FiniteTrainer(WarmTrainer):
             self._stop(f"the loss is {loss.item()}")
         return loss
 
+    def own_rows(self, rows: int, remainder: int) -> int:
+        """How many of the `rows` of this process' batch are its own: accelerate fills the last batches of several processes up with
+        rows from the start, behind the others.
+
+        Args:
+            remainder: the rows that all processes' last batches have together, 0 where those are whole.
+        """
+        if not remainder or not self.accelerator.gradient_state.end_of_dataloader:
+            return rows
+        return max(0, min(rows, remainder - rows * self.accelerator.process_index))
+
+    @property
+    def train_remainder(self) -> int:
+        """The `remainder` of the training rows; accelerate's own is not set in an epoch that is resumed."""
+        return len(self.train_dataset) % (self._train_batch_size * self.accelerator.num_processes)
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
         if norm is not None and self.accelerator.scaler is None and not math.isfinite(norm):  # a scaler leaves such steps out

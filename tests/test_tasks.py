@@ -334,6 +334,39 @@ def test_two_processes_make_the_update_of_one(capsys, folder, monkeypatch):
     assert two["eval_loss"] != pytest.approx(two["eval_loss_before"], rel=1e-5)
 
 
+def test_rows_that_fill_up_a_batch_count_nowhere(capsys, folder, monkeypatch):
+    """Of 18 rows two processes have 8 a step, and of the third step 2, both in the first process: accelerate fills up with six rows
+    from the start, which weighed as the others did, in training and in the held-out loss.
+    """
+    config = folder / "filled.yaml"
+    config.write_text('task: cloze\ntask_args:\n  {pattern: "{text} {mask}", verbalizer: {cat: " cat", mat: " mat"}}\n')
+    base = "task --config filled.yaml --model llama --data animals.jsonl --eval_data animals.jsonl --max_steps 3 --logging_steps 1"
+    one = run(capsys, f"{base} --per_device_train_batch_size 8 --name eight")["metrics"]
+    monkeypatch.delenv("ALIGN_IN_PROCESS")
+    launch = "--per_device_train_batch_size 4 --launch.num_processes 2 --launch.cpu true"
+    two = run(capsys, f"{base} {launch} --name four_each")["metrics"]
+    for name in ("eval_loss_before", "train_loss", "eval_loss", "eval_accuracy"):
+        assert two[name] == pytest.approx(one[name], rel=1e-5), name
+
+
+def test_every_held_out_row_of_seq2seq_counts_once(capsys, folder, monkeypatch):
+    """Five rows whose completions have equally many tokens, so that the mean over tokens is one over rows. A last batch of one
+    weighed as much as one of four; of two processes the last batch was filled up, and the run ended, as predictions were more than
+    references.
+    """
+    five = [{"prompt": f"say {word}", "completion": "one two"} for word in ("cat", "mat", "me", "you", "hello")]
+    write_rows(folder / "five.jsonl", five)
+    base = "task --task seq2seq --model t5 --data said.jsonl --eval_data five.jsonl --max_steps 1"
+    whole = run(capsys, f"{base} --per_device_train_batch_size 5 --name whole_five")["metrics"]
+    cut = run(capsys, f"{base} --per_device_train_batch_size 4 --name four_and_one")["metrics"]
+    monkeypatch.delenv("ALIGN_IN_PROCESS")
+    launch = "--per_device_train_batch_size 2 --launch.num_processes 2 --launch.cpu true"
+    two = run(capsys, f"{base} {launch} --name two_of_five")["metrics"]
+    for other in (cut, two):
+        assert other["eval_loss_before"] == pytest.approx(whole["eval_loss_before"], rel=1e-6)
+        assert other["eval_rouge1_before"] == pytest.approx(whole["eval_rouge1_before"])
+
+
 @pytest.mark.parametrize(
     ("task", "weights"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import gather_object, recursively_apply
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
@@ -49,7 +51,9 @@ class Features:
 
 
 class TaskTrainer(FiniteTrainer, SafeTrainer):
-    """transformers' Trainer. The loss of a micro-batch is its mean, and those of an optimizer step are averaged by their rows."""
+    """transformers' Trainer. The loss of a micro-batch is its mean, and those of an optimizer step are averaged by their rows. Rows
+    that the last batches of several processes are filled up with count nowhere.
+    """
 
     def __init__(self, *args: Any, task: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -59,13 +63,35 @@ class TaskTrainer(FiniteTrainer, SafeTrainer):
 
     def get_batch_samples(self, *args: Any) -> Any:
         batches, _ = super().get_batch_samples(*args)
-        self._rows = sum(len(batch["input_ids"]) for batch in batches)
+        rows = [len(batch["input_ids"]) for batch in batches]
+        if batches:
+            rows[-1] = self.own_rows(rows[-1], self.train_remainder)
+            batches[-1] = _first(rows[-1], batches[-1])
+        # The Trainer averages over processes, and divides the loss of a micro-batch by this.
+        mean = sum(gather_object([sum(rows)])) / self.accelerator.num_processes
+        self._divisors = iter([mean / count if count else math.inf for count in rows])
         return batches, None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        # What the Trainer divides by: the last micro-batch of an epoch may have fewer rows than the others.
-        self.current_gradient_accumulation_steps = self._rows / len(inputs["input_ids"])
+        self.current_gradient_accumulation_steps = next(self._divisors)
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.gather_function = self.accelerator.gather_for_metrics  # Seq2SeqTrainer's keeps rows that fill up
+        return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        rows = len(inputs["input_ids"])
+        inputs = _first(self.own_rows(rows, self.accelerator.gradient_state.remainder), inputs)
+        loss, *output = super().prediction_step(model, inputs, *args, **kwargs)
+        again = torch.arange(rows, device=self.args.device) % len(inputs["input_ids"])
+        # Every process hands in as many; what is too many is left out of what they gather.
+        return loss, *recursively_apply(lambda tensor: tensor[again], output)
+
+
+def _first(rows: int, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The first `rows` of a batch, or one: a process that has none works along with the others."""
+    return {name: tensor[: max(1, rows)] for name, tensor in batch.items()}
 
 
 class Task:

@@ -142,7 +142,9 @@ class DenoisingTrainer(FiniteTrainer, SafeTrainer):
         batches = list(islice(epoch_iterator, num_batches))
         seed = hash((self.args.seed, self.state.global_step))
         items = iter(self.denoiser.fixed([item for batch in batches for item in batch], seed))
-        corrupted = [self.denoiser.collate(list(islice(items, len(batch)))) for batch in batches]
+        corrupted: list[Any] = [self.denoiser.collate(list(islice(items, len(batch)))) for batch in batches]
+        if corrupted:  # of the rows that the last batch of several processes is filled up with nothing is told
+            corrupted[-1]["labels"][self.own_rows(len(batches[-1]), self.train_remainder) :] = IGNORED
         return super().get_batch_samples(iter(corrupted), num_batches, device)
 
     def compute_loss(
