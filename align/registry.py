@@ -233,6 +233,10 @@ class Registry:
             ) from error
         return {**ALIASES, **own}
 
+    def own_aliases(self) -> dict[str, str]:
+        """The user's alone."""
+        return {alias: target for alias, target in self.aliases().items() if ALIASES.get(alias) != target}
+
     def add_alias(self, alias: str, target: str) -> None:
         """Let `alias` stand for what `target` means now: the folder of a registered NAME[@VERSION], any other folder, or a hub id.
 
@@ -246,5 +250,13 @@ class Registry:
         refuse_unwritable(self.root, "set ALIGN_HOME to a folder that can take the registry")
         file = self.root / "aliases.json"
         with lock(file):
-            own = {name: value for name, value in self.aliases().items() if ALIASES.get(name) != value}
-            write_atomically(file, json.dumps({**own, alias: path}, indent=1))
+            write_atomically(file, json.dumps({**self.own_aliases(), alias: path}, indent=1))
+
+    def remove_alias(self, alias: str) -> str:
+        """Forget `alias`, one of `own_aliases`; returns what it stood for."""
+        file = self.root / "aliases.json"
+        with lock(file):
+            own = self.own_aliases()
+            target = own.pop(alias)
+            write_atomically(file, json.dumps(own, indent=1))
+        return target

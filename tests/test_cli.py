@@ -892,6 +892,9 @@ def test_aliases_are_listed_and_shown(capsys):
     assert run_json("models show gpt2 --json", capsys)["path"] == ALIASES["gpt2"], "a shipped one"
     assert main(["models", "list"]) == 0
     assert capsys.readouterr().out.split() == ["small", "alias", row["path"]]
+    assert run_json("models delete small --json", capsys) == row
+    assert run_json("models list --json", capsys) == []
+    assert main(["models", "delete", "gpt2"]) == 2, "a shipped one stays"
 
 
 def test_what_changes_the_registry_tells_programs_too(capsys, tmp_path):

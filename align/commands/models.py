@@ -15,14 +15,14 @@ from align.artifact import Artifact
 from align.commands.output import print_rows
 from align.errors import AlignError
 from align.progress import say
-from align.registry import ALIASES, Registry, home
+from align.registry import Registry, home
 from align.runner.share import delete, pull, push, size, unreferenced
 
 
 def add(verbs: Any) -> None:
     parser = verbs.add_parser(
         "models",
-        help="the registry: list | show NAME | lineage NAME | alias NAME TARGET | delete NAME@VERSION | gc [FOLDER] | "
+        help="the registry: list | show NAME | lineage NAME | alias NAME TARGET | delete NAME@VERSION|ALIAS | gc [FOLDER] | "
         "push NAME FOLDER|hub:OWNER/NAME | pull NAME FOLDER|hub:OWNER/NAME",
     )
     parser.add_argument("action", choices=tuple(ACTIONS))
@@ -56,7 +56,7 @@ def _list(registry: Registry, options: argparse.Namespace) -> int:
             rows.append(asdict(Artifact.load(entry)))
         except AlignError as error:
             say(str(error))
-    rows += [_as_row(alias, target) for alias, target in registry.aliases().items() if ALIASES.get(alias) != target]
+    rows += [_as_row(alias, target) for alias, target in registry.own_aliases().items()]
     print_rows(rows, options.json, _line)
     if not rows and not registry.names() and not options.json:
         say(f"the registry {registry.root} is empty: every stage that finishes adds to it")
@@ -116,6 +116,10 @@ def _alias(registry: Registry, options: argparse.Namespace) -> int:
 
 
 def _delete(registry: Registry, options: argparse.Namespace) -> int:
+    if options.name in registry.own_aliases() and options.name not in registry.names():
+        row = _as_row(options.name, registry.remove_alias(options.name))
+        _tell(row, f"deleted the alias {options.name} of {row['path']}", options)
+        return 0
     artifact = delete(registry, options.name)
     _tell(asdict(artifact), f"deleted {artifact.reference}  {artifact.path}", options)
     return 0

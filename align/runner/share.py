@@ -146,7 +146,7 @@ def delete(registry: Registry, reference: str) -> Artifact:
         raise AlignError(f"{reference} is what {', '.join(children)} descends from; delete that first")
     aliases = [alias for alias, path in registry.aliases().items() if path == artifact.path]
     if aliases:
-        raise AlignError(f"the alias {aliases[0]!r} stands for {reference}; give it another target first")
+        raise AlignError(f"the alias {aliases[0]!r} stands for {reference}; delete it, or give it another target, first")
     folder = Path(artifact.path)
     if is_locked(folder):
         raise AlignError(f"a run works in {folder}; wait until it is done")
