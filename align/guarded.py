@@ -1,5 +1,5 @@
-"""What transformers' Trainer does not guard against by itself: an update with a loss or a gradient that is not finite, and a
-warm-up that is the whole run.
+"""What transformers' Trainer does not guard against by itself: an update with a loss or a gradient that is not finite, a
+warm-up that is the whole run, and rows that count twice on several processes.
 """
 
 from __future__ import annotations

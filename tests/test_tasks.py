@@ -320,33 +320,22 @@ def test_every_row_of_an_epochs_last_step_counts_the_same(capsys, folder):
     assert thirds["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-5)
 
 
-def test_two_processes_make_the_update_of_one(capsys, folder, monkeypatch):
-    """They did not share their gradients where the model was measured before training."""
+@pytest.mark.parametrize(("steps", "batch"), [(1, 12), (3, 8)])
+def test_two_processes_make_the_updates_of_one(steps, batch, capsys, folder, monkeypatch):
+    """They did not share their gradients where the model was measured before training. Of 18 rows the third step of 8 has 2,
+    both in the first process: accelerate fills up with six from the start, which must not count, in training or in the held-out loss.
+    """
     config = folder / "both.yaml"
     config.write_text('task: cloze\ntask_args:\n  {pattern: "{text} {mask}", verbalizer: {cat: " cat", mat: " mat"}}\n')
-    base = "task --config both.yaml --model llama --data animals.jsonl --eval_data animals.jsonl --max_steps 1 --warmup_ratio 0"
-    one = run(capsys, f"{base} --per_device_train_batch_size 12 --name one_process")["metrics"]
+    base = "task --config both.yaml --model llama --data animals.jsonl --eval_data animals.jsonl --logging_steps 1 --warmup_ratio 0"
+    base += f" --max_steps {steps}"
+    one = run(capsys, f"{base} --per_device_train_batch_size {batch} --name one_process")["metrics"]
     monkeypatch.delenv("ALIGN_IN_PROCESS")
-    launch = "--per_device_train_batch_size 6 --launch.num_processes 2 --launch.cpu true"
+    launch = f"--per_device_train_batch_size {batch // 2} --launch.num_processes 2 --launch.cpu true"
     two = run(capsys, f"{base} {launch} --name two_processes")["metrics"]
-    for name in ("eval_loss_before", "train_loss", "eval_loss"):
-        assert two[name] == pytest.approx(one[name], rel=1e-5), name
-    assert two["eval_loss"] != pytest.approx(two["eval_loss_before"], rel=1e-5)
-
-
-def test_rows_that_fill_up_a_batch_count_nowhere(capsys, folder, monkeypatch):
-    """Of 18 rows two processes have 8 a step, and of the third step 2, both in the first process: accelerate fills up with six rows
-    from the start, which weighed as the others did, in training and in the held-out loss.
-    """
-    config = folder / "filled.yaml"
-    config.write_text('task: cloze\ntask_args:\n  {pattern: "{text} {mask}", verbalizer: {cat: " cat", mat: " mat"}}\n')
-    base = "task --config filled.yaml --model llama --data animals.jsonl --eval_data animals.jsonl --max_steps 3 --logging_steps 1"
-    one = run(capsys, f"{base} --per_device_train_batch_size 8 --name eight")["metrics"]
-    monkeypatch.delenv("ALIGN_IN_PROCESS")
-    launch = "--per_device_train_batch_size 4 --launch.num_processes 2 --launch.cpu true"
-    two = run(capsys, f"{base} {launch} --name four_each")["metrics"]
     for name in ("eval_loss_before", "train_loss", "eval_loss", "eval_accuracy"):
         assert two[name] == pytest.approx(one[name], rel=1e-5), name
+    assert two["eval_loss"] != pytest.approx(two["eval_loss_before"], rel=1e-5)
 
 
 def test_every_held_out_row_of_seq2seq_counts_once(capsys, folder, monkeypatch):

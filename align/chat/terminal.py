@@ -115,7 +115,7 @@ def _converse(talk: Talk, read: Callable[[str], str], write: Callable[[str], obj
             except AlignError as error:
                 talk.undo()
                 say(str(error))
-            except KeyboardInterrupt:  # the answer is cut; where a prompt waits, Ctrl-C ends the conversation
+            except KeyboardInterrupt:  # an answer or a vote is cut; where a question is waited for, the conversation ends
                 if not sys.stdin.isatty():
                     raise
                 talk.undo()

@@ -25,8 +25,8 @@ FORWARDS = (nn.Linear.forward, onednn.Linear.forward, Conv1D.forward)
 
 @contextmanager
 def packed_linears(model: nn.Module, passes: int) -> Iterator[None]:
-    """Within, the fp32 layers of a model on a CPU multiply by packed copies of their weights, where that is faster.
-    Results are those of the plain layers up to rounding. The weights must not change within.
+    """Within, the fp32 layers of a model on a CPU multiply by packed copies of their weights, where that is faster. Results
+    are those of the plain layers up to rounding. The weights must not change within.
 
     Args:
         passes: how many are to come, about; for few, nothing is packed.
