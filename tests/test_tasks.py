@@ -322,8 +322,9 @@ def test_every_row_of_an_epochs_last_step_counts_the_same(capsys, folder):
 
 @pytest.mark.parametrize(("steps", "batch"), [(1, 12), (3, 8)])
 def test_two_processes_make_the_updates_of_one(steps, batch, capsys, folder, monkeypatch):
-    """They did not share their gradients where the model was measured before training. Of 18 rows the third step of 8 has 2,
-    both in the first process: accelerate fills up with six from the start, which must not count, in training or in the held-out loss.
+    """They did not share their gradients where the model was measured before training. Of 18 rows the third step of 8 has 2, and
+    both are the first process': accelerate fills up with six from the start, which must not count, in training or in the held-out
+    loss.
     """
     config = folder / "both.yaml"
     config.write_text('task: cloze\ntask_args:\n  {pattern: "{text} {mask}", verbalizer: {cat: " cat", mat: " mat"}}\n')
