@@ -12,13 +12,13 @@ from test_families import FOREST, PADDED
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from align import onednn
-from align.engine import enable_forest
+from align.engine import base_model, enable_forest
 from align.errors import AlignError
 from align.models import load_causal_lm, load_tokenizer
 from align.rollout import CacheEngine, Completion, GenerateEngine, Sampling, complete, engine_for, graphs
-from align.rollout.engine import Batch, serving, spans_of
+from align.rollout.engine import Batch, closed_up, serving, spans_of
 from align.rollout.graphs import Graphs, sizes
-from align.rollout.packed import WORTH_PASSES, packed_linears
+from align.rollout.packed import WORTH_PASSES, Packed, packed_linears
 from align.rollout.sampling import chances, draw
 from align.tuning.strategies import Tuning
 from align.tuning.tune import tune
@@ -546,10 +546,47 @@ def test_what_is_not_packed(monkeypatch):
     assert packed(model) == everything[1:]
     assert first.forward is own
     del first.forward
-    monkeypatch.setattr("align.rollout.packed.MOST_BYTES", first.weight.nbytes + model.get_submodule(everything[1]).weight.nbytes)
-    assert packed(model) == everything[:2]
+    four = [model.get_submodule(name).weight.nbytes for name in everything[:4]]  # three neighbours and what follows
+    monkeypatch.setattr("align.rollout.packed.MOST_BYTES", sum(four))
+    assert packed(model) == everything[:4]
+    monkeypatch.setattr("align.rollout.packed.MOST_BYTES", sum(four) - 1)
+    assert packed(model) == everything[:3]
     monkeypatch.setattr(onednn, "faster_packed", lambda: False)
     assert packed(model) == []
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_neighbours_multiply_at_once(adapter, monkeypatch):
+    """Queries, keys and values in one product, and both gates: below adapters, too, which leave their layers' inputs alone."""
+    monkeypatch.setattr(onednn, "faster_packed", lambda: True)
+    model = llama(attention_bias=True)
+    if adapter:
+        model = tune(model, Tuning("lora", {"r": 2, "target_modules": ["q_proj", "v_proj", "up_proj"]}))
+        model.eval()
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+    ids = torch.tensor([prompts_of()[1]])
+    with torch.inference_mode():
+        plain = model(ids).logits
+        with packed_linears(model, WORTH_PASSES):
+            found = model(ids).logits
+            together = {}
+            for name, layer in base_model(model).model.layers[1].named_modules():
+                if "forward" in vars(layer) and "lora_" not in name:
+                    together.setdefault(vars(layer)["forward"].func.__self__, []).append(name.split(".")[1])
+    torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
+    assert list(together.values()) == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+def test_neighbours_of_other_inputs_are_multiplied_anew():
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(6, size) for size in (4, 2, 5)]
+    inputs = [torch.randn(1, 3, 6) for _ in layers]
+    packed = Packed(layers)
+    with torch.inference_mode():
+        for place in (0, 1, 2, 1, 0, 2):
+            torch.testing.assert_close(packed.multiply(place, inputs[place]), layers[place](inputs[place]))
 
 
 def test_layers_are_plain_again_after_an_error(monkeypatch):
@@ -561,9 +598,32 @@ def test_layers_are_plain_again_after_an_error(monkeypatch):
 
 
 def test_spans():
-    """Eight rows each, rounded up to 16 columns; neighbours of one width are one span."""
+    """Four rows each, rounded up to 16 columns; neighbours of one width are one span."""
     assert spans_of([100, 90, 3]) == [(0, 3, 112)]
+    assert spans_of([100] * 4 + [50] * 3) == [(0, 4, 112), (4, 7, 64)]
     assert spans_of([100] * 8 + [97] * 8 + [16] * 3) == [(0, 16, 112), (16, 19, 16)]
+
+
+def test_rows_close_up():
+    """In a row's place comes the longest of the next span, and in that one's the last, of the last span."""
+    assert closed_up([9, 8, 7, 6, 4, 5, 3, 2, 1], [1], span=4) == [0, 5, 2, 3, 4, 8, 6, 7]
+    assert closed_up([9, 8, 7, 6, 4, 5, 3, 2, 1], [8], span=4) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert closed_up([9, 8, 7, 6, 4, 5, 3, 2], [5, 6], span=8) == [0, 1, 2, 3, 4, 7]
+    assert closed_up([9, 8], [0, 1], span=4) == []
+
+
+def test_rows_close_up_by_length():
+    """No row is then shorter than one of a later span, and rows move towards the front only: none overwrites what moves later."""
+    draw = random.Random(0)
+    for _ in range(300):
+        count = draw.randint(1, 30)
+        lengths = sorted((draw.randint(1, 40) for _ in range(count)), reverse=True)
+        done = sorted(draw.sample(range(count), draw.randint(1, count)))
+        order = closed_up(lengths, done, span=4)
+        assert sorted(order) == [row for row in range(count) if row not in done]
+        assert all(row >= place for place, row in enumerate(order))
+        kept = [lengths[row] for row in order]
+        assert all(min(kept[start - 4 : start]) >= max(kept[start:]) for start in range(4, len(kept), 4))
 
 
 def test_sizes_of_graphs():

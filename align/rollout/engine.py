@@ -33,8 +33,8 @@ ROUND = 16
 EXPECTED = 64
 """Tokens of a completion that the cache has room for at once."""
 
-SPAN = 8
-"""Rows that attention takes together at least: a call costs about as much as reading their padding."""
+SPAN = 4
+"""Rows that attention takes together at least, on a CPU: a call costs about as much as reading their padding."""
 
 
 class CacheEngine:
@@ -188,7 +188,7 @@ class Batch:
 
     def step(self) -> None:
         """Draw a token for every live row."""
-        lengths = [len(self.prompts[i]) + self.steps - before for i, before in zip(self.live, self.entered, strict=True)]
+        lengths = self._lengths()
         self.cache.reach(_rounded(max(lengths)))
         if self.graphs is None:
             self._pass(spans_of(lengths))
@@ -247,22 +247,41 @@ class Batch:
         return len(done)
 
     def _leave(self, done: Sequence[int]) -> None:
-        """Give up rows; the last of those that stay take the places that are free among the first."""
+        """Give up rows; of those that stay, some take their places."""
         left = len(self.live) - len(done)
-        free = [row for row in done if row < left]
-        moving = [row for row in range(left, len(self.live)) if row not in done]
-        if moving:
-            columns = max(len(self.prompts[self.live[row]]) - 1 + self.steps - self.entered[row] for row in moving)
-            self.cache.copy(list(zip(moving, free, strict=True)), columns)
-            source, target = torch.tensor([moving, free], device=self.device)
+        order = closed_up(self._lengths(), done, SPAN if self.graphs is None else self.slots)
+        moves = [(row, place) for place, row in enumerate(order) if row != place]
+        if moves:
+            self.cache.copy(moves, max(len(self.prompts[self.live[row]]) - 1 + self.steps - self.entered[row] for row, _ in moves))
+            rows = torch.tensor(order, device=self.device)
             for state in (self.token, self.position, self.count, self.chance, self.said, self.logps):
-                state[target] = state[source]
-            for row, place in zip(moving, free, strict=True):
-                self.live[place], self.entered[place] = self.live[row], self.entered[row]
+                state[:left] = state[rows]
         # Nobody's rows: a CUDA graph that runs over them stays where it is.
         for state in (self.alive, self.position, self.count):
             state[left : len(self.live)] = 0
-        del self.live[left:], self.entered[left:]
+        self.live = [self.live[row] for row in order]
+        self.entered = [self.entered[row] for row in order]
+
+    def _lengths(self) -> list[int]:
+        """Of each row in tokens, the one that the next pass is given included."""
+        return [len(self.prompts[i]) + self.steps - before for i, before in zip(self.live, self.entered, strict=True)]
+
+
+def closed_up(lengths: Sequence[int], done: Sequence[int], span: int) -> list[int]:
+    """Which row of these lengths stands at each place, once those `done` (ascending) have left: in a row's place the longest of
+    the next `span` rows, in its place the longest of those after, and at last the last one. So rows that came in longest first
+    stay so but for the order within a span, and few of them move.
+    """
+    order = list(range(len(lengths)))
+    for place in reversed(done):
+        last = len(order) - 1
+        while place < last:
+            start = (place // span + 1) * span
+            following = order[start : start + span]
+            source = start + max(range(len(following)), key=lambda i: lengths[following[i]]) if following else last
+            order[place], place = order[source], source
+        order.pop()
+    return order
 
 
 def spans_of(lengths: Sequence[int]) -> Spans:

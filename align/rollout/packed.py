@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,6 +22,9 @@ MOST_BYTES = 4 << 30
 FORWARDS = (nn.Linear.forward, onednn.Linear.forward, Conv1D.forward)
 """Layers of another forward (a quantized one, say) have their own way to multiply."""
 
+NEIGHBOURS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+"""Layers beside each other that are given the same input, by the names that most models have for them."""
+
 
 @contextmanager
 def packed_linears(model: nn.Module, passes: int) -> Iterator[None]:
@@ -31,33 +34,63 @@ def packed_linears(model: nn.Module, passes: int) -> Iterator[None]:
     Args:
         passes: how many are to come, about; for few, nothing is packed.
     """
-    layers = list(_layers(model)) if passes >= WORTH_PASSES else []
-    copies: dict[int, Tensor] = {}
+    groups = _groups(model) if passes >= WORTH_PASSES else []
+    copies: dict[tuple[int, ...], Packed] = {}
     room = MOST_BYTES
     try:
-        for layer in layers:
-            key = id(layer.weight)  # layers may share one
+        for layers in groups:
+            key = tuple(id(layer.weight) for layer in layers)  # layers may share one
             if key not in copies:
-                room -= layer.weight.nbytes
+                room -= sum(layer.weight.nbytes for layer in layers)
                 if room < 0:
                     break
-                weight = layer.weight.detach()
-                copies[key] = onednn.packed(weight.T.contiguous() if isinstance(layer, Conv1D) else weight)
-            vars(layer)["forward"] = partial(onednn.multiply, weight=copies[key], bias=layer.bias)
+                copies[key] = Packed(layers)
+            for place, layer in enumerate(layers):
+                vars(layer)["forward"] = partial(copies[key].multiply, place)
         yield
     finally:
-        for layer in layers:
+        for layer in (layer for layers in groups for layer in layers):
             vars(layer).pop("forward", None)
 
 
-def _layers(model: nn.Module) -> Iterator[Any]:
-    """Those that can be packed: the weight of a shard, for one, is no plain parameter."""
+class Packed:
+    """Layers packed as one: neighbours after the first find their output ready if they are given what the first was."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        weights = [layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach() for layer in layers]
+        self.sizes = [len(weight) for weight in weights]
+        self.weight = onednn.packed(torch.cat(weights))
+        self.bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
+        self.input: Tensor | None = None
+        self.outputs: tuple[Tensor, ...] = ()
+
+    def multiply(self, place: int, x: Tensor) -> Tensor:
+        """The output of the layer at `place` for `x` (..., inputs)."""
+        if x is not self.input:
+            self.input, self.outputs = x, onednn.multiply(x, self.weight, self.bias).split(self.sizes, dim=-1)
+        output = self.outputs[place]
+        if place == len(self.sizes) - 1:
+            self.input, self.outputs = None, ()
+        return output
+
+
+def _groups(model: nn.Module) -> list[list[Any]]:
+    """The layers that can be packed, `NEIGHBOURS` together."""
     if not onednn.faster_packed() or torch.is_autocast_enabled("cpu"):
-        return
-    for layer in model.modules():
+        return []
+    groups: dict[Any, list[Any]] = {}
+    for path, layer in model.named_modules():
         if getattr(layer, "merged", False) and getattr(layer, "disable_adapters", False):
-            layer.unmerge()  # type: ignore[operator]  # peft does so in its forward, when the weight is packed
-        if type(layer).forward in FORWARDS and "forward" not in vars(layer):
-            weight: Any = layer.weight
-            if type(weight) is nn.Parameter and weight.is_cpu and weight.dtype == torch.float32:
-                yield layer
+            layer.unmerge()  # peft does so in its forward, when the weight is packed
+        if _packable(layer):
+            parent, _, name = path.removesuffix(".base_layer").rpartition(".")  # below an adapter
+            names = next((names for names in NEIGHBOURS if name in names), (name,))
+            groups.setdefault((parent, names, layer.bias is None, layer.weight.shape[1]), []).append(layer)
+    return list(groups.values())
+
+
+def _packable(layer: Any) -> bool:
+    if type(layer).forward not in FORWARDS or "forward" in vars(layer):
+        return False
+    weight = layer.weight  # that of a shard, for one, is no plain parameter
+    return type(weight) is nn.Parameter and weight.is_cpu and weight.dtype == torch.float32
