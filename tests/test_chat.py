@@ -421,6 +421,8 @@ REFUSED = {
     "to stop at nothing": ({**ASKED, "stop": ""}, 400, "stop: a text of at least one character"),
     "to stop at no number": ({**ASKED, "stop": [5], "stream": True}, 400, "Input should be a valid string"),
     "several answers": ({**ASKED, "n": 1000}, 400, "n: Input should be 1"),
+    "log-probs": ({**ASKED, "logprobs": True}, 400, "logprobs: nothing here does what it asks for; leave it out"),
+    "JSON": ({**ASKED, "response_format": {"type": "json_object"}}, 400, "response_format: nothing here does what it asks for"),
     "half a pair": (json.dumps({"messages": [{"role": "user", "content": "\ud800"}]}).encode(), 400, "hex escape"),
     "a part without a type": ({"messages": [{"role": "user", "content": [{"text": "Hi"}]}]}, 400, "KeyError"),
     "a picture": (
@@ -447,10 +449,12 @@ def test_a_wrong_request_is_refused_in_one_line(folders):
             answer = post(content)
             assert (answer.status_code, said in answer.json()["error"]["message"]) == (status, True), (name, answer.text)
         assert post(ASKED).status_code == 200
+        assert post({**ASKED, "response_format": {"type": "text"}, "logprobs": False, "presence_penalty": 0}).status_code == 200
         assert post(ASKED, Host="evil.example:80").status_code == 400
         assert httpx.post(f"{address.removesuffix('/v1')}/load_model", json={"model": "owner/other"}).status_code == 404
         assert post({"prompt": 3}, "/completions").json()["error"]["message"].startswith("prompt: Input should be a valid string")
         assert post({"prompt": "Hi", "max_tokens": 2}, "/completions").status_code == 200
+        assert "previous_response_id" in post({"input": "And?", "previous_response_id": "resp_1"}, "/responses").text
         assert "reads text alone" in post({"input": [{"role": "user", "content": [PICTURE]}]}, "/responses").text
         assert post({"input": "Hi", "max_output_tokens": 2}, "/responses").json()["status"] == "completed", (
             "no stream, unless asked"

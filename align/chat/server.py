@@ -27,6 +27,25 @@ CLIENTS = (ValueError, TypeError, LookupError, AttributeError, TemplateError)
 TEXTS = ("text", "input_text", "output_text", "refusal")
 """Types of the parts of a message that are texts."""
 
+IGNORED: dict[str, tuple[Any, ...]] = {
+    "background": (False,),
+    "best_of": (1,),
+    "echo": (False,),
+    "function_call": ("auto", "none"),
+    "functions": ([],),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "previous_response_id": (),
+    "response_format": ({"type": "text"},),
+    "text": ({"format": {"type": "text"}},),
+    "tool_choice": ("auto", "none"),
+    "top_logprobs": (0,),
+    "web_search_options": (),
+}
+"""Fields that the server behind passes over without a word to who asks, and their values that ask for nothing more."""
+
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 """OpenAI's. A template would write any that it is given."""
 
@@ -150,6 +169,9 @@ class Guard:
             first = error.errors()[0]
             place, said = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
             return f"{place}: {said}" if place else said
+        for name, value in (asked.model_extra or {}).items():
+            if value is not None and value not in IGNORED.get(name, (value,)):
+                return f"{name}: nothing here does what it asks for; leave it out"
         if kind.needs_template and not self.tokenizer.chat_template:
             return "the model has no chat template, as base models have none: ask /v1/completions, or serve one that has"
         parts = [part for content in asked.contents() for part in (content if isinstance(content, list) else [{"text": content}])]
