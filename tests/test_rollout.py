@@ -589,6 +589,20 @@ def test_neighbours_of_other_inputs_are_multiplied_anew():
             torch.testing.assert_close(packed.multiply(place, inputs[place]), layers[place](inputs[place]))
 
 
+def test_layers_that_share_a_weight_keep_their_own_bias(monkeypatch):
+    monkeypatch.setattr(onednn, "faster_packed", lambda: True)
+    torch.manual_seed(0)
+    first, second, third = model = torch.nn.ModuleList(torch.nn.Linear(6, 4) for _ in range(3))
+    second.weight = third.weight = first.weight
+    third.bias = first.bias
+    x = torch.randn(3, 6)
+    with torch.inference_mode(), packed_linears(model, WORTH_PASSES):
+        assert vars(first)["forward"].func.__self__ is vars(third)["forward"].func.__self__
+        found = [layer(x) for layer in model]
+    for layer, output in zip(model, found, strict=True):
+        torch.testing.assert_close(output, layer(x).detach())
+
+
 def test_layers_are_plain_again_after_an_error(monkeypatch):
     monkeypatch.setattr(onednn, "faster_packed", lambda: True)
     model = llama()

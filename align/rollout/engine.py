@@ -248,11 +248,11 @@ class Batch:
 
     def _leave(self, done: Sequence[int]) -> None:
         """Give up rows; of those that stay, some take their places."""
-        left = len(self.live) - len(done)
-        order = closed_up(self._lengths(), done, SPAN if self.graphs is None else self.slots)
+        lengths, left = self._lengths(), len(self.live) - len(done)
+        order = closed_up(lengths, done, SPAN if self.graphs is None else self.slots)
         moves = [(row, place) for place, row in enumerate(order) if row != place]
         if moves:
-            self.cache.copy(moves, max(len(self.prompts[self.live[row]]) - 1 + self.steps - self.entered[row] for row, _ in moves))
+            self.cache.copy(moves, max(lengths[row] for row, _ in moves) - 1)  # the newest token is not stored yet
             rows = torch.tensor(order, device=self.device)
             for state in (self.token, self.position, self.count, self.chance, self.said, self.logps):
                 state[:left] = state[rows]

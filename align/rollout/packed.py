@@ -39,7 +39,7 @@ def packed_linears(model: nn.Module, passes: int) -> Iterator[None]:
     room = MOST_BYTES
     try:
         for layers in groups:
-            key = tuple(id(layer.weight) for layer in layers)  # layers may share one
+            key = tuple(id(part) for layer in layers for part in (layer.weight, layer.bias))  # layers may share theirs
             if key not in copies:
                 room -= sum(layer.weight.nbytes for layer in layers)
                 if room < 0:
@@ -59,7 +59,7 @@ class Packed:
     def __init__(self, layers: Sequence[Any]) -> None:
         weights = [layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach() for layer in layers]
         self.sizes = [len(weight) for weight in weights]
-        self.weight = onednn.packed(torch.cat(weights))
+        self.weight = onednn.packed(torch.cat(weights) if len(weights) > 1 else weights[0].contiguous())
         self.bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
         self.input: Tensor | None = None
         self.outputs: tuple[Tensor, ...] = ()
