@@ -17,7 +17,7 @@ from align.engine import enable_forest
 from align.errors import AlignError
 from align.forest import Tree, plant
 from align.pipeline import Run
-from align.preflight.cards import card
+from align.preflight.cards import card, named_in
 from align.preflight.checks import checks
 from align.preflight.inspect import inspect
 from align.preflight.labels import suspicious
@@ -436,6 +436,23 @@ def test_a_model_too_large_for_a_card(folder):
     assert all(finding.level == "warning" for finding in lora.findings)
     with pytest.raises(AlignError, match=r"unknown card 'H10' \(did you mean 'H100'\?\)"):
         card("H10")
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100-40GB"),  # both A100s are as fast, and its memory is asked of the device
+        ("NVIDIA A10", "A10"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L40", None),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA GeForce RTX 4090", "RTX4090"),
+        ("Tesla T4", "T4"),
+        ("Quadro T400", None),
+    ],
+)
+def test_a_card_is_known_by_its_whole_name(device, name):
+    assert named_in(device) == name
 
 
 def forest_of(pairs):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 from align.errors import AlignError, near_miss
 
@@ -64,12 +66,19 @@ def at_hand() -> Machine:
 
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
-        memory, matching = float(found.total_memory), [name for name in CARDS if name.split("-")[0].lower() in found.name.lower()]
-        if matching:
-            same = card(matching[0])
+        memory = float(found.total_memory)
+        if (name := named_in(found.name)) is not None:
+            same = card(name)
             return Machine(found.name, memory, same.flops, same.flops_bf16, gpu=True)
         return Machine(found.name, memory, _measured(torch.float32, "cuda"), _measured(torch.bfloat16, "cuda"), gpu=True)
     return Machine("this machine", _free_memory(), _measured(torch.float32), _measured(torch.bfloat16), gpu=False)
+
+
+def named_in(device: str) -> str | None:
+    """Which of `CARDS` a driver's name tells of, such as ``NVIDIA A100-SXM4-80GB``, which is no A10; None for other devices."""
+    words = re.findall(r"[a-z0-9]+", device.lower())
+    words += ["".join(pair) for pair in pairwise(words)]  # GeForce RTX 4090
+    return next((name for name in CARDS if name.partition("-")[0].lower() in words), None)
 
 
 def _measured(dtype: object, device: str = "cpu") -> float:
