@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def _inspect(step: Planned, plan: Sequence[Planned], machine: Machine | None, sa
     except AlignError as error:
         return Looked(step.name, "cannot be looked at", [broken(step.name, error)])
     if seen is None:
-        return Looked(step.name, "trains nothing")
+        trains = hasattr(step.stage, "learning_rate")  # of a task only the task knows its rows
+        return Looked(step.name, "trains on rows that are not looked at" if trains else "trains nothing")
     result = Looked(step.name, _about(seen), look(seen), subject=seen)
     if machine is not None:
         result.estimate = estimate(seen, machine)
@@ -110,16 +112,29 @@ def _leaks_into(step: Planned, trained: Sequence[Row]) -> list[Finding]:
     stage = step.stage
     findings: list[Finding] = []
     for name, kind in stage.measures.items():
-        rows: list[Row] = []
-        for source in getattr(stage, name) or []:
-            try:
-                rows += load_rows(source, kind, format=stage.data_format, split=stage.data_split, limit=ROWS).rows
-            except AlignError:
-                return findings  # made by another stage, or broken: then the stage says so
+        rows = _evaluated(stage, getattr(stage, name) or [], kind)
         if stage.held_out:
             rows = split_by_prompt(rows, stage.held_out)[1]
         findings += list(leaked(trained, rows, name)) if rows else []
     return findings
+
+
+def _evaluated(stage: Any, sources: Sequence[str], kind: str) -> list[Row]:
+    """Rows of `sources` as an evaluation would read them; none of one that another stage makes, or that is broken: then the stage
+    says so.
+    """
+    rows: list[Row] = []
+    for source in sources:
+        with suppress(AlignError):
+            rows += load_rows(
+                source,
+                kind,
+                format=stage.data_format,
+                split=stage.data_split,
+                limit=min(stage.max_rows or ROWS, ROWS),
+                on_bad_row=stage.on_bad_row,
+            ).rows
+    return rows
 
 
 def preflight(plan: Sequence[Planned], names: Collection[str], notes: Path | None = None) -> set[str]:

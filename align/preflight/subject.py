@@ -86,7 +86,7 @@ def subject(step: Planned, plan: Sequence[Planned]) -> Subject | None:
     stage, waiting = step.stage, {str(other.folder): other for other in plan if other.done is None}
     if stage.reads is None:
         return None
-    rows, capped = _rows(stage, stage.data, waiting)
+    rows, capped = _rows(stage, stage.data, waiting, stage.max_rows_per_source)
     if stage.eval_data is not None:
         held_out, more = _rows(stage, stage.eval_data, waiting)
         capped |= more
@@ -104,18 +104,21 @@ def subject(step: Planned, plan: Sequence[Planned]) -> Subject | None:
     return found
 
 
-def _rows(stage: Any, sources: Sequence[str], waiting: Mapping[str, Planned]) -> tuple[list[Row], bool]:
-    """Rows of `sources` as the stage would read them, and whether there are more than were looked at."""
+def _rows(
+    stage: Any, sources: Sequence[str], waiting: Mapping[str, Planned], caps: Sequence[int | None] | None = None
+) -> tuple[list[Row], bool]:
+    """Rows of `sources` as the stage would read them, at most `caps` of each, and whether there are more than were looked at."""
     rows: list[Row] = []
-    limit, capped = min(stage.max_rows or ROWS, ROWS), False
-    for source in sources:
+    capped = False
+    for source, cap in zip(sources, caps or [None] * len(sources), strict=True):
+        limit = min(number for number in (ROWS, cap, stage.max_rows) if number is not None)
         if maker := next((other for folder, other in waiting.items() if source.startswith(folder)), None):
             raise NotYet(f"its rows are made by the stage {maker.name!r}")
         loaded = load_rows(
             source, stage.reads, format=stage.data_format, split=stage.data_split, limit=limit, on_bad_row=stage.on_bad_row
         )
         rows += loaded.rows
-        capped |= len(loaded.rows) == limit and limit != stage.max_rows
+        capped |= len(loaded.rows) == limit and limit not in (cap, stage.max_rows)
     return rows, capped
 
 
