@@ -148,6 +148,22 @@ def test_prompts_that_leak_into_an_evaluation_of_the_recipe(folder):
     assert findings(sft=sft(eval_data=None, held_out=0), evaluate=Evaluate(**evaluation)) == [("warning", "leaked_prompts")]
 
 
+def test_leaks_are_looked_for_beside_what_another_stage_makes_and_beside_broken_rows(folder):
+    write_rows("eval.jsonl", sft_rows()[:2])
+    with Path("eval.jsonl").open("a") as file:
+        file.write("{\n")
+    made = {"pairs": Pairs(model="model", data="sft.jsonl", reward_funcs="length_band(low=1, high=9)")}
+    evaluation = {"models": {"sft": "sft"}, "data": "pairs/held_out.jsonl", "perplexity_data": "eval.jsonl"}
+    evaluate = Evaluate(on_bad_row="quarantine", **evaluation)
+    assert findings(sft=sft(eval_data=None, held_out=0), **made, evaluate=evaluate) == [("warning", "leaked_prompts")]
+
+
+def test_no_more_rows_are_looked_at_than_a_source_may_give(folder):
+    plan = Run(Recipe("r", {"sft": sft(data=["sft.jsonl", "eval.jsonl"], max_rows_per_source=[7, None])}), Path("runs")).plan()
+    (looked,) = inspect(plan)
+    assert looked.about.startswith("sft on 27 rows (sft), 20 held out")  # 7 and all 20
+
+
 def test_a_long_run_of_words_in_common_is_a_leak(folder):
     long = "the old lighthouse keeper wrote a letter to his sister every sunday evening by the window"
 
@@ -415,6 +431,23 @@ def test_time_is_that_of_the_tokens_in_the_rows(folder):
     seconds = {each.name: each.estimate.seconds for each in inspect(plan, machine=card("H100"))}
     assert seconds["large"] == seconds["small"]
     assert seconds["long"] / seconds["short"] == pytest.approx(10, rel=0.15)
+
+
+def test_what_samples_is_estimated_by_its_own_batches(folder):
+    """GRPO takes as many answers as PPO with the settings that it amounts to, and on an H100 16 bits are 15 times as fast."""
+    shared = {"model": "model", "data": "sft.jsonl", "eval_data": "eval.jsonl", "reward_funcs": "length_band(low=1, high=9)"}
+    shared |= {"max_length": 128, "max_completion_length": 32}
+    batches = {"episodes_per_step": 32, "num_generations": 8, "num_mini_batches": 1, "total_episodes": 15 * 32}
+    stages = {
+        "ppo": PPO(**shared, **batches, advantage_estimator="grpo"),
+        "ppo16": PPO(**shared, **batches, advantage_estimator="grpo", bf16=True),
+        "grpo": GRPO(**shared, per_device_train_batch_size=32),  # of 60 prompts 8 answers each: 15 batches of 32
+    }
+    looked = inspect(Run(Recipe("r", stages), Path("runs")).plan(), machine=card("H100"))
+    estimates = {each.name: each.estimate for each in looked}
+    assert estimates["grpo"].parts == estimates["ppo"].parts
+    assert estimates["grpo"].seconds == estimates["ppo"].seconds
+    assert estimates["ppo"].seconds / estimates["ppo16"].seconds == pytest.approx(989 / 66.9)
 
 
 def test_a_model_too_large_for_a_card(folder):

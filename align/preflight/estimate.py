@@ -110,6 +110,11 @@ def _skeleton(subject: Subject, config: Any, machine: Machine, **changes: Any) -
     return Skeleton(config, **{**settings, "gpu": machine.gpu, **changes})
 
 
+def _rate(stage: Any, machine: Machine) -> float:
+    """Floating-point operations a second of the stage's passes."""
+    return machine.flops_bf16 if stage.in_bf16 or stage.dtype != "float32" else machine.flops
+
+
 def _budget(stage: Any) -> int:
     return START if stage.max_tokens_per_micro_batch == "auto" else stage.max_tokens_per_micro_batch
 
@@ -153,7 +158,7 @@ def _supervised(subject: Subject, config: Any, machine: Machine) -> Estimate:
     count = len(subject.rows) * len(trees) / looked  # a long document gives several
     passed = count * stage.num_train_epochs if stage.max_steps < 0 else stage.max_steps * min(rows, count)
     flops = passed * each * model.parameters * (4 if model.adapted else 6)
-    seconds = None if subject.capped and stage.max_steps < 0 else flops / (machine.flops_bf16 if stage.in_bf16 else machine.flops)
+    seconds = None if subject.capped and stage.max_steps < 0 else flops / _rate(stage, machine)
     return Estimate(parts, training, model.weights + 3.0 * model.gradients, forest.tokens, seconds, machine.name)
 
 
@@ -163,16 +168,16 @@ def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
     Policy and critic go through their passes one after the other; the policy's gradients are held while the critic's are made.
     """
     stage, trees = subject.stage, subject.encoded.trees
+    settings = stage.settings(len(subject.rows)) if hasattr(stage, "settings") else stage  # PPO has its trainer's fields itself
     policy = _skeleton(subject, config, machine)
     frozen = _skeleton(subject, config, machine, tuning=None)
-    own = getattr(stage, "critic", "separate" if hasattr(stage, "vf_coef") else "none")
-    has_critic = own == "separate" and getattr(stage, "advantage_estimator", "gae") == "gae"
+    has_critic = settings.advantage_estimator == "gae" and stage.critic == "separate"
     critic = _skeleton(subject, config, machine, score_head=True) if has_critic else None
     learners = [policy, critic] if critic else [policy]
-    episodes = getattr(stage, "episodes_per_step", 1)
+    episodes = settings.episodes_per_step
     answered = [replace(tree, branches=(tree.prompt[:1] * stage.max_completion_length,)) for tree in trees]
     sizes = [tree.tokens for tree in answered]
-    forest, several = _largest(answered, max(1, episodes // getattr(stage, "num_mini_batches", 1)), _budget(stage))
+    forest, several = _largest(answered, episodes // settings.num_mini_batches, _budget(stage))
 
     weights = {
         "weights": float(policy.weights),
@@ -183,7 +188,7 @@ def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
     standing, gradients = sum(weights.values()), float(sum(model.gradients for model in learners))
     made = peak(learners, forest, times=1 + several)
     training = {**weights, "optimizer": 2 * gradients, "gradients and activations": made}
-    batch = min(getattr(stage, "rollout_batch_size", episodes), episodes)
+    batch = min(stage.rollout_batch_size, episodes)
     read = peak([policy], plant([max(trees, key=lambda tree: tree.tokens)] * batch), backward=False)
     sampling = policy.cache(batch * max(sizes)) + policy.packed + read
     parts = {
@@ -191,9 +196,7 @@ def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
         "sampling": standing + 2 * gradients + sampling,
         "training": sum(training.values()),
     }
-    total = getattr(stage, "total_episodes", 0) * statistics.fmean(sizes)
-    epochs = getattr(stage, "num_ppo_epochs", 1)
-    flops = total * sum(model.parameters for model in learners) * (6 * epochs + 4)
-    return Estimate(
-        parts, training, standing + 3 * gradients, forest.tokens, flops / machine.flops if flops else None, machine.name
-    )
+    flops = settings.total_episodes * statistics.fmean(sizes) * sum(model.parameters for model in learners)
+    known = settings is stage or not subject.capped or stage.max_steps > 0
+    seconds = flops * (6 * settings.num_ppo_epochs + 4) / _rate(stage, machine) if known else None
+    return Estimate(parts, training, standing + 3 * gradients, forest.tokens, seconds, machine.name)
