@@ -3,6 +3,7 @@
 import json
 import random
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,17 @@ def test_a_stream_gives_the_trees_and_the_account_of_memory(tmp_path, tokenizer,
     assert "302 rows = 301 used + 1 set aside (1 identical chosen and rejected); they are in" in said[True][0]
     assert any("leave no room for an answer" in line for line in said[True])
     assert any("tokens cut from" in line for line in said[True])
+
+
+def test_of_several_processes_the_first_writes_what_is_set_aside(tmp_path):
+    """All of them read the rows, each at its own pace."""
+    path, first = pairs(tmp_path / "pairs.jsonl", 20), context(tmp_path / "stage")
+    path.write_text(path.read_text() + '{"prompt": "p", "chosen": "same", "rejected": "same "}\n')
+    rows_of(preference(path), "preference", first)
+    (first.folder / "quarantine.jsonl").write_text("of the first\n")
+    second = replace(first, history=History(first.history.path, writes=False))
+    rows_of(preference(path), "preference", second)
+    assert (first.folder / "quarantine.jsonl").read_text() == "of the first\n"
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path, tokenizer, monkeypatch):

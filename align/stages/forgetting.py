@@ -91,12 +91,11 @@ def with_replay(stage: Any, context: Context, kind: str, encode: Callable[[Any],
         return trees
     if not isinstance(trees, list):
         raise AlignError("replay_data is mixed into rows in memory, and these are on disk: set streaming to false")
-    from align.intake.account import Quarantine
     from align.progress import say
-    from align.stages.training import encoded, read_rows
+    from align.stages.training import encoded, quarantine_in, read_rows
 
     label = f"{context.name} (replay)"
-    rows = read_rows(stage, stage.replay_data, kind, label, Quarantine(context.folder / "quarantine.replay.jsonl"))
+    rows = read_rows(stage, stage.replay_data, kind, label, quarantine_in(context, "quarantine.replay.jsonl"))
     old = encoded(encode, rows, label)
     random.Random(stage.seed).shuffle(old)
     new = sum(tree.tokens for tree in trees)

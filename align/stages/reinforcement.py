@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from align.encode import Encoded, Encoder
 from align.errors import AlignError
 from align.forest import Tree
-from align.intake.account import Quarantine
 from align.models import disable_dropout, stop_token_ids
 from align.rollout import Engine, Sampling
 from align.runner.stop import saving_first
@@ -198,7 +197,7 @@ def _ptx(stage: Any, settings: PPOSettings, tokenizer: PreTrainedTokenizerBase, 
         return []
     encoder = Encoder(tokenizer, stage.max_length)
     label = f"{context.name} (ptx)"
-    rows = t.read_rows(stage, stage.ptx_data, stage.ptx_rows, label, Quarantine(context.folder / "quarantine_ptx.jsonl"))
+    rows = t.read_rows(stage, stage.ptx_data, stage.ptx_rows, label, t.quarantine_in(context, "quarantine_ptx.jsonl"))
     return t.encoded(getattr(encoder, stage.ptx_rows), rows, label)
 
 

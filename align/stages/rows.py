@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import compress, islice
@@ -13,10 +12,10 @@ from align.data import Quarantine, RowStream, is_held_out, refuse_empty
 from align.encode import Encoded
 from align.errors import AlignError
 from align.forest import Tree
-from align.intake.info import entry_of
 from align.intake.mixture import chosen, shares
 from align.intake.store import RowFile, TreeFile
 from align.progress import bar, say
+from align.sources import files_of
 from align.stages.base import Context
 from align.stages.fields import DataFields
 
@@ -37,7 +36,7 @@ def rows_of(stage: DataFields, kind: str, context: Context) -> tuple[Any, Any]:
     Raises:
         AlignError: from loading; or nothing is left to train on.
     """
-    quarantine = Quarantine(context.folder / "quarantine.jsonl")
+    quarantine = quarantine_in(context)
     folder = context.folder if streams(stage) else None
     train, held = _container(folder), _container(folder)
     share = stage.held_out if stage.eval_data is None else 0.0
@@ -51,6 +50,11 @@ def rows_of(stage: DataFields, kind: str, context: Context) -> tuple[Any, Any]:
     if not len(train):
         raise AlignError(f"{', '.join(stage.data)}: no row is left to train on after holding out {share:.0%} of the prompts")
     return train, held
+
+
+def quarantine_in(context: Context, name: str = "quarantine.jsonl") -> Quarantine:
+    """Where rows that are set aside are kept: of several processes, which all read them, the first writes them down."""
+    return Quarantine(context.folder / name if context.history.writes else None)
 
 
 def read_rows(stage: DataFields, sources: Sequence[str], kind: str, label: str, quarantine: Quarantine) -> list[Any]:
@@ -114,9 +118,7 @@ def streams(stage: DataFields) -> bool:
 
 def _size(sources: Sequence[str]) -> int:
     """Bytes of the files of `sources`; what is no local file or folder counts nothing."""
-    paths = [Path(os.path.expanduser(entry.source if (entry := entry_of(source)) else source)) for source in sources]
-    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    return sum(file.stat().st_size for source in sources for file in files_of(source))
 
 
 # -- trees ---------------------------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ from align.stages.base import Context, TrainingStage
 from align.stages.fields import LaunchFields, OptimizerFields, SelectionFields
 from align.stages.rows import encoded as encoded
 from align.stages.rows import longest as longest
+from align.stages.rows import quarantine_in as quarantine_in
 from align.stages.rows import read_rows as read_rows
 from align.stages.rows import rewritten
 from align.stages.rows import rows_of as rows_of
