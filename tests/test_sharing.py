@@ -31,7 +31,7 @@ from align.recipe import Recipe, load_recipe
 from align.registry import ALIASES, Registry, home
 from align.runner.checkpoints import seal
 from align.runner.code import _module, _parsed, code_of
-from align.runner.devices import refuse_crowd
+from align.runner.devices import refuse_crowd, take
 from align.runner.launch import command, slurm_script
 from align.runner.locks import lock
 from align.runner.notify import notify
@@ -766,6 +766,17 @@ def test_more_processes_than_the_machine_has_devices_are_refused(monkeypatch):
     with pytest.raises(AlignError, match="3 are too many for this machine, which takes 2: one a GPU at most"):
         refuse_crowd(stage(3))
     refuse_crowd(stage(3, cpu=True))
+
+
+def test_a_launch_gets_each_gpu_once():
+    """Three stages at a time on two GPUs: two shares of one of them are no two GPUs."""
+    launched = SimpleNamespace(stage=SFT(model="owner/name", data="x", launch={"num_processes": 2}))
+    alone = SimpleNamespace(stage=SFT(model="owner/name", data="x"))
+    free = ["0", "1", "0"]
+    assert (take(free, launched, 2), free) == (["0", "1"], ["0"])
+    assert take(["0", "0"], launched, 2) is None
+    assert [take(free := ["0", "1", "0"], alone, 2), free] == [["0"], ["1", "0"]]
+    assert take(["", ""], launched, 2) == ["", ""], "shares of the CPU are alike"
 
 
 def test_a_recipe_sets_the_launch_of_a_stage(tmp_path):

@@ -35,14 +35,17 @@ def _gpus() -> list[str]:
 
 
 def take(free: list[str], step: Step, slots: int) -> list[str] | None:
-    """The devices that the stage needs, taken from `free`, or None while too few are free."""
+    """The devices that the stage needs, at most `slots`, taken from `free`; None while too few are free."""
     launch = getattr(step.stage, "launch", None)
     wanted = 1
     if launched(step.stage) and launch is not None:
         wanted = min(launch.num_processes // launch.num_machines, slots)
-    if len(free) < wanted:
+    taken = (list(dict.fromkeys(free)) if any(free) else free)[:wanted]  # of a GPU that stages share a stage gets one share
+    if len(taken) < wanted:
         return None
-    return [free.pop(0) for _ in range(wanted)]
+    for device in taken:
+        free.remove(device)
+    return taken
 
 
 MOST_A_CORE = 4

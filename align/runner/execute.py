@@ -76,7 +76,9 @@ class _Jobs:
     """
 
     def __init__(self, waiting: list[str], free: list[str]) -> None:
-        self.waiting, self.free, self.slots = waiting, free, len(free)
+        self.waiting, self.free = waiting, free
+        self.slots = len(set(free)) if any(free) else len(free)
+        """Most devices that a stage can have at a time: there may be several shares of a GPU."""
         self.threads = None if self.slots == 1 or free[0] else max(1, (os.cpu_count() or 1) // self.slots)
         """Of each stage, where several share the CPU; None leaves it to torch."""
         self.running: dict[int, _Running] = {}
