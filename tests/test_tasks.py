@@ -498,9 +498,10 @@ def test_the_gap_stays_where_characters_are_several_tokens(words, text):
 def test_seq2seq_reads_conversations_as_text(tokenizer):
     task = tasks["seq2seq"](tokenizer, 32, [], prefix="say: ")
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "Fine"}]
-    (item,) = task.features([SFTRow.model_validate({"messages": messages})], training=True).items
-    assert tokenizer.decode(item["input_ids"]) == "say: hello"
-    assert tokenizer.decode(item["labels"]).startswith("Fine")
+    for more in ([], [{"role": "user", "content": "thanks"}]):  # nobody learns to be the user
+        (item,) = task.features([SFTRow.model_validate({"messages": messages + more})], training=True).items
+        assert tokenizer.decode(item["input_ids"]) == "say: hello"
+        assert tokenizer.decode(item["labels"]).startswith("Fine")
 
 
 def test_features_that_were_set_aside_add_up():

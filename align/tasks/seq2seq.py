@@ -87,7 +87,8 @@ class Seq2Seq(Task):
 def _sides(row: SFTRow) -> tuple[str, str]:
     """What is read and what is to be written."""
     if row.messages is not None:
-        return _plain(row.messages[:-1]), row.messages[-1].content
+        last = max(i for i, message in enumerate(row.messages) if message.role == "assistant")  # the user may have the last word
+        return _plain(row.messages[:last]), row.messages[last].content
     assert row.prompt is not None
     assert row.completion is not None
     return _plain(row.prompt), _plain(row.completion)
