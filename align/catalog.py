@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar, get_type_hints
 
-from align.errors import AlignError, near_miss
+from align.errors import AlignError, near_miss, within
 
 Entry = TypeVar("Entry", bound=Callable[..., Any])
 
@@ -88,7 +88,7 @@ class Catalog(Generic[Entry]):
             try:
                 TypeAdapter(hints.get(key, Any)).validate_python(value, strict=True)
             except ValidationError as error:
-                raise AlignError(f"{self.kind} {name!r}: {key}={value!r}: {error.errors()[0]['msg'].lower()}") from error
+                raise AlignError(f"{self.kind} {name!r}: {key}={value!r}: {within(error.errors()[0]['msg'])}") from error
 
 
 def _same_place(one: Callable[..., Any], other: Callable[..., Any]) -> bool:

@@ -40,6 +40,12 @@ def near_miss(word: str, options: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def within(message: str) -> str:
+    """What pydantic says of a value, to stand within a sentence."""
+    message = message.removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what `error` says, and those that it announces with a colon; its type, where it says nothing."""
     first = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip()

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from align.errors import AlignError, near_miss, told_of
+from align.errors import AlignError, near_miss, told_of, within
 from align.registry import check_name
 from align.stages import Stage, stages
 from align.stages.config import MADE, Reference
@@ -291,8 +291,7 @@ def _explain(error: ValidationError) -> str:
         return f"unknown key {key!r}{near_miss(str(last), known)}"
     if problem["type"] == "missing":
         return f"{key!r} is missing: it must be set"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{key!r} is {problem['input']!r}: {message[0].lower()}{message[1:]}" if key else message
+    return f"{key!r} is {problem['input']!r}: {within(problem['msg'])}" if key else problem["msg"].removeprefix("Value error, ")
 
 
 def _keys(cls: type[BaseModel], above: Sequence[int | str]) -> list[str]:
@@ -370,7 +369,7 @@ def _settings(build: Build, given: Mapping[str, str], where: str) -> dict[str, A
         try:
             values[key] = TypeAdapter(hints.get(key, Any)).validate_python(_value_of(hints.get(key, Any), value))
         except ValidationError as error:
-            raise AlignError(f"--set {key}: {value!r}: {error.errors()[0]['msg'].lower()}") from error
+            raise AlignError(f"--set {key}: {value!r}: {within(error.errors()[0]['msg'])}") from error
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     for name, parameter in parameters.items():
         if name not in given and parameter.default is parameter.empty and parameter.kind not in variable:

@@ -172,6 +172,13 @@ def test_what_cannot_be_set(assignments, message, python):
         load_recipe(python, assignments)
 
 
+def test_the_values_that_a_setting_may_have_are_told_as_they_are_written(tmp_path):
+    lines = ["from typing import Literal", "from align.recipe import Recipe", "def recipe(size: Literal['S', 'XL'] = 'S'): ..."]
+    (tmp_path / "r.py").write_text("\n".join(lines))
+    with pytest.raises(AlignError, match="--set size: 'M': input should be 'S' or 'XL'"):
+        load_recipe(str(tmp_path / "r.py"), {"size": "M"})
+
+
 def test_settings_fields_and_entries_of_mappings_can_be_set(python):
     recipe = load_recipe(
         python,
