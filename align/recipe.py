@@ -101,11 +101,15 @@ def references(stage: Stage) -> Iterator[tuple[str, str]]:
 
 def reference_fields(stage: Stage) -> Iterator[tuple[str, str, Any]]:
     """The fields that hold references: (field, kind, value)."""
-    for name, info in type(stage).model_fields.items():
-        kind = _kind(info.annotation, info.metadata)
-        value = getattr(stage, name)
-        if kind is not None and value is not None:
+    for name, kind in reference_kinds(type(stage)).items():
+        if (value := getattr(stage, name)) is not None:
             yield name, kind, value
+
+
+def reference_kinds(cls: type[Stage]) -> dict[str, str]:
+    """The fields that may hold references, and of what kind."""
+    kinds = {name: _kind(info.annotation, info.metadata) for name, info in cls.model_fields.items()}
+    return {name: kind for name, kind in kinds.items() if kind is not None}
 
 
 def _kind(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str | None:

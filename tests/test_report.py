@@ -19,6 +19,7 @@ from align.report.answers import payload
 from align.report.curves import Journey, Panel, Series, journeys, panels
 from align.report.road import Stop, diagram, stops
 from align.runner.locks import lock
+from align.stages import PPO
 
 EVIL = "<script>alert(1)</script>"
 HELD_OUT = {"mean": 0.5, "ci95": [0.4, 0.6], "n": 8}
@@ -491,6 +492,14 @@ def test_the_road_shows_what_runs_and_what_was_killed_as_it_ran(tmp_path, make):
     assert stops(tmp_path, {"sft": done})[-1].state == "interrupted"
     with lock(cut):
         assert stops(tmp_path, {"sft": done})[-1].state == "running"
+
+
+def test_an_arrow_is_no_word_that_happens_to_be_a_stages_name(tmp_path, make):
+    """The defaults of PPO hold "reward" (kl_in) and "sft" (ptx_rows), and a hub id may begin as a stage is called."""
+    config = PPO(model="base", data="pairs/rows.jsonl", reward_funcs="length_band(low=1, high=9)").model_dump(mode="json")
+    stages = {name: make(name, "sft", config={"model": "sft/x"}) for name in ("base", "sft", "reward", "pairs")}
+    road = stops(tmp_path, {**stages, "ppo": make("ppo", "ppo", config=config)})
+    assert {stop.name: stop.needs for stop in road if stop.needs} == {"ppo": ("base", "pairs")}
 
 
 def test_an_arrow_goes_round_the_boxes_between():

@@ -10,8 +10,11 @@ from typing import Any
 
 from align.artifact import Artifact
 from align.diagnostics.doctor import Patient
+from align.recipe import reference_kinds
 from align.runner.locks import is_locked
 from align.runner.view import status_of
+from align.stages import stages as catalog
+from align.stages.config import MADE
 
 BOX, GAP = (148, 62), (52, 18)
 """Width and height of a box, and the space between boxes, in pixels."""
@@ -32,7 +35,10 @@ class Stop:
 
 def stops(out: Path, stages: Mapping[str, Artifact]) -> list[Stop]:
     """The finished `stages`, and those in `out` that are not finished."""
-    found = [Stop(n, a.stage, "finished", a.seconds, memory(Path(a.path)), needs(a.config, stages)) for n, a in stages.items()]
+    found = [
+        Stop(name, a.stage, "finished", a.seconds, memory(Path(a.path)), needs(a.stage, a.config, stages))
+        for name, a in stages.items()
+    ]
     known = {Path(artifact.path).resolve() for artifact in stages.values()}
     for folder in sorted(out.iterdir()) if out.is_dir() else ():
         patient = Patient.read(folder) if folder.is_dir() and folder.resolve() not in known else None
@@ -40,7 +46,8 @@ def stops(out: Path, stages: Mapping[str, Artifact]) -> list[Stop]:
             state = status_of(folder).get("state", "not finished")
             if state == "running" and not is_locked(folder):  # who was killed cannot say so
                 state = "interrupted"
-            found.append(Stop(patient.name, patient.kind, state, None, memory(folder), needs(patient.config, stages)))
+            needed = needs(patient.kind, patient.config, stages)
+            found.append(Stop(patient.name, patient.kind, state, None, memory(folder), needed))
     return found
 
 
@@ -50,9 +57,13 @@ def memory(folder: Path) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def needs(config: Mapping[str, Any], stages: Mapping[str, Any]) -> tuple[str, ...]:
-    """The stages that the fields of `config` name: all of a value, or its part before the first slash."""
-    named = (text.split("/", 1)[0] for value in config.values() for text in _texts(value))
+def needs(kind: str, config: Mapping[str, Any], stages: Mapping[str, Any]) -> tuple[str, ...]:
+    """The stages that the fields of `config` name: a model, or data by what stands before the first slash. Of a stage that only its
+    own recipe's file knows, whose fields are not known, any text may.
+    """
+    kinds = reference_kinds(catalog[kind]) if kind in catalog else dict.fromkeys(config, "data")
+    texts = ((text, of) for field, of in kinds.items() if of in MADE for text in _texts(config.get(field)))
+    named = (text.split("/", 1)[0] if of == "data" else text for text, of in texts)
     return tuple(dict.fromkeys(name for name in named if name in stages))
 
 
