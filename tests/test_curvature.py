@@ -229,6 +229,10 @@ def test_the_command(tmp_path, tokenizer, capsys):
     assert "is a language model" in capsys.readouterr().err
     assert main(["curvature", str(model), "--data", str(data), "--checkpoints"]) == 2
     assert "has no checkpoints" in capsys.readouterr().err
+    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-9 (copy)"):  # of the last the command knows nothing
+        (model / "checkpoints" / name).mkdir(parents=True)
+    assert main(["curvature", str(model), "--data", str(data), "--checkpoints", "--plan", "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["measure"]) == ["step 9", "step 10", "final"]
 
 
 def test_mistakes_are_told_before_anything_is_measured(tmp_path, tokenizer, capsys, monkeypatch):

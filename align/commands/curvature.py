@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import AlignError
+from align.runner.checkpoints import checkpoints as in_folder
+from align.runner.checkpoints import step_of
 from align.runner.files import refuse_unwritable
 
 if TYPE_CHECKING:
@@ -71,11 +73,11 @@ def curvature(options: argparse.Namespace) -> int:
 
 def _places(path: str, checkpoints: bool) -> list[tuple[str, str]]:
     """Names and folders of what is measured, the model itself last."""
-    folder = Path(path) / "checkpoints"
-    found = sorted(folder.glob("checkpoint-*"), key=lambda place: int(place.name.rpartition("-")[2])) if checkpoints else []
-    if checkpoints and not found:
+    if not checkpoints:
+        return [("final", path)]
+    if not (found := in_folder(Path(path) / "checkpoints")):
         raise AlignError(f"{path} has no checkpoints: train with save_steps, and save_total_limit large enough to keep them")
-    return [*((f"step {place.name.rpartition('-')[2]}", str(place)) for place in found), ("final", path)]
+    return [*((f"step {step_of(place)}", str(place)) for place in found), ("final", path)]
 
 
 def _measure(name: str, path: str, rows: Rows, options: argparse.Namespace) -> dict[str, Any]:
