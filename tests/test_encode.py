@@ -2,6 +2,7 @@
 
 import copy
 import random
+from contextlib import suppress
 from itertools import compress
 
 import pytest
@@ -30,6 +31,15 @@ def encoder(tokenizer, request):
 @pytest.fixture
 def plain(tokenizer):
     return Encoder(copy.deepcopy(tokenizer))
+
+
+def test_what_was_rendered_ahead_of_a_mistake_is_forgotten(plain):
+    plain.tokenizer.chat_template = "{{ (tools or [{}])[0].name }} {{ messages[-1]['content'] }}"  # it puts no end token anywhere
+    row = SFTRow(prompt=chat("user: a"), completion=chat("assistant: b"), tools=[{"name": "one"}])
+    with suppress(AlignError):
+        pytest.fail(f"{plain.sft([row])}: without an end token")
+    row.tools[0]["name"] = "two"
+    assert plain.render(row.prompt, generate=True, tools=row.tools) == "two a"
 
 
 def test_a_template_in_the_users_folder(tokenizer, tmp_path, monkeypatch):
