@@ -324,7 +324,9 @@ class Evaluation:
         if stage.judge_model is not None:
             fields = {"dtype": stage.dtype, "max_length": stage.max_length, "max_tokens": stage.max_tokens_per_micro_batch}
             judge = JudgeModel(stage.judge_model, **fields, trust_remote_code=stage.trust_remote_code)
-        for name in results.keys() & self._answers[0].keys() - {stage.baseline, "references"}:  # a task's model gave none
+        for name in results:
+            if name == stage.baseline or name not in self._answers[0]:  # a task's model gave none
+                continue
             ours = [entry[name][mode] for entry in self._answers]
             if judge is None:
                 scores, others = [answer["reward"] for answer in ours], [answer["reward"] for answer in theirs]

@@ -105,8 +105,8 @@ def _watched(case: Case) -> Iterator[Watched]:
             best = max(smooth.values)
             at = smooth.steps[smooth.values.index(best)]
             yield Watched(name, best, series.tail(), max(2 * series.noise, 0.1 * abs(best)), at)
-    for name in case.measured.keys() & case.reference.keys():
-        now, then = case.measured[name], case.reference[name]
+    for name, now in case.measured.items():  # not a set of names, whose order differs from process to process
+        then = case.reference.get(name)
         if name.endswith("_reward") and name != "greedy_reward" and isinstance(now, Mapping) and isinstance(then, Mapping):
             wide = (now["ci95"][1] - now["mean"]) + (then["mean"] - then["ci95"][0])
             yield Watched(name.removesuffix("_reward"), then["mean"], now["mean"], wide)
