@@ -79,8 +79,8 @@ def prepare(folder: Path, size: str) -> None:
 
 
 def stage_of(folder: Path, method: str, lora: bool) -> Any:
-    from align.recipe import make_stage
     from align.stages import stages
+    from align.stages.written import make_stage
 
     name, fields = STAGES[method]
     shared = {"model": str(folder / "model"), "max_tokens_per_micro_batch": BUDGET, "use_peft": lora, "held_out": 0.1}

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from align.commands.parser import Parser
 from align.errors import AlignError
 from align.progress import bar, say
-from align.recipe import parse_value
 from align.registry import Registry
 from align.rewards import RewardSet, RewardSpec
+from align.stages.written import parse_value
 
 if TYPE_CHECKING:
     from align.rewards.trial import Summary, Trial

@@ -19,8 +19,10 @@ from align.commands.parser import place
 from align.commands.run import show_plan
 from align.errors import AlignError, near_miss
 from align.pipeline import Run
-from align.recipe import (
-    Recipe,
+from align.recipe import Recipe
+from align.registry import check_name, home
+from align.stages import Evaluate, Preference, Stage, stages
+from align.stages.written import (
     by_field,
     field_name,
     field_value,
@@ -31,8 +33,6 @@ from align.recipe import (
     read_yaml,
     takes_list,
 )
-from align.registry import check_name, home
-from align.stages import Evaluate, Preference, Stage, stages
 
 PREFERENCE_VERBS = {
     "dpo": "Direct preference optimization (arXiv:2305.18290): no reward model, a frozen reference.",

@@ -13,11 +13,12 @@ import yaml
 from align.artifact import Artifact, read_artifact
 from align.diagnostics.case import Case, Finding, ask
 from align.errors import AlignError
-from align.recipe import given_fields, make_stage, read_yaml, reference_fields
+from align.recipe import reference_fields
 from align.registry import Registry
 from align.runner.files import json_lines, json_record, write_named
 from align.stages import stages
 from align.stages.config import MADE
+from align.stages.written import given_fields, make_stage, read_yaml
 
 CURVATURE = "curvature/curvature.json"
 """Where `align curvature` leaves what it measured of a stage's model, under the stage's folder."""

@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from align.errors import AlignError, near_miss
-from align.recipe import Recipe, field_value, in_order, make_stage, reference_fields
+from align.recipe import Recipe, in_order, reference_fields
 from align.stages import Stage
+from align.stages.written import field_value, make_stage
 
 Variant = dict[str, str]
 """Swept stage to the suffix that tells its branches apart."""
