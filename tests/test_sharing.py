@@ -619,6 +619,8 @@ def test_a_sweep_over_what_a_stage_refers_to():
     two = Recipe("two", {name: tune().stages[name] for name in ("sft", "dpo")})
     recipe = expand(two, {"sft.model": ["gpt2", "owner/name"], "dpo.data": ["pairs.jsonl", "more.jsonl"]})
     assert [recipe.stages[f"sft-model-{name}"].model for name in ("gpt2", "owner_name")] == ["gpt2", "owner/name"]
+    others = {"sft.model_name_or_path": ["gpt2", "owner/name"], "dpo.dataset_name": ["pairs.jsonl", "more.jsonl"]}
+    assert expand(two, others) == recipe, "by other names of the fields"
     dpo = recipe.stages["dpo-data-more.jsonl-model-gpt2"]
     assert (dpo.model, dpo.data) == ("sft-model-gpt2", ["more.jsonl"])
     ppo = {"ppo": PPO(model="gpt2", data="prompts.jsonl", reward_funcs="length")}
@@ -652,6 +654,7 @@ def test_values_that_differ_in_a_sign_are_two_branches():
         ({}, 3, "--seeds needs to know of what"),
         ({"dop.beta": ["1"]}, 1, r"has no stage 'dop' \(did you mean 'dpo'\?\)"),
         ({"dpo.bta": ["1"]}, 1, r"stage 'dpo' has no field 'bta' \(did you mean 'beta'\?\)"),
+        ({"sft.model": ["gpt2"], "sft.model_name_or_path": ["x"]}, 1, "'model' and 'model_name_or_path' are two names of one"),
         ({"dpo.beta": ["x"]}, 1, "'beta' is 'x': input should be a valid number"),
         ({"sft.seed": ["0", "1"]}, 1, "reference 'sft' is none of the models"),
     ],

@@ -11,7 +11,7 @@ from typing import Any
 from align.errors import AlignError, near_miss
 from align.recipe import Recipe, in_order, reference_fields
 from align.stages import Stage
-from align.stages.written import field_value, make_stage
+from align.stages.written import by_field, field_name, field_value, make_stage
 
 Variant = dict[str, str]
 """Swept stage to the suffix that tells its branches apart."""
@@ -109,11 +109,11 @@ def _by_stage(recipe: Recipe, sweeps: Mapping[str, Sequence[str]]) -> dict[str, 
         stage, _, field = key.partition(".")
         if stage not in recipe.stages:
             raise AlignError(f"--sweep {key}: recipe {recipe.name!r} has no stage {stage!r}{near_miss(stage, recipe.stages)}")
-        known = type(recipe.stages[stage]).model_fields
-        if field not in known:
-            raise AlignError(f"--sweep {key}: stage {stage!r} has no field {field!r}{near_miss(field, known)}")
+        cls = type(recipe.stages[stage])
+        if field_name(cls, field) not in cls.model_fields:
+            raise AlignError(f"--sweep {key}: stage {stage!r} has no field {field!r}{near_miss(field, cls.model_fields)}")
         found.setdefault(stage, {})[field] = values
-    return found
+    return {stage: by_field(type(recipe.stages[stage]), fields, "--sweep") for stage, fields in found.items()}
 
 
 def _follow(recipe: Recipe, kind: str, value: Any, variant: Variant, variants: Mapping[str, list[tuple[str, Variant]]]) -> Any:
