@@ -371,6 +371,7 @@ def test_refused_sources(tmp_path: Path) -> None:
     assert "row 1, field text: byte 0xe9 at character 4" in refusal(write(tmp_path / "a.txt", "café\n".encode("latin-1")), "text")
     assert "no data files in this folder" in refusal(write(tmp_path / "empty" / "x.md", b"").parent, "sft")
     assert "a.json line 2, column 1: invalid JSON" in refusal(write(tmp_path / "a.json", b"[{}\n"), "sft")
+    assert "a.json line 2, column 1: invalid JSON: Expecting ',' del" in refusal(write(tmp_path / "a.json", b"[{}\n{}]"), "sft")
     two = b"[" + lines(PAIRS[:1]) + b"]\n [{}]\n"
     assert "a.json line 3, column 2: invalid JSON: extra data behind" in refusal(write(tmp_path / "a.json", two), "preference")
     assert "a.csv row 1, the table has 2 columns" in refusal(write(tmp_path / "a.csv", b"prompt,completion\r\nx\r\n"), "sft")

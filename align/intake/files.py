@@ -272,7 +272,9 @@ def _json_array(path: Path) -> Iterator[Numbered]:
                 if position < len(buffer):
                     raise wrong(json.JSONDecodeError("extra data behind the array; put all rows into one", buffer, position))
                 return
-            if number and buffer[position : position + 1] == ",":
+            if number:
+                if buffer[position : position + 1] != ",":
+                    raise wrong(json.JSONDecodeError("Expecting ',' delimiter", buffer, position))
                 position = skip(position + 1)
             try:
                 value, end = decoder.raw_decode(buffer, position)
