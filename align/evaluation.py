@@ -17,6 +17,7 @@ from align.encode import Encoded, Encoder, set_chat_template
 from align.engine import check_reach, enable_forest
 from align.errors import AlignError
 from align.forest import Tree
+from align.intake.files import Item
 from align.intake.kinds import replies
 from align.metrics import columns_of, measure
 from align.metrics.base import check, check_columns, measure_all, refuse_missing
@@ -57,7 +58,7 @@ ANSWER_COLUMNS = ("completion", "output", "response", "chosen")
 """Where a row's own answer is looked for, in this order, if its format has none."""
 
 
-Read = tuple[Any, Any, str]
+Read = tuple[Any, Item, str]
 """A row, the item of its source that it was read from, and as which format."""
 
 
@@ -68,7 +69,7 @@ def reads_as(source: str, stage: Any) -> str:
     return "text" if stream.kind in ("text", "classification") else "sft"
 
 
-def _reference_text(value: Any, row: int, column: str) -> Any:
+def _reference_text(value: Any, item: Item, column: str) -> Any:
     """A reference answer as metrics take it: a string, or a list of strings. No accepted answer is the empty one (SQuAD 2).
 
     Raises:
@@ -77,7 +78,9 @@ def _reference_text(value: Any, row: int, column: str) -> Any:
     if isinstance(value, list) and value and all(isinstance(item, dict) and "content" in item for item in value):
         return text_of(value)
     if not all(isinstance(item, str | Real) for item in (value if isinstance(value, list) else [value])):
-        raise AlignError(f"row {row}, {problem(column, value, 'a reference answer: a text, a number or a list of them')}")
+        raise AlignError(
+            f"{item.file} row {item.number}, {problem(column, value, 'a reference answer: a text, a number or a list of them')}"
+        )
     return [str(item) for item in value] or [""] if isinstance(value, list) else str(value)
 
 
@@ -140,7 +143,9 @@ class Evaluation:
                 limit=self.stage.max_rows,
                 on_bad_row=self.stage.on_bad_row,
             )
-            rows += [(row, stream.item, stream.read_as) for row in stream]
+            for row in stream:
+                assert stream.item is not None
+                rows.append((row, stream.item, stream.read_as))
             refuse_empty(stream)
             say(f"{self.context.name}: {source}: {stream.account.summary()}")
         if self.stage.held_out and sources:
@@ -169,23 +174,25 @@ class Evaluation:
             AlignError: there are none, or a row has none in the column.
         """
         columns, most = asked[0][0].columns, self.stage.max_prompts
-        there = [name for name in REFERENCE_COLUMNS if any(row.columns.get(name) is not None for row, _, _ in asked[:most])]
+        first = asked[:most]
+        there = [name for name in REFERENCE_COLUMNS if any(row.columns.get(name) is not None for row, _, _ in first)]
         column = self.stage.reference_column or next((name for name in there if name in columns), None)
         if column is not None:
-            found = [row.columns.get(column) for row, _, _ in asked[:most]]
-            if None in found:
-                raise AlignError(f"row {found.index(None) + 1} has no reference answer in column {column!r}; set reference_column")
-            return asked[:most], [_reference_text(value, row, column) for row, value in enumerate(found, start=1)]
+            if lacking := next((item for row, item, _ in first if row.columns.get(column) is None), None):
+                place = f"{lacking.file} row {lacking.number}"
+                raise AlignError(f"{place} has no reference answer in column {column!r}; set reference_column")
+            return first, [_reference_text(row.columns[column], item, column) for row, item, _ in first]
         kept: list[Read] = []
         references: list[Any] = []
         without, why = 0, "an unwanted answer, or none"
-        for number, (row, item, read_as) in enumerate(asked, start=1):
+        for row, item, read_as in asked:
+            assert isinstance(item.raw, dict)
             try:
                 said: list[Any] = [text_of(reply) for reply in replies(read_as, item.raw, plain(row.prompt))]
             except AlignError as error:  # its format knows of none
                 why = str(error)
                 own = next((name for name in ANSWER_COLUMNS if row.columns.get(name) is not None), None)
-                said = [] if own is None else [_reference_text(row.columns[own], number, own)]
+                said = [] if own is None else [_reference_text(row.columns[own], item, own)]
             if said:
                 kept.append((row, item, read_as))
                 references.append(said if len(said) > 1 else said[0])

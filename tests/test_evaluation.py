@@ -281,7 +281,10 @@ def test_a_null_in_the_first_row_does_not_hide_a_column(capsys, folder):
     """The columns of the first row decided for all: a reference was not found, an instruction not passed on."""
     write_rows(folder / "null.jsonl", [{"prompt": "say one", "answer": None}, {"prompt": "say two", "answer": "two"}])
     assert main(f"eval one --data null.jsonl --metrics token_f1{SHORT}".split()) == 2
-    assert "row 1 has no reference answer in column 'answer'" in capsys.readouterr().err
+    assert "null.jsonl row 1 has no reference answer in column 'answer'" in capsys.readouterr().err
+    write_rows(folder / "whole.jsonl", [{"prompt": "say three", "answer": "three"}])
+    assert main(f"eval one --data whole.jsonl null.jsonl --metrics token_f1{SHORT}".split()) == 2
+    assert "null.jsonl row 1 has no" in capsys.readouterr().err, "not row 2 of all"
     asked = {"prompt": "say two", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
     write_rows(folder / "later.jsonl", [{"prompt": "say one"}, asked])
     assert main(f"eval one --data later.jsonl --metrics ifeval{SHORT}".split()) == 2
