@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from importlib.util import find_spec
@@ -28,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from align.errors import AlignError, first_line
+from align.runner.files import json_record
 from align.tuning.adapters import HEADS, save_adapter
 from align.tuning.soft import SOFT_TYPES, load_soft_prompt
 
@@ -39,21 +39,39 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+ADAPTER = "adapter_config.json"
+"""In the folder of any adapter of peft's."""
+
+
 def is_adapter(path: str) -> bool:
     """Whether `path` is a folder with a PEFT adapter instead of whole weights."""
-    return (Path(path) / "adapter_config.json").is_file()
+    return (Path(path) / ADAPTER).is_file()
 
 
 def adapter_config(path: str) -> dict[str, Any] | None:
-    """What the adapter in the folder `path` says of itself (``base_model_name_or_path``, ``task_type`` …); None without one."""
-    return json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8")) if is_adapter(path) else None
+    """What the adapter in the folder `path` says of itself (``base_model_name_or_path``, ``task_type`` …); None without one.
+
+    Raises:
+        AlignError: the file is damaged.
+    """
+    config = json_record(Path(path) / ADAPTER) if is_adapter(path) else None
+    for name in ("base_model_name_or_path", "task_type", "peft_type"):
+        if config is not None and name not in config:
+            raise AlignError(f"{Path(path) / ADAPTER} has no {name!r}, which peft writes for every adapter: save it again")
+    return config
 
 
 def adapter_base(path: str) -> str:
     """The base that the adapter in the folder `path` names. Where that was a folder and is gone, the two may have been moved
     together: it is the folder of that name within the adapter's, or beside it.
+
+    Raises:
+        AlignError: it names none.
     """
-    named = str((adapter_config(path) or {})["base_model_name_or_path"])
+    config = adapter_config(path)
+    if config is None or config["base_model_name_or_path"] is None:
+        raise AlignError(f"{path} is an adapter of no base: write one as base_model_name_or_path into its {ADAPTER}")
+    named = str(config["base_model_name_or_path"])
     if not Path(named).is_absolute() or Path(named).is_dir():
         return named
     here = Path(path).resolve()
@@ -122,13 +140,9 @@ def load_causal_lm(
         AlignError: there is no such model, or none that writes from left to right; or nothing to continue; 4 bits are not to be had
             here.
     """
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "trust_remote_code": trust_remote_code,
-        "on_adapter": on_adapter,
-        "four_bits": four_bits,
-    }
-    return load_model(AutoModelForCausalLM, path, **options)
+    return load_model(
+        AutoModelForCausalLM, path, dtype=dtype, trust_remote_code=trust_remote_code, on_adapter=on_adapter, four_bits=four_bits
+    )
 
 
 def load_language_model(path: str, *, trust_remote_code: bool = False, **options: Any) -> nn.Module:
@@ -172,14 +186,15 @@ def load_reward_model(
     Raises:
         AlignError: there is no such model, it has several outputs, or it cannot be continued as a reward model.
     """
-    auto = AutoModelForSequenceClassification
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "trust_remote_code": trust_remote_code,
-        "on_adapter": on_adapter,
-        "four_bits": four_bits,
-    }
-    model: Any = load_model(auto, path, **options, num_labels=1)
+    model: Any = load_model(
+        AutoModelForSequenceClassification,
+        path,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        on_adapter=on_adapter,
+        four_bits=four_bits,
+        num_labels=1,
+    )
     if not hasattr(model, "score"):
         raise AlignError(f"{path}: {type(model).__name__} has no linear score head on its last hidden state")
     return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from align.models import best_device, is_classifier, load_reward_model, load_tok
 from align.progress import say
 from align.rewards import RewardSet
 from align.rollout import Completion
+from align.runner.files import json_record
 from align.schema import PromptRow, Text
 
 SCORE_SCALE = "score_scale.json"
@@ -120,11 +120,10 @@ class RewardScorer:
         self.model = model
         self.budget = measuring(max_tokens)
         self.mean, self.std = 0.0, 1.0
-        scale = Path(path) / SCORE_SCALE
         if normalize:
-            if not scale.is_file():
+            stored = json_record(Path(path) / SCORE_SCALE)
+            if not stored.keys() >= {"score_mean", "score_std"}:
                 raise AlignError(f"{path} stores no scale of its scores ({SCORE_SCALE}); set normalize_scores to false")
-            stored = json.loads(scale.read_text())
             self.mean, self.std = stored["score_mean"], max(stored["score_std"], 1e-6)
 
     def __call__(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> list[float]:

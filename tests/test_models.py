@@ -47,6 +47,21 @@ LOADERS = {"causal": (load_causal_lm, AutoModelForCausalLM), "reward": (load_rew
 IDS = torch.tensor([tokens(random.Random(0), 12)])
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"adapter_config\.json is damaged"),
+        ('{"base_model_name_or_path": "owner/name"}', r"adapter_config\.json has no 'task_type'"),
+        ('{"base_model_name_or_path": null, "task_type": "CAUSAL_LM", "peft_type": "LORA"}', "is an adapter of no base"),
+    ],
+)
+def test_what_is_wrong_with_an_adapters_file_is_told(tmp_path, content, message):
+    (tmp_path / "adapter_config.json").write_text(content)
+    for load in (load_causal_lm, load_config):
+        with pytest.raises(AlignError, match=message):
+            load(str(tmp_path))
+
+
 def shaken(model):
     """`model` with its trained parameters moved, as training would."""
     torch.manual_seed(7)

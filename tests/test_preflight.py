@@ -19,7 +19,7 @@ from align.forest import Tree, plant
 from align.pipeline import Run
 from align.preflight.cards import card, named_in
 from align.preflight.checks import checks
-from align.preflight.inspect import inspect
+from align.preflight.inspect import inspect, preflight
 from align.preflight.labels import suspicious
 from align.preflight.memory import Ledger, Skeleton, peak
 from align.preflight.show import html, paths, terminal
@@ -263,6 +263,13 @@ def test_every_check_has_a_docstring():
 
 
 # -- before a pipeline runs ------------------------------------------------------------------------------------------------------
+
+
+def test_findings_that_were_damaged_are_written_anew(folder):
+    write_rows("pairs.jsonl", [{**pair, "margin": -1.0} for pair in pairs()])
+    Path("notes.json").write_text("{")
+    assert preflight(Run(Recipe("r", {"dpo": dpo()}), Path("runs")).plan(), ["dpo"], Path("notes.json")) == {"dpo"}
+    assert {note["stage"] for note in json.loads(Path("notes.json").read_text())} == {"dpo"}
 
 
 def test_an_error_stops_the_run_before_anything_is_written(folder, capsys):

@@ -163,7 +163,10 @@ def preflight(plan: Sequence[Planned], names: Collection[str], notes: Path | Non
 
 def _keep(looked: Sequence[Looked], notes: Path) -> None:
     seen = {each.name for each in looked}
-    before = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else []
+    try:
+        before = json.loads(notes.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # there are none yet; or they are damaged, and of stages that will be looked at again
+        before = []
     found = [{"stage": each.name, **finding.plain()} for each in looked for finding in each.findings]
     if before or found:
         write_atomically(notes, json.dumps([*(note for note in before if note["stage"] not in seen), *found], indent=1))

@@ -70,8 +70,7 @@ def preflight(out: Path) -> list[dict[str, Any]]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    found = content.get("findings", []) if isinstance(content, dict) else content
-    return [finding for finding in found if isinstance(finding, dict)]
+    return [finding for finding in content if isinstance(finding, dict)] if isinstance(content, list) else []
 
 
 def write_pages(out: Path, results: Mapping[str, Any], stages: Mapping[str, Artifact]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -16,7 +15,7 @@ from align.errors import AlignError, near_miss
 from align.progress import say
 from align.registry import Registry, check_name
 from align.runner.checkpoints import SEAL, fault, seal
-from align.runner.files import named_when_full, refuse_unwritable
+from align.runner.files import json_record, named_when_full, refuse_unwritable
 from align.runner.hub import download, is_hub, upload
 from align.runner.locks import is_locked, lock
 
@@ -50,8 +49,7 @@ def push(registry: Registry, reference: str, target: str, *, public: bool = Fals
 
 def _base(folder: Path) -> str | None:
     """What the adapter in `folder` was trained on; None where there is none."""
-    adapter = folder / "adapter_config.json"
-    return json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") if adapter.is_file() else None
+    return json_record(folder / "adapter_config.json").get("base_model_name_or_path")
 
 
 def _put(artifact: Artifact, shelf: Path) -> Path:

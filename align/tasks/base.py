@@ -24,7 +24,7 @@ from align.metrics import columns_of
 from align.metrics.base import check, measure_all, refuse_missing
 from align.models import load_model
 from align.progress import say
-from align.runner.files import write_atomically
+from align.runner.files import json_record, write_atomically
 
 TASK_FILE = "task.json"
 """In a trained model's folder: which task it does, with which labels and arguments."""
@@ -180,7 +180,7 @@ def save_task(folder: Path, name: str, built: Task, arguments: dict[str, Any]) -
 
 def read_task(path: str, tokenizer: PreTrainedTokenizerBase) -> Task:
     """The task that the model in the folder `path` was trained for."""
-    stored = json.loads((Path(path) / TASK_FILE).read_text(encoding="utf-8"))
+    stored = json_record(Path(path) / TASK_FILE)
     return tasks[stored["task"]](tokenizer, stored["max_length"], stored["labels"], **stored["task_args"])
 
 
@@ -190,7 +190,7 @@ def labels_of_head(path: str, name: str, labels: Sequence[str]) -> list[str]:
     Raises:
         AlignError: the rows have one that its head does not know, or its head is that of another task.
     """
-    stored = json.loads((Path(path) / TASK_FILE).read_text(encoding="utf-8")) if is_task_model(path) else {}
+    stored = json_record(Path(path) / TASK_FILE)
     own: list[str] = stored.get("labels", [])
     if not own or not labels or "cloze" in (name, stored["task"]):  # a cloze has no head
         return list(labels)
