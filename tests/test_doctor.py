@@ -210,6 +210,17 @@ def test_a_critic_at_the_policys_rate_is_not_blamed_where_both_stand_still():
     assert rules_of(case("ppo", still, config={"critic_learning_rate": 1e-9})) == ["value_blind"]
 
 
+def test_of_several_watched_rewards_that_fell_the_first_is_told():
+    """Not one that a hash puts first, which is another in each process."""
+    levels = {side: {"mean": mean, "ci95": [mean - 0.01, mean + 0.01]} for side, mean in (("before", 0.9), ("after", 0.1))}
+    names = [f"{word}_reward" for word in ["tone", "brevity", "ending", "fluency", "content", "instruction"]]
+    measured, reference = (dict.fromkeys(names, levels[side]) for side in ("after", "before"))
+    paid = ppo(**{"objective/scores": lambda t: t})
+    found = ask(case("ppo", paid, measured=measured, reference=reference))
+    (finding,) = [finding for finding in found if finding.rule == "reward_hacking"]
+    assert "while tone, which nobody pays for, fell" in finding.diagnosis.cause
+
+
 def test_nobody_is_told_to_start_the_critic_from_the_reward_model_that_did():
     advice = [
         ask(case("ppo", FAULTS["value_blind"].records, config=config))[0].diagnosis.advice
