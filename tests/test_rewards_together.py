@@ -659,3 +659,4 @@ def test_a_recipe_of_one_stage_runs_with_specs(prompts, tmp_path):
     )
     artifacts = Run(Recipe("p", {"p": stage}), tmp_path / "out").execute()
     assert 0 <= artifacts["p"].metrics["preferences_mean_score"] <= 0.5
+    assert "held_out_mean_score" not in artifacts["p"].metrics, "of no prompts there is none"

@@ -90,7 +90,8 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
                 write_rows(context.folder / "comparisons.jsonl", every)
             say(f"{context.name}: {len(encoded.trees)} prompts gave {len(best)} pairs ({name}); {encoded.summary()}")
             metrics[f"{name}_pairs"] = len(best)
-            metrics[f"{name}_mean_score"] = sum(scores) / max(len(scores), 1)
+            if scores:  # no prompts may be held out
+                metrics[f"{name}_mean_score"] = sum(scores) / len(scores)
         return metrics
 
     def _comparisons(self, group: range, scores: Sequence[float], texts: Sequence[str]) -> list[tuple[int, int]]:
