@@ -332,11 +332,11 @@ class TestSet:
 
     def test_specs_and_functions_mix_and_names_stay_apart(self):
         reward_set = RewardSet(["keyword(words='one')", "keyword(words='two')", words])
-        assert list(reward_set.functions) == ["keyword", "keyword_2", "words"]
+        assert list(reward_set.components) == ["keyword", "keyword_2", "words"]
         assert reward_set.score(PROMPTS, COMPLETIONS).components == {"keyword": [1, 1], "keyword_2": [1, 0], "words": [3, 1]}
 
     def test_one_spec_is_no_list_of_letters(self):
-        assert list(RewardSet("repetition").functions) == ["repetition"]
+        assert list(RewardSet("repetition").components) == ["repetition"]
 
     def test_no_rows(self):
         assert RewardSet([words]).score([], []).total == []
@@ -452,7 +452,7 @@ class TestOtherProtocols:
         columns = {"data_source": ["d", "d"], "reward_model": [{"ground_truth": "one"}] * 2, "extra_info": [{"index": 0}, None]}
         assert score(reward, columns=columns) == [0, 1]
         assert score(reward, completions=[message(c) for c in COMPLETIONS], columns={"ground_truth": ["one", "one"]}) == [0, 1]
-        assert list(RewardSet([reward]).functions) == ["compute_score"]
+        assert list(RewardSet([reward]).components) == ["compute_score"]
 
     def test_verl_async(self):
         async def compute_score(data_source, solution_str, ground_truth, extra_info=None):

@@ -170,8 +170,7 @@ def lengths(subject: Subject) -> Iterator[Finding]:
     if subject.encoder is None or not (result.trees or result.set_aside):
         return
     too_long = sum(count for reason, count in result.set_aside.items() if "no room" in reason)
-    used = len({id(row) for row in result.rows})
-    total, limit = used + sum(result.set_aside.values()), subject.encoder.max_length
+    total, limit = result.used + result.set_aside.total(), subject.encoder.max_length
     if not result.trees and not subject.problems:
         yield Finding("error", "lengths", f"none of the rows can be used: {result.summary()}", "Raise max_length")
     elif subject.kind != "text" and (result.cut_rows + too_long) / total > CUT:

@@ -100,11 +100,6 @@ class RewardSet:
         name = spec.name or (REWARD_MODEL if function is None else name_of(function))
         self.components[name_beside(name, self.components)] = Component(spec, function)
 
-    @property
-    def functions(self) -> dict[str, RewardFunction | None]:
-        """The functions by the names of their components."""
-        return {name: component.function for name, component in self.components.items()}
-
     def refuse_missing(self, columns: Collection[str]) -> None:
         """Raise `AlignError` where a function needs a column that is not among `columns`, before there are answers to score."""
         for name, component in self.components.items():

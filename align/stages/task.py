@@ -112,8 +112,8 @@ def few(rows: list[Any], shots: int, seed: int) -> list[Any]:
     by_label: dict[str, list[Any]] = defaultdict(list)
     for row in rows:
         by_label[row.label].append(row)
-    short = {label: len(own) for label, own in by_label.items() if len(own) < shots}
-    if short:
-        raise AlignError(f"shots {shots}: the label {next(iter(short))!r} has {short[next(iter(short))]} rows")
+    for label, own in by_label.items():
+        if len(own) < shots:
+            raise AlignError(f"shots {shots}: the label {label!r} has {len(own)} rows")
     draw = random.Random(seed)
     return [row for label in sorted(by_label) for row in draw.sample(by_label[label], shots)]

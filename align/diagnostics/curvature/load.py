@@ -25,9 +25,6 @@ from align.models import (
 from align.progress import say
 from align.trainers.objectives import LanguageModel, RewardModel
 
-KINDS = ("sft", "text", "preference")
-"""What rows are read as; a reward model takes preference pairs."""
-
 
 @dataclass(frozen=True)
 class Rows:

@@ -13,11 +13,8 @@ from torch import Tensor
 
 from align.diagnostics.curvature import landscape, spectrum
 from align.diagnostics.curvature.surface import Surface
+from align.diagnostics.supervised import ADAM_EDGE
 from align.progress import bar
-
-ADAM_EDGE = 38.0
-"""(2 + 2 b) / (1 - b) at beta1 b = 0.9: Adam is unstable where learning rate x top preconditioned eigenvalue is above it
-(arXiv:2207.14484, Eq. 3)."""
 
 
 @dataclass(frozen=True)
