@@ -454,6 +454,8 @@ def test_a_wrong_request_is_refused_in_one_line(folders):
         assert httpx.post(f"{address.removesuffix('/v1')}/load_model", json={"model": "owner/other"}).status_code == 404
         assert post({"prompt": 3}, "/completions").json()["error"]["message"].startswith("prompt: Input should be a valid string")
         assert post({"prompt": "Hi", "max_tokens": 2}, "/completions").status_code == 200
+        asked = {"prompt": "Hi", "max_tokens": 2, "logprobs": 0}
+        assert "logprobs: nothing here" in post(asked, "/completions").text, "0 asks for those of the answer"
         assert "previous_response_id" in post({"input": "And?", "previous_response_id": "resp_1"}, "/responses").text
         assert "reads text alone" in post({"input": [{"role": "user", "content": [PICTURE]}]}, "/responses").text
         assert post({"input": "Hi", "max_output_tokens": 2}, "/responses").json()["status"] == "completed", (

@@ -69,6 +69,11 @@ def _something(stop: str | list[str] | None) -> str | list[str] | None:
     return stop
 
 
+def _same(one: Any, other: Any) -> bool:
+    """To Python 0 is False as well; of `/v1/completions` 0 asks for the log-probs of what is said."""
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
 class _Request(_Body):
     """What the requests have in common. Of fields that are not here their server knows more."""
 
@@ -170,7 +175,7 @@ class Guard:
             place, said = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
             return f"{place}: {said}" if place else said
         for name, value in (asked.model_extra or {}).items():
-            if value is not None and value not in IGNORED.get(name, (value,)):
+            if value is not None and not any(_same(value, nothing) for nothing in IGNORED.get(name, (value,))):
                 return f"{name}: nothing here does what it asks for; leave it out"
         if kind.needs_template and not self.tokenizer.chat_template:
             return "the model has no chat template, as base models have none: ask /v1/completions, or serve one that has"
