@@ -204,9 +204,10 @@ class Encoder:
         # The tokenizer may merge across the border; then the answer is tokenized alone, as the model will meet it when it
         # generates.
         ids = whole[len(prefix) :] if whole[: len(prefix)] == prefix else self._ids(tail)
-        # What a template puts behind the end token ("\n") is the next turn's, not the answer's.
-        last = len(ids) - 1 - ids[::-1].index(end) if end in ids else None
-        return [*ids, end] if last is None else ids[: last + 1]
+        # What a template puts behind the end token ("\n") is the next turn's, not the answer's; of plain text all is.
+        if end in ids and not isinstance(answer, str):
+            ids = ids[: len(ids) - ids[::-1].index(end)]
+        return ids if ids[-1:] == [end] else [*ids, end]
 
     # -- one function a kind of row --------------------------------------------------------------------------------------------
 

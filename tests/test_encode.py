@@ -2,7 +2,6 @@
 
 import copy
 import random
-from contextlib import suppress
 from itertools import compress
 
 import pytest
@@ -36,8 +35,8 @@ def plain(tokenizer):
 def test_what_was_rendered_ahead_of_a_mistake_is_forgotten(plain):
     plain.tokenizer.chat_template = "{{ (tools or [{}])[0].name }} {{ messages[-1]['content'] }}"  # it puts no end token anywhere
     row = SFTRow(prompt=chat("user: a"), completion=chat("assistant: b"), tools=[{"name": "one"}])
-    with suppress(AlignError):
-        pytest.fail(f"{plain.sft([row])}: without an end token")
+    with pytest.raises(AlignError, match="end"):
+        plain.sft([row])
     row.tools[0]["name"] = "two"
     assert plain.render(row.prompt, generate=True, tools=row.tools) == "two a"
 
@@ -195,6 +194,10 @@ class TestRawText:
         assert plain.tokenizer.decode(tree.prompt) == "one two three<|eos|>"
         (again,) = plain.sft([SFTRow(prompt="one two", completion=" three<|eos|>")]).trees
         assert again == tree
+
+    def test_what_stands_behind_an_end_token_within_an_answer_stays(self, plain):
+        (tree,) = plain.sft([SFTRow(prompt="one", completion=" two<|eos|> three")]).trees
+        assert learned(plain, tree) == [" two<|eos|> three<|eos|>"]
 
     def test_tokens_that_merge_across_the_border_are_cut_there(self, plain):
         """ "three" is one token after "one two ", but the prompt ends in a space of its own that the merged text would not have."""
