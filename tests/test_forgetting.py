@@ -54,6 +54,14 @@ def test_replay_that_runs_out_says_so(capsys, folder):
     assert "asked for 90%, and there are no more" in said
 
 
+def test_replay_has_a_format_of_its_own(capsys, folder):
+    """The `data_format` of the new rows was asked of the old ones."""
+    (folder / "asked.jsonl").write_text('{"instruction": "hello", "output": "hello to me"}\n' * 8)
+    command = "sft --model model --data asked.jsonl --data_format alpaca --held_out 0 --max_steps 1 --replay_data sft.jsonl"
+    _, said = run(capsys, command)
+    assert "(replay): sft.jsonl: " in said
+
+
 def test_replay_of_no_rows_is_refused(capsys, folder):
     for verb, data in (("pretrain", "new.jsonl"), ("sft", "sft.jsonl")):
         assert main(f"{verb} --model model --data {data} --replay 0.3 --plan".split()) == 2

@@ -58,7 +58,10 @@ def quarantine_in(context: Context, name: str = "quarantine.jsonl") -> Quarantin
 
 
 def read_rows(stage: DataFields, sources: Sequence[str], kind: str, label: str, quarantine: Quarantine) -> list[Any]:
-    """Rows of `kind` from each of `sources` in turn, in memory."""
+    """Rows of `kind` from each of `sources` in turn, in memory. They are not the stage's own `data`, whose `data_format` tells
+    nothing of theirs: it is recognized by their columns.
+    """
+    stage = stage.model_copy(update={"data_format": None})
     return [row for source in sources for row in _read(stage, source, None, kind, label, quarantine)]
 
 
