@@ -1,6 +1,7 @@
 """The parts of PPO beside its core: estimators, the price of divergence, additions to the loss, critics, four roles on one base."""
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -15,6 +16,7 @@ from align.models import load_causal_lm, load_reward_model
 from align.trainers.ppo.adapters import critic_on_base, reward_on_base, same_base
 from align.trainers.ppo.advantages import Rewarded, estimators
 from align.trainers.ppo.critics import SharedCritic, ValueHead, adapter
+from align.trainers.ppo.data import Episodes
 from align.trainers.ppo.kl import KLController
 from align.tuning.strategies import Tuning
 from align.tuning.tune import tune
@@ -131,7 +133,9 @@ def test_the_gradient_is_that_of_the_stated_average(make, average):  # noqa: F81
     for (_, start), other in zip(trainer.models.reference.start, reference.parameters(), strict=True):
         start.copy_(other.detach())
     seen, found = spy_on(trainer), trainer.estimate(prompts, completions, scores)
-    trainer.learner.update(found, KL)
+    assert found.kl.max() > 1e-3
+    assert found.rewards.sum(1).tolist() == pytest.approx(scores, rel=1e-5), "the price is paid once"
+    said = trainer.learner.update(found, KL)
     answers = Alone(policy, found.trees)(temperature=0.8)
     gap = (found.old_logps - found.reference_logps)[found.mask]
     loss = -found.advantages[found.mask] * answers.logps + KL * gap * answers.logps - 0.1 * answers.entropy
@@ -142,6 +146,8 @@ def test_the_gradient_is_that_of_the_stated_average(make, average):  # noqa: F81
         "constant": torch.ones(len(loss)) / (8 * 6),
     }
     (weights[average] * loss).sum().backward()
+    value = -found.advantages[found.mask] + KL * gap**2 / 2 - 0.1 * answers.entropy.detach()
+    assert said["loss/policy_avg"] == pytest.approx((weights[average] * value).sum().item(), rel=1e-4)
     for name, p in policy.named_parameters():
         assert_close(seen[0][f"0.{name}"], p.grad, rel=5e-5, what=name)
 
@@ -152,6 +158,115 @@ def test_passes_end_where_the_policy_is_too_far(make):  # noqa: F811
     said = trainer.learner.update(found, KL)
     assert 1 <= said["policy/updates"] < 8
     assert trainer.learner.scheduler.last_epoch == 8  # the schedule is one of episodes
+
+
+def test_the_update_that_would_go_too_far_is_not_made(make):  # noqa: F811
+    """Every mini-batch has all episodes, so the second one sees how far the first one's update went, in nats a token."""
+
+    def learned(passes, target_kl):
+        trainer = make(num_ppo_epochs=passes, num_mini_batches=1, rate=1e-2, target_kl=target_kl)
+        said = trainer.learner.update(trainer.estimate(*episodes()), KL)
+        return said, trainer.models.policy.state_dict()
+
+    far = 2 * learned(2, None)[0]["policy/approxkl_avg"]  # the mean of this and of 0 before the first update
+    said, weights = learned(2, 0.99 * far)
+    assert said["policy/updates"] == 1
+    assert all(torch.equal(weights[name], weight) for name, weight in learned(1, None)[1].items())
+    assert learned(2, 1.01 * far)[0]["policy/updates"] == 2
+
+
+def test_each_pass_draws_its_mini_batches_anew(make):  # noqa: F811
+    drawn = list(make(num_ppo_epochs=3).learner._mini_batches(list("abcdefgh"), 2))
+    passes = ["".join(itertools.chain(*drawn[i : i + 4])) for i in (0, 4, 8)]
+    assert [sorted(each) for each in passes] == [list("abcdefgh")] * 3
+    assert len(set(passes)) == 3
+
+
+def test_an_update_has_no_gradient_of_the_one_before(make):  # noqa: F811
+    """At a learning rate of 0 the second pass over the same mini-batch has the gradient of the first."""
+    trainer = make(rate=0.0, num_ppo_epochs=2, num_mini_batches=1)
+    seen = spy_on(trainer)
+    trainer.learner.update(trainer.estimate(*episodes()), KL)
+    for name, gradient in seen[0].items():
+        assert_close(seen[1][name], gradient, what=name)
+
+
+def test_policy_and_critic_are_clipped_each_by_its_own_norm(make):  # noqa: F811
+    def gradients(max_grad_norm):
+        trainer = make(num_mini_batches=1)
+        trainer.learner.max_grad_norm = max_grad_norm
+        seen = spy_on(trainer)
+        trainer.learner.update(trainer.estimate(*episodes()), KL)
+        return seen[0]
+
+    whole, clipped = gradients(1e9), gradients(0.1)
+    for role in ("0.", "1."):
+        mine = {name: gradient for name, gradient in whole.items() if name.startswith(role)}
+        norm = torch.cat([gradient.flatten() for gradient in mine.values()]).norm()
+        assert norm > 0.2
+        for name, gradient in mine.items():
+            assert_close(clipped[name], 0.1 / norm * gradient, what=name)
+
+
+def test_the_steered_price_is_the_one_that_is_paid(make):  # noqa: F811
+    """The first 8 episodes do not diverge, an error of -1 that is held at -0.2: the price falls by 0.2 * 8 / 40."""
+    steered = {"kl_target": 1.0, "kl_horizon": 40, "kl_coef": 0.5, "kl_in": "loss", "kl_estimator": "k3"}
+    trainer = make(total_episodes=16, num_generations=2, prompts=[[5, 6], [7], [8, 9], [10]], **steered)
+    paid, update = [], trainer.learner.update
+    trainer.learner.update = lambda found, price, **more: paid.append(price) or update(found, price, **more)
+    trainer.train()
+    assert paid == pytest.approx([0.5, 0.5 * 0.96])
+    assert [record["objective/kl_coef"] for record in trainer.history.records] == pytest.approx(paid)
+
+
+def test_what_is_said_of_episodes_by_hand(make):  # noqa: F811
+    """Two completions that ended, of two tokens and of three; each measure is of all five tokens or of both completions."""
+    old = torch.tensor([[-1.0, -2, 0], [-3, -1, -2]])
+    kl = torch.tensor([[0.5, 0.5, 0], [1, 1, 1]])
+    found = Episodes(
+        trees=[],
+        mask=torch.tensor([[1, 1, 0], [1, 1, 1]]).bool(),
+        scores=torch.tensor([1.0, 3]),
+        finished=torch.tensor([True, True]),
+        old_logps=old,
+        reference_logps=old - kl,
+        entropy=torch.tensor([[1.0, 2, 0], [3, 4, 5]]),
+        kl=kl,
+        rewards=torch.zeros(2, 3),
+        advantages=torch.zeros(2, 3),
+        old_values=torch.tensor([[1.0, 2, 0], [3, 4, 5]]),
+        returns=torch.tensor([[2.0, 2, 0], [4, 4, 6]]),  # 1, 0, 1, 0, 1 more
+        sampled_logps=old + torch.tensor([[0.1, -0.1, 0], [0.2, -0.2, 0.4]]),
+    )
+    assert make(kl_coef=0.05).describe(found) == pytest.approx(
+        {
+            "objective/kl": 2,
+            "objective/entropy": 7.5,
+            "objective/scores": 2,
+            "objective/non_score_reward": -0.1,
+            "objective/rlhf_reward": 1.9,
+            "objective/kl_coef": 0.05,
+            "policy/entropy_avg": 3,
+            "val/num_eos_tokens": 2,
+            "completions/mean_length": 2.5,
+            "completions/cut_share": 0,
+            "val/mean_value": 3,
+            "val/explained_variance": 1 - 0.24 / 2.24,
+            "sampling/sampling_logp_difference/mean": 0.2,
+        }
+    )
+
+
+def test_the_critic_warms_up_for_as_many_rounds_as_asked(make):  # noqa: F811
+    trainer, moved = make(critic_warmup_steps=2, total_episodes=32), []
+    policy = trainer.models.policy
+    start = copy.deepcopy(policy.state_dict())
+
+    def note(step):
+        moved.append(any(not torch.equal(start[name], weight) for name, weight in policy.state_dict().items()))
+
+    trainer.train(after_step=note)
+    assert moved == [False, False, True, True]
 
 
 def test_the_critic_warms_up_alone(make):  # noqa: F811
@@ -166,18 +281,30 @@ def test_the_critic_warms_up_alone(make):  # noqa: F811
 
 
 def test_rows_are_mixed_in(make):  # noqa: F811
-    """With advantages of 0 the gradient is that of the rows' mean negative log-likelihood, times its weight."""
-    policy, row = llama(), Tree([5, 6, 7, 8], prompt_mask=[False, True, True, True])
-    settings = {"ptx_coef": 0.3, "ptx_batch_size": 1, "num_mini_batches": 1, "rest": {"ptx": [row]}}
+    """With advantages of 0 the gradient is that of the rows' mean negative log-likelihood, times its weight. It is a mean over the
+    tokens of both rows, though each has a pass of its own.
+    """
+    policy = llama()
+    rows = [Tree([5, 6, 7, 8], prompt_mask=[False, True, True, True]), Tree([9, 10], prompt_mask=[False, True])]
+    settings = {"ptx_coef": 0.3, "ptx_batch_size": 2, "num_mini_batches": 1, "max_tokens": 1, "rest": {"ptx": rows}}
     trainer = make(copy.deepcopy(policy), **settings)
     seen, found = spy_on(trainer), trainer.estimate(*episodes())
     found.advantages.zero_()
     said = trainer.learner.update(found, KL)
-    nll = -Alone(policy, [row])().logps.mean()
+    nll = -Alone(policy, rows)().logps.mean()
     assert said["loss/ptx_avg"] == pytest.approx(nll.item(), rel=1e-5)
     (0.3 * nll).backward()
     for name, p in policy.named_parameters():
         assert_close(seen[0][f"0.{name}"], p.grad, rel=5e-5, what=name)
+
+
+def test_as_many_rows_are_mixed_in_as_a_mini_batch_has_episodes(make):  # noqa: F811
+    """Two mini-batches of two prompts with two answers each take 8 of 9 rows, none twice."""
+    rows = [Tree([5, 6, 7 + i], prompt_mask=[False, True, True]) for i in range(9)]
+    trainer = make(ptx_coef=0.3, num_generations=2, rest={"ptx": rows})
+    _, completions, scores = episodes()
+    trainer.learner.update(trainer.estimate([[5], [6, 7], [8], [9]], completions, scores), KL)
+    assert len(trainer.learner.ptx_order.waiting) == 1
 
 
 def test_scores_are_held_within_bounds(make):  # noqa: F811
@@ -187,10 +314,19 @@ def test_scores_are_held_within_bounds(make):  # noqa: F811
 
 
 def test_samples_are_left_in_the_history(make):  # noqa: F811
-    trainer = make(sample_steps=1)
+    trainer = make(sample_steps=2, total_episodes=32)
     trainer.train()
-    (record,) = [r for r in trainer.history.records if "samples" in r]
-    assert record["samples"][0].keys() == {"prompt", "completion", "score"}
+    records = [r for r in trainer.history.records if "samples" in r]
+    assert [r["step"] for r in records] == [1, 3]
+    assert records[0]["samples"][0].keys() == {"prompt", "completion", "score"}
+
+
+def test_a_line_of_the_log_is_the_mean_of_the_rounds_since_the_last(make):  # noqa: F811
+    """Of two rounds, and of the third, which is the end."""
+    scores = iter([1.0, 2.0, 6.0])
+    trainer = make(total_episodes=24, scorer=lambda indices, completions: ([next(scores)] * len(indices), {}))
+    trainer.train(log_every=2)
+    assert [(r["step"], r["objective/scores"]) for r in trainer.history.records] == [(2, 1.5), (3, 6.0)]
 
 
 def test_one_base_four_roles(make, tmp_path):  # noqa: F811
