@@ -285,6 +285,35 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(make, poison):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+class Poisoned(LanguageModel):
+    """NaN at the steps `at`."""
+
+    def __init__(self, at):
+        self.at, self.calls = at, 0
+
+    def __call__(self, model, forest):
+        output = super().__call__(model, forest)
+        self.calls += 1
+        return LossOutput(output.loss * (math.nan if self.calls in self.at else 1), output.metrics)
+
+
+def test_steps_that_are_left_out_change_nothing_and_ten_in_a_row_may_be(make):
+    """Every second one may be, for as long as it takes; an eleventh in a row stops the run."""
+
+    def trained(at, steps):
+        model = llama()
+        trainer = make(model, Poisoned(at), documents(1, 2), per_device_train_batch_size=2, max_tokens=10_000, max_steps=steps)
+        trainer.skip_non_finite = True
+        trainer.train()
+        return model.state_dict()
+
+    start = llama().state_dict()
+    assert all(torch.equal(start[name], weight) for name, weight in trained(range(1, 11), 10).items())
+    assert all(weight.isfinite().all() for weight in trained(range(1, 23, 2), 22).values())
+    with pytest.raises(AlignError, match="the loss is nan at step 13"):
+        trained(range(3, 14), 14)
+
+
 def test_evaluation_is_exact_over_uneven_batches(make):
     """7 rows in batches of 3, 3 and 1, each cut further: means are over tokens, not over batches."""
     model, trees = llama(), documents(4, 7)
@@ -296,6 +325,15 @@ def test_evaluation_is_exact_over_uneven_batches(make):
     assert found["eval_perplexity"] == pytest.approx(math.exp(-alone.logps.mean().item()), rel=1e-5)
     assert found["eval_mean_token_accuracy"] == pytest.approx(alone.correct.float().mean().item(), rel=1e-6)
     assert mean_nll(model, trees, 30) == pytest.approx(found["eval_loss"], rel=1e-6)
+
+
+def test_evaluation_is_without_dropout_and_leaves_the_mode_as_it_was(make):
+    model, trees = llama(attention_dropout=0.5), documents(4, 7)
+    with torch.no_grad():
+        alone = Alone(copy.deepcopy(model), trees)()
+    found = make(model.train(), LanguageModel(), documents(1), trees).evaluate()
+    assert found["eval_loss"] == pytest.approx(-alone.logps.mean().item(), rel=1e-6)
+    assert model.training
 
 
 def test_evaluation_of_pairs_is_a_mean_over_pairs(make):
