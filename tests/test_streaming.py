@@ -21,7 +21,7 @@ from align.schema import PreferenceRow, PromptRow, SFTRow
 from align.stages import SFT, Preference, Pretrain, RewardModel
 from align.stages.base import Context
 from align.stages.kto import KTO
-from align.stages.rows import encoded, rows_of
+from align.stages.rows import encoded, rewritten, rows_of
 
 SAMPLES = Path(__file__).parents[1] / "data" / "samples"
 
@@ -83,7 +83,22 @@ def test_trees_of_different_shapes_are_refused(tmp_path):
         TreeFile(tmp_path, [Tree([1], ([2],)), Tree([1], ([2], [3]))])
 
 
-def test_a_stream_gives_the_trees_and_the_account_of_memory(tmp_path, tokenizer, capsys):
+def test_a_file_of_trees_is_rewritten_a_group_at_a_time(tmp_path):
+    """Two groups of two and what is left."""
+    trees, seen = [Tree([n], ([n, n],), values={"margin": [float(n)]}) for n in range(1, 6)], []
+
+    def doubled(group):
+        seen.append(len(group))
+        return [Tree(tree.prompt, tree.branches, values={"margin": [2 * x for x in tree.values["margin"]]}) for tree in group]
+
+    found = rewritten(TreeFile(tmp_path, iter(trees)), doubled, group=2)
+    assert list(found) == doubled(trees)
+    assert seen[:-1] == [2, 2, 1]
+
+
+def test_a_stream_gives_the_trees_and_the_account_of_memory(tmp_path, tokenizer, capsys, monkeypatch):
+    """Encoded in four groups, and what became of the rows is counted over all of them."""
+    monkeypatch.setattr("align.stages.rows.GROUP", 64)
     path = pairs(tmp_path / "pairs.jsonl", 300)
     path.write_text(path.read_text() + '{"prompt": "p", "chosen": "same", "rejected": "same "}\n')
     path.write_text(path.read_text() + json.dumps({"prompt": "the cat " * 30, "chosen": "a", "rejected": "b"}) + "\n")
