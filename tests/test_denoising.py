@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import BertConfig, BertForMaskedLM, TrainingArguments
 
 from align.cli import main
 from align.data import write_rows
 from align.errors import AlignError
 from align.models import family_of, load_language_model, load_tokenizer
 from align.schema import TextRow
-from align.trainers.denoising import IGNORED, MaskedWords, SpanCorruption
+from align.trainers.denoising import IGNORED, DenoisingTrainer, MaskedWords, SpanCorruption
 
 WORDS = "the cat sat on a mat and said hello to me. How are you? Fine, thanks! one two three four five six seven eight"
 TEXTS = [f"{WORDS[i:]} {WORDS[:i]}" for i in range(0, 40, 4)]
@@ -111,6 +112,17 @@ def test_a_block_is_corrupted_alike_whatever_stands_beside_it(masked):
         *masked.fixed(blocks, 5)[::2],
         *masked.fixed(blocks, 5)[1::2],
     ]
+
+
+def test_the_words_of_a_block_are_others_at_each_step(masked, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model, seen = BertForMaskedLM(BertConfig(vocab_size=len(masked.tokenizer), **sizes)), []
+    model.register_forward_pre_hook(lambda _, args, inputs: seen.append(inputs["labels"].tolist()), with_kwargs=True)
+    quiet = {"report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "remove_unused_columns": False}
+    arguments = TrainingArguments(str(tmp_path), max_steps=3, per_device_train_batch_size=1, **quiet)
+    blocks = masked.blocks([TextRow(text=TEXTS[0])])
+    DenoisingTrainer(model, arguments, train_dataset=blocks[:1], denoiser=masked).train()
+    assert len(seen) == len(set(map(str, seen))) == 3
 
 
 def test_blocks_hold_every_token_once(masked):
