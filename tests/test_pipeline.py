@@ -284,6 +284,8 @@ def test_a_plan_checks_every_reference_before_anything_runs():
         run(chain(z=Note(model="nobody")))
     with pytest.raises(AlignError, match=r"stage 'z': nothing\.jsonl: no such file"):
         run(chain(z=Note(data="nothing.jsonl")))
+    with pytest.raises(AlignError, match=r"bb/note\.jsonl: no such file .* no stage is called 'bb' \(did you mean 'b'\?\)"):
+        run(chain(z=Note(data="bb/note.jsonl")))
     with pytest.raises(AlignError, match=r"gone\.py does not exist"):
         run(chain(z=Note(reward_funcs="gone.py:f")))
     assert RAN == []

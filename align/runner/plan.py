@@ -6,15 +6,15 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from align.artifact import BEGUN, Artifact, read_artifact
 from align.data import fingerprint
-from align.errors import AlignError, told_of
+from align.errors import AlignError, near_miss, told_of
 from align.recipe import Recipe, reference_fields, references
 from align.registry import Registry, home
 from align.rewards import reward_fingerprint
@@ -160,7 +160,8 @@ class Planner:
                 found.parents[reference] = artifact.reference if artifact and artifact.version else path
             elif kind == "data":
                 found.places[reference] = reference
-                found.inputs[reference] = found.data[reference] = self._fingerprint(kind, reference)
+                with _perhaps_a_stage(reference, others):
+                    found.inputs[reference] = found.data[reference] = self._fingerprint(kind, reference)
             else:
                 found.inputs[reference] = self._fingerprint(kind, reference)
         return found
@@ -189,6 +190,18 @@ class Planner:
             return "never ran", None
         latest = max(before, key=lambda artifact: artifact.created)
         return _changed(draft, latest), latest.seconds
+
+
+@contextmanager
+def _perhaps_a_stage(reference: str, others: Sequence[str]) -> Iterator[None]:
+    """Where the data `reference` are nowhere, say which of the stages `others` may have been meant by its first part."""
+    try:
+        yield
+    except AlignError as error:
+        owner, slash, _ = reference.partition("/")
+        if not slash or os.path.exists(owner) or not (guess := near_miss(owner, others)):
+            raise
+        raise AlignError(f"{error}, and no stage is called {owner!r}{guess}") from error
 
 
 def _refuse_anothers(draft: Artifact) -> None:
