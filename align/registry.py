@@ -34,8 +34,14 @@ ALIASES = {
 def home() -> Path:
     """Where runs and the registry live; an empty ``ALIGN_HOME``, as an unset variable of a shell gives, is none. A ``~`` that no
     shell has read, in quotes or in a file of settings, is the user's folder.
+
+    Raises:
+        AlignError: a file is in its place.
     """
-    return Path(os.path.expanduser(os.environ.get("ALIGN_HOME") or "runs"))
+    place = Path(os.path.expanduser(os.environ.get("ALIGN_HOME") or "runs"))
+    if os.path.isfile(place):
+        raise AlignError(f"{place} is a file, and runs and the registry live in a folder: set ALIGN_HOME to one")
+    return place
 
 
 def check_name(name: str) -> str:

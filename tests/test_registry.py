@@ -321,6 +321,15 @@ def test_a_home_that_no_shell_has_read_is_the_users(tmp_path, monkeypatch):
     assert home() == tmp_path / "runs"
 
 
+@pytest.mark.parametrize("command", ["models list", "doctor mine", "status mine", "chat mine", "run rlhf --plan"])
+def test_a_home_that_is_a_file_is_told_of(command, tmp_path, monkeypatch, capsys):
+    (tmp_path / "home").write_text("")
+    monkeypatch.setenv("ALIGN_HOME", str(tmp_path / "home"))
+    assert main(command.split()) == 2
+    told = capsys.readouterr().err
+    assert told == f"align: error: {tmp_path}/home is a file, and runs and the registry live in a folder: set ALIGN_HOME to one\n"
+
+
 def test_a_user_that_nobody_is_leads_nowhere():
     with pytest.raises(AlignError, match="no model folder '~nobody-of-that-name/model'"):
         Registry().resolve("~nobody-of-that-name/model")
