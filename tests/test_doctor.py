@@ -536,6 +536,14 @@ def test_a_run_that_was_cut_can_be_looked_at(tmp_path):
         patients(str(tmp_path / "empty"))
 
 
+def test_a_config_that_a_hand_has_damaged_is_told_of(tmp_path, capsys):
+    config = {"learning_rate": "fast", "lora_r": 8, "of_another_version": 1}
+    folder = stage_folder(tmp_path, "sft", "sft", config, FEW, finished=False)
+    assert main(["doctor", str(tmp_path)]) == 2
+    told = f"align: error: {folder}/config.yaml: 'learning_rate' is 'fast': input should be a valid number"
+    assert capsys.readouterr().err.startswith(told)
+
+
 def test_a_run_that_was_cut_before_it_logged_anything_is_told_of(tmp_path, capsys):
     stage_folder(tmp_path, "sft", "sft", {"learning_rate": 1e-3}, [{"step": 0, "eval_loss": 3.0}], finished=False)
     stage_folder(tmp_path, "dpo", "preference", {"learning_rate": 1e-3}, HEALTHY["preference"], "1")

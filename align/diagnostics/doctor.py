@@ -18,7 +18,7 @@ from align.registry import Registry
 from align.runner.files import json_lines, json_record, write_named
 from align.stages import stages
 from align.stages.config import MADE
-from align.stages.written import given_fields, make_stage, read_yaml
+from align.stages.written import given_fields, make_stage, read_yaml, refuse_misfits
 
 CURVATURE = "curvature/curvature.json"
 """Where `align curvature` leaves what it measured of a stage's model, under the stage's folder."""
@@ -49,9 +49,12 @@ class Patient:
         config = read_yaml(folder / "config.yaml")
         if not isinstance(config, dict) or "stage" not in config:
             return None
+        kind = config.pop("stage")
+        if isinstance(kind, str) and kind in stages:
+            refuse_misfits(stages[kind], config, str(folder / "config.yaml"))
         stem, _, tail = folder.name.rpartition("-")
         name = stem if stem and len(tail) == 8 else folder.name
-        return cls(name, config.pop("stage"), config, folder, None)
+        return cls(name, str(kind), config, folder, None)
 
 
 def patients(reference: str, registry: Registry | None = None) -> list[Patient]:

@@ -40,6 +40,18 @@ def given_fields(cls: type[Stage], config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in known or value != default(known[name])}
 
 
+def refuse_misfits(cls: type[Stage], config: Mapping[str, Any], where: str) -> None:
+    """Raise `AlignError` for a value that its field does not take. Of a stage's `config` this asks less than `make_stage`: nothing
+    need be there, and what an older version wrote may be.
+    """
+    try:
+        cls.model_validate({name: value for name, value in config.items() if name in cls.model_fields})
+    except ValidationError as error:
+        for problem in error.errors():
+            if problem["loc"] and problem["type"] != "missing":
+                raise AlignError(f"{where}: {_misfit(problem)}") from error
+
+
 def field_name(cls: type[Stage], key: str) -> str:
     """The field that `key` means, where it is another name for one, as ``model_name_or_path`` is for ``model``."""
     return next((name for name, info in cls.model_fields.items() if key in other_names(info)), key)
@@ -92,7 +104,12 @@ def explained(error: ValidationError) -> str:
         return f"unknown key {key!r}{near_miss(str(last), known)}"
     if problem["type"] == "missing":
         return f"{key!r} is missing: it must be set"
-    return f"{key!r} is {problem['input']!r}: {within(problem['msg'])}" if key else problem["msg"].removeprefix("Value error, ")
+    return _misfit(problem) if key else problem["msg"].removeprefix("Value error, ")
+
+
+def _misfit(problem: Mapping[str, Any]) -> str:
+    """A value that does not fit, and why."""
+    return f"{'.'.join(map(str, problem['loc']))!r} is {problem['input']!r}: {within(problem['msg'])}"
 
 
 def _keys(cls: type[BaseModel], above: Sequence[int | str]) -> list[str]:
