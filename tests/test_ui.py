@@ -1,5 +1,6 @@
 """The page of `align ui`: a blind vote becomes a preference row, what models say stays text; in a browser where there is one."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -265,6 +266,17 @@ def test_the_page_starts_where_a_proxy_is_named_that_does_not_answer(folders, tm
     built = build([str(folders / "one")], votes=tmp_path / "v.jsonl", runs=tmp_path, decoding=GREEDY)
     assert launch(built, "127.0.0.1").startswith("http://127.0.0.1:")
     built.close()
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "socks://127.0.0.1:9"])
+def test_a_proxy_that_gradio_cannot_be_imported_beside_is_told_of(proxy, folders, monkeypatch, capsys):
+    if proxy.startswith("socks5") and importlib.util.find_spec("socksio") is not None:
+        pytest.skip("httpx speaks SOCKS here")
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    assert main(["ui", str(folders / "one"), "--port", "0"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("align: error: a proxy of the environment (ALL_PROXY, ")
+    assert "unset it for this command" in told
 
 
 def test_nothing_is_sent_home():

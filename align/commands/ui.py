@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align.commands.address import refuse_taken
-from align.errors import AlignError
+from align.errors import AlignError, first_line
 
 
 def add(verbs: Any) -> None:
@@ -16,8 +16,8 @@ def add(verbs: Any) -> None:
     parser.add_argument("models", nargs="*", metavar="NAME", help="models to choose from (default: all registered policies)")
     parser.add_argument("--votes", type=Path, metavar="FILE", help="where votes go as preference rows (default: runs/votes.jsonl)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; the default is reached from this machine only")
-    parser.add_argument("--port", type=int, default=7860, help="(default: 7860)")
-    parser.add_argument("--max_completion_length", type=int, default=256, help="most tokens in an answer (default: 256)")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen at")
+    parser.add_argument("--max_completion_length", type=int, default=256, help="most tokens in an answer")
     parser.add_argument("--chat_template", default="auto", help="`auto`, a shipped template's name or a .jinja file")
     parser.set_defaults(handler=ui)
 
@@ -28,6 +28,7 @@ def ui(options: argparse.Namespace) -> int:
     if options.max_completion_length < 1:
         raise AlignError(f"--max_completion_length {options.max_completion_length}: an answer has at least 1 token")
     refuse_taken(options.host, options.port)
+    _refuse_proxy()
     from align.progress import say
     from align.registry import Registry, home
 
@@ -57,6 +58,21 @@ def ui(options: argparse.Namespace) -> int:
     launch(page, options.host, options.port)
     page.block_thread()
     return 0
+
+
+def _refuse_proxy() -> None:
+    """Raise `AlignError` where the environment names a proxy that gradio could not be imported beside: it makes a client then,
+    which is set up for every proxy that is named, whether it is ever used or not.
+    """
+    import httpx
+
+    try:
+        httpx.Client().close()
+    except (ImportError, ValueError, httpx.InvalidURL) as error:  # no package for its protocol, a protocol unknown, no address
+        raise AlignError(
+            f"a proxy of the environment (ALL_PROXY, HTTP_PROXY, HTTPS_PROXY) cannot be used: {first_line(error).rstrip('.')}; "
+            f"unset it for this command: the page is on this machine"
+        ) from error
 
 
 def policies(registry: Any) -> list[str]:
