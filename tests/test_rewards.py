@@ -195,6 +195,14 @@ class TestLoading:
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
         assert set(sys.modules) == before
 
+    def test_a_file_that_imports_its_neighbour_is_told_what_to_do(self, reward_file, tmp_path):
+        reward_file("import helper_of_mine\n" + textwrap.dedent(BRIEF))
+        with pytest.raises(AlignError, match=r"No module named 'helper_of_mine'$"):
+            load_reward("my_rewards.py:brief")
+        (tmp_path / "helper_of_mine.py").write_text("")
+        with pytest.raises(AlignError, match="cannot import its neighbours: make them a package that PYTHONPATH leads to"):
+            load_reward("my_rewards.py:brief")
+
     def test_a_script_that_leaves_is_no_reward(self, reward_file, tmp_path, monkeypatch):
         """It does not take the run along, with its own exit code."""
         reward_file("def f(): ...\nraise SystemExit(5)")

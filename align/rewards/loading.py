@@ -141,5 +141,14 @@ def _load_file(path: Path) -> ModuleType:
         exec(compile(source, path, "exec", dont_inherit=True), vars(module))
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise AlignError(f"running the reward file {path} failed: {type(error).__name__}: {error}") from error
+        raise AlignError(f"running the reward file {path} failed: {type(error).__name__}: {error}{_beside(error, path)}") from error
     return module
+
+
+def _beside(error: BaseException, path: Path) -> str:
+    """What to do where `path` imports by name what lies beside it."""
+    name = error.name if isinstance(error, ModuleNotFoundError) and error.name else ""
+    if not name or not ((path.parent / name).is_dir() or (path.parent / f"{name}.py").is_file()):
+        return ""
+    advice = "make them a package that PYTHONPATH leads to, and name package.module:function"
+    return f"; a reward file cannot import its neighbours: {advice}"
