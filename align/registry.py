@@ -44,6 +44,11 @@ def home() -> Path:
     return place
 
 
+def run_folder(run: str | Path) -> Path:
+    """The folder `run`, or else what is called so under the home folder, there or not."""
+    return Path(run) if Path(run).is_dir() else home() / run
+
+
 def check_name(name: str) -> str:
     """`name`, if it can be a file name.
 

@@ -835,6 +835,16 @@ def test_a_report_written_again_is_called_after_the_recipe(capsys, tmp_path, mon
     assert [(path, path.read_text()) for path in (tmp_path / "out").iterdir() if path.is_file()] == written
 
 
+def test_a_run_under_the_home_folder_goes_by_its_name(capsys):
+    assert main(["run", "recipe.py"]) == 0
+    (home() / "mine" / "report.md").unlink()
+    for verb in ("doctor", "report"):
+        capsys.readouterr()
+        assert main([verb, "mine"]) == 0
+        assert "sft" in (told := capsys.readouterr().out) or f"{home()}/mine/report.md" in told
+    assert (home() / "mine" / "report.md").is_file()
+
+
 def test_one_stage_has_no_report(capsys, tmp_path):
     run_json(f"{SFT}sft.jsonl --output_dir {tmp_path}/out --json", capsys)
     before = sorted((tmp_path / "out").iterdir())

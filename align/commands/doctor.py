@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 def add(verbs: Any) -> None:
     parser = verbs.add_parser("doctor", help="read a run's histories: what went wrong, why, and which knob to turn")
-    parser.add_argument("run", metavar="RUN", help="folder of a run or of a stage, or a registered name")
+    parser.add_argument(
+        "run", metavar="RUN", help="folder of a run or of a stage, a registered name, or the name of a run under the home folder"
+    )
     parser.add_argument(
         "--apply", type=Path, metavar="FILE", help="write a recipe (YAML) with the suggested changes; nothing is run"
     )

@@ -9,11 +9,12 @@ from typing import Any
 
 from align.artifact import Artifact, read_artifact
 from align.errors import AlignError
+from align.registry import run_folder
 
 
 def add(verbs: Any) -> None:
     parser = verbs.add_parser("report", help="write report.md, report.html and results.json of a run again")
-    parser.add_argument("run", type=Path, metavar="RUN", help="output folder of a run")
+    parser.add_argument("run", type=Path, metavar="RUN", help="output folder of a run, or its name under the home folder")
     parser.set_defaults(handler=report)
 
 
@@ -21,18 +22,19 @@ def report(options: argparse.Namespace) -> int:
     from align.diagnostics.doctor import Patient
     from align.report import write_report
 
-    if not options.run.is_dir():
+    run = run_folder(options.run)
+    if not run.is_dir():
         raise AlignError(f"no run folder {options.run}")
-    found = [a for folder in options.run.iterdir() if folder.is_dir() and (a := read_artifact(folder))]
+    found = [a for folder in run.iterdir() if folder.is_dir() and (a := read_artifact(folder))]
     artifacts = {a.name: a for a in sorted(found, key=lambda a: a.created)}
-    if not artifacts and Patient.read(options.run) is not None:
+    if not artifacts and Patient.read(run) is not None:
         raise AlignError(
-            f"{options.run} is the folder of one stage, and a report is about a run of `align run`; `align doctor {options.run}` "
+            f"{run} is the folder of one stage, and a report is about a run of `align run`; `align doctor {run}` "
             "reads the history of one stage"
         )
     if not artifacts:
-        raise AlignError(f"{options.run} holds no finished stage")
-    write_report(options.run, _recipe(options.run, artifacts.values()), artifacts)
+        raise AlignError(f"{run} holds no finished stage")
+    write_report(run, _recipe(run, artifacts.values()), artifacts)
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from align.commands.output import print_rows
 from align.errors import AlignError
-from align.registry import home
+from align.registry import run_folder
 from align.runner.view import as_line, statuses
 
 CLEAR = "\x1b[H\x1b[J"
@@ -23,12 +23,12 @@ def add(verbs: Any) -> None:
         "run", type=Path, metavar="RUN", help="output folder of a run or a stage, or its name under the home folder"
     )
     parser.add_argument("--watch", action="store_true", help="show it again every two seconds, until nothing runs")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(handler=status)
 
 
 def status(options: argparse.Namespace) -> int:
-    folder = options.run if options.run.is_dir() else home() / options.run
+    folder = run_folder(options.run)
     found = _standing(folder)
     if not found:
         raise AlignError(f"no run folder {options.run}: no stage has begun there")

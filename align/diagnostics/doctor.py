@@ -14,7 +14,7 @@ from align.artifact import Artifact, read_artifact
 from align.diagnostics.case import Case, Finding, ask
 from align.errors import AlignError
 from align.recipe import reference_fields
-from align.registry import Registry
+from align.registry import Registry, run_folder
 from align.runner.files import json_lines, json_record, write_named
 from align.stages import stages
 from align.stages.config import MADE
@@ -58,15 +58,17 @@ class Patient:
 
 
 def patients(reference: str, registry: Registry | None = None) -> list[Patient]:
-    """The stages that `reference` means: a run's folder (the latest of each name), a stage's folder or a registered name.
+    """The stages that `reference` means: a run's folder (the latest of each name), a stage's folder, a registered name, or the name
+    of a run under the home folder.
 
     Raises:
         AlignError: there is none.
     """
     folder = Path(reference)
     if not folder.is_dir():
-        registry = registry or Registry()
-        folder = registry.folder(registry.get(reference))
+        registry, run = registry or Registry(), run_folder(reference)
+        by_name = run.is_dir() and reference not in registry.names()
+        folder = run if by_name else registry.folder(registry.get(reference))
     if (alone := Patient.read(folder)) is not None:
         return [alone]
     latest: dict[str, Patient] = {}
