@@ -560,6 +560,30 @@ def test_help(capsys):
 
 
 @pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("run", r"--grace GRACE [^-]* \(default: 60\.0\)"),
+        ("curvature", r"--seed SEED [^-]* \(default: 0\)"),
+        ("launch --slurm x", r"--hours HOURS [^-]* \(default: 24\.0\)"),
+        ("data split", r"--held_out SHARE [^-]* \(default: 0\.05\)"),
+        ("serve", r"--dtype DTYPE [^-]* \(default: auto\)"),
+        ("chat", r"--votes FILE [^-]* \(default: runs/votes\.jsonl\) --temperature"),  # in words of its own, and once
+    ],
+)
+def test_help_tells_every_default(command, told, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([*command.split(), "--help"])
+    assert re.search(told, " ".join(capsys.readouterr().out.split()))
+
+
+def test_help_of_a_stage_names_the_choices_of_a_field(capsys):
+    assert main(["sft", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "  --on_non_finite (default 'stop'; one of stop, skip, lower_learning_rate)\n        When a loss" in text
+    assert all(len(line) <= 124 or line.startswith("  --") for line in text.splitlines()), "what is long is wrapped"
+
+
+@pytest.mark.parametrize(
     "verb",
     [
         "pretrain",

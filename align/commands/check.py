@@ -24,7 +24,7 @@ def add(verbs: Any) -> None:
         "--set", dest="assignments", action="append", default=[], metavar="KEY=VALUE", help="a setting, or stage.field"
     )
     parser.add_argument("--gpu", metavar="CARD", help="estimate for this card, H100 say, instead of this machine")
-    parser.add_argument("--samples", type=int, default=2, metavar="N", help="rows of each stage to show (2)")
+    parser.add_argument("--samples", type=int, default=2, metavar="N", help="rows of each stage to show")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the findings and the rows as a page")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(handler=check)

@@ -31,7 +31,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("--max_tokens_per_micro_batch", type=int, default=256, help="tokens in one pass")
     parser.add_argument("--steps", type=int, default=20, help="Lanczos steps")
     parser.add_argument("--probes", type=int, default=32, help="most probes for the trace")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the directions that are drawn")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: curvature/ in the model's folder)")
     parser.add_argument("--plan", action="store_true", help="show what would be measured, and stop")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -17,11 +17,11 @@ def add(verbs: Any) -> None:
         "launch", help="write a Slurm batch script that runs a command, survives preemption and goes on by itself"
     )
     parser.add_argument("--slurm", type=Path, metavar="FILE", required=True, help="where to write the script")
-    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--nodes", type=int, default=1, help="machines")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs of each node")
     parser.add_argument("--hours", type=float, default=24.0, help="time limit; the job queues up again when it is over")
-    parser.add_argument("--partition")
-    parser.add_argument("--name", default="align")
+    parser.add_argument("--partition", help="Slurm's, by default its own choice")
+    parser.add_argument("--name", default="align", help="of the job")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- align run RECIPE …")
     parser.set_defaults(handler=launch)
 

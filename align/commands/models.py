@@ -25,12 +25,12 @@ def add(verbs: Any) -> None:
         help="the registry: list | show NAME | lineage NAME | alias NAME TARGET | delete NAME@VERSION|ALIAS | gc [FOLDER] | "
         "push NAME FOLDER|hub:OWNER/NAME | pull NAME FOLDER|hub:OWNER/NAME",
     )
-    parser.add_argument("action", choices=tuple(ACTIONS))
-    parser.add_argument("name", nargs="?")
-    parser.add_argument("target", nargs="?")
+    parser.add_argument("action", choices=tuple(ACTIONS), help="see `align --help`")
+    parser.add_argument("name", nargs="?", help="a registered NAME[@VERSION] or an alias; of gc a folder")
+    parser.add_argument("target", nargs="?", help="alias: what it stands for; push and pull: a folder or hub:OWNER/NAME")
     parser.add_argument("--yes", action="store_true", help="gc: remove what is listed")
     parser.add_argument("--public", action="store_true", help="push: also to a repository of the hub that everybody can read")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(handler=models)
 
 

@@ -10,13 +10,22 @@ from typing import Any, NoReturn
 from align.errors import AlignError, near_miss
 
 
+class Help(argparse.HelpFormatter):
+    """Tells the default of every flag that has one, where its own words do not."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told = action.help or ""
+        plain = isinstance(action.default, int | float | str) and not isinstance(action.default, bool)
+        return f"{told} (default: %(default)s)" if plain and action.default != argparse.SUPPRESS and "default" not in told else told
+
+
 class Parser(argparse.ArgumentParser):
     """Tells a mistake as all others are told, in one line, instead of printing its usage and leaving. A `Path` is read by
     `place`.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+        super().__init__(*arguments, **{"formatter_class": Help, **options})
         self.register("type", Path, place)
 
     def parse_known_args(self, *arguments: Any, **options: Any) -> Any:

@@ -44,12 +44,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--data_format", metavar="NAME", help="recognized by the columns by default")
     made.add_argument("--model", metavar="NAME", help="sample the completions from this model instead")
     made.add_argument("--reward_model", metavar="NAME", help="what the reward `reward_model` stands for")
-    made.add_argument("--max_rows", type=int, default=64, metavar="N", help="rows to score (default: 64)")
-    made.add_argument(
-        "--max_completion_length", type=int, default=128, metavar="N", help="tokens, of sampled completions (default: 128)"
-    )
-    made.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of sampled completions (default: 1)")
-    made.add_argument("--seed", type=int, default=0, metavar="N", help="of sampled completions (default: 0)")
+    made.add_argument("--max_rows", type=int, default=64, metavar="N", help="rows to score")
+    made.add_argument("--max_completion_length", type=int, default=128, metavar="N", help="tokens, of sampled completions")
+    made.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of sampled completions")
+    made.add_argument("--seed", type=int, default=0, metavar="N", help="of sampled completions")
     made.add_argument("--on_error", type=parse_value, default=None, metavar="WHAT", help="raise (default), abstain, or a number")
     made.add_argument("--timeout", type=float, metavar="S", help="seconds that a call may take")
     made.add_argument("--plan", action="store_true", help="load the functions, say what would be scored, and stop")

@@ -26,7 +26,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("--rollouts", action="store_true", help="vllm: take new weights, from a stage with rollout_server")
     parser.add_argument("--engine_args", type=shlex.split, default=[], metavar="='…'", help="vllm: more arguments of its server")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; the default is reached from this machine only")
-    parser.add_argument("--port", type=int, default=8000, help="(default: 8000)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen at")
     parser.add_argument("--dtype", default="auto", help="precision of the weights")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     parser.set_defaults(handler=serve)

@@ -6,12 +6,14 @@ import argparse
 import json
 import os
 import re
+import textwrap
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from align.artifact import Artifact
 from align.commands import reward_test
@@ -215,5 +217,15 @@ def _stage_help(verb: str, cls: type[Stage]) -> str:
         if verb in PREFERENCE_VERBS and name == "loss":
             continue
         default = "required" if info.is_required() else f"default {info.get_default(call_default_factory=True)!r}"
-        lines.append(f"  --{name} ({default})\n        {info.description}")
+        known = f"; one of {', '.join(map(str, choices))}" if (choices := _choices(info.annotation)) else ""
+        lines.append(f"  --{name} ({default}{known})")
+        lines += textwrap.wrap(str(info.description), 124, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(lines)
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """All values that a field of this type takes beside None, where they are a few words."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    kinds = [kind for kind in get_args(annotation) if kind is not NoneType] if get_origin(annotation) in (Union, UnionType) else []
+    return _choices(kinds[0]) if len(kinds) == 1 else ()

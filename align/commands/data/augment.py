@@ -15,7 +15,7 @@ def add(actions: Any) -> None:
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--how", nargs="+", required=True, metavar="HOW", help="augmentations, as NAME or 'NAME(key=value)'")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl", help="the rows and what was made of them")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn by chance")
     add_reading(parser)
     parser.set_defaults(handler=run)
 

@@ -15,7 +15,7 @@ from align.registry import Registry
 def add(actions: Any) -> None:
     parser = actions.add_parser("show", help="rows as they are read, or, with --model, as its chat template renders them")
     parser.add_argument("file", metavar="FILE")
-    parser.add_argument("--rows", type=int, default=3, metavar="N", help="how many (default: 3)")
+    parser.add_argument("--rows", type=int, default=3, metavar="N", help="how many")
     parser.add_argument("--skip", type=int, default=0, metavar="N", help="rows before the first one shown")
     add_reading(parser, json="print a line of JSON for each row")
     parser.add_argument("--model", help="render messages with this model's chat template")

@@ -13,9 +13,9 @@ from align.commands.data.arguments import add_reading, check_outputs
 def add(actions: Any) -> None:
     parser = actions.add_parser("split", help="part rows by prompt, near copies kept together, stable when rows are added")
     parser.add_argument("file", metavar="FILE")
-    parser.add_argument("--held_out", type=float, default=0.05, metavar="SHARE", help="share of the prompts held out (0.05)")
-    parser.add_argument("--threshold", type=float, help="similarity of near copies (0.7)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--held_out", type=float, default=0.05, metavar="SHARE", help="share of the prompts held out")
+    parser.add_argument("--threshold", type=float, help="similarity of near copies (default: 0.7)")
+    parser.add_argument("--seed", type=int, default=0, help="of which prompts are held out")
     parser.add_argument("--output_dir", type=Path, metavar="DIR", required=True, help="for train.jsonl and test.jsonl")
     add_reading(parser)
     parser.set_defaults(handler=run)
