@@ -20,7 +20,7 @@ from align.formats import formats
 from align.intake.account import Account, Quarantine
 from align.intake.catalog import SetAside
 from align.intake.files import Item, Raw, Unreadable
-from align.intake.kinds import UNMATCHED, convert, detect, pair, read, recognise
+from align.intake.kinds import UNMATCHED, convert, detect, pair, read, recognize
 from align.runner.files import written_aside
 from align.schema import LabelledRow, LabelledText, Message, PromptRow, QARow, Row, TaggedTokens, TextRow, row_class, validate
 from align.sources import fingerprint as fingerprint
@@ -29,7 +29,7 @@ from align.sources import read_source
 AnyRow = TypeVar("AnyRow", bound=Row)
 
 PEEKED = 64
-"""Rows of a file that are looked at to recognise its format."""
+"""Rows of a file that are looked at to recognize its format."""
 OR_QUARANTINE = "; mend the row, or set on_bad_row to quarantine"
 LONGEST_REASON = 1000
 """Characters; a broken row may have anything for a key."""
@@ -74,17 +74,17 @@ class RowStream:
         self.item: Item | None = None
         """The raw row behind the row that was given last, and in `read_as` its format."""
         self.read_as = format or ""
-        self._named, self._recognised = format, dict[str, None]()
+        self._named, self._recognized = format, dict[str, None]()
         self._strict, self._quarantine = on_bad_row == "raise", quarantine or Quarantine(None)
         self._waiting: dict[str, list[tuple[Item, LabelledRow]]] = {}
 
     @property
     def format(self) -> str:
         """The format read; several, joined by commas, where the files of a folder differ."""
-        return self._named or ", ".join(self._recognised)
+        return self._named or ", ".join(self._recognized)
 
     def __iter__(self) -> Iterator[Any]:
-        self.account, self.set_aside, self._recognised, self._waiting = Account(), [], {}, {}
+        self.account, self.set_aside, self._recognized, self._waiting = Account(), [], {}, {}
         for _, items in groupby(read_source(self.source, self.split), key=itemgetter(0)):
             for row in self._file(items):
                 self.account.gave += 1
@@ -96,12 +96,12 @@ class RowStream:
                 self._put_aside(item, UNMATCHED)
 
     def _file(self, items: Iterator[Item]) -> Iterator[Row]:
-        """The rows of one file. Its formats are those of its first rows, see `recognise`."""
+        """The rows of one file. Its formats are those of its first rows, see `recognize`."""
         head = list(islice(items, PEEKED))
-        names, self.kind = recognise((item.raw for item in head if isinstance(item.raw, dict)), self.kind, self._named)
+        names, self.kind = recognize((item.raw for item in head if isinstance(item.raw, dict)), self.kind, self._named)
         for item in chain(head, items):
             if not names and isinstance(item.raw, dict):
-                names, self.kind = recognise([item.raw], self.kind, None)
+                names, self.kind = recognize([item.raw], self.kind, None)
             try:
                 found = self._read(item.raw, names)
             except AlignError as error:
@@ -131,10 +131,10 @@ class RowStream:
         name = names[0] if names else detect(raw, self.kind)
         if len(names) > 1:
             name = next((each for each in names if formats[each].matches(raw)), name)
-        self._recognised[name] = None
+        self._recognized[name] = None
         self.read_as = name
         if self.kind is None:  # no row so far has told
-            self.kind = recognise([raw], None, name)[1]
+            self.kind = recognize([raw], None, name)[1]
         if self.kind is None:
             return list(read(name, raw))
         found: list[Any] = convert(name, raw, self.kind)
@@ -203,7 +203,7 @@ def load_rows(
 
     `source` is a file (.jsonl, .json, .csv, .tsv, .parquet, .txt, .conll, also with .gz or .zst), a folder of such files, a data
     set saved by `datasets`, an entry of a dataset_info.json, or an id on the hub. `format` names one of `align.formats.formats`; by
-    default each file's is recognised by its columns. `split` chooses within folders and data sets that have splits. `limit` stops
+    default each file's is recognized by its columns. `split` chooses within folders and data sets that have splits. `limit` stops
     after that many rows. A malformed row raises, or with ``on_bad_row="quarantine"`` is set aside, and written to `quarantine`; a
     pair whose two replies are the same is always set aside.
 

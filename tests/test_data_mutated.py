@@ -155,7 +155,7 @@ def mutated(row, chance):
     return bytes(line).replace(b"\n", b" ").replace(b"\r", b" ").strip() or b"?"
 
 
-@pytest.mark.parametrize("named", [True, False], ids=["kind given", "kind recognised"])
+@pytest.mark.parametrize("named", [True, False], ids=["kind given", "kind recognized"])
 def test_no_broken_row_is_lost(tmp_path, named):
     chance = random.Random(1 if named else 0)
     per_format = ROWS // 2 // len(FORMATS) + 1
@@ -163,7 +163,7 @@ def test_no_broken_row_is_lost(tmp_path, named):
     for name, kind in FORMATS.items():
         rows = [json.loads(line) for line in (SAMPLES / name).read_text(encoding="utf-8").splitlines()]
         lines = [mutated(chance.choice(rows), chance) for _ in range(per_format)]
-        # As in real files, most rows are whole: by them the format is recognised.
+        # As in real files, most rows are whole: by them the format is recognized.
         whole = [json.dumps(row).encode() for row in rows] * (64 // len(rows))
         path = tmp_path / name
         path.write_bytes(b"".join(line + b"\n" for line in [*whole, *lines]))

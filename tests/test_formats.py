@@ -292,7 +292,7 @@ def test_documents_and_the_lines_they_take_up(content: str, expected: list[tuple
 
 
 def test_the_examples_of_the_documentation_are_of_their_format() -> None:
-    """Each format has a heading in docs/data.md, and under it rows that are recognised and load as some kind."""
+    """Each format has a heading in docs/data.md, and under it rows that are recognized and load as some kind."""
     page = (SAMPLES.parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
     examples = re.findall(r"^### (\w+)\n(?:(?!```).*\n)*```jsonl\n((?:.*\n)*?)```", page, flags=re.MULTILINE)
     assert [name for name, _ in examples] == re.findall(r"^### (\w+)", page, flags=re.MULTILINE)

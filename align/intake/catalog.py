@@ -1,4 +1,4 @@
-"""The catalog of data formats: how to recognise a format, and how to read its rows."""
+"""The catalog of data formats: how to recognize a format, and how to read its rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SetAside:
 
 @dataclass(frozen=True)
 class Format:
-    """How to recognise the rows of one format, and read them."""
+    """How to recognize the rows of one format, and read them."""
 
     read: Callable[[Raw], Fields | SetAside | list[Fields]]
     needs: tuple[str, ...]

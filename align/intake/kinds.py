@@ -59,7 +59,7 @@ MIXED = 8
 """A file may be of several formats: each that at least one of so many of its first rows match."""
 
 
-def recognise(rows: Iterable[Raw], kind: str | None, named: str | None) -> tuple[tuple[str, ...], str | None]:
+def recognize(rows: Iterable[Raw], kind: str | None, named: str | None) -> tuple[tuple[str, ...], str | None]:
     """The formats of a file with these `rows` (or `named`), the most frequent first, and the kind that most of the rows of that one
     are by themselves (or `kind`); none for what they do not tell.
 
@@ -137,7 +137,7 @@ def read(name: str, raw: Raw) -> Sequence[Fields | SetAside]:
         raise AlignError(f"fields {columns}: not those of a row of format {name!r}: {type(error).__name__}: {error}") from error
     if not fits:
         columns = ", ".join(entry.needs or entry.prompt or raw)
-        raise AlignError(f"fields {columns}: not those of a row of format {name!r}, as which the file was recognised")
+        raise AlignError(f"fields {columns}: not those of a row of format {name!r}, as which the file was recognized")
     return found
 
 

@@ -13,7 +13,7 @@ from align.schema import KINDS
 def add_reading(parser: argparse.ArgumentParser, json: str | None = "print JSON") -> None:
     """How the rows are read, and the flag ``--json`` with the help `json`, if any."""
     parser.add_argument("--kind", choices=list(KINDS), help="what the rows shall be used as (default: what they are)")
-    parser.add_argument("--format", help="name of the data's format (default: recognised)")
+    parser.add_argument("--format", help="name of the data's format (default: recognized)")
     parser.add_argument("--split", default="train", help="split of a folder or data set")
     if json is not None:
         parser.add_argument("--json", action="store_true", help=json)
