@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import build
+from safetensors.torch import load_file
 
 from align.cli import main
 from align.data import write_rows
@@ -192,8 +193,6 @@ def test_every_strategy_on_an_encoder(capsys, folder, tuning, task):
         if name != "n":
             assert value == pytest.approx(metrics[f"eval_{name}"], abs=1e-6)
     if tuning.startswith("freeze"):
-        from safetensors.torch import load_file
-
         before, after = (load_file(path / "model.safetensors") for path in (folder / "bert", Path(artifact["path"])))
         frozen = [name for name in before if "embeddings" in name or "layer.0" in name]
         assert frozen
@@ -307,6 +306,28 @@ def test_accumulated_steps_are_one_big_batch(capsys):
     halves = run(capsys, f"{base} --per_device_train_batch_size 9 --gradient_accumulation_steps 2 --name halves")
     whole, halves = whole["metrics"], halves["metrics"]
     assert halves["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize(("task", "model", "data"), [("ner", "bert", "tagged"), ("qa", "bert", "asked"), ("seq2seq", "t5", "said")])
+def test_all_that_is_told_in_a_step_counts_the_same(capsys, folder, tmp_path, task, model, data):
+    """A micro-batch of few tokens weighed as much as one of many, and places of padding, as many as the longest row of the batch
+    asks for, competed with an answer; in the held-out loss as well.
+    """
+    without_dropout(folder / model, tmp_path / model)
+    base = f"task --task {task} --model {tmp_path / model} --data {data}.jsonl --eval_data {data}.jsonl --max_steps 2"
+    whole = run(capsys, f"{base} --per_device_train_batch_size 10 --output_dir {tmp_path}/whole")
+    parts = "--per_device_train_batch_size 2 --gradient_accumulation_steps 5"
+    parts = run(capsys, f"{base} {parts} --output_dir {tmp_path}/parts")
+    for name in ("train_loss", "eval_loss_before", "eval_loss"):
+        assert parts["metrics"][name] == pytest.approx(whole["metrics"][name], rel=1e-5), name
+
+
+def without_dropout(source, target):
+    """Copy a model, so that it computes the same in training, too, whatever the processes draw."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    config |= {name: 0.0 for name, value in config.items() if "dropout" in name and value is not None}
+    (target / "config.json").write_text(json.dumps(config))
 
 
 def test_every_row_of_an_epochs_last_step_counts_the_same(capsys, folder):

@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 
 from align.stages.base import Context, TrainingStage, stage
 from align.stages.config import MetricSpecs
-from align.stages.fields import Launch
 
 
 @stage("task")
@@ -44,14 +43,6 @@ class TaskTraining(TrainingStage):
         if self.on_non_finite != "stop":
             raise ValueError("a task stops at a loss that is not finite: leave on_non_finite at 'stop'")
         return self
-
-    def essence(self) -> dict[str, Any]:
-        """Every micro-batch of every process takes a mean of its own here, so how a step's rows are shared counts."""
-        config = super().essence()
-        config["launch"]["num_processes"] = (self.launch or Launch()).num_processes
-        del config["rows_per_step"]
-        sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
-        return {**config, **{name: getattr(self, name) for name in sizes}}
 
     def check(self) -> None:
         from align.tasks import tasks

@@ -29,6 +29,9 @@ from align.runner.files import json_record, write_atomically
 TASK_FILE = "task.json"
 """In a trained model's folder: which task it does, with which labels and arguments."""
 
+IGNORED = -100
+"""The label of a token that nothing is told of."""
+
 Feature = dict[str, Any]
 
 
@@ -51,8 +54,9 @@ class Features:
 
 
 class TaskTrainer(FiniteTrainer, SafeTrainer):
-    """transformers' Trainer. The loss of a micro-batch is its mean, and those of an optimizer step are averaged by their rows. Rows
-    that the last batches of several processes are filled up with count nowhere.
+    """transformers' Trainer. The loss of an optimizer step is the mean over all that its rows tell (`told`), and that of an
+    evaluation the mean over its set, however rows are cut into batches and dealt to processes. Rows that the last batches of
+    several processes are filled up with count nowhere.
     """
 
     def __init__(self, *args: Any, task: Any = None, **kwargs: Any) -> None:
@@ -63,13 +67,12 @@ class TaskTrainer(FiniteTrainer, SafeTrainer):
 
     def get_batch_samples(self, *args: Any) -> Any:
         batches, _ = super().get_batch_samples(*args)
-        rows = [len(batch["input_ids"]) for batch in batches]
+        counts = list(map(told, batches))
         if batches:
-            rows[-1] = self.own_rows(rows[-1], self.train_remainder)
-            batches[-1] = _first(rows[-1], batches[-1])
-        # The Trainer averages over processes, and divides the loss of a micro-batch by this.
-        mean = sum(gather_object([sum(rows)])) / self.accelerator.num_processes
-        self._divisors = iter([mean / count if count else math.inf for count in rows])
+            batches[-1], counts[-1] = _own(batches[-1], self.own_rows(len(batches[-1]["input_ids"]), self.train_remainder))
+        # The model's loss of a micro-batch is its mean. The Trainer averages over processes, and divides that by this.
+        mean = sum(gather_object([sum(counts)])) / self.accelerator.num_processes
+        self._divisors = iter([mean / count if count else math.inf for count in counts])
         return batches, None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -78,20 +81,32 @@ class TaskTrainer(FiniteTrainer, SafeTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.gather_function = self.accelerator.gather_for_metrics  # Seq2SeqTrainer's keeps rows that fill up
-        return super().evaluation_loop(*args, **kwargs)
+        self._losses = self._told = 0.0
+        output = super().evaluation_loop(*args, **kwargs)
+        losses, count = map(sum, zip(*gather_object([(self._losses, self._told)]), strict=True))
+        output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = losses / count if count else math.nan
+        return output
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         rows = len(inputs["input_ids"])
-        inputs = _first(self.own_rows(rows, self.accelerator.gradient_state.remainder), inputs)
+        inputs, count = _own(inputs, self.own_rows(rows, self.accelerator.gradient_state.remainder))
         loss, *output = super().prediction_step(model, inputs, *args, **kwargs)
+        if count:
+            self._losses, self._told = self._losses + count * loss.item(), self._told + count
         again = torch.arange(rows, device=self.args.device) % len(inputs["input_ids"])
         # Every process hands in as many; what is too many is left out of what they gather.
         return loss, *recursively_apply(lambda tensor: tensor[again], output)
 
 
-def _first(rows: int, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The first `rows` of a batch, or one: a process that has none works along with the others."""
-    return {name: tensor[: max(1, rows)] for name, tensor in batch.items()}
+def told(batch: dict[str, torch.Tensor]) -> int:
+    """How many losses the model takes the mean of: those of the tokens that have a label, or of the rows."""
+    return int((batch["labels"] != IGNORED).sum()) if "labels" in batch else len(batch["input_ids"])
+
+
+def _own(batch: dict[str, torch.Tensor], rows: int) -> tuple[dict[str, torch.Tensor], int]:
+    """The first `rows` of a batch, and what they tell; of none the first, which tells nothing: its process works along."""
+    own = {name: tensor[: max(1, rows)] for name, tensor in batch.items()}
+    return own, told(own) if rows else 0
 
 
 class Task:

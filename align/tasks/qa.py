@@ -7,11 +7,29 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
+from torch import nn
 from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from align.errors import AlignError
 from align.schema import QARow
-from align.tasks.base import Feature, Features, Task, task
+from align.tasks.base import Feature, Features, Task, TaskTrainer, task
+
+
+class SpanTrainer(TaskTrainer):
+    """Firsts and lasts compete among the tokens of their own window. In transformers' heads so do places of padding: what a window
+    loses depends on those beside it there.
+    """
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Cross-entropy, the mean of first and last."""
+        outputs = model(**inputs)
+        padding = inputs["attention_mask"] == 0
+        first, last = (outputs[name].float().masked_fill(padding, -torch.inf) for name in ("start_logits", "end_logits"))
+        entropy = nn.functional.cross_entropy
+        loss = (entropy(first, inputs["start_positions"]) + entropy(last, inputs["end_positions"])) / 2
+        return (loss, outputs) if return_outputs else loss
 
 
 @task("qa")
@@ -28,6 +46,7 @@ class QuestionAnswering(Task):
     kind = "qa"
     metrics = ("exact_match", "token_f1")
     auto = AutoModelForQuestionAnswering
+    trainer = SpanTrainer
     per_token = True
 
     def __init__(

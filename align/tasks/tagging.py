@@ -9,9 +9,7 @@ import torch
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 
 from align.schema import TaggedTokens
-from align.tasks.base import Feature, Features, Task, task
-
-IGNORED = -100
+from align.tasks.base import IGNORED, Feature, Features, Task, task
 
 
 @task("ner")
