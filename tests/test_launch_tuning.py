@@ -2,9 +2,6 @@
 of either go on in the other.
 """
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,11 +12,10 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent / "chaos"))
 
 import launch
+from launched import run_on_two
 
-from align.runner.launch import command
 from align.runner.worker import attempt
 from align.stages import SFT
-from align.stages.fields import Launch
 from align.tuning.strategies import UNSHARDED
 
 CASES = {
@@ -54,12 +50,7 @@ def test_two_processes_train_as_one(strategy, tmp_path, monkeypatch):
         (folder := tmp_path / f"{name}-{tuning}").mkdir()
         two = launch.on_two(stage, strategy).model_dump(exclude_unset=True)
         tasks.append((stage.stage, two, str(folder)))
-    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
-    script = [str(Path(__file__).parent / "launched.py"), str(tmp_path / "tasks.json")]
-    paths = os.pathsep.join(path for path in sys.path if path)
-    words = command(Launch(num_processes=2, strategy=strategy), script, str(tmp_path))
-    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_two(tasks, strategy, tmp_path)
     for name, stage in stages.items():
         two, one = tmp_path / name, tmp_path / f"{name}-one"
         one.mkdir()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -9,14 +10,22 @@ import numpy as np
 import pytest
 import torch
 from helpers import build
+from launched import run_on_two
 from safetensors.torch import load_file
 
 from align.cli import main
 from align.data import write_rows
 from align.errors import AlignError
+from align.runner.worker import attempt
 from align.schema import LabelledText, QARow, SFTRow, TaggedTokens
+from align.stages import TaskTraining
+from align.stages.training import TIMING
 from align.tasks import tasks
 from align.tasks.base import Features
+
+sys.path.insert(0, str(Path(__file__).parent / "chaos"))
+
+from launch import cut_back
 
 SMALL = {
     "hidden_size": 32,
@@ -328,6 +337,76 @@ def without_dropout(source, target):
     config = json.loads((target / "config.json").read_text())
     config |= {name: 0.0 for name, value in config.items() if "dropout" in name and value is not None}
     (target / "config.json").write_text(json.dumps(config))
+
+
+ON_TWO = {
+    "ddp": [("ner", "bert"), ("qa", "roberta"), ("seq2seq", "t5"), ("seq2seq", "bart"), ("classification", "bert")],
+    "fsdp2": [("ner", "roberta"), ("qa", "bert"), ("classification", "llama")],
+}
+
+
+@pytest.mark.parametrize("strategy", ON_TWO)
+def test_two_processes_train_every_task_as_one(strategy, folder, tmp_path):
+    """Of eleven rows the third step of an epoch has three; a run that was cut after step 2 goes on, and in one process, too."""
+    files = {"ner": "tagged", "qa": "asked", "seq2seq": "said", "classification": "animals"}
+    stages, on_two = {}, []
+    for task, model in ON_TWO[strategy]:
+        two, name = tmp_path / f"{task}-{model}", f"{tmp_path}/{model}"
+        if not Path(name).is_dir():
+            without_dropout(folder / model, Path(name))
+        rows = (folder / f"{files[task]}.jsonl").read_text().splitlines(keepends=True)[-11:]
+        data = tmp_path / f"{task}.jsonl"
+        data.write_text("".join(rows))
+        fields = {"task": task, "model": name, "data": str(data), "eval_data": str(data), "max_steps": 5, "eval_steps": 5}
+        fields |= {"save_steps": 2, "save_total_limit": 9, "logging_steps": 1, "learning_rate": 1e-3}
+        stages[two] = TaskTraining(**fields, per_device_train_batch_size=4)
+        launched = {"per_device_train_batch_size": 2, "launch": {"num_processes": 2, "strategy": strategy}}
+        two.mkdir()
+        on_two.append(("task", fields | launched, str(two)))
+    run_on_two(on_two, strategy, tmp_path)
+    for two, stage in stages.items():
+        one = two.with_name(f"{two.name}-one")
+        one.mkdir()
+        attempt(stage, "one", one)
+        assert_trained_the_same(two, one)
+    cut_back(two, 2)
+    attempt(stage, "one", two)
+    assert_trained_the_same(two, one)
+
+
+def assert_trained_the_same(two, one):
+    """Losses and metrics of each step, and the weights as a whole: AdamW blows up the rounding of gradients that are 0, as those of
+    the biases of attention's keys are.
+    """
+
+    def measured(run):
+        records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        pairs = [pair for record in records for pair in record.items()]
+        return [(k, v) for k, v in pairs if k == "loss" or (k.startswith("eval_") and not k.endswith(TIMING))]
+
+    ours, theirs = measured(two), measured(one)
+    assert [name for name, _ in ours] == [name for name, _ in theirs]
+    assert [value for _, value in ours] == pytest.approx([value for _, value in theirs], rel=1e-4, abs=1e-6), two.name
+    ours, theirs = (load_file(run / "model.safetensors") for run in (two, one))
+    assert ours.keys() == theirs.keys()
+    apart = sum((ours[name] - theirs[name]).norm() ** 2 for name in ours) ** 0.5
+    assert apart <= 1e-4 * sum(theirs[name].norm() ** 2 for name in ours) ** 0.5, two.name
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "data", "what"),
+    [
+        ("seq2seq", "t5", "said", "shared.weight and encoder.embed_tokens.weight .*of T5ForConditionalGeneration are one"),
+        ("cloze", "bert", "animals", "cls.predictions.bias and cls.predictions.decoder.bias of BertForMaskedLM are one"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(folder, tmp_path, task, model, data, what):
+    """accelerate puts one of the two into a group of its own, and torch then ended with a message about groups."""
+    words = {"pattern": "{text} {mask}", "verbalizer": {"cat": " cat", "mat": " mat"}} if task == "cloze" else {}
+    fields = {"task": task, "task_args": words, "model": str(folder / model), "data": str(folder / f"{data}.jsonl")}
+    stage = TaskTraining(**fields, launch={"num_processes": 2, "strategy": "fsdp2"})
+    with pytest.raises(AlignError, match=f"{what}.*: strategy must be ddp, not fsdp2"):
+        attempt(stage, "x", tmp_path)
 
 
 def test_every_row_of_an_epochs_last_step_counts_the_same(capsys, folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -129,6 +130,8 @@ def make_ready(
         model = tune(model, stage.strategy, folder)
     elif stage.launch is not None and stage.launch.shards_weights and model.active_peft_config.is_prompt_learning:  # type: ignore[union-attr]
         raise AlignError(f"virtual tokens train whole in every process: strategy must be ddp, not {stage.launch.strategy}")
+    if stage.launch is not None and stage.launch.strategy == "fsdp2":
+        _make_shardable(base_model(model))
     what = "the adapter goes on" if stage.on_adapter == "continue" else f"tuning {stage.strategy.name}"
     count, share = trainable(model).values()
     say(f"{label}: {what}: {count:,} of {round(count / share):,} parameters train ({share:.2%})")
@@ -145,6 +148,26 @@ def make_ready(
             if reason := compile_forest(model, precision(stage)):
                 say(f"{label}: the model runs uncompiled, as {reason}")
     return model
+
+
+def _make_shardable(model: nn.Module) -> None:
+    """Have accelerate put each parameter of `model` into one group of shards. It makes a group of each of `_no_split_modules`, then
+    one of the embedding and the head that shares its weight: so an encoder's block of embeddings must be none of the former.
+
+    Raises:
+        AlignError: other modules share a parameter (encoder and decoder an embedding, parts of a masked head a bias).
+    """
+    wanted: Any = model._no_split_modules
+    model._no_split_modules = {name for name in wanted or () if not name.endswith("Embeddings")}  # type: ignore[assignment]
+    together = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    holders: dict[nn.Parameter, dict[str, nn.Module]] = defaultdict(dict)
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False):
+            holders[parameter][name] = module
+    for named in holders.values():
+        if len(named) > 1 and not all(module in together for module in named.values()):
+            what = f"{' and '.join(named)} of {type(model).__name__} are one"
+            raise AlignError(f"{what}, and only an embedding and its head are sharded together: strategy must be ddp, not fsdp2")
 
 
 def precision(stage: LaunchFields) -> AbstractContextManager[None]:
@@ -245,9 +268,7 @@ def run_trainer(trainer: Any, stage: TrainingStage, context: Context, *, has_eva
     last = _last_good(trainer, context.folder / "checkpoints") if stage.resume_from_checkpoint else None
     context.history.rewind(-1 if last is None else step_of(last))
     if last is None and has_eval:
-        with precision(stage):  # the Trainer prepares the model for it no earlier than in `train`
-            check_metric(stage, [name for name in trainer.evaluate() if not name.endswith(TIMING)])
-        _not_prepared(trainer)
+        check_metric(stage, [name for name in _evaluated(trainer, stage) if not name.endswith(TIMING)])
     if last is not None:
         say(f"{context.name}: going on from step {step_of(last)}")
     try:
@@ -265,20 +286,26 @@ def run_trainer(trainer: Any, stage: TrainingStage, context: Context, *, has_eva
     if best is not None:
         say(f"{context.name}: kept the weights of step {best}, of {trainer.state.global_step}")
     elif has_eval and context.history.records[-1].get("eval_loss") is None:
-        trainer.evaluate()
+        _evaluated(trainer, stage)
     save_trained(trainer, context.folder)
     return {**summary(context, best), **trainable(trainer.model)}
 
 
-def _not_prepared(trainer: Any) -> None:
-    """Have `train` prepare the model for several processes. An evaluation before it prepares the model for evaluation alone, and
-    accelerate prepares nothing twice: each process would train by itself, without a word.
+def _evaluated(trainer: Any, stage: TrainingStage) -> dict[str, float]:
+    """The held-out metrics; of a model that `train` has not prepared yet, as it is. The Trainer would prepare it for evaluation
+    alone, and accelerate prepares nothing twice: each process would train by itself, without a word. And FSDP2 takes no model
+    without its optimizer.
     """
-    accelerator, model = trainer.accelerator, trainer.model
-    if accelerator.num_processes > 1 and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # gives it back its own forward
-        accelerator._models.clear()
-        vars(model).pop("_is_accelerate_prepared", None)
+    prepared = trainer.accelerator._models
+    untouched = not prepared
+    if untouched:
+        prepared.append(trainer.model)
+    try:
+        with precision(stage):  # which `train` puts into the model
+            return dict(trainer.evaluate())
+    finally:
+        if untouched:
+            prepared.clear()
 
 
 def _last_good(trainer: Any, folder: Path) -> Path | None:
