@@ -114,15 +114,17 @@ def test_a_block_is_corrupted_alike_whatever_stands_beside_it(masked):
     ]
 
 
-def test_the_words_of_a_block_are_others_at_each_step(masked, tmp_path):
+def test_the_words_of_a_block_are_others_at_each_step_and_with_another_seed(masked, tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model, seen = BertForMaskedLM(BertConfig(vocab_size=len(masked.tokenizer), **sizes)), []
     model.register_forward_pre_hook(lambda _, args, inputs: seen.append(inputs["labels"].tolist()), with_kwargs=True)
     quiet = {"report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "remove_unused_columns": False}
-    arguments = TrainingArguments(str(tmp_path), max_steps=3, per_device_train_batch_size=1, **quiet)
     blocks = masked.blocks([TextRow(text=TEXTS[0])])
-    DenoisingTrainer(model, arguments, train_dataset=blocks[:1], denoiser=masked).train()
-    assert len(seen) == len(set(map(str, seen))) == 3
+    for seed in (1, 2, 1):
+        arguments = TrainingArguments(str(tmp_path), max_steps=3, per_device_train_batch_size=1, seed=seed, **quiet)
+        DenoisingTrainer(model, arguments, train_dataset=blocks[:1], denoiser=masked).train()
+    assert len(set(map(str, seen[:6]))) == 6
+    assert seen[6:] == seen[:3]
 
 
 def test_blocks_hold_every_token_once(masked):

@@ -174,6 +174,22 @@ def test_completions_from_before_the_first_checkpoint_are_kept_as_well(folder, w
     assert kill_ppo.differences(wanted, kill_ppo.outcome(folder / "none")) == []
 
 
+def test_a_run_that_is_not_to_go_on_begins_anew(folder, whole, capsys, monkeypatch):
+    """Neither the checkpoint behind the second step is used nor what was sampled in the third."""
+    wanted, before = whole("separate"), calls_so_far()
+    monkeypatch.setenv("STOP_AT", str(before + 5))  # held-out prompts, three steps, and the fourth
+    run("anew", "--save_steps 2", capsys, code=2)
+    monkeypatch.delenv("STOP_AT")
+    left = folder / "anew/checkpoints"
+    assert (left / "checkpoint-2").is_dir()
+    assert (left / "rollouts/3-0-of-1.jsonl").is_file()
+    before = calls_so_far()
+    assert "going on" not in run("anew", "--save_steps 4 --resume_from_checkpoint false", capsys)
+    assert calls_so_far() - before == 10  # held-out prompts, eight steps, and the held-out prompts
+    assert not (left / "checkpoint-2").exists()
+    assert kill_ppo.differences(wanted, kill_ppo.outcome(folder / "anew")) == []
+
+
 def test_checkpoints_are_safetensors_and_json_only(folder, whole):
     whole("separate")
     files = [path for path in (folder / "separate/checkpoints").rglob("*") if path.is_file()]

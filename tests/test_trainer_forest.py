@@ -346,6 +346,22 @@ def test_evaluation_of_pairs_is_a_mean_over_pairs(make):
     assert "eval_perplexity" not in found
 
 
+def test_pairs_ranked_right_are_told_apart_by_the_length_of_the_chosen(make):
+    """By a quarter at least; which pairs are ranked right is up to the reference, so far is it from any model."""
+    longer = {(5, 4): True, (9, 2): True, (8, 6): False}
+    shorter = {(4, 5): True, (2, 9): False, (6, 8): False, (1, 3): False}
+    alike = {(6, 5): False, (5, 6): True, (4, 4): True}
+    draw = random.Random(0)
+    trees = [
+        Tree(tokens(draw, 3), [tokens(draw, n) for n in lengths], values={"reference_logps": [-1e4, 0] if right else [0, -1e4]})
+        for lengths, right in (longer | shorter | alike).items()
+    ]
+    goal = Preference(preference_losses["dpo"], {"beta": 0.1})
+    found = make(llama(), goal, trees, trees, per_device_eval_batch_size=4, max_tokens=60).evaluate()
+    assert found["eval_accuracies/chosen_longer"] == pytest.approx(2 / 3)
+    assert found["eval_accuracies/chosen_shorter"] == pytest.approx(1 / 4)
+
+
 def test_prompts_are_drawn_whole_and_in_another_order_each_epoch():
     trees = comparisons(1)
     sampler = PromptSampler(trees, seed=0)

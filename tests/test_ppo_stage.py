@@ -1,0 +1,121 @@
+"""PPO as a stage: what the fields say is what the trainer does, and rewards see the rows that the answers belong to."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import llama
+from safetensors.torch import load_file
+
+from align.cli import main
+from align.data import write_rows
+
+REWARDS = """
+import json
+def low(completions, completion_ids, **columns): return [sum(i < 100 for i in ids) / len(ids) for ids in completion_ids]
+def noted(completions, answer, **columns):
+    with open("asked.jsonl", "a") as file: file.write(json.dumps([answer, completions]) + "\\n")
+    return [float(len(c[0]["content"])) for c in completions]
+"""
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+STEP = 4
+COMMAND = f"ppo --max_completion_length 6 --episodes_per_step {STEP} --num_mini_batches 2 --json"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("inputs")
+    for name, dropout in (("model", 0.0), ("dropping", 0.5)):
+        llama(attention_dropout=dropout).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    rows = [{"prompt": [{"role": "user", "content": f"say {word}"}], "answer": word} for word in WORDS]
+    long = [{"prompt": [{"role": "user", "content": f"{'say it ' * 100}{word}"}], "answer": word} for word in ("him", "her")]
+    write_rows(folder / "prompts.jsonl", rows)
+    write_rows(folder / "uneven.jsonl", [long[0], *rows[:4], long[1], *rows[4:]])
+    (folder / "mine.py").write_text(REWARDS)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _inside(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def run(flags, capsys, *, model="model", data="prompts.jsonl", steps=1):
+    command = f"{COMMAND} --model {model} --data {data} --total_episodes {steps * STEP}"
+    assert main(f"{command} {flags}".split()) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+def steps_of(artifact):
+    records = map(json.loads, (Path(artifact["path"]) / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if "loss/policy_avg" in record]
+
+
+def asked():
+    """Columns and answers that `noted` was called with since the last time."""
+    file = Path("asked.jsonl")
+    calls = [json.loads(line) for line in file.read_text().splitlines()]
+    file.unlink()
+    return calls
+
+
+def test_a_prompt_that_is_set_aside_leaves_its_columns_to_no_other(capsys):
+    """Neither among those that are learned from, all of them in two steps, nor among those held out."""
+    flags = "--eval_data uneven.jsonl --max_length 64 --reward_funcs mine.py:noted"
+    run(flags, capsys, data="uneven.jsonl", steps=2)
+    before, first, second, after = [answers for answers, _ in asked()]
+    assert before == after == WORDS
+    assert sorted(first + second) == sorted(WORDS)
+
+
+def test_held_out_prompts_are_answered_with_the_same_draws_each_time(capsys):
+    """The first two of them, by a model that does not move, before, between and after two steps; another seed draws others."""
+    still = "--learning_rate 1e-12 --eval_data prompts.jsonl --eval_prompts 2 --eval_steps 1 --reward_funcs mine.py:noted"
+    run(f"{still} --seed 1", capsys, steps=2)
+    before, _, between, _, after = asked()
+    assert before == between == after
+    assert before[0] == WORDS[:2]
+    run(f"{still} --seed 2", capsys, steps=2)
+    assert asked()[0] != before
+
+
+@pytest.mark.parametrize("critic", ["separate", "adapter"])
+def test_dropout_is_off_in_policy_and_critic(critic, capsys):
+    """The model's own and that of the adapters change nothing."""
+    flags = (
+        f"--critic {critic} --use_peft --lora_r 2 --learning_rate 1e-2 --num_ppo_epochs 2 --held_out 0 --reward_funcs mine.py:low"
+    )
+    runs = [run(f"{flags} --lora_dropout {p}", capsys, model=model, steps=2) for model, p in (("model", 0.0), ("dropping", 0.5))]
+    plain, dropping = (
+        [
+            {name: value for name, value in record.items() if not name.startswith(("time/", "seconds"))}
+            for record in steps_of(artifact)
+        ]
+        for artifact in runs
+    )
+    assert plain == dropping
+
+
+def test_the_distribution_that_is_measured_is_the_one_that_is_sampled(capsys):
+    """As hot as this, every token of the 320 is as likely as any other."""
+    artifact = run("--temperature 1000 --held_out 0 --reward_funcs mine.py:low", capsys)
+    assert steps_of(artifact)[0]["policy/entropy_avg"] == pytest.approx(5.768, abs=1e-3)
+
+
+def test_the_critic_has_a_learning_rate_of_its_own(capsys):
+    flags = "--learning_rate 1e-9 --critic_learning_rate 1e-2 --lr_scheduler_type constant --save_steps 1 --warmup_ratio 0"
+    path = Path(run(f"{flags} --held_out 0 --reward_funcs mine.py:low", capsys, steps=2)["path"])
+    first, second = (load_file(path / f"checkpoints/checkpoint-{step}/state.safetensors") for step in (1, 2))
+    moved = {
+        role: max((second[n] - first[n]).abs().max().item() for n in first if n.startswith(role)) for role in ("policy/", "critic/")
+    }
+    assert moved["policy/"] < 1e-6
+    assert moved["critic/"] > 1e-3
+
+
+def test_a_schedule_is_spread_over_all_updates(capsys):
+    """Two passes over two mini-batches, of two steps: halfway after the first."""
+    schedule = "--learning_rate 1e-5 --lr_scheduler_type linear --num_ppo_epochs 2 --warmup_ratio 0"
+    artifact = run(f"{schedule} --held_out 0 --reward_funcs mine.py:low", capsys, steps=2)
+    assert [record["learning_rate"] for record in steps_of(artifact)] == pytest.approx([5e-6, 0])
