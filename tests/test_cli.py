@@ -576,6 +576,16 @@ def test_help_tells_every_default(command, told, capsys):
     assert re.search(told, " ".join(capsys.readouterr().out.split()))
 
 
+def test_help_of_a_stage_begins_with_what_must_be_set_and_what_is_its_own(capsys):
+    from align.stages import Preference
+
+    assert main(["preference", "--help"]) == 0
+    fields = re.findall(r"^  --(\w+) \((required)?", capsys.readouterr().out, re.MULTILINE)
+    assert fields[:4] == [("data", "required"), ("model", "required"), ("loss", ""), ("learning_rate", "")]
+    assert len({name for name, _ in fields}) == len(fields) == len(Preference.model_fields)
+    assert not any(required for _, required in fields[2:])
+
+
 def test_help_of_a_stage_names_the_choices_of_a_field(capsys):
     assert main(["sft", "--help"]) == 0
     text = capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import re
@@ -213,7 +214,8 @@ def _stage_help(verb: str, cls: type[Stage]) -> str:
         "  --json                print JSON",
         "",
     ]
-    for name, info in cls.model_fields.items():
+    for name in _reading_order(cls):
+        info = cls.model_fields[name]
         if verb in PREFERENCE_VERBS and name == "loss":
             continue
         default = "required" if info.is_required() else f"default {info.get_default(call_default_factory=True)!r}"
@@ -221,6 +223,12 @@ def _stage_help(verb: str, cls: type[Stage]) -> str:
         lines.append(f"  --{name} ({default}{known})")
         lines += textwrap.wrap(str(info.description), 124, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(lines)
+
+
+def _reading_order(cls: type[Stage]) -> list[str]:
+    """The fields that must be set, then the stage's own, then those that it shares with others."""
+    named = dict.fromkeys(name for kind in cls.__mro__ for name in inspect.get_annotations(kind) if name in cls.model_fields)
+    return sorted(named, key=lambda name: not cls.model_fields[name].is_required())
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
