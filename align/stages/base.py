@@ -110,8 +110,8 @@ class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFiel
         check_libraries(self)
 
     def essence(self) -> dict[str, Any]:
-        """On the forest the gradient is the same for any number of processes and accumulation steps: their product counts. In
-        TRL's trainers each process has a batch of its own, so there the number of processes counts as well.
+        """On the forest, and in a task, the gradient is the same for any number of processes and accumulation steps: their product
+        counts. In TRL's trainers each process has a batch of its own, so there the number of processes counts as well.
         """
         config = super().essence()
         launch = self.launch or Launch()
