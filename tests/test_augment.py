@@ -129,13 +129,12 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_rows("pairs.jsonl", PAIRS)
     assert (
-        main(["data", "augment", "pairs.jsonl", "--how", "paraphrases", "swapped(share=0.2)", "--output", "more.jsonl", "--json"])
-        == 0
+        main(["data", "augment", "pairs.jsonl", "--how", "paraphrases", "swapped(share=0.2)", "--out", "more.jsonl", "--json"]) == 0
     )
     account = json.loads(capsys.readouterr().out)
     assert account["made"] == {"paraphrases": 10, "swapped(share=0.2)": 2}
     assert len(load_rows("more.jsonl", "preference").rows) == account["written"] == 20
-    assert main(["data", "augment", "pairs.jsonl", "--how", "parphrases", "--output", "more.jsonl"]) == 2
+    assert main(["data", "augment", "pairs.jsonl", "--how", "parphrases", "--out", "more.jsonl"]) == 2
     assert "did you mean 'paraphrases'?" in capsys.readouterr().err
 
 
@@ -143,7 +142,7 @@ def test_a_column_called_origin_is_a_column(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     own = ["web", {"row": 7, "how": "paraphrases"}]
     write_rows("prompts.jsonl", [{"prompt": f"Say {i}", "origin": origin} for i, origin in enumerate(own)])
-    assert main(["data", "augment", "prompts.jsonl", "--how", "paraphrases", "--output", "more.jsonl"]) == 0
+    assert main(["data", "augment", "prompts.jsonl", "--how", "paraphrases", "--out", "more.jsonl"]) == 0
     assert "paraphrases: 2 rows" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "more.jsonl").read_text().splitlines()]
     assert [row["origin"] for row in rows] == [*own, *({"row": i, "how": "paraphrases"} for i in (1, 2))]

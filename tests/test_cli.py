@@ -135,7 +135,7 @@ MISTAKES = {
     "an output that cannot be made": (SFT + "sft.jsonl --output_dir /proc/x", r"nothing can be written into /proc \("),
     "an output among other files": (SFT + "sft.jsonl --output_dir .", "is not empty and no folder of align's"),
     "a run's output that is a file": (RUN + "--out sft.jsonl", r"sft\.jsonl is a file, not a folder"),
-    "parts below a file": ("data split sft.jsonl --output_dir raw.jsonl", r"raw\.jsonl is a file, not a folder"),
+    "parts below a file": ("data split sft.jsonl --out raw.jsonl", r"raw\.jsonl is a file, not a folder"),
     # the model and its tokenizer
     "no chat template": ("sft --model no_template --data sft.jsonl", "the tokenizer has no chat template. Set chat_template"),
     "no such template": (SFT + "sft.jsonl --chat_template chatlm", "chat_template 'chatlm' is neither a file nor one of"),
@@ -847,6 +847,7 @@ def test_a_report_can_be_written_again(capsys, tmp_path):
     assert f"{tmp_path}/out/report.md" in capsys.readouterr().out
     assert (tmp_path / "out" / "report.md").exists()
     assert "mine-sft@1" in written
+    assert run_json(f"report {tmp_path}/out --json", capsys) == json.loads((tmp_path / "out" / "results.json").read_text())
 
 
 @pytest.mark.parametrize("command", ["chat .", "run dpo --plan"])

@@ -226,7 +226,7 @@ def test_stats(tmp_path, capsys):
         "convert sft.jsonl --to native --out disk/x.jsonl",
         "check pairs.jsonl --quarantine disk/x.jsonl",
         "stats sft.jsonl --plot disk/x.svg",
-        "clean sft.jsonl --output disk/x.jsonl",
+        "clean sft.jsonl --out disk/x.jsonl",
     ],
 )
 def test_a_full_disk_is_named_and_nothing_is_left_of_the_file(command, tmp_path, monkeypatch, capsys):

@@ -421,7 +421,7 @@ def test_no_row_steers_the_terminal(dirty, capsys, command):
 
 
 def test_clean_writes_what_is_kept_and_what_is_not(dirty, capsys):
-    arguments = ["--against", "eval.jsonl", "--mask", "all", "--output", "clean.jsonl", "--json"]
+    arguments = ["--against", "eval.jsonl", "--mask", "all", "--out", "clean.jsonl", "--json"]
     assert main(["data", "clean", "dirty.jsonl", *arguments]) == 0
     account = json.loads(capsys.readouterr().out)
     assert {rule: found["count"] for rule, found in account["rules"].items() if found["count"]} == {
@@ -442,7 +442,7 @@ def test_rows_that_cannot_be_read_count_and_are_kept_with_the_removed(dirty, cap
     lines[2:2] = ['{"prompt": "p", "chosen": "\\ud800", "rejected": 5}']
     lines[4:4] = ['{"prompt": "cut']
     (dirty / "dirty.jsonl").write_text("\n".join(lines))
-    assert main(["data", "clean", "dirty.jsonl", "--rules", "mojibake_rows", "--output", "clean.jsonl", "--json"]) == 0
+    assert main(["data", "clean", "dirty.jsonl", "--rules", "mojibake_rows", "--out", "clean.jsonl", "--json"]) == 0
     (example,) = json.loads(capsys.readouterr().out)["rules"]["mojibake_rows"]["examples"]
     assert (example["file"], example["row"]) == ("dirty.jsonl", 8)
     aside = [json.loads(line) for line in (dirty / "clean.removed.jsonl").read_text().splitlines()]
@@ -459,14 +459,14 @@ def test_rows_that_cannot_be_read_count_and_are_kept_with_the_removed(dirty, cap
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["clean", "train.jsonl", "--output", "train.jsonl"],
-        ["clean", "train.removed.jsonl", "--output", "train.jsonl"],
-        ["clean", "eval.jsonl", "--against", "train.jsonl", "--output", "train.jsonl"],
-        ["clean", ".", "--output", "train.jsonl"],
-        ["split", "train.jsonl", "--output_dir", "."],
+        ["clean", "train.jsonl", "--out", "train.jsonl"],
+        ["clean", "train.removed.jsonl", "--out", "train.jsonl"],
+        ["clean", "eval.jsonl", "--against", "train.jsonl", "--out", "train.jsonl"],
+        ["clean", ".", "--out", "train.jsonl"],
+        ["split", "train.jsonl", "--out", "."],
         ["convert", "link.jsonl", "--to", "openai", "--out", "train.jsonl"],
         ["convert", "train.quarantine.jsonl", "--to", "openai", "--out", "train.jsonl", "--on_bad_row", "quarantine"],
-        ["augment", "train.jsonl", "--how", "paraphrases", "--output", "./train.jsonl"],
+        ["augment", "train.jsonl", "--how", "paraphrases", "--out", "./train.jsonl"],
         ["check", "eval.jsonl", "train.jsonl", "--quarantine", "train.jsonl"],
     ],
 )
@@ -485,8 +485,8 @@ def test_no_command_writes_over_what_it_reads(dirty, capsys, arguments):
 def test_rows_that_cannot_be_read_are_in_the_account_of_what_is_written(dirty, capsys):
     with (dirty / "dirty.jsonl").open("a") as file:
         file.write('{"prompt": "cut')
-    for arguments in (["split", "dirty.jsonl", "--output_dir", "parts"], ["augment", "dirty.jsonl", "--how", "paraphrases"]):
-        assert main(["data", *arguments, "--json", *(["--output", "more.jsonl"] if "--how" in arguments else [])]) == 0
+    for arguments in (["split", "dirty.jsonl", "--out", "parts"], ["augment", "dirty.jsonl", "--how", "paraphrases"]):
+        assert main(["data", *arguments, "--json", *(["--out", "more.jsonl"] if "--how" in arguments else [])]) == 0
         assert json.loads(capsys.readouterr().out)["loaded"].startswith("8 rows = 7 used + 1 set aside")
 
 
@@ -494,15 +494,15 @@ def test_a_split_leaves_no_file_of_an_earlier_one(dirty, capsys):
     """Rows between the sides of one split are on a side of the next."""
     (dirty / "parts").mkdir()
     write_rows("parts/between.jsonl", [{"prompt": QUESTION}])
-    assert main(["data", "split", "dirty.jsonl", "--output_dir", "parts"]) == 0
+    assert main(["data", "split", "dirty.jsonl", "--out", "parts"]) == 0
     assert "0 near prompts of both sides" in capsys.readouterr().out
     assert sorted(path.name for path in (dirty / "parts").iterdir()) == ["test.jsonl", "train.jsonl"]
-    assert main(["data", "split", "dirty.jsonl", "--threshold", "0", "--output_dir", "parts"]) == 2
+    assert main(["data", "split", "dirty.jsonl", "--threshold", "0", "--out", "parts"]) == 2
     assert "threshold: got 0.0, expected a similarity above 0" in capsys.readouterr().err
 
 
 def test_split_writes_two_files(dirty, capsys):
-    assert main(["data", "split", "dirty.jsonl", "--held_out", "0.5", "--seed", "1", "--output_dir", "parts", "--json"]) == 0
+    assert main(["data", "split", "dirty.jsonl", "--held_out", "0.5", "--seed", "1", "--out", "parts", "--json"]) == 0
     account = json.loads(capsys.readouterr().out)
     assert account["train"] + account["test"] + account["between"] == account["rows"] == 7
     loaded = {side: load_rows(f"parts/{side}.jsonl", "preference").rows for side in ("train", "test")}
@@ -519,9 +519,9 @@ def test_other_columns_stay_with_their_rows(tmp_path, monkeypatch):
     ]
     write_rows("rows.jsonl", rows)
     commands = {
-        "clean --mask email --rules exact_duplicates --output out/clean.jsonl": {"clean": [0, 1, 3], "clean.removed": [2]},
-        "augment --how paraphrases --output out/more.jsonl": {"more": [*range(4), *range(4)]},
-        "split --held_out 0.5 --output_dir out": {},
+        "clean --mask email --rules exact_duplicates --out out/clean.jsonl": {"clean": [0, 1, 3], "clean.removed": [2]},
+        "augment --how paraphrases --out out/more.jsonl": {"more": [*range(4), *range(4)]},
+        "split --held_out 0.5 --out out": {},
     }
     for command, files in commands.items():
         verb, *flags = command.split()
@@ -547,5 +547,5 @@ def test_outputs_that_are_none_are_refused_in_one_line(dirty, capsys, arguments)
 
 
 def test_a_wrong_output_is_refused_before_the_work(dirty, capsys):
-    assert main(["data", "clean", "dirty.jsonl", "--output", "clean.csv"]) == 2
+    assert main(["data", "clean", "dirty.jsonl", "--out", "clean.csv"]) == 2
     assert "rows are written as .jsonl" in capsys.readouterr().err

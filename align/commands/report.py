@@ -15,6 +15,7 @@ from align.registry import run_folder
 def add(verbs: Any) -> None:
     parser = verbs.add_parser("report", help="write report.md, report.html and results.json of a run again")
     parser.add_argument("run", type=Path, metavar="RUN", help="output folder of a run, or its name under the home folder")
+    parser.add_argument("--json", action="store_true", help="print the content of results.json")
     parser.set_defaults(handler=report)
 
 
@@ -34,7 +35,7 @@ def report(options: argparse.Namespace) -> int:
         )
     if not artifacts:
         raise AlignError(f"{run} holds no finished stage")
-    write_report(run, _recipe(run, artifacts.values()), artifacts)
+    write_report(run, _recipe(run, artifacts.values()), artifacts, options.json)
     return 0
 
 

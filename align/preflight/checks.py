@@ -201,7 +201,7 @@ def duplicates(subject: Subject) -> Iterator[Finding]:
         yield _warn(
             "duplicates",
             f"{_of(found, len(subject.rows))} repeat another",
-            "`align data clean FILE --output CLEAN.jsonl` takes them out",
+            "`align data clean FILE --out CLEAN.jsonl` takes them out",
         )
 
 

@@ -197,7 +197,7 @@ def _ptx(stage: Any, settings: PPOSettings, tokenizer: PreTrainedTokenizerBase, 
         return []
     encoder = Encoder(tokenizer, stage.max_length)
     label = f"{context.name} (ptx)"
-    rows = t.read_rows(stage, stage.ptx_data, stage.ptx_rows, label, t.quarantine_in(context, "quarantine_ptx.jsonl"))
+    rows = t.read_rows(stage, stage.ptx_data, stage.ptx_rows, label, t.quarantine_in(context, "quarantine.ptx.jsonl"))
     return t.encoded(getattr(encoder, stage.ptx_rows), rows, label)
 
 

@@ -1,4 +1,4 @@
-"""``align data clean``: take away what should not be trained on. Without --output nothing is written."""
+"""``align data clean``: take away what should not be trained on. Without --out nothing is written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add(actions: Any) -> None:
     parser.add_argument("--also", nargs="+", default=[], metavar="RULE", help="rules besides the default ones")
     parser.add_argument("--against", nargs="+", default=[], metavar="FILE", help="take away what repeats these evaluation sets")
     parser.add_argument("--mask", nargs="+", default=[], metavar="KIND", help="personal data to mask, or 'all'")
-    parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="write the rows kept here, the others beside it")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="write the rows kept here, the others beside it")
     add_reading(parser)
     parser.set_defaults(handler=run)
 
@@ -31,11 +31,11 @@ def run(options: argparse.Namespace) -> int:
     from align.quality.reading import read
     from align.quality.rules import DEFAULT
 
-    if options.output is not None:
-        if options.output.suffix != ".jsonl":
-            raise AlignError(f"--output {options.output}: rows are written as .jsonl")
-        aside = options.output.with_suffix(".removed.jsonl")
-        check_outputs([options.file, *options.against], options.output, aside)
+    if options.out is not None:
+        if options.out.suffix != ".jsonl":
+            raise AlignError(f"--out {options.out}: rows are written as .jsonl")
+        aside = options.out.with_suffix(".removed.jsonl")
+        check_outputs([options.file, *options.against], options.out, aside)
     unread = _Unread()
     loaded = read(options.file, options.kind, format=options.format, split=options.split, quarantine=unread)
     specs = [*(options.rules or DEFAULT), *options.also]
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     masks = list(patterns) if options.mask == ["all"] else options.mask
     cleaned = clean(loaded.rows, specs, masks)
     written = []
-    if options.output is not None:
+    if options.out is not None:
         beside = {n: mask_values(columns, masks)[0] for n, columns in enumerate(loaded.others, start=1)}
         removed = [
             _removed(*loaded.places[n - 1], rule, why, {**loaded.others[n - 1], **plain_fields(row)})
@@ -52,9 +52,9 @@ def run(options: argparse.Namespace) -> int:
         ]
         for n, *_ in cleaned.removed:
             del beside[n]
-        write_rows(options.output, ({**beside[n], **plain_fields(row)} for n, row in zip(beside, cleaned.kept, strict=True)))
+        write_rows(options.out, ({**beside[n], **plain_fields(row)} for n, row in zip(beside, cleaned.kept, strict=True)))
         write_rows(aside, [*unread.rows, *removed])
-        written = [str(options.output), str(aside)]
+        written = [str(options.out), str(aside)]
     account = {"file": options.file, "loaded": loaded.summary(), **cleaned.account(loaded.places), "written": written}
     print(json.dumps(account, indent=1, ensure_ascii=False) if options.json else visible(_page(account, cleaned.summary())))
     return 0
@@ -86,6 +86,6 @@ def _page(account: dict[str, Any], summary: str) -> str:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in account["masked"]["counts"].items())
         lines.append(f"  masked in {account['masked']['rows']:,} rows: {kinds}")
     lines.append(
-        f"written: {', '.join(account['written'])}" if account["written"] else "nothing was written: name a file with --output"
+        f"written: {', '.join(account['written'])}" if account["written"] else "nothing was written: name a file with --out"
     )
     return "\n".join(lines)

@@ -16,7 +16,7 @@ def add(actions: Any) -> None:
     parser.add_argument("--held_out", type=float, default=0.05, metavar="SHARE", help="share of the prompts held out")
     parser.add_argument("--threshold", type=float, help="similarity of near copies (default: 0.7)")
     parser.add_argument("--seed", type=int, default=0, help="of which prompts are held out")
-    parser.add_argument("--output_dir", type=Path, metavar="DIR", required=True, help="for train.jsonl and test.jsonl")
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="for train.jsonl and test.jsonl")
     add_reading(parser)
     parser.set_defaults(handler=run)
 
@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
     from align.quality.reading import read
     from align.quality.splits import split_rows
 
-    files = {name: options.output_dir / f"{name}.jsonl" for name in ("train", "test", "between")}
+    files = {name: options.out / f"{name}.jsonl" for name in ("train", "test", "between")}
     check_outputs([options.file], *files.values())
     loaded = read(options.file, options.kind, format=options.format, split=options.split)
     split = split_rows(loaded.rows, options.held_out, options.seed, THRESHOLD if options.threshold is None else options.threshold)
