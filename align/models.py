@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
@@ -26,10 +27,13 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from align.errors import AlignError, first_line
+from align.errors import AlignError, first_line, near_miss
 from align.runner.files import json_record
 from align.tuning.adapters import HEADS, save_adapter
 from align.tuning.soft import SOFT_TYPES, load_soft_prompt
+
+UNREADABLE = (OSError, ValueError, KeyError, StrictDataclassError)
+"""What transformers raises of a folder that holds no model, or a damaged one; the last is of a value of the wrong type."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -102,7 +106,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     """
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         if os.path.isdir(path) and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
             if not (Path(path) / "config.json").is_file():
                 raise AlignError(f"{path} is no model's folder: it holds neither a config.json nor a tokenizer") from error
@@ -164,7 +168,7 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
     source = adapter_base(path) if is_adapter(path) else path
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise AlignError(_not_loadable("config", path, error)) from error
 
 
@@ -251,7 +255,7 @@ def load_model(
             if (Path(path) / GENERATION_CONFIG_NAME).is_file():  # the end tokens that training taught
                 model.generation_config = GenerationConfig.from_pretrained(path)
             model = _with_adapter(model, path, adapter["peft_type"], on_adapter)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # the last is of a file that was cut
+    except (*UNREADABLE, RuntimeError, SafetensorError) as error:  # the last is of a file that was cut
         raise AlignError(_not_loadable("model", path, error)) from error
     if auto is AutoModelForCausalLM and not hasattr(model.config, "vocab_size"):  # it is in the config of a part
         raise AlignError(f"{path} is a {type(model).__name__}, made of several models (for pictures, say): take one for text alone")
@@ -322,7 +326,7 @@ def architecture_config(architecture: dict[str, Any]) -> Any:
     """The transformers config that `architecture` describes: ``model_type`` and the fields of its config.
 
     Raises:
-        AlignError: the model type or one of the fields is unknown.
+        AlignError: the model type or one of the fields is unknown, or values do not fit.
     """
     fields = dict(architecture)
     model_type = fields.pop("model_type", "llama")
@@ -331,15 +335,19 @@ def architecture_config(architecture: dict[str, Any]) -> Any:
     except ValueError as error:
         raise AlignError(f"architecture: model_type {model_type!r} is unknown to transformers") from error
     if unknown := fields.keys() - known.keys():
-        raise AlignError(f"architecture: a {model_type} config has no {sorted(unknown)[0]!r}")
-    return AutoConfig.for_model(model_type, **fields)
+        name = min(unknown)
+        raise AlignError(f"architecture: a {model_type} config has no {name!r}{near_miss(name, known)}")
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except (StrictDataclassError, ValueError, ZeroDivisionError) as error:
+        raise AlignError(f"architecture: {first_line(error.__cause__ or error)}") from error
 
 
 def build_model(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     """A language model of the family of `architecture` with random weights, and embeddings for `tokenizer`.
 
     Raises:
-        AlignError: as from `architecture_config`.
+        AlignError: as from `architecture_config`; or it describes no model that can be built.
     """
     config = architecture_config(architecture)
     special = {
@@ -352,7 +360,10 @@ def build_model(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase
             setattr(config, name, value)
     if config.is_encoder_decoder and "decoder_start_token_id" not in architecture:
         config.decoder_start_token_id = tokenizer.pad_token_id
-    return LANGUAGE_MODELS[family_of(config)].from_config(config)
+    try:
+        return LANGUAGE_MODELS[family_of(config)].from_config(config)
+    except (ValueError, KeyError, ZeroDivisionError, RuntimeError) as error:
+        raise AlignError(f"architecture: no model can be built of it: {first_line(error)}") from error
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:

@@ -286,7 +286,22 @@ MISTAKES = {
         "'label_smoothing' is 0.5: input should be less than 0.5",
     ),
     "a number out of range": (SFT + "sft.jsonl --held_out 2", "'held_out' is 2: input should be less than 1"),
-    "no such architecture field": ("pretrain --architecture.hiden_size 8 --data text.txt", "a llama config has no 'hiden_size'"),
+    "no such architecture field": (
+        "pretrain --architecture.hiden_size 8 --data text.txt",
+        r"a llama config has no 'hiden_size' \(did you mean 'hidden_size'\?\). The stage 'pretrain' would stop there",
+    ),
+    "an architecture field of the wrong type": (
+        "pretrain --architecture.hidden_size abc --data text.txt",
+        "architecture: Field 'hidden_size' expected int, got str",
+    ),
+    "an architecture that does not fit": (
+        "pretrain --architecture.num_attention_heads 0 --data text.txt",
+        "architecture: integer division or modulo by zero",
+    ),
+    "an architecture that cannot be built": (
+        "pretrain --architecture.model_type bert --architecture.hidden_size 30 --data text.txt",
+        "architecture: no model can be built of it: The hidden size",
+    ),
     "a field that is missing and misspelt": (
         "sft --modle model --data sft.jsonl",
         r"unknown flag --modle \(did you mean 'model'\?\)",

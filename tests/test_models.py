@@ -362,6 +362,15 @@ def test_pickles_are_not_loaded(tmp_path, base):
         load_causal_lm(str(tmp_path / "pickled"))
 
 
+@pytest.mark.parametrize("load", [load_config, load_tokenizer, load_causal_lm], ids=["config", "tokenizer", "model"])
+def test_a_config_with_a_value_of_the_wrong_type_is_named(tmp_path, base, load):
+    shutil.copytree(base, tmp_path / "damaged")
+    config = tmp_path / "damaged" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_size": "wide"}))
+    with pytest.raises(AlignError, match=r"cannot load a .*: .*'hidden_size' expected int, got str"):
+        load(str(tmp_path / "damaged"))
+
+
 def test_weights_that_were_cut_are_named(tmp_path, base):
     """As by a download or a copy that was broken off."""
     shutil.copytree(base, tmp_path / "cut")

@@ -4,6 +4,7 @@ import copy
 import json
 import random
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from align.engine import enable_forest
 from align.errors import AlignError
 from align.forest import Tree, plant
 from align.pipeline import Run
-from align.preflight.cards import card, named_in
+from align.preflight.cards import Machine, card, named_in
 from align.preflight.checks import checks
 from align.preflight.inspect import inspect, preflight
 from align.preflight.labels import suspicious
@@ -457,7 +458,9 @@ def test_what_samples_is_estimated_by_its_own_batches(folder):
     assert estimates["ppo"].seconds / estimates["ppo16"].seconds == pytest.approx(989 / 66.9)
 
 
-def test_a_model_too_large_for_a_card(folder):
+@pytest.fixture
+def llama_8b(folder):
+    """Its config as the model; weights there are none."""
     from transformers import AutoConfig
 
     sizes = {
@@ -468,6 +471,9 @@ def test_a_model_too_large_for_a_card(folder):
         "num_key_value_heads": 8,
     }
     AutoConfig.for_model("llama", vocab_size=128256, **sizes).save_pretrained("model")
+
+
+def test_a_model_too_large_for_a_card(llama_8b):
     plan = Run(Recipe("r", {"full": sft(), "lora": sft(use_peft=True, dtype="bfloat16", bf16=True)}), Path("runs")).plan()
     full, lora = inspect(plan, machine=card("rtx 4090"))
     assert [(finding.level, finding.check) for finding in full.findings] == [("error", "memory")]
@@ -552,3 +558,49 @@ def test_what_memory_grows_with(monkeypatch):
     assert lora.weights == full.weights + lora.gradients
     frozen = replace(full, tuning=None)
     assert (frozen.weights, frozen.gradients) == (full.weights, 0)
+
+
+def test_processes_of_a_launch_share_what_it_divides(llama_8b):
+    """By docs/scaling.md 8B take 16 bytes a parameter on every GPU under ddp, a share of them under fsdp2, and gradients and
+    moments in shares under zero2; of time each takes its part, and the weights are whole in each once, when they are loaded.
+    """
+    strategies = {"ddp": "ddp", "zero2": "deepspeed-zero2", "fsdp2": "fsdp2"}
+    stages = {name: sft(launch={"num_processes": 8, "strategy": strategy}) for name, strategy in strategies.items()}
+    alone, *shared = inspect(Run(Recipe("r", {"alone": sft(), **stages}), Path("runs")).plan(), machine=card("B200"))
+    ddp, zero2, fsdp2 = (each.estimate for each in shared)
+    gradients = 4 * 8.03e9
+    assert ddp.states == pytest.approx(4 * gradients, rel=0.01)
+    assert zero2.states == pytest.approx(gradients + 3 * gradients / 8, rel=0.01)
+    assert fsdp2.states == pytest.approx(gradients, rel=0.01)
+    training = [each.parts["training"] for each in (alone.estimate, ddp, zero2, fsdp2)]
+    copied, halves, layers = (b - a for a, b in pairwise(training))
+    assert copied == pytest.approx(gradients, rel=0.01)  # what DDP sends
+    assert halves == pytest.approx(-gradients - 3 * 7 / 8 * gradients, rel=0.01)
+    # Embedding, head and two layers of 32 are whole, with their gradients, for a while.
+    whole = 2 * 4 * (2 * 128256 * 4096 + 2 * 218.1e6)
+    assert layers == pytest.approx(-7 / 8 * gradients + 7 / 8 * whole, rel=0.01)
+    assert [each.seconds for each in (ddp, zero2, fsdp2)] == [pytest.approx(alone.estimate.seconds / 8)] * 3
+    assert [each.machine.name for each in (ddp, fsdp2)] == ["B200, each of 8 processes"] * 2
+
+
+def test_processes_on_a_cpu_share_its_memory_and_cores(folder):
+    """So a step takes as long as in one process, and of a GPU machine's cards each has its own."""
+    launch = {"num_processes": 2, "strategy": "ddp"}
+    stages = {"alone": sft(), "two": sft(launch=launch)}
+    machine = Machine("box", 1e9, 1e9, 1e9, gpu=False)
+    alone, two = inspect(Run(Recipe("r", stages), Path("runs")).plan(), machine=machine)
+    assert two.estimate.seconds == pytest.approx(alone.estimate.seconds)
+    small = Machine("box", 1.5 * alone.estimate.peak, 1e9, 1e9, gpu=False)
+    alone, two = inspect(Run(Recipe("r", stages), Path("runs")).plan(), machine=small)
+    assert [finding.check for finding in alone.findings] == []
+    assert [finding.check for finding in two.findings] == ["memory"]
+
+
+def test_answers_of_a_round_are_dealt_to_its_processes(folder):
+    shared = {"model": "model", "data": "sft.jsonl", "eval_data": "eval.jsonl", "reward_funcs": "length_band(low=1, high=9)"}
+    shared |= {"max_length": 128, "max_completion_length": 32, "episodes_per_step": 64, "total_episodes": 640}
+    stages = {"alone": PPO(**shared), "four": PPO(**shared, launch={"num_processes": 4})}
+    alone, four = (each.estimate for each in inspect(Run(Recipe("r", stages), Path("runs")).plan(), machine=card("H100")))
+    assert four.tokens < alone.tokens / 2
+    assert four.parts["sampling"] < alone.parts["sampling"]
+    assert four.seconds == pytest.approx(alone.seconds / 4)

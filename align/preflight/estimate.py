@@ -7,17 +7,16 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
-from typing import Any
-
-from transformers import AutoConfig
+from typing import Any, NamedTuple
 
 from align.budget import START
 from align.forest import Forest, Tree, plant
-from align.models import load_config
+from align.models import architecture_config, load_config
 from align.preflight.cards import GB, Machine
 from align.preflight.checks import Finding
 from align.preflight.memory import LIBRARIES, Skeleton, peak
 from align.preflight.subject import Subject
+from align.stages.fields import Launch
 from align.tuning.strategies import SOFT
 
 
@@ -30,12 +29,13 @@ class Estimate:
     made_of: dict[str, float]
     """What the phase with the highest peak consists of."""
     states: float
-    """Weights, gradients and optimizer: what no smaller pass can save."""
+    """Weights, gradients and optimizer, or the whole weights that each process loads: what no smaller pass can save."""
     tokens: int
     """Tokens in the largest pass."""
     seconds: float | None
     """Of training; None where its rows were not all looked at."""
-    machine: str
+    machine: Machine
+    """What one process has of it."""
 
     @property
     def peak(self) -> float:
@@ -48,12 +48,12 @@ class Estimate:
         held = {**self.made_of, "libraries": LIBRARIES}
         inside = ", ".join(f"{name} {size / GB:.2f}" for name, size in held.items() if size)
         duration = "" if self.seconds is None else f"; about {_duration(self.seconds)}"
-        return f"on {self.machine}: peak memory {self.peak / GB:.2f} GB while {phase} ({inside}){duration}"
+        return f"on {self.machine.name}: peak memory {self.peak / GB:.2f} GB while {phase} ({inside}){duration}"
 
     def plain(self) -> dict[str, Any]:
         """For ``--json``."""
         return {
-            "machine": self.machine,
+            "machine": self.machine.name,
             "peak_bytes": round(self.peak),
             "phases": self.parts,
             "made_of": self.made_of,
@@ -62,13 +62,14 @@ class Estimate:
             "seconds": self.seconds,
         }
 
-    def findings(self, machine: Machine) -> list[Finding]:
+    def findings(self) -> list[Finding]:
         """A warning where memory will be short, an error where no smaller pass helps."""
-        if self.states > machine.memory:
-            need = f"weights, gradients and optimizer alone take {self.states / GB:.1f} GB of {machine.memory / GB:.1f} GB"
-            return [Finding("error", "memory", need, "Set use_peft, or dtype bfloat16, or take a smaller model")]
-        if self.peak > machine.memory:
-            need = f"the estimated peak is {self.peak / GB:.1f} GB of {machine.memory / GB:.1f} GB"
+        if self.states > self.machine.memory:
+            need = f"weights, gradients and optimizer alone take {self.states / GB:.1f} GB of {self.machine.memory / GB:.1f} GB"
+            less = "Set use_peft, or dtype bfloat16, or take a smaller model, or several GPUs (launch.strategy fsdp2)"
+            return [Finding("error", "memory", need, less)]
+        if self.peak > self.machine.memory:
+            need = f"the estimated peak is {self.peak / GB:.1f} GB of {self.machine.memory / GB:.1f} GB"
             less = "Lower max_tokens_per_micro_batch or max_length, set gradient_checkpointing, bf16 or use_peft"
             return [Finding("warning", "memory", need, less)]
         return []
@@ -79,23 +80,57 @@ def _duration(seconds: float) -> str:
 
 
 def estimate(subject: Subject, machine: Machine) -> Estimate | None:
-    """What the stage will take on `machine`; None where its model or its tokens are not known yet, on TRL's engine, and for virtual
-    tokens in front of the rows.
+    """What the stage will take on `machine`, of several processes each; None where its model or its tokens are not known yet, on
+    TRL's engine, and for virtual tokens in front of the rows.
     """
     trees = subject.encoded.trees
     config = _config(subject)
     forest = getattr(subject.stage, "engine", "forest") == "forest"
     if config is None or not trees or not forest or subject.stage.strategy.name in SOFT:
         return None
+    machine = _part(machine, _launch(subject.stage))
     return _sampled(subject, config, machine) if subject.kind == "prompts" else _supervised(subject, config, machine)
+
+
+def _launch(stage: Any) -> Launch:
+    return getattr(stage, "launch", None) or Launch()
+
+
+def _part(machine: Machine, launch: Launch) -> Machine:
+    """What one process has of `machine`: a card of its own, or a share of memory and cores."""
+    here = math.ceil(launch.num_processes / launch.num_machines)
+    if here == 1:
+        return machine
+    name = f"{machine.name}, each of {launch.num_processes} processes"
+    if machine.gpu:
+        return replace(machine, name=name)
+    return Machine(name, machine.memory / here, machine.flops / here, machine.flops_bf16 / here, gpu=False)
+
+
+class Held(NamedTuple):
+    """Bytes in one process of a launch."""
+
+    weights: float
+    gradients: float
+    """Of what is trained. AdamW's two moments are twice that."""
+    passing: float
+    """What it also holds while it computes: layers that FSDP2 has gathered, or the gradients that DDP sends."""
+
+    @classmethod
+    def of(cls, model: Skeleton, launch: Launch) -> Held:
+        weights, gradients, count = model.weights, float(model.gradients), launch.num_processes
+        if launch.shards_weights:
+            return cls(weights / count, gradients / count, model.gathered * (1 - 1 / count))
+        if launch.strategy == "deepspeed-zero2":
+            return cls(weights, gradients / count, 0.0)
+        return cls(weights, gradients, gradients if count > 1 else 0.0)
 
 
 def _config(subject: Subject) -> Any:
     if subject.model is not None:
         return load_config(subject.model, trust_remote_code=subject.stage.trust_remote_code)
     if subject.architecture is not None and subject.encoder is not None:
-        fields = dict(subject.architecture)
-        return AutoConfig.for_model(fields.pop("model_type", "llama"), **{"vocab_size": len(subject.encoder.tokenizer), **fields})
+        return architecture_config({"vocab_size": len(subject.encoder.tokenizer), **subject.architecture})
     return None
 
 
@@ -139,13 +174,14 @@ def _filled(trees: Sequence[Tree], tokens: int) -> Forest:
 
 
 def _supervised(subject: Subject, config: Any, machine: Machine) -> Estimate:
-    stage, trees = subject.stage, subject.encoded.trees
+    stage, trees, launch = subject.stage, subject.encoded.trees, _launch(subject.stage)
     model = _skeleton(subject, config, machine, score_head=stage.stage == "reward")
+    held = Held.of(model, launch)
     budget, each = _budget(stage), statistics.fmean(tree.tokens for tree in trees)
     rows = stage.per_device_train_batch_size * stage.gradient_accumulation_steps
     forest, several = _largest(trees, rows, budget)
-    made = peak([model], forest, times=1 + several)
-    training = {"weights": float(model.weights), "optimizer": 2.0 * model.gradients, "gradients and activations": made}
+    made = peak([model], forest, times=1 + several) - (model.gradients - held.gradients) + held.passing
+    training = {"weights": held.weights, "optimizer": 2 * held.gradients, "gradients and activations": made}
     # Before training, the held-out rows are evaluated, and the reference says what it thinks of all rows.
     before = len(subject.held_out) + (len(subject.rows) if subject.kind in ("preference", "unpaired") else 0)
     read = peak([model], _filled(trees, round(min(budget, each * before))), backward=False)
@@ -155,11 +191,12 @@ def _supervised(subject: Subject, config: Any, machine: Machine) -> Estimate:
         "training": sum(training.values()),
     }
     looked = subject.encoded.used + subject.encoded.set_aside.total()
-    count = len(subject.rows) * len(trees) / looked  # a long document gives several
+    count = len(subject.rows) * len(trees) / looked / launch.num_processes  # a long document gives several
     passed = count * stage.num_train_epochs if stage.max_steps < 0 else stage.max_steps * min(rows, count)
     flops = passed * each * model.parameters * (4 if model.adapted else 6)
     seconds = None if subject.capped and stage.max_steps < 0 else flops / _rate(stage, machine)
-    return Estimate(parts, training, model.weights + 3.0 * model.gradients, forest.tokens, seconds, machine.name)
+    states = max(model.weights, held.weights + 3 * held.gradients)
+    return Estimate(parts, training, states, forest.tokens, seconds, machine)
 
 
 def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
@@ -174,10 +211,11 @@ def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
     has_critic = settings.advantage_estimator == "gae" and stage.critic == "separate"
     critic = _skeleton(subject, config, machine, score_head=True) if has_critic else None
     learners = [policy, critic] if critic else [policy]
-    episodes = settings.episodes_per_step
+    processes = _launch(stage).num_processes
+    episodes = math.ceil(settings.episodes_per_step / processes)
     answered = [replace(tree, branches=(tree.prompt[:1] * stage.max_completion_length,)) for tree in trees]
     sizes = [tree.tokens for tree in answered]
-    forest, several = _largest(answered, episodes // settings.num_mini_batches, _budget(stage))
+    forest, several = _largest(answered, max(1, episodes // settings.num_mini_batches), _budget(stage))
 
     weights = {
         "weights": float(policy.weights),
@@ -196,7 +234,7 @@ def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
         "sampling": standing + 2 * gradients + sampling,
         "training": sum(training.values()),
     }
-    flops = settings.total_episodes * statistics.fmean(sizes) * sum(model.parameters for model in learners)
+    flops = settings.total_episodes / processes * statistics.fmean(sizes) * sum(model.parameters for model in learners)
     known = settings is stage or not subject.capped or stage.max_steps > 0
     seconds = flops * (6 * settings.num_ppo_epochs + 4) / _rate(stage, machine) if known else None
-    return Estimate(parts, training, standing + 3 * gradients, forest.tokens, seconds, machine.name)
+    return Estimate(parts, training, standing + 3 * gradients, forest.tokens, seconds, machine)

@@ -87,7 +87,7 @@ def _inspect(step: Planned, plan: Sequence[Planned], machine: Machine | None, sa
     result = Looked(step.name, _about(seen), look(seen), subject=seen)
     if machine is not None:
         result.estimate = estimate(seen, machine)
-        result.findings += result.estimate.findings(machine) if result.estimate else []
+        result.findings += result.estimate.findings() if result.estimate else []
     if samples and seen.encoder is not None:
         trees = seen.encoded.trees
         chosen = trees[:: max(1, len(trees) // samples)][:samples]

@@ -207,6 +207,14 @@ class Skeleton:
         return sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
 
     @cached_property
+    def gathered(self) -> float:
+        """Bytes of weights and gradients that FSDP2 holds whole at a time: what lies in no layer, one layer and the next."""
+        base = base_model(self.model)
+        layers = [module for module in base.modules() if type(module).__name__ in (base._no_split_modules or ())]
+        sizes = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
+        return (self.weights - sum(sizes) + 2 * max(sizes, default=0)) * (1 + self.gradients / self.weights)
+
+    @cached_property
     def packed(self) -> float:
         """Bytes of the copies of its layers that a CPU samples with (`align.rollout.packed`)."""
         if self.gpu or self.bf16 or self.dtype != "float32" or not onednn.faster_packed():

@@ -44,6 +44,13 @@ class Pretrain(TrainingStage, ReplayFields, ProbeFields):
             raise ValueError("random weights are trained in full: use_peft, tuning and on_adapter need a model to continue")
         return self
 
+    def check(self) -> None:
+        from align.models import architecture_config
+
+        super().check()
+        if self.architecture is not None:
+            architecture_config(self.architecture)
+
     def run(self, context: Context) -> dict[str, Any]:
         from align.encode import set_chat_template
         from align.models import architecture_config, family_of, load_config, load_tokenizer
