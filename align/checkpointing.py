@@ -204,7 +204,10 @@ def whole_weights(trainer: Any) -> dict[str, Tensor]:
     else:
         options = replace(_OPTIONS, ignore_frozen_params=isinstance(trainer.model, PeftModel))
         weights = get_model_state_dict(model, options=options)
-    return {name: _whole(tensor) for name, tensor in weights.items()}
+    # A head that is the embedding's weight stays one tensor, which is saved once.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found: dict[Any, Tensor] = {}
+    return {name: found.setdefault(parameters.get(name, name), _whole(tensor)) for name, tensor in weights.items()}
 
 
 def _weights_in(folder: Path, model: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 of either go on in the other.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent / "chaos"))
 
 import launch
+from helpers import llama
 from launched import run_on_two
 
 from align.runner.worker import attempt
@@ -21,7 +23,7 @@ from align.tuning.strategies import UNSHARDED
 CASES = {
     "fsdp2": [
         ("sft", "lora", {}),
-        ("sft", "full", {"load_best_model_at_end": True, "eval_steps": 2, "save_steps": 2}),
+        ("sft", "full", {"model": "tied", "load_best_model_at_end": True, "eval_steps": 2, "save_steps": 2}),
         ("dpo", "lora", {"load_best_model_at_end": True, "eval_steps": 2, "save_steps": 2}),
         ("dpo", "dora", {}),
         ("reward", "lora", {}),
@@ -41,7 +43,10 @@ def weights(folder):
 def test_two_processes_train_as_one(strategy, tmp_path, monkeypatch):
     monkeypatch.setenv("ALIGN_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
     launch.prepare(tmp_path)
+    shutil.copytree("model", "tied")
+    llama(tie_word_embeddings=True).save_pretrained("tied")
     made = launch.stages(tmp_path, 4)
     stages, tasks = {}, []
     for name, tuning, more in CASES[strategy]:
