@@ -13,10 +13,14 @@ from align.artifact import Artifact
 from align.cli import main
 from align.data import write_rows
 from align.encode import Encoder
+from align.errors import AlignError
+from align.progress import History
 from align.registry import Registry
 from align.rewards import RewardSet
 from align.schema import Message, PromptRow
 from align.scoring import Judge
+from align.stages import GRPO
+from align.stages.base import Context
 from align.trainers.trl import GROUP_TRAINERS, group_trainer
 
 REWARDS = """
@@ -127,6 +131,14 @@ def test_each_of_two_processes_has_the_reference(stage, capsys):
     artifact = run(command, capsys)
     assert artifact["metrics"]["eval_kl_before"] == pytest.approx(0, abs=1e-4)
     assert artifact["metrics"]["reward"] > 0
+
+
+def test_a_batch_is_filled_for_all_processes(tmp_path):
+    """Each of two has 16 answers in a batch, 2 to a prompt. TRL drops what does not fill one, and trained on nothing."""
+    place = {"model": "model", "data": "prompts.jsonl", "held_out": 0, "engine": "trl", "reward_funcs": ["repetition"]}
+    batch = {"gradient_accumulation_steps": 2, "num_generations": 2, "launch": {"num_processes": 2}}
+    with pytest.raises(AlignError, match="8 prompts do not fill a batch, which takes 16;"):
+        GRPO(**place, **batch).run(Context("grpo", tmp_path, History(tmp_path / "metrics.jsonl")))
 
 
 @pytest.mark.parametrize("name", GROUP_TRAINERS)
