@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import llama
 from safetensors.torch import load_file
 
 from align.cli import main
 from align.data import write_rows
+from align.stages import PPO
+from align.stages.reinforcement import _optimizer
+from align.trainers.ppo.models import Models
 
 REWARDS = """
 import json
@@ -114,8 +118,27 @@ def test_the_critic_has_a_learning_rate_of_its_own(capsys):
     assert moved["critic/"] > 1e-3
 
 
-def test_a_schedule_is_spread_over_all_updates(capsys):
-    """Two passes over two mini-batches, of two steps: halfway after the first."""
-    schedule = "--learning_rate 1e-5 --lr_scheduler_type linear --num_ppo_epochs 2 --warmup_ratio 0"
+def test_the_critic_s_weights_decay_and_its_norms_do_not(capsys):
+    """Where its error counts nothing, a step of it is the decay alone: 0.1 x 0.5."""
+    flags = "--learning_rate 1e-9 --critic_learning_rate 0.1 --weight_decay 0.5 --vf_coef 0 --lr_scheduler_type constant"
+    once = "--num_mini_batches 1 --save_steps 1 --held_out 0 --reward_funcs mine.py:low"
+    path = Path(run(f"{flags} {once}", capsys, steps=2)["path"])
+    first, second = (load_file(path / f"checkpoints/checkpoint-{step}/state.safetensors") for step in (1, 2))
+    weights = {name: weight for name, weight in first.items() if name.startswith("critic/")}
+    assert "critic/score.weight" in weights
+    for name, weight in weights.items():
+        torch.testing.assert_close(second[name], weight if "norm" in name else 0.95 * weight)
+
+
+def test_the_moments_of_the_optimizer_are_the_stage_s():
+    stage = PPO(model="m", data="d", reward_funcs=["length"], adam_beta1=0.5, adam_beta2=0.75)
+    optimizer, _ = _optimizer(stage, stage, Models(llama(), None, temperature=1.0))
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.5, 0.75)}
+
+
+@pytest.mark.parametrize(("warmup", "rates"), [(0, [5e-6, 0]), (0.25, [4 / 6 * 1e-5, 0])])
+def test_a_schedule_is_spread_over_all_updates(warmup, rates, capsys):
+    """Two passes over two mini-batches, of two steps: halfway after the first; behind a warm-up of 2, 4 of 6 are left."""
+    schedule = f"--learning_rate 1e-5 --lr_scheduler_type linear --num_ppo_epochs 2 --warmup_ratio {warmup}"
     artifact = run(f"{schedule} --held_out 0 --reward_funcs mine.py:low", capsys, steps=2)
-    assert [record["learning_rate"] for record in steps_of(artifact)] == pytest.approx([5e-6, 0])
+    assert [record["learning_rate"] for record in steps_of(artifact)] == pytest.approx(rates)
