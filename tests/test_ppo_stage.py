@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import llama
 from safetensors.torch import load_file
 
@@ -12,6 +11,7 @@ from align.cli import main
 from align.data import write_rows
 from align.stages import PPO
 from align.stages.reinforcement import _optimizer
+from align.trainers.ppo.critics import SeparateCritic
 from align.trainers.ppo.models import Models
 
 REWARDS = """
@@ -118,22 +118,17 @@ def test_the_critic_has_a_learning_rate_of_its_own(capsys):
     assert moved["critic/"] > 1e-3
 
 
-def test_the_critic_s_weights_decay_and_its_norms_do_not(capsys):
-    """Where its error counts nothing, a step of it is the decay alone: 0.1 x 0.5."""
-    flags = "--learning_rate 1e-9 --critic_learning_rate 0.1 --weight_decay 0.5 --vf_coef 0 --lr_scheduler_type constant"
-    once = "--num_mini_batches 1 --save_steps 1 --held_out 0 --reward_funcs mine.py:low"
-    path = Path(run(f"{flags} {once}", capsys, steps=2)["path"])
-    first, second = (load_file(path / f"checkpoints/checkpoint-{step}/state.safetensors") for step in (1, 2))
-    weights = {name: weight for name, weight in first.items() if name.startswith("critic/")}
-    assert "critic/score.weight" in weights
-    for name, weight in weights.items():
-        torch.testing.assert_close(second[name], weight if "norm" in name else 0.95 * weight)
-
-
-def test_the_moments_of_the_optimizer_are_the_stage_s():
-    stage = PPO(model="m", data="d", reward_funcs=["length"], adam_beta1=0.5, adam_beta2=0.75)
-    optimizer, _ = _optimizer(stage, stage, Models(llama(), None, temperature=1.0))
-    assert {group["betas"] for group in optimizer.param_groups} == {(0.5, 0.75)}
+def test_the_optimizer_s_fields_are_the_stage_s():
+    """Its moments, and the decay of all weights but norms, the critic's one score among them."""
+    stage = PPO(model="m", data="d", reward_funcs=["length"], weight_decay=0.5, adam_beta1=0.5, adam_beta2=0.75)
+    models = Models(llama(), SeparateCritic(llama(score_head=True)), temperature=1.0)
+    optimizer, _ = _optimizer(stage, stage, models)
+    groups = {id(weight): group for group in optimizer.param_groups for weight in group["params"]}
+    for role, weights in models.parameters().items():
+        assert any("norm" in name for name in weights), role
+        for name, weight in weights.items():
+            assert groups[id(weight)]["betas"] == (0.5, 0.75)
+            assert groups[id(weight)]["weight_decay"] == (0 if "norm" in name else 0.5), name
 
 
 @pytest.mark.parametrize(("warmup", "rates"), [(0, [5e-6, 0]), (0.25, [4 / 6 * 1e-5, 0])])

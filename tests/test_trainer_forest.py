@@ -245,6 +245,8 @@ def test_scores_come_in_the_order_of_the_rows(make, monkeypatch):
         assert [pytest.approx(values, rel=1e-5) for values in found] == wanted
     monkeypatch.setattr("align.scoring.WINDOW", 16)
     assert [pytest.approx(values, rel=1e-5) for values in branch_logps(model, trees, 50)] == wanted
+    hot = branch_logps(model, trees, 50, temperature=1e6)  # where each of 320 tokens is as likely as any other
+    assert hot == [pytest.approx([-len(branch) * math.log(320) for branch in tree.branches], rel=1e-4) for tree in trees]
 
 
 def test_the_last_batch_of_an_epoch_is_a_mean_of_its_own(make):
