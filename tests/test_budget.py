@@ -102,8 +102,10 @@ def test_auto_shrinks_where_work_took_more_than_its_share():
 
 def test_auto_learns_nothing_from_forests_that_are_nearly_empty():
     budget = Budget("auto")
-    budget.grow(50, 2e9, 3e9, 20e9)
+    budget.grow(START // 2 - 1, 2e9, 3e9, 20e9)
     assert budget.tokens == START
+    budget.grow(START // 2, 2e9, 3e9, 20e9)
+    assert budget.tokens == 2 * START
 
 
 def test_only_auto_grows():
@@ -116,6 +118,23 @@ def test_passes_without_gradients_take_more_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert measuring(100).tokens == 400
     assert measuring("auto").tokens == START
+
+
+def test_auto_learns_from_work_that_tells_until_memory_runs_out(monkeypatch):
+    """A made-up device: 1 GB in use, 3 GB of 100 free and 2 GB to be had back, and a peak of 2 GB: 3.25 of 1 times the forest."""
+    memory = {"memory_allocated": 1e9, "max_memory_allocated": 2e9, "memory_reserved": 2e9, "mem_get_info": (3e9, 100e9)}
+    for name, answer in {**memory, "reset_peak_memory_stats": None, "is_available": True}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    monkeypatch.setattr("align.budget.clear_device_cache", lambda: None)
+    budget, rows = Budget("auto"), [Tree([5] * 4000), Tree([5] * 1000)]
+    budget.fit(rows, len, telling=False)
+    assert budget.tokens == START
+    budget.fit(rows, len)
+    assert budget.tokens == int(5000 * (0.85 * 5 - 1)) == 16_250
+    budget.fit(rows, Machine(4000))
+    assert budget.tokens == 2500
+    budget.fit(rows, len)
+    assert budget.tokens == 2500, "what memory did not hold once, it is not asked to hold again"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")

@@ -13,10 +13,15 @@ from align.artifact import Artifact
 from align.cli import main
 from align.data import write_rows
 from align.encode import Encoder
+from align.errors import AlignError
+from align.progress import History
 from align.registry import Registry
 from align.rewards import RewardSet
 from align.schema import Message, PromptRow
 from align.scoring import Judge
+from align.stages import GRPO, RLOO
+from align.stages.base import Context
+from align.trainers.settings import PPOSettings
 from align.trainers.trl import GROUP_TRAINERS, group_trainer
 
 REWARDS = """
@@ -28,6 +33,7 @@ def told(completions, answer, **columns): return [float(a in c[0]["content"]) fo
 """
 FOREST = "--model model --data prompts.jsonl --max_completion_length 6 --num_generations 4 --held_out 0.3 --warmup_ratio 0 --json"
 COMMAND = f"--engine trl {FOREST}"
+STAGES = {"grpo": GRPO, "rloo": RLOO}
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +135,14 @@ def test_each_of_two_processes_has_the_reference(stage, capsys):
     assert artifact["metrics"]["reward"] > 0
 
 
+def test_a_batch_is_filled_for_all_processes(tmp_path):
+    """Each of two has 16 answers in a batch, 2 to a prompt. TRL drops what does not fill one, and trained on nothing."""
+    place = {"model": "model", "data": "prompts.jsonl", "held_out": 0, "engine": "trl", "reward_funcs": ["repetition"]}
+    batch = {"gradient_accumulation_steps": 2, "num_generations": 2, "launch": {"num_processes": 2}}
+    with pytest.raises(AlignError, match="8 prompts do not fill a batch, which takes 16;"):
+        GRPO(**place, **batch).run(Context("grpo", tmp_path, History(tmp_path / "metrics.jsonl")))
+
+
 @pytest.mark.parametrize("name", GROUP_TRAINERS)
 def test_the_reference_is_the_model_in_memory(name, tokenizer, tmp_path):
     """A model that lies nowhere on disk, or differs from what does: TRL would load its reference by name."""
@@ -170,6 +184,45 @@ def test_a_reward_that_fails_is_one_line_below_the_bar(stage, reward, message, c
     assert Registry().all() == []
 
 
+@pytest.mark.parametrize("name", GROUP_TRAINERS)
+def test_what_is_set_is_what_trl_gets(name, tokenizer, monkeypatch, tmp_path):
+    """Every field of a name that TRL has, and of the held-out prompts as many as asked; dropout is off."""
+    fields = {"max_completion_length": 9, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "num_generations": 4, "num_iterations": 3}
+    fields |= {"epsilon": 0.1, "beta": 0.3, "adam_beta1": 0.5, "weight_decay": 0.2}
+    fields |= {"loss_type": "bnpo", "scale_rewards": "batch"} if name == "grpo" else {"normalize_advantages": True}
+    llama(attention_dropout=0.5).save_pretrained(tmp_path / "dropping")
+    tokenizer.save_pretrained(tmp_path / "dropping")
+    stage = STAGES[name](
+        **{
+            "model": str(tmp_path / "dropping"),
+            "data": "prompts.jsonl",
+            "eval_data": "prompts.jsonl",
+            "engine": "trl",
+            "reward_funcs": ["repetition"],
+        },
+        **{"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "eval_prompts": 2, **fields},
+    )
+
+    class Enough(Exception):
+        pass
+
+    seen = []
+
+    def watched(*given, **rest):
+        seen.append(given)
+        raise Enough
+
+    monkeypatch.setattr("align.trainers.trl.group_trainer", watched)
+    with pytest.raises(Enough):
+        stage.run(Context(name, tmp_path, History(tmp_path / "metrics.jsonl")))
+    ((_, model, _, train, held, _, arguments),) = seen
+    config = GROUP_TRAINERS[name][0](**arguments)
+    assert {field: getattr(config, field) for field in fields} == fields
+    assert config.per_device_eval_batch_size == 4, "whole groups"
+    assert (len(train.trees), len(held.trees)) == (8, 2)
+    assert model.model.layers[0].self_attn.attention_dropout == 0
+
+
 # -- engine forest -------------------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +242,23 @@ def test_two_steps_on_the_forest(stage, adapter, capsys):
     assert steps[1]["objective/kl"] != pytest.approx(0, abs=1e-4)
     assert "loss/value_avg" not in steps[0]
     assert (path / ("adapter_model.safetensors" if adapter else "model.safetensors")).exists()
+
+
+def test_what_is_set_is_what_the_forest_s_trainer_gets():
+    fields = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "num_generations": 4, "num_iterations": 3}
+    fields |= {"epsilon": 0.1, "missing_eos_penalty": 0.5, "target_kl": 0.2, "sample_steps": 7, "max_steps": 5, "beta": 0.3}
+    common = {"total_episodes": 80, "episodes_per_step": 16, "num_generations": 4, "num_ppo_epochs": 3, "num_mini_batches": 1}
+    common |= {"cliprange": 0.1, "missing_eos_penalty": 0.5, "target_kl": 0.2, "sample_steps": 7, "kl_coef": 0.3}
+    place = {"model": "m", "data": "d", "reward_funcs": ["length"]}
+    grpo = {"advantage_estimator": "grpo", "whiten_advantages": False, "kl_in": "loss", "kl_estimator": "k3"}
+    for loss_type, average in {"grpo": "completions", "dapo": "tokens", "bnpo": "tokens", "dr_grpo": "constant"}.items():
+        settings = GRPO(**place, **fields, loss_type=loss_type, scale_rewards="batch").settings(100)
+        expected = {**common, **grpo, "loss_average": average, "scale_rewards": "batch"}
+        assert settings == PPOSettings(**expected)
+    for whiten in (False, True):
+        settings = RLOO(**place, **fields, normalize_advantages=whiten).settings(100)
+        assert settings == PPOSettings(**common, advantage_estimator="rloo", whiten_advantages=whiten)
+    assert GRPO(**place, beta=0).settings(100).total_episodes == 800, "each prompt once, 8 answers to each"
 
 
 def test_passes_over_the_data_are_counted_as_by_trl(capsys):

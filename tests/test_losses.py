@@ -120,6 +120,13 @@ class TestByHand:
         """Good, log ratio 2, KL 1: σ(0.1 (1 - 2)) = 0.475021. Bad, log ratio -1, weight 2: 2 σ(0.1 (-1 - 1)) = 0.900332."""
         output = losses.kto(double([2.0, -1.0]), tensor([True, False]), 1.0, beta=0.1, undesirable_weight=2.0)
         assert output.loss.tolist() == pytest.approx([0.475021, 0.900332], abs=1e-6)
+        assert output.metrics["rewards"].tolist() == pytest.approx([0.2, -0.1])
+
+    def test_kto_takes_a_divergence_below_0_for_0_and_gives_it_no_gradient(self):
+        """An estimate can be below 0. Good, log ratio 2: σ(0.1 (0 - 2)) = 0.450166."""
+        kl = double(-1.0).requires_grad_()
+        assert losses.kto(double([2.0]), tensor([True]), kl, beta=0.1).loss.item() == pytest.approx(0.450166, abs=1e-6)
+        assert not losses.kto(double([2.0]), tensor([True]), kl + 2, beta=0.1).loss.requires_grad
 
     def test_bradley_terry(self):
         """Scores 1 and 0: log(1 + 1/e) = 0.313262; a margin of 1 leaves log 2; centering adds 0.01 x (1 + 0)^2."""
@@ -127,7 +134,10 @@ class TestByHand:
         output = losses.bradley_terry(one, zero)
         assert output.loss.item() == pytest.approx(0.313262, abs=1e-6)
         assert {name: metric.item() for name, metric in output.metrics.items()} == {"accuracy": 1, "margin": 1, "mean_reward": 0.5}
-        assert losses.bradley_terry(one, zero, one).loss.item() == pytest.approx(math.log(2))
+        asked = losses.bradley_terry(one, zero, 2 * one)
+        assert asked.loss.item() == pytest.approx(1.313262), "log(1 + e^(2 - 1))"
+        assert asked.metrics == output.metrics, "of the scores, whatever margin is asked for"
+        assert losses.bradley_terry(one, one).metrics["accuracy"] == 0, "a tie is not right"
         assert losses.bradley_terry(one, zero, center_rewards_coefficient=0.01).loss.item() == pytest.approx(0.323262, abs=1e-6)
 
     def test_ppo_policy(self):
@@ -164,6 +174,28 @@ class TestByHand:
         assert output.metrics["clipfrac"].tolist() == [1, 0]
         output.loss.sum().backward()
         assert values.grad.tolist() == [0, 1]
+
+    @pytest.mark.parametrize(
+        ("name", "chosen", "rejected"),
+        [
+            *((name, 0.2, -0.1) for name in ("dpo", "robust", "ipo", "hinge", "apo_zero", "apo_down", "rpo")),
+            ("dpo_norm", 0.5, -0.2),
+            ("ld_dpo", 0.2, -0.075),
+            ("simpo", -5.0, -6.0),  # 2 x -10/4 and 2 x -15/5
+            ("orpo", -0.25, -0.3),  # 0.1 times the same means
+        ],
+    )
+    def test_metrics(self, name, chosen, rejected):
+        """Implicit rewards, by `ARGUMENTS`; where they are equal the pair is not ranked right."""
+        found = preference_losses[name](pair(), **ARGUMENTS[name]).metrics
+        rewards = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
+        expected = {**rewards, "rewards/accuracies": 1, "logps/chosen": -10, "logps/rejected": -15}
+        assert {key: found[key].item() for key in expected} == pytest.approx(expected)
+        if name == "rpo":
+            assert found["nll_loss"].item() == pytest.approx(2.5)
+        same = PreferenceLogps(*[double([-1.0]), double([-1.0]), tensor([4]), tensor([4])] + [double([-1.0])] * 2)
+        tied = preference_losses[name](replace(same, common=same), **ARGUMENTS[name]).metrics
+        assert tied["rewards/accuracies"] == 0
 
 
 GOLDEN_PREFERENCE = {

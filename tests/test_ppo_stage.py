@@ -9,6 +9,10 @@ from safetensors.torch import load_file
 
 from align.cli import main
 from align.data import write_rows
+from align.stages import PPO
+from align.stages.reinforcement import _optimizer
+from align.trainers.ppo.critics import SeparateCritic
+from align.trainers.ppo.models import Models
 
 REWARDS = """
 import json
@@ -114,8 +118,22 @@ def test_the_critic_has_a_learning_rate_of_its_own(capsys):
     assert moved["critic/"] > 1e-3
 
 
-def test_a_schedule_is_spread_over_all_updates(capsys):
-    """Two passes over two mini-batches, of two steps: halfway after the first."""
-    schedule = "--learning_rate 1e-5 --lr_scheduler_type linear --num_ppo_epochs 2 --warmup_ratio 0"
+def test_the_optimizer_s_fields_are_the_stage_s():
+    """Its moments, and the decay of all weights but norms, the critic's one score among them."""
+    stage = PPO(model="m", data="d", reward_funcs=["length"], weight_decay=0.5, adam_beta1=0.5, adam_beta2=0.75)
+    models = Models(llama(), SeparateCritic(llama(score_head=True)), temperature=1.0)
+    optimizer, _ = _optimizer(stage, stage, models)
+    groups = {id(weight): group for group in optimizer.param_groups for weight in group["params"]}
+    for role, weights in models.parameters().items():
+        assert any("norm" in name for name in weights), role
+        for name, weight in weights.items():
+            assert groups[id(weight)]["betas"] == (0.5, 0.75)
+            assert groups[id(weight)]["weight_decay"] == (0 if "norm" in name else 0.5), name
+
+
+@pytest.mark.parametrize(("warmup", "rates"), [(0, [5e-6, 0]), (0.25, [4 / 6 * 1e-5, 0])])
+def test_a_schedule_is_spread_over_all_updates(warmup, rates, capsys):
+    """Two passes over two mini-batches, of two steps: halfway after the first; behind a warm-up of 2, 4 of 6 are left."""
+    schedule = f"--learning_rate 1e-5 --lr_scheduler_type linear --num_ppo_epochs 2 --warmup_ratio {warmup}"
     artifact = run(f"{schedule} --held_out 0 --reward_funcs mine.py:low", capsys, steps=2)
-    assert [record["learning_rate"] for record in steps_of(artifact)] == pytest.approx([5e-6, 0])
+    assert [record["learning_rate"] for record in steps_of(artifact)] == pytest.approx(rates)

@@ -86,6 +86,7 @@ def moved(tree):
         lambda: (llama(), pairs(3)[1:]),
         lambda: (llama(), [replace(tree, branches=tree.branches[::-1]) for tree in pairs(3)]),
         lambda: (llama(), [replace(tree, prompt=[9, *tree.prompt]) for tree in pairs(3)]),
+        lambda: (llama(), [replace(tree, prompt_mask=[True] * len(tree.prompt)) for tree in pairs(3)]),
         lambda: (
             llama(),
             [replace(t, prompt=[*t.prompt, 9], branches=(t.branches[0][1:] or [9], t.branches[1])) for t in pairs(3)],
@@ -105,6 +106,13 @@ def test_another_precision_is_computed_anew(model, files):
     with torch.autocast("cpu", torch.bfloat16):
         rounded = reference_logps(model, pairs(3), 100, "dpo")
         assert rounded == branch_logps(model, pairs(3), 100) != exact
+    assert len(files()) == 2
+
+
+def test_another_version_computes_anew(model, files, monkeypatch):
+    reference_logps(model, pairs(3), 100, "dpo")
+    monkeypatch.setattr("align.reference.__version__", "another")
+    reference_logps(model, pairs(3), 100, "dpo")
     assert len(files()) == 2
 
 

@@ -558,6 +558,11 @@ def test_a_reward_model_is_tried_beside_functions(tmp_path, capsys, tokenizer):
     prompt = tokenizer("one", add_special_tokens=False)["input_ids"]
     ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in (" two", " three four")]
     assert (model["lowest"], model["highest"]) == pytest.approx(tuple(sorted(scorer([prompt] * 2, ids))))
+    plain = scorer([prompt] * 2, ids)
+    for mean, std, least in ((3.0, 0.5, 0.5), (3.0, 0.0, 1e-6)):
+        (tmp_path / "rm" / "score_scale.json").write_text(json.dumps({"score_mean": mean, "score_std": std}))
+        scaled = RewardScorer("rm", tokenizer, dtype="float32", max_tokens=64, normalize=True)([prompt] * 2, ids)
+        assert scaled == pytest.approx([(score - mean) / least for score in plain])
     assert repetition["mean"] == 0
     assert total["mean"] == pytest.approx(2 * model["mean"])
     capsys.readouterr()

@@ -228,10 +228,10 @@ def test_an_early_stop_is_remembered(ground, cut_behind_training):
     assert artifact.metrics["best_step"] == 1
 
 
-def best_in(folder):
+def best_in(folder, metric="score"):
     """Who keeps the best weights in `folder`, the history that it goes by, and the model."""
     history, model = History(folder / "metrics.jsonl"), torch.nn.Linear(2, 2, bias=False)
-    stage = PPO(model="m", data="d", reward_funcs=["length"], metric_for_best_model="score", load_best_model_at_end=True)
+    stage = PPO(model="m", data="d", reward_funcs=["length"], metric_for_best_model=metric, load_best_model_at_end=True)
     return Best(stage, Context("x", folder, history), model), history, model
 
 
@@ -287,6 +287,17 @@ def test_the_best_weights_are_those_of_the_run_that_went_on(tmp_path):
     evaluated(4, 4.0)
     evaluated(5, 4.0)  # no better
     assert [file.name for file in (tmp_path / "checkpoints").iterdir()] == ["best-4"]
+
+
+@pytest.mark.parametrize(("metric", "expected"), [("toxicity_error", 2), ("eval_toxicity_error", 2), ("score", 3)])
+def test_the_best_of_a_stage_that_samples_may_be_the_least(metric, expected, tmp_path):
+    best, history, model = best_in(tmp_path, metric)
+    for step, error in enumerate((0.5, 0.3, 0.1, 0.2)):
+        history.add(step, {"eval_toxicity_error": error, "eval_score": step})
+        model.weight.data.fill_(step)
+        assert step == 0 or not best.see(step)
+    assert best.restore() == expected
+    assert model.weight.unique().tolist() == [expected]
 
 
 def test_the_direction_follows_from_the_name():

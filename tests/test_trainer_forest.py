@@ -24,7 +24,7 @@ from align.forest import Tree
 from align.heads import Head
 from align.losses import LossOutput, preference_losses
 from align.progress import History
-from align.scoring import branch_logps, branch_scores, mean_nll
+from align.scoring import branch_logps, branch_scores, mean_nll, token_accuracy
 from align.trainers.callbacks import Watch
 from align.trainers.forest import ForestTrainer, PromptSampler
 from align.trainers.objectives import LanguageModel, Preference, RewardModel, add_reference_logps
@@ -234,8 +234,8 @@ def test_a_step_takes_as_few_passes_as_its_tokens_need(make):
     assert objective.passes == 4
 
 
-def test_scores_come_in_the_order_of_the_rows(make):
-    """Rows are packed by length, and some share a prompt; each gets its own score all the same."""
+def test_scores_come_in_the_order_of_the_rows(make, monkeypatch):
+    """Rows are packed by length, in pieces of a long list, and some share a prompt; each gets its own score all the same."""
     trees = repeated(5, 30) + pairs(6, 10)
     model = llama()
     assert enable_forest(model) is None
@@ -243,6 +243,10 @@ def test_scores_come_in_the_order_of_the_rows(make):
     for max_tokens in (1, 50, 10_000, "auto"):
         found = branch_logps(model, trees, max_tokens)
         assert [pytest.approx(values, rel=1e-5) for values in found] == wanted
+    monkeypatch.setattr("align.scoring.WINDOW", 16)
+    assert [pytest.approx(values, rel=1e-5) for values in branch_logps(model, trees, 50)] == wanted
+    hot = branch_logps(model, trees, 50, temperature=1e6)  # where each of 320 tokens is as likely as any other
+    assert hot == [pytest.approx([-len(branch) * math.log(320) for branch in tree.branches], rel=1e-4) for tree in trees]
 
 
 def test_the_last_batch_of_an_epoch_is_a_mean_of_its_own(make):
@@ -315,16 +319,22 @@ def test_steps_that_are_left_out_change_nothing_and_ten_in_a_row_may_be(make):
 
 
 def test_evaluation_is_exact_over_uneven_batches(make):
-    """7 rows in batches of 3, 3 and 1, each cut further: means are over tokens, not over batches."""
-    model, trees = llama(), documents(4, 7)
+    """7 rows in batches of 3, 3 and 1, each cut further: means are over tokens, not batches. One is what the model would say."""
+    model, trees = llama(), documents(4, 6)
+    likeliest = [5]
+    with torch.no_grad():
+        for _ in range(4):
+            likeliest.append(model(input_ids=torch.tensor([likeliest])).logits[0, -1].argmax().item())
+    trees.insert(2, Tree(likeliest, prompt_mask=[True] * 5))
     with torch.no_grad():
         alone = Alone(copy.deepcopy(model), trees)()
     trainer = make(model, LanguageModel(), documents(1), trees, per_device_eval_batch_size=3, max_tokens=30)
     found = trainer.evaluate()
     assert found["eval_loss"] == pytest.approx(-alone.logps.mean().item(), rel=1e-6)
     assert found["eval_perplexity"] == pytest.approx(math.exp(-alone.logps.mean().item()), rel=1e-5)
-    assert found["eval_mean_token_accuracy"] == pytest.approx(alone.correct.float().mean().item(), rel=1e-6)
+    assert found["eval_mean_token_accuracy"] == pytest.approx(alone.correct.float().mean().item(), rel=1e-6) != 0
     assert mean_nll(model, trees, 30) == pytest.approx(found["eval_loss"], rel=1e-6)
+    assert token_accuracy(model, trees, 30) == pytest.approx(found["eval_mean_token_accuracy"], rel=1e-6)
 
 
 def test_evaluation_is_without_dropout_and_leaves_the_mode_as_it_was(make):
@@ -334,6 +344,7 @@ def test_evaluation_is_without_dropout_and_leaves_the_mode_as_it_was(make):
     found = make(model.train(), LanguageModel(), documents(1), trees).evaluate()
     assert found["eval_loss"] == pytest.approx(-alone.logps.mean().item(), rel=1e-6)
     assert model.training
+    assert mean_nll(model, trees, 64) == pytest.approx(found["eval_loss"], rel=1e-6)
 
 
 def test_evaluation_of_pairs_is_a_mean_over_pairs(make):
@@ -360,6 +371,46 @@ def test_pairs_ranked_right_are_told_apart_by_the_length_of_the_chosen(make):
     found = make(llama(), goal, trees, trees, per_device_eval_batch_size=4, max_tokens=60).evaluate()
     assert found["eval_accuracies/chosen_longer"] == pytest.approx(2 / 3)
     assert found["eval_accuracies/chosen_shorter"] == pytest.approx(1 / 4)
+
+
+def test_a_reward_model_tells_its_pairs_apart_too(make):
+    """Of pairs that it ranks by chance; none is right while it scores all answers alike."""
+    draw, lengths = (
+        random.Random(0),
+        [(5, 4), (9, 2), (8, 6), (7, 1), (6, 4), (4, 5), (2, 9), (6, 8), (1, 7), (4, 6), (6, 5), (5, 6)],
+    )
+    trees = [Tree(tokens(draw, 3), tuple(tokens(draw, n) for n in pair)) for pair in lengths]
+    model = build("llama", score_head=True, **SIZES)
+    with torch.no_grad():
+        chosen, rejected = Alone(copy.deepcopy(model), trees)().view(-1, 2).T
+    right = (chosen > rejected).float()
+    longer, shorter = right[:5].mean().item(), right[5:10].mean().item()
+    assert {longer, shorter}.isdisjoint({0, 1})
+    assert longer != shorter
+    trainer = make(model, RewardModel(), trees, trees, max_tokens=60)
+    found = trainer.evaluate()
+    assert [found[f"eval_accuracies/chosen_{than}"] for than in ("longer", "shorter")] == pytest.approx([longer, shorter])
+    torch.nn.init.zeros_(model.score.weight)
+    assert {v for name, v in trainer.evaluate().items() if "accurac" in name} == {0}
+
+
+def test_the_loss_of_a_reward_model_with_a_margin_beside_a_language_model(make):
+    """Bradley-Terry with the row's margin, and half the chosen answer's negative log-likelihood a token under the other head."""
+    model, trees = build("llama", score_head=True, **SIZES), pairs(4, 7)
+    head = Head(torch.randn(320, 32, generator=torch.Generator().manual_seed(3)))
+    with torch.no_grad():
+        said = Alone(copy.deepcopy(model), trees)(language_head=head)
+    chosen, rejected = said.values.view(-1, 2).T
+    margin = torch.tensor([tree.values["margin"][0] for tree in trees])
+    per_answer = iter(said.logps.split([len(branch) for tree in trees for branch in tree.branches]))
+    nll = torch.stack([-logps.mean() for logps in per_answer])[::2]
+    for use_margin, sft_coef in ((True, 0.5), (False, 0.0)):
+        goal = RewardModel(use_margin=use_margin, sft_coef=sft_coef, language_head=head if sft_coef else None)
+        found = make(model, goal, trees, trees, max_tokens=60).evaluate()
+        losses = (1 + (rejected - chosen + use_margin * margin).exp()).log() + sft_coef * nll
+        assert found["eval_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+        assert ("eval_nll" in found) is bool(sft_coef)
+    assert margin.abs().max() > 0.1
 
 
 def test_prompts_are_drawn_whole_and_in_another_order_each_epoch():

@@ -1,6 +1,7 @@
 """KTO on forests: the divergence estimate belongs to the whole batch, no cut changes a result, and it learns."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,16 +9,22 @@ from helpers import Alone, assert_close, llama, tokens
 from transformers import TrainerCallback, TrainingArguments
 
 from align.data import write_rows
+from align.encode import Encoder
 from align.engine import enable_forest
 from align.forest import Tree
 from align.models import save_model
 from align.progress import History
+from align.schema import LabelledRow
 from align.stages import KTO
 from align.stages.base import Context
 from align.trainers.kto import KTOTrainer, add_mismatched
 from align.trainers.objectives import Unpaired, add_reference_logps
 
 WEIGHTS = {"beta": 0.5, "desirable_weight": 1.0, "undesirable_weight": 1.3}
+
+
+class Enough(Exception):
+    """What there is to see is seen."""
 
 
 def answers(seed, count, label=None):
@@ -97,6 +104,40 @@ def test_a_stage_pairs_its_rows_alike_however_a_step_is_cut(tmp_path, tokenizer)
     assert seen[2] == pytest.approx(seen[6], rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_a_stage_hands_to_its_trainer(seed, tmp_path, tokenizer, monkeypatch):
+    """Rows shuffled by the seed and then in that order, each with its neighbour's whole answer cut behind its own prompt; no
+    dropout, and the stage's weights.
+    """
+    save_model(llama(attention_dropout=0.5), tokenizer, tmp_path / "base")
+    said = ["sat on a mat and said hello to me", "one", "two three four five", "Fine, thanks!", "six seven eight how are you"]
+    prompts = ["Fine, thanks! one two three four five six", "a", "the cat", "hello", "are you"]
+    rows = [{"prompt": p, "completion": f" {word}", "label": True} for p, word in zip(prompts, said, strict=True)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    seen = []
+
+    def watched(*given, **rest):
+        seen.append(given)
+        raise Enough
+
+    monkeypatch.setattr("align.trainers.kto.KTOTrainer", watched)
+    weights = {"beta": 0.5, "desirable_weight": 1.2, "undesirable_weight": 0.7}
+    place = {"model": str(tmp_path / "base"), "data": str(tmp_path / "rows.jsonl"), "held_out": 0}
+    with pytest.raises(Enough):
+        KTO(**place, **weights, seed=seed, max_length=20).run(Context("kto", tmp_path, History(tmp_path / "metrics.jsonl")))
+    ((model, objective, args, trees, _),) = seen
+    assert objective == Unpaired(**weights)
+    assert args.train_sampling_strategy == "sequential"
+    assert model.model.layers[0].self_attn.attention_dropout == 0
+    random.Random(seed).shuffle(rows)
+    whole = Encoder(tokenizer).unpaired([LabelledRow(**row) for row in rows]).trees
+    assert [tree.prompt for tree in trees] == [tree.prompt for tree in whole]
+    for number, tree in enumerate(trees):
+        room = 20 - len(tree.prompt)
+        assert tree.branches == tuple(whole[at].branches[0][:room] for at in (number, number - 1))
+    assert max(tree.longest for tree in whole) > 20
+
+
 CUTS = {
     "one forest": {"per_device_train_batch_size": 8, "max_tokens": 10_000},
     "a tree a forest": {"per_device_train_batch_size": 8, "max_tokens": 1},
@@ -146,6 +187,14 @@ def test_the_loss_is_the_paper_s(make):
     means = [0.5 * ratios[part, 0].mean().item() for part in (good, ~good)]
     assert [found["eval_rewards/chosen"], found["eval_rewards/rejected"]] == pytest.approx(means, rel=1e-4)
     assert found["eval_rewards/margins"] == pytest.approx(means[0] - means[1], rel=1e-4)
+
+
+def test_the_estimate_is_at_least_0(make):
+    """Though its mean of log ratios is below 0: no answer is as likely as under this reference."""
+    certain = [replace(tree, values={**tree.values, "reference_logps": [0.0, 0.0]}) for tree in paired(answers(11, 7))]
+    found = make(llama(), paired(answers(1, 8))).evaluate(certain)
+    assert found["eval_kl"] == 0
+    assert found["eval_rewards/chosen"] < 0
 
 
 def test_rows_of_one_label_have_no_mean_of_the_other(make):

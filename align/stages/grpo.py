@@ -130,7 +130,7 @@ class GroupStage(TrainingStage, ProbeFields, SamplingFields, RewardFields):
         judge = self.judge(tokenizer, [*rows, *held], dtype=self.dtype, max_tokens=self.max_tokens_per_micro_batch)
         train, test = encoder.prompts(rows), encoder.prompts(held[: self.eval_prompts])
         prompts = len(t.usable(train, context.name))
-        needed = self.per_device_train_batch_size * self.gradient_accumulation_steps // self.num_generations
+        needed = self.rows_per_step // self.num_generations
         if prompts < needed:
             raise AlignError(
                 f"{prompts} prompts do not fill a batch, which takes {needed}; raise num_generations or lower the batch"
