@@ -1,5 +1,6 @@
 """What every test stands on: no network, one thread, a home of its own, and models that are built in code."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,6 +18,15 @@ WORDS = "the cat sat on a mat and said hello to me. How are you? Fine, thanks! o
 def _home(tmp_path, monkeypatch):
     monkeypatch.setenv("ALIGN_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("TQDM_DISABLE", raising=False)  # benchmarks.theirs sets it, and a process started here would inherit it
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen():
+    """What lives when a file begins is never looked through again: the Trainer collects garbage at its every end, and to look
+    through all that was ever imported is much of the time of runs as short as those of the tests.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
-"""Stages in one of several processes, each cut after step 2 and gone on with: ``accelerate launch … launched.py TASKS.json``."""
+"""Stages in one of several processes, one after the other: ``accelerate launch … launched.py TASKS.json``."""
 
+import gc
 import json
 import os
 import subprocess
@@ -21,26 +22,41 @@ sys.path.insert(0, str(Path(__file__).parent / "chaos"))
 from launch import cut_back
 
 
-def run_on_two(tasks, strategy, folder):
-    """Run `tasks`, of (stage, its fields, its folder), on two processes; `folder` is for what it takes to tell them."""
-    (folder / "tasks.json").write_text(json.dumps(tasks))
+def run_on_two(tasks, strategy, folder, cut=None):
+    """Run `tasks`, of (stage, its fields, its folder), on two processes; returns the metrics of each. Those that are cut after step
+    `cut` are gone on with. `folder` is for what it takes to tell the processes.
+    """
+    (folder / "tasks.json").write_text(json.dumps({"tasks": tasks, "cut": cut}))
     words = command(Launch(num_processes=2, strategy=strategy), [__file__, str(folder / "tasks.json")], str(folder))
     paths = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(words, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "metrics.json").read_text())
 
 
-def main(tasks: str) -> None:
-    """`tasks` is a JSON file of (stage, its fields, its folder)."""
-    for name, fields, folder in json.loads(Path(tasks).read_text()):
-        for again in (True, False):
-            attempt(stages[name].model_validate(fields), "x", Path(folder))
+def main(file: str) -> None:
+    """`file` is the JSON that `run_on_two` writes; the metrics go into one beside it."""
+    told, metrics = json.loads(Path(file).read_text()), []
+    for number, (name, fields, folder) in enumerate(told["tasks"]):
+        metrics.append(run(stages[name].model_validate(fields), Path(folder)))
+        if number == 0:  # all is imported: the Trainer's look for garbage at its every end passes over it
+            gc.freeze()
+        if told["cut"] is not None:
+            if torch.distributed.get_rank() == 0:
+                cut_back(Path(folder), told["cut"])
             PartialState().wait_for_everyone()
-            if again and torch.distributed.get_rank() == 0:
-                cut_back(Path(folder), 2)
-            PartialState().wait_for_everyone()
-            AcceleratorState._reset_state()
-            GradientState._reset_state()
+            metrics[-1] = run(stages[name].model_validate(fields), Path(folder))
+    if torch.distributed.get_rank() == 0:
+        Path(file).with_name("metrics.json").write_text(json.dumps(metrics))
+
+
+def run(stage, folder):
+    """The stage's metrics; all processes end it together, and accelerate forgets it."""
+    metrics = attempt(stage, "x", folder)
+    PartialState().wait_for_everyone()
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    return metrics
 
 
 if __name__ == "__main__":

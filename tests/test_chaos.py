@@ -55,48 +55,57 @@ def test_a_process_leaves_with_its_code_and_everything_said():
     assert (done.returncode, done.stdout) == (3, "said\nregistered\n")
 
 
-@pytest.mark.parametrize(
-    ("raised", "code", "mistake"),
-    [
-        ("ValueError('no such thing')", 1, None),
-        ("AlignError('wrong field')", 0, "wrong field"),
-        ("OSError(28, 'No space left on device')", 0, ""),
-        ("DiskFull('the disk of x is full')", 0, ""),
-        ("Stopped()", 130, None),
-    ],
-)
-def test_a_process_whose_stage_raises_ends_with_a_code_that_says_so(tmp_path, raised, code, mistake):
-    done = raising(raised, tmp_path)
-    assert (done.returncode, "ValueError: no such thing" in done.stderr) == (code, code == 1)
-    found = tmp_path / "mistake-0"
-    assert (found.read_text() if found.exists() else None) == mistake
-    assert not (tmp_path / "outcome.json").exists()
-
-
-def raising(error, folder):
-    """One of a stage's processes, whose stage raises `error`."""
-    script = f"""
-import sys, types
+RAISED = {
+    "a bug": ("ValueError('no such thing')", 1, None),
+    "a mistake": ("AlignError('wrong field')", 0, "wrong field"),
+    "no space": ("OSError(28, 'No space left on device')", 0, ""),
+    "a full disk": ("DiskFull('the disk of x is full')", 0, ""),
+    "stopped": ("Stopped()", 130, None),
+    "left over": ("ValueError('the other is gone')", 0, None),
+}
+"""What a stage raises in one of its processes; the code that it ends with, and what it leaves as its mistake."""
+RAISING = """
+import os, sys, types
+import torch  # as `leave` would in each
+from pathlib import Path
 from align.errors import AlignError, DiskFull
 from align.runner import rank
 from align.runner.stop import Stopped
 
 def attempt(*_):
-    raise {error}
+    raise eval(raised)
 
-folder = sys.argv[1]
-task = types.SimpleNamespace(status=f"{{folder}}/status.json", name="one", stage=lambda: None, draft={{"path": folder}})
-rank.attempt, rank.read_task = attempt, lambda _: task
-rank.leave(rank.main("task.json", f"{{folder}}/outcome.json"))
+for folder, raised in zip(sys.argv[1::2], sys.argv[2::2]):
+    task = types.SimpleNamespace(status=f"{folder}/status.json", name="one", stage=lambda: None, draft={"path": folder})
+    rank.attempt, rank.read_task = attempt, lambda _: task
+    if (child := os.fork()) == 0:
+        os.dup2(os.open(f"{folder}/stderr", os.O_WRONLY | os.O_CREAT), 2)
+        rank.leave(rank.main("task.json", f"{folder}/outcome.json"))
+    Path(folder, "code").write_text(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
 """
-    return subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True)
 
 
-def test_a_process_that_fails_as_another_left_over_a_mistake_says_nothing(tmp_path):
-    (tmp_path / "mistake-1").write_text("wrong field")
-    done = raising("ValueError('the other is gone')", tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert not (tmp_path / "mistake-0").exists()
+@pytest.fixture(scope="module")
+def raising(tmp_path_factory):
+    """A folder for each of `RAISED`, in which a process, a fork of one, has ended."""
+    folders = {name: tmp_path_factory.mktemp("raising") for name in RAISED}
+    (folders["left over"] / "mistake-1").write_text("wrong field")
+    words = [word for name, folder in folders.items() for word in (str(folder), RAISED[name][0])]
+    subprocess.run([sys.executable, "-c", RAISING, *words], check=True)
+    return folders
+
+
+@pytest.mark.parametrize("name", RAISED)
+def test_a_process_whose_stage_raises_ends_with_a_code_that_says_so(raising, name):
+    """Where another has left over a mistake, it says nothing."""
+    (_, code, mistake), folder = RAISED[name], raising[name]
+    said = (folder / "stderr").read_text()
+    assert int((folder / "code").read_text()) == code
+    assert ("ValueError: no such thing" in said) == (code == 1)
+    assert name != "left over" or said == ""
+    found = folder / "mistake-0"
+    assert (found.read_text() if found.exists() else None) == mistake
+    assert not (folder / "outcome.json").exists()
 
 
 ONE_OF_TWO = """

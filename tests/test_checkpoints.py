@@ -51,6 +51,12 @@ def data(tmp_path_factory, tokenizer):
     return folder
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Where the runs that nothing stops are: whichever test asks for one first makes it, and to the others it is up to date."""
+    return tmp_path_factory.mktemp("undisturbed")
+
+
 def stages(data):
     """Six steps each, over two epochs, so that logs, checkpoints and ends of epochs fall on different steps."""
     common = {
@@ -101,9 +107,9 @@ def stop_at(monkeypatch, step):
 @pytest.mark.parametrize(
     "name", ["pretrain", "sft_lora", "reward", "reward_by_prompt", "dpo", "kto", "early_stopping", "masked_words", "task", "trl"]
 )
-def test_a_stage_that_was_stopped_twice_ends_with_the_same_bits(name, data, tmp_path, monkeypatch):
+def test_a_stage_that_was_stopped_twice_ends_with_the_same_bits(name, data, undisturbed, tmp_path, monkeypatch):
     stage = stages(data)[name]
-    whole = run(stage, tmp_path / "whole")
+    whole = run(stage, undisturbed)
     for step in (2, 1):  # at step 2, and one step later
         with monkeypatch.context() as patched:
             stop_at(patched, step)
@@ -120,7 +126,7 @@ def test_a_stage_that_was_stopped_twice_ends_with_the_same_bits(name, data, tmp_
     assert name == "trl" or cut.metrics == whole.metrics
 
 
-def test_another_runs_checkpoints_are_not_gone_on_from(data, tmp_path, monkeypatch):
+def test_another_runs_checkpoints_are_not_gone_on_from(data, undisturbed, tmp_path, monkeypatch):
     """In a folder of one's own choice (`--output_dir`), whose name says nothing of what is made there."""
     stage = stages(data)["dpo"]
 
@@ -135,15 +141,15 @@ def test_another_runs_checkpoints_are_not_gone_on_from(data, tmp_path, monkeypat
         AlignError, match=r"mine holds what was begun of another run \(changed: learning_rate, seed\); choose another"
     ):
         execute(stage.model_copy(update={"learning_rate": 1e-6, "seed": 7}))
-    assert execute().metrics == run(stage, tmp_path / "whole").metrics
+    assert execute().metrics == run(stage, undisturbed).metrics
     assert not (tmp_path / "mine" / "begun.json").exists()
 
 
 @pytest.mark.parametrize(("name", "step"), [("dpo", 4), ("dpo", 6), ("reward", 6)])
-def test_stopped_at_the_end_of_an_epoch_and_at_the_last_step(name, step, data, tmp_path, monkeypatch):
+def test_stopped_at_the_end_of_an_epoch_and_at_the_last_step(name, step, data, undisturbed, tmp_path, monkeypatch):
     """Four batches are an epoch, and six steps all. What is measured behind the last step is as precise as training."""
     stage = stages(data)[name].model_copy(update={"bf16": name == "reward"})
-    whole = run(stage, tmp_path / "whole")
+    whole = run(stage, undisturbed)
     with monkeypatch.context() as patched:
         stop_at(patched, step)
         with pytest.raises(Stopped):
@@ -229,9 +235,9 @@ def test_the_newest_are_kept_and_the_best(saved):
 
 
 @pytest.mark.parametrize("damage", [truncate, flip])
-def test_a_run_whose_last_checkpoint_is_damaged_ends_with_the_same_bits(damage, data, tmp_path, monkeypatch, capsys):
+def test_a_run_whose_last_checkpoint_is_damaged_ends_with_the_same_bits(damage, data, undisturbed, tmp_path, monkeypatch, capsys):
     stage = stages(data)["sft_lora"].model_copy(update={"save_steps": 1})
-    whole = run(stage, tmp_path / "whole")
+    whole = run(stage, undisturbed)
     with monkeypatch.context() as patched:
         stop_at(patched, 3)
         with pytest.raises(Stopped):
@@ -251,9 +257,9 @@ def best_first(data):
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, shutil.rmtree])
-def test_a_run_whose_best_checkpoint_is_damaged_ends_with_the_same_bits(damage, data, tmp_path, monkeypatch, capsys):
+def test_a_run_whose_best_checkpoint_is_damaged_ends_with_the_same_bits(damage, data, undisturbed, tmp_path, monkeypatch, capsys):
     stage = best_first(data)
-    whole = run(stage, tmp_path / "whole")
+    whole = run(stage, undisturbed)
     assert whole.metrics["best_step"] == 1
     with monkeypatch.context() as patched:
         stop_at(patched, 2)
@@ -267,10 +273,10 @@ def test_a_run_whose_best_checkpoint_is_damaged_ends_with_the_same_bits(damage, 
     assert cut.metrics == whole.metrics
 
 
-def test_the_best_checkpoint_of_a_run_that_was_moved(data, tmp_path, monkeypatch):
+def test_the_best_checkpoint_of_a_run_that_was_moved(data, undisturbed, tmp_path, monkeypatch):
     """Stopped behind its last step; where its best checkpoint was is noted by its path."""
     stage = best_first(data)
-    whole = run(stage, tmp_path / "whole")
+    whole = run(stage, undisturbed)
     with monkeypatch.context() as patched:
         stop_at(patched, 3)
         with pytest.raises(Stopped):
@@ -279,10 +285,10 @@ def test_the_best_checkpoint_of_a_run_that_was_moved(data, tmp_path, monkeypatch
     assert differences(left(Path(run(stage, tmp_path / "moved").path)), left(Path(whole.path))) == []
 
 
-def test_best_weights_that_were_damaged_while_training_went_on(data, tmp_path, monkeypatch):
+def test_best_weights_that_were_damaged_while_training_went_on(data, undisturbed, tmp_path, monkeypatch):
     """They are loaded at its end, which may be hours later; given again, the command makes them anew."""
     stage = best_first(data)
-    whole = run(stage, tmp_path / "whole")
+    whole = run(stage, undisturbed)
     load = SafeTrainer._load_best_model
 
     def damaged(trainer):

@@ -240,14 +240,13 @@ def test_the_held_out_loss_is_over_all_tokens_of_the_set(capsys, folder):
     assert math.isfinite(loss)
 
 
-def test_two_processes_tell_the_same_words_and_measure_every_held_out_block_once(capsys, folder, monkeypatch):
+def test_two_processes_tell_the_same_words_and_measure_every_held_out_block_once(capsys, folder):
     """Ten blocks in batches of four: accelerate fills up the last ones of both with six from the start, which must not count, in
     the second step as little as in the measure. And the words of a step were drawn by the number of the process.
     """
     command = f"pretrain {NO_DROPOUT['bert']} --data texts.jsonl --eval_data texts.jsonl --max_length 64 --max_steps 2"
     command += " --vocab_size 300 --logging_steps 1"
     one = run(capsys, f"{command} --per_device_train_batch_size 8 --name one")["metrics"]
-    monkeypatch.delenv("ALIGN_IN_PROCESS")
     launch = "--per_device_train_batch_size 4 --launch.num_processes 2 --launch.cpu true"
     two = run(capsys, f"{command} {launch} --name two")["metrics"]
     for name in ("eval_loss_before", "train_loss", "eval_loss"):

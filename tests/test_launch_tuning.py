@@ -55,7 +55,7 @@ def test_two_processes_train_as_one(strategy, tmp_path, monkeypatch):
         (folder := tmp_path / f"{name}-{tuning}").mkdir()
         two = launch.on_two(stage, strategy).model_dump(exclude_unset=True)
         tasks.append((stage.stage, two, str(folder)))
-    run_on_two(tasks, strategy, tmp_path)
+    run_on_two(tasks, strategy, tmp_path, cut=2)
     for name, stage in stages.items():
         two, one = tmp_path / name, tmp_path / f"{name}-one"
         one.mkdir()

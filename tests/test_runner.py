@@ -250,8 +250,10 @@ def begin(met, **how):
     met.mkdir()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, "hang", str(met)], env=environment, **how)
+    pause = threading.Event()
     while not list(met.iterdir()):
         assert process.poll() is None
+        pause.wait(0.05)  # looking all the time takes the processor from what is waited for
     (status,) = statuses(Path("out"))
     return process, status
 
@@ -281,26 +283,6 @@ def interrupted(seconds):
     raise KeyboardInterrupt
 
 
-def test_sigterm_and_a_second_look_at_the_run(hanging, capsys, monkeypatch):
-    process, status = hanging
-    assert status["state"] == "running"
-    assert main(["status", "out"]) == 0
-    assert re.match(r"a +running  .* GB  for \d+ s", capsys.readouterr().out)
-    assert until(lambda: main(["status", "out"]) == 0 and " 3/10 steps" in capsys.readouterr().out)
-    capsys.readouterr()
-    with monkeypatch.context() as patch:
-        patch.setattr("align.commands.status.time", SimpleNamespace(sleep=interrupted))
-        assert main(["status", "out", "--watch"]) == 130
-    assert capsys.readouterr().err == "", "that is how one stops watching"
-    process.send_signal(signal.SIGTERM)
-    process.wait(30)
-    assert not Path(f"/proc/{status['pid']}").exists()
-    assert states() == {"a": "stopped"}
-    assert main(["status", "out"]) == 0
-    assert re.fullmatch(r"a  stopped +3/10 steps\n", capsys.readouterr().out), "how far it came"
-    assert not list(Path("out").rglob("*.lock"))
-
-
 @pytest.mark.parametrize("content", ["[1]", "3", '{"x": 1}', "{", ""])
 def test_status_passes_over_what_no_stage_wrote(content, tmp_path, capsys):
     (tmp_path / "logs").mkdir()
@@ -314,24 +296,56 @@ def own_terminal():
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-@pytest.mark.parametrize("nohup", [False, True])
-def test_a_terminal_that_closes_is_a_request_to_stop_unless_that_is_ignored(nohup, processes, tmp_path):
+def begin_in_a_terminal_that_closes(met, hangup):
+    """`begin`; a terminal that closes is what `hangup` says, as of `signal.signal`."""
     terminal, ours = pty.openpty()
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    before = signal.signal(signal.SIGHUP, hangup)
     try:
         how = {"stdin": ours, "stdout": ours, "stderr": ours, "start_new_session": True, "preexec_fn": own_terminal}
-        process, status = begin(tmp_path / "met", **how)
+        begun = begin(met, **how)
     finally:
         signal.signal(signal.SIGHUP, before)
     os.close(ours)
     os.close(terminal)
-    if nohup:
-        assert until(lambda: Path(f"/proc/{status['pid']}").exists())
-        assert process.poll() is None
-        process.terminate()
+    return begun
+
+
+def test_a_terminal_that_closes_is_a_request_to_stop(processes, tmp_path):
+    process, status = begin_in_a_terminal_that_closes(tmp_path / "met", signal.SIG_DFL)
     process.wait(30)
     assert not Path(f"/proc/{status['pid']}").exists()
     assert states() == {"a": "stopped"}
+
+
+@pytest.fixture
+def nohup(processes, tmp_path):
+    """`begin` under nohup, whose terminal is closed; ended by the test."""
+    process, status = begin_in_a_terminal_that_closes(tmp_path / "met", signal.SIG_IGN)
+    yield process, status
+    process.kill()
+    process.wait()
+
+
+def test_a_second_look_at_a_run_under_nohup_and_sigterm(nohup, capsys, monkeypatch):
+    """Where a terminal that closes is ignored, the run goes on, until it is told to stop."""
+    process, status = nohup
+    assert status["state"] == "running"
+    assert main(["status", "out"]) == 0
+    assert re.match(r"a +running  .* GB  for \d+ s", capsys.readouterr().out)
+    assert until(lambda: main(["status", "out"]) == 0 and " 3/10 steps" in capsys.readouterr().out)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr("align.commands.status.time", SimpleNamespace(sleep=interrupted))
+        assert main(["status", "out", "--watch"]) == 130
+    assert capsys.readouterr().err == "", "that is how one stops watching"
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.wait(30)
+    assert not Path(f"/proc/{status['pid']}").exists()
+    assert states() == {"a": "stopped"}
+    assert main(["status", "out"]) == 0
+    assert re.fullmatch(r"a  stopped +3/10 steps\n", capsys.readouterr().out), "how far it came"
+    assert not list(Path("out").rglob("*.lock"))
 
 
 def test_a_killed_runner_leaves_no_process_behind_and_status_says_interrupted(hanging):

@@ -340,35 +340,54 @@ def without_dropout(source, target):
 
 
 ON_TWO = {
-    "ddp": [("ner", "bert"), ("qa", "roberta"), ("seq2seq", "t5"), ("seq2seq", "bart"), ("classification", "bert")],
+    "ddp": [
+        ("ner", "bert"),
+        ("qa", "roberta"),
+        ("seq2seq", "t5"),
+        ("seq2seq", "bart"),
+        ("cloze", "llama"),
+        ("classification", "bert"),
+    ],
     "fsdp2": [("ner", "roberta"), ("qa", "bert"), ("classification", "llama")],
 }
 
 
 @pytest.mark.parametrize("strategy", ON_TWO)
 def test_two_processes_train_every_task_as_one(strategy, folder, tmp_path):
-    """Of eleven rows the third step of an epoch has three; a run that was cut after step 2 goes on, and in one process, too."""
-    files = {"ner": "tagged", "qa": "asked", "seq2seq": "said", "classification": "animals"}
+    """Of eleven rows the third step of an epoch has three, and of ten it has two, both the first process': accelerate fills up with
+    others, which must not count, in training or in the held-out measures; those of seq2seq were more than the references. A run
+    that was cut after step 2 goes on, and in one process, too.
+    """
+    files = {"ner": "tagged", "qa": "asked", "seq2seq": "said", "classification": "animals", "cloze": "animals"}
+    words = {"cloze": {"pattern": "{text} {mask}", "verbalizer": {"cat": " cat", "mat": " mat"}}}
     stages, on_two = {}, []
     for task, model in ON_TWO[strategy]:
         two, name = tmp_path / f"{task}-{model}", f"{tmp_path}/{model}"
         if not Path(name).is_dir():
             without_dropout(folder / model, Path(name))
-        rows = (folder / f"{files[task]}.jsonl").read_text().splitlines(keepends=True)[-11:]
+        rows = (folder / f"{files[task]}.jsonl").read_text().splitlines(keepends=True)[-10 if task == "cloze" else -11 :]
         data = tmp_path / f"{task}.jsonl"
         data.write_text("".join(rows))
         fields = {"task": task, "model": name, "data": str(data), "eval_data": str(data), "max_steps": 5, "eval_steps": 5}
         fields |= {"save_steps": 2, "save_total_limit": 9, "logging_steps": 1, "learning_rate": 1e-3}
+        fields |= {"task_args": words.get(task, {})}
         stages[two] = TaskTraining(**fields, per_device_train_batch_size=4)
         launched = {"per_device_train_batch_size": 2, "launch": {"num_processes": 2, "strategy": strategy}}
         two.mkdir()
         on_two.append(("task", fields | launched, str(two)))
-    run_on_two(on_two, strategy, tmp_path)
-    for two, stage in stages.items():
+    on_two = run_on_two(on_two, strategy, tmp_path, cut=2)
+    for (two, stage), measured in zip(stages.items(), on_two, strict=True):
         one = two.with_name(f"{two.name}-one")
         one.mkdir()
-        attempt(stage, "one", one)
+        alone = attempt(stage, "one", one)
         assert_trained_the_same(two, one)
+        for name, value in alone.items():
+            if name.startswith("eval_") and name.endswith("_before"):
+                assert measured[name] == pytest.approx(value, rel=1e-6), (two.name, name)
+        if stage.task == "cloze":
+            for name in ("train_loss", "eval_loss", "eval_accuracy"):
+                assert measured[name] == pytest.approx(alone[name], rel=1e-5), name
+        assert measured["eval_loss"] != pytest.approx(measured["eval_loss_before"], rel=1e-5)
     cut_back(two, 2)
     attempt(stage, "one", two)
     assert_trained_the_same(two, one)
@@ -420,41 +439,17 @@ def test_every_row_of_an_epochs_last_step_counts_the_same(capsys, folder):
     assert thirds["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("steps", "batch"), [(1, 12), (3, 8)])
-def test_two_processes_make_the_updates_of_one(steps, batch, capsys, folder, monkeypatch):
-    """They did not share their gradients where the model was measured before training. Of 18 rows the third step of 8 has 2, and
-    both are the first process': accelerate fills up with six from the start, which must not count, in training or in the held-out
-    loss.
-    """
-    config = folder / "both.yaml"
-    config.write_text('task: cloze\ntask_args:\n  {pattern: "{text} {mask}", verbalizer: {cat: " cat", mat: " mat"}}\n')
-    base = "task --config both.yaml --model llama --data animals.jsonl --eval_data animals.jsonl --logging_steps 1 --warmup_ratio 0"
-    base += f" --max_steps {steps}"
-    one = run(capsys, f"{base} --per_device_train_batch_size {batch} --name one_process")["metrics"]
-    monkeypatch.delenv("ALIGN_IN_PROCESS")
-    launch = f"--per_device_train_batch_size {batch // 2} --launch.num_processes 2 --launch.cpu true"
-    two = run(capsys, f"{base} {launch} --name two_processes")["metrics"]
-    for name in ("eval_loss_before", "train_loss", "eval_loss", "eval_accuracy"):
-        assert two[name] == pytest.approx(one[name], rel=1e-5), name
-    assert two["eval_loss"] != pytest.approx(two["eval_loss_before"], rel=1e-5)
-
-
-def test_every_held_out_row_of_seq2seq_counts_once(capsys, folder, monkeypatch):
+def test_every_held_out_row_of_seq2seq_counts_once(capsys, folder):
     """Five rows whose completions have equally many tokens, so that the mean over tokens is one over rows. A last batch of one
-    weighed as much as one of four; of two processes the last batch was filled up, and the run ended, as predictions were more than
-    references.
+    weighed as much as one of four.
     """
     five = [{"prompt": f"say {word}", "completion": "one two"} for word in ("cat", "mat", "me", "you", "hello")]
     write_rows(folder / "five.jsonl", five)
     base = "task --task seq2seq --model t5 --data said.jsonl --eval_data five.jsonl --max_steps 1"
     whole = run(capsys, f"{base} --per_device_train_batch_size 5 --name whole_five")["metrics"]
     cut = run(capsys, f"{base} --per_device_train_batch_size 4 --name four_and_one")["metrics"]
-    monkeypatch.delenv("ALIGN_IN_PROCESS")
-    launch = "--per_device_train_batch_size 2 --launch.num_processes 2 --launch.cpu true"
-    two = run(capsys, f"{base} {launch} --name two_of_five")["metrics"]
-    for other in (cut, two):
-        assert other["eval_loss_before"] == pytest.approx(whole["eval_loss_before"], rel=1e-6)
-        assert other["eval_rouge1_before"] == pytest.approx(whole["eval_rouge1_before"])
+    assert cut["eval_loss_before"] == pytest.approx(whole["eval_loss_before"], rel=1e-6)
+    assert cut["eval_rouge1_before"] == pytest.approx(whole["eval_rouge1_before"])
 
 
 @pytest.mark.parametrize(

@@ -482,6 +482,8 @@ def test_deepspeed_keeps_its_own_state_and_we_what_was_summed(make, tmp_path, mo
     assert not (tmp_path / OPTIMIZER).exists()
 
 
+ROWS = {21: 7, 17: 1}
+"""Rows to train on, and how many are held out beside them."""
 TWO_PROCESSES = """
 import sys
 import torch
@@ -491,61 +493,52 @@ from align.engine import enable_forest
 from align.trainers.forest import ForestTrainer
 from align.trainers.objectives import LanguageModel
 
-processes, rows, held = map(int, sys.argv[2:])
-folder = f"{sys.argv[1]}/{processes}"
-args = TrainingArguments(
-    folder, max_steps=4, learning_rate=0.1, adam_epsilon=1.0, lr_scheduler_type="constant", max_grad_norm=1e9, seed=5, use_cpu=True,
-    per_device_train_batch_size=4 // processes, gradient_accumulation_steps=2, report_to=[], save_steps=2, logging_steps=1,
-    remove_unused_columns=False, dataloader_pin_memory=False, disable_tqdm=True,
-)
-for resume in (None, f"{folder}/checkpoint-2"):
-    model = llama()
-    enable_forest(model)
-    trainer = ForestTrainer(model, LanguageModel(), args, documents(1, rows), documents(2, held), max_tokens=25)
-    trainer.train(resume_from_checkpoint=resume)
-trainer.evaluate()
-if trainer.is_world_process_zero():
-    logs = [{k: r[k] for k in r if k.endswith(("loss", "accuracy", "num_tokens"))} for r in trainer.state.log_history]
-    torch.save((dict(model.named_parameters()), logs), f"{sys.argv[1]}/{processes}.pt")
+processes = int(sys.argv[2])
+for rows, held in zip(*[map(int, sys.argv[3:])] * 2):
+    folder = f"{sys.argv[1]}/{rows}-{processes}"
+    args = TrainingArguments(
+        folder, max_steps=4, learning_rate=0.1, adam_epsilon=1.0, lr_scheduler_type="constant", max_grad_norm=1e9, seed=5,
+        per_device_train_batch_size=4 // processes, gradient_accumulation_steps=2, report_to=[], save_steps=2, logging_steps=1,
+        remove_unused_columns=False, dataloader_pin_memory=False, disable_tqdm=True, use_cpu=True,
+    )
+    for resume in (None, f"{folder}/checkpoint-2"):
+        model = llama()
+        enable_forest(model)
+        trainer = ForestTrainer(model, LanguageModel(), args, documents(1, rows), documents(2, held), max_tokens=25)
+        trainer.train(resume_from_checkpoint=resume)
+    trainer.evaluate()
+    if trainer.is_world_process_zero():
+        logs = [{k: r[k] for k in r if k.endswith(("loss", "accuracy", "num_tokens"))} for r in trainer.state.log_history]
+        torch.save((dict(model.named_parameters()), logs), f"{folder}.pt")
 """
 
 
-@pytest.mark.parametrize(("rows", "held"), [(21, 7), (17, 1)], ids=["five left", "one left"])
-def test_two_processes_do_as_one(rows, held, tmp_path, monkeypatch):
+def test_two_processes_do_as_one(tmp_path, monkeypatch):
     """Each cuts its rows into a number of forests of its own; weights, logged means and the evaluation are the same.
 
-    The third step is the end of an epoch, with 5 rows left instead of 8, or 1, of which the second process gets none: accelerate
-    fills up the processes' batches with rows from the epoch's start, which must not count, in a run that was resumed one step
-    before either.
+    The third step is the end of an epoch, with 5 rows left of 21 instead of 8, or 1 of 17, of which the second process gets none:
+    accelerate fills up the processes' batches with rows from the epoch's start, which must not count, in a run that was resumed one
+    step before either.
     """
     script = tmp_path / "script.py"
     script.write_text(TWO_PROCESSES)
-    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path), "1", str(rows), str(held)])
+    rows = [str(number) for pair in ROWS.items() for number in pair]
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path), "1", *rows])
     runpy.run_path(str(script))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-        str(tmp_path),
-        "2",
-        str(rows),
-        str(held),
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(script), str(tmp_path), "2", *rows]
     tests = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
-    (one, logs), (two, two_logs) = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
-    for name, weight in one.items():
-        assert_close(two[name].detach(), weight.detach(), what=name)
-    assert [record.keys() for record in logs] == [record.keys() for record in two_logs]
-    for record, other in zip(logs, two_logs, strict=True):
-        assert other == pytest.approx(record, rel=1e-5)
-    assert "num_tokens" in logs[0]
-    assert "eval_loss" in logs[-1]
+    for number in ROWS:
+        (one, logs), (two, two_logs) = (torch.load(tmp_path / f"{number}-{n}.pt") for n in (1, 2))
+        for name, weight in one.items():
+            assert_close(two[name].detach(), weight.detach(), what=f"{name}, of {number} rows")
+        assert [record.keys() for record in logs] == [record.keys() for record in two_logs]
+        for record, other in zip(logs, two_logs, strict=True):
+            assert other == pytest.approx(record, rel=1e-5), number
+        assert "num_tokens" in logs[0]
+        assert "eval_loss" in logs[-1]
 
 
 def counting(draw, n):

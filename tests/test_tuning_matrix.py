@@ -2,7 +2,6 @@
 moves; what is saved loads, answers the same and goes on training.
 """
 
-import gc
 import shutil
 
 import pytest
@@ -105,11 +104,7 @@ def ground(tmp_path_factory, tokenizer):
         folder / "pairs.jsonl",
         [{"prompt": "How are you?", "chosen": f"Fine, {words}", "rejected": f"sat on a mat {words}"} for words in said],
     )
-    # The Trainer collects garbage at its every end, through all that was ever imported: most of the time of runs as short as these.
-    gc.collect()
-    gc.freeze()
-    yield folder
-    gc.unfreeze()
+    return folder
 
 
 @pytest.fixture
