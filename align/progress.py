@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -30,8 +31,22 @@ def harmless(text: str) -> str:
 
 
 def say(line: str) -> None:
-    """One line for the person at the terminal, on stderr, without tearing a progress bar."""
-    tqdm.write(line, file=sys.stderr)
+    """One line for the person at the terminal, on stderr, without tearing a progress bar; lost where the terminal is gone."""
+    try:
+        tqdm.write(line, file=sys.stderr)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        leave_terminal()  # it was closed, and the run goes on (`nohup`)
+
+
+def leave_terminal() -> None:
+    """Let what is still to be said go nowhere, where the terminal is gone: a write would fail, and end what is being saved."""
+    for output in (1, 2):
+        try:
+            os.write(output, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
 
 
 class Status:

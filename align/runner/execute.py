@@ -17,7 +17,7 @@ from typing import Any
 
 from align.artifact import read_artifact
 from align.errors import AlignError, DiskFull, StageFailed
-from align.progress import say
+from align.progress import leave_terminal, say
 from align.recipe import Recipe
 from align.registry import Registry
 from align.runner.devices import devices, take
@@ -374,7 +374,7 @@ def _terminable() -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         if number == signal.SIGHUP:
             signal.signal(number, signal.SIG_IGN)  # the shell sends it, and the kernel again
-        _leave_terminal()
+        leave_terminal()
         raise Stopped
 
     ends = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
@@ -388,12 +388,3 @@ def _terminable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _leave_terminal() -> None:
-    """Let what is still to be said go nowhere, where the terminal is gone: a write would fail, and end what is being saved."""
-    for output in (1, 2):
-        try:
-            os.write(output, b"")
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), output)

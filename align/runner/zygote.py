@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import select
@@ -104,8 +105,12 @@ def serve() -> None:
     os.set_blocking(awake, False)
     signal.set_wakeup_fd(wake)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    # Garbage is not looked for while modules are imported, which makes little, nor in them: stages do so at the end of each run.
+    gc.disable()
     for module in PRELOAD:
         __import__(module)
+    gc.freeze()
+    gc.enable()
     children: dict[int, int] = {}
     rest = b""
     while True:
