@@ -21,7 +21,7 @@ from align.schema import LabelledText, QARow, SFTRow, TaggedTokens
 from align.stages import TaskTraining
 from align.stages.training import TIMING
 from align.tasks import tasks
-from align.tasks.base import Features
+from align.tasks.base import Features, labels_of_head, read_task
 
 sys.path.insert(0, str(Path(__file__).parent / "chaos"))
 
@@ -306,6 +306,31 @@ def test_a_trained_head_keeps_its_labels(capsys, folder):
     ):
         assert main(command.split()) == 2
         assert message in capsys.readouterr().err
+
+
+DAMAGED = {
+    "no keys": ("{}", r"task.json is damaged \(task: field required\): put it back"),
+    "no length": ('{"task": "ner", "labels": ["O"], "task_args": {}}', r"task.json is damaged \(max_length: field required\)"),
+    "another type": (
+        '{"task": "ner", "labels": ["O", 1], "max_length": 9, "task_args": {}}',
+        r"task.json is damaged \(labels.1: input should be a valid string\)",
+    ),
+    "no such task": ('{"task": "nerr", "labels": [], "max_length": 9, "task_args": {}}', "task.json: unknown task 'nerr'"),
+    "no such argument": (
+        '{"task": "ner", "labels": ["O"], "max_length": 9, "task_args": {"a": 1}}',
+        "task.json: task 'ner' takes no 'a'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_task_file_is_told_of(folder, tmp_path, tokenizer, content, message):
+    """Without its keys it ended in a KeyError where the model was measured, and was passed over where it was trained further."""
+    (tmp_path / "task.json").write_text(content)
+    with pytest.raises(AlignError, match=message):
+        read_task(str(tmp_path), tokenizer)
+    with pytest.raises(AlignError, match=message):
+        labels_of_head(str(tmp_path), "ner", ["O", "B-PER"])
 
 
 def test_accumulated_steps_are_one_big_batch(capsys):
