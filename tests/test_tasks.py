@@ -83,6 +83,7 @@ def folder(tmp_path_factory, tokenizer, words):
         {"tokens": ["the", "cat"], "tags": ["O", "O"]},
     ]
     write_rows(folder / "tagged.jsonl", tagged * 4)
+    write_rows(folder / "outside.jsonl", [{"tokens": ["the", "cat"], "tags": ["O", "O"]}] * 2)
     write_rows(folder / "longer.jsonl", [{"text": "cat " * 160, "label": label} for label in ("cat", "mat")])
     write_rows(folder / "longer.said.jsonl", [{"prompt": "say cat", "completion": "cat " * 200}])
     write_rows(folder / "longer.asked.jsonl", [{"prompt": "cat " * 200, "completion": "cat"}])
@@ -527,6 +528,26 @@ def test_words_that_were_cut_off_are_tagged_o(tokenizer):
     assert columns == {"predictions": [["B-PER"] * 3 + ["O"]], "references": [["O", "O", "O", "B-PER"]]}
 
 
+def test_a_sentence_without_a_token_is_set_aside(tokenizer):
+    """As a batch of its own it told nothing, and its loss was NaN; or, where a tokenizer adds none, it was no input at all."""
+    task = tasks["ner"](tokenizer, 32, ["O", "B-PER"])
+    rows = [TaggedTokens(tokens=[""], tags=["O"]), TaggedTokens(tokens=["", "cat"], tags=["O", "O"])]
+    for training in (True, False):
+        features = task.features(rows, training=training)
+        assert features.rows == rows[1:]
+        aside = "1 set aside (1 without a word that gives a token); 1 with a word that gives no token, and is tagged O"
+        assert features.summary() == f"2 rows = 1 used + {aside}"
+
+
+def test_a_held_out_tag_that_no_training_row_has_is_said(tokenizer):
+    """It counts in the measure, and tells nothing to the loss, which was NaN where no row had another."""
+    task = tasks["ner"](tokenizer, 32, ["O", "B-PER"])
+    rows = [TaggedTokens(tokens=["the", "cat"], tags=[tag, "B-LOC"]) for tag in ("B-LOC", "O")]
+    assert task.features(rows, training=False).summary().endswith("; 2 with the tag 'B-LOC', which no training row has")
+    with pytest.raises(AlignError, match=r"none of the 1 rows has a tag of the model's \(O, B-PER\): the first has 'B-LOC'"):
+        task.features(rows[:1], training=False)
+
+
 def qa(tokenizer, **options):
     return tasks["qa"](tokenizer, 24, [], **{"stride": 6, **options})
 
@@ -637,6 +658,10 @@ def test_features_that_were_set_aside_add_up():
 
 BASE = "--model bert --data animals.jsonl"
 MISTAKES = {
+    "no entity": (
+        "task --task ner --model bert --data outside.jsonl",
+        "all words of the 2 rows have the tag 'O'; there is nothing",
+    ),
     "no such task": (f"task --task clasification {BASE}", r"unknown task 'clasification' \(did you mean 'classification'"),
     "no such argument": (f"task --task classification --task_args.x 1 {BASE}", "task 'classification' takes no 'x'"),
     "rows of another task": (f"task --task ner {BASE}", "column 'tokens' is missing"),

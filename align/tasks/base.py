@@ -45,13 +45,16 @@ class Features:
     cut: int = 0
     """Rows that were cut to the maximum length."""
     set_aside: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    """What else is to be known, and of how many of the rows."""
 
     def summary(self) -> str:
         """One line that adds up."""
         aside = sum(self.set_aside.values())
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.set_aside.items())
         line = f"{len(self.rows) + aside} rows = {len(self.rows)} used + {aside} set aside{f' ({reasons})' if reasons else ''}"
-        return line + (f"; {self.cut} cut to max_length" if self.cut else "")
+        notes = {**({"cut to max_length": self.cut} if self.cut else {}), **self.notes}
+        return line + "".join(f"; {count} {note}" for note, count in notes.items())
 
 
 class TaskTrainer(FiniteTrainer, SafeTrainer):
@@ -269,12 +272,12 @@ def tokens(item: Feature) -> int:
 
 
 def used(features: Features, label: str) -> Features:
-    """`features`, with a line where rows were cut or set aside.
+    """`features`, with a line where rows were cut or set aside, or there is something else to be known.
 
     Raises:
         AlignError: none is left.
     """
-    if features.cut or features.set_aside:
+    if features.cut or features.set_aside or features.notes:
         say(f"{label}: {features.summary()}")
     if not features.items:
         raise AlignError(f"{label}: none of the rows can be used: {features.summary()}")
