@@ -598,6 +598,37 @@ def test_a_question_without_an_answer(tokenizer):
     assert task.columns((start, end), features)["predictions"] != [""]
 
 
+def test_what_a_held_out_question_lacks_is_said(tokenizer):
+    """It is measured, and no model could answer it; a wrong start was mended without a word."""
+    held = {"question": "who?", "context": "the cat sat"}
+    rows = [QARow(**held, answers=["a dog"]), QARow(**held, answers=[]), QARow(**held, answers=["cat"], starts=[5])]
+    said = qa(tokenizer).features([*rows, QARow(question="who?", answers=["cat"])], training=False).summary()
+    assert said == (
+        "4 rows = 3 used + 1 set aside (1 without a context); 1 without an answer in the context; 1 unanswerable (see "
+        "may_be_unanswerable); 1 whose answer does not begin where its start says, and is read at its first place"
+    )
+
+
+@pytest.mark.parametrize("model", ["bert", "llama", "t5"])
+def test_a_row_with_nothing_to_read_is_set_aside(capsys, folder, model):
+    """Where a tokenizer adds no token of its own, a batch of such rows ended in a traceback of the model's."""
+    task, row = (
+        ("seq2seq", {"prompt": "", "completion": "cat"}) if model == "t5" else ("classification", {"text": "", "label": "cat"})
+    )
+    rows = (folder / f"{'said' if model == 't5' else 'animals'}.jsonl").read_text()
+    (folder / "nothing.jsonl").write_text(rows + json.dumps(row) + "\n")
+    command = f"task --task {task} --model {model} --data nothing.jsonl --eval_data nothing.jsonl --max_steps 20"
+    assert main([*command.split(), "--per_device_train_batch_size", "1"]) == 0
+    assert f"{len(rows.splitlines())} used + 1 set aside (1 with an empty" in capsys.readouterr().err
+
+
+def test_a_cut_answer_is_told_from_a_cut_prompt(tokenizer):
+    task = tasks["seq2seq"](tokenizer, 8, [], longest_answer=3)
+    rows = [SFTRow(prompt="cat " * 20, completion="cat"), SFTRow(prompt="cat", completion="cat " * 20)]
+    said = task.features(rows, training=True).summary()
+    assert said == "2 rows = 2 used + 0 set aside; 1 cut to max_length; 1 with an answer cut to longest_answer"
+
+
 def test_an_answer_that_the_context_does_not_hold_is_set_aside(tokenizer):
     rows = [QARow(question="who?", context="the cat sat", answers=["a dog"]), QARow(question="w?", context="cat", answers=["cat"])]
     features = qa(tokenizer).features(rows, training=True)

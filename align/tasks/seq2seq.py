@@ -63,7 +63,12 @@ class Seq2Seq(Task):
         for row in rows:
             source, target = _sides(row)
             ids, labels = self.tokenizer(self.prefix + source)["input_ids"], self.tokenizer(text_target=target)["input_ids"]
-            made.cut += len(ids) > self.max_length or len(labels) > self.longest_answer
+            if not ids:
+                made.set_aside["with an empty prompt"] += 1
+                continue
+            made.cut += len(ids) > self.max_length
+            if len(labels) > self.longest_answer:
+                made.notes["with an answer cut to longest_answer"] += 1
             item = dict(self.tokenizer(self.prefix + source, truncation=True, max_length=self.max_length))
             item["labels"] = [*(i for i in labels[: self.longest_answer - 1] if i != end), end]
             made.items.append(item)
