@@ -695,6 +695,11 @@ MISTAKES = {
     ),
     "no such task": (f"task --task clasification {BASE}", r"unknown task 'clasification' \(did you mean 'classification'"),
     "no such argument": (f"task --task classification --task_args.x 1 {BASE}", "task 'classification' takes no 'x'"),
+    "metrics of no rows": (f"task --task classification --metrics f1 --held_out 0 {BASE}", "metrics needs held-out rows: set"),
+    "a best metric that is none": (
+        f"task --task classification --load_best_model_at_end true --metric_for_best_model epoch {BASE} --eval_data animals.jsonl",
+        "metric_for_best_model 'epoch' is not measured here; known: loss, accuracy, f1_micro, f1_macro, matthews$",
+    ),
     "rows of another task": (f"task --task ner {BASE}", "column 'tokens' is missing"),
     "no pattern": (f"task --task cloze {BASE}", "task 'cloze' needs 'pattern'"),
     "shots of what has no label": ("task --task qa --shots 4 --model bert --data asked.jsonl", "shots draws rows by their label"),
@@ -702,7 +707,7 @@ MISTAKES = {
     "a metric that needs more": (f"task --task classification --metrics ifeval {BASE}", "a task gives predictions and references"),
     "a family without that head": (
         "task --task seq2seq --model bert --data said.jsonl",
-        "cannot load a model from .*bert.*AutoModelForSeq2SeqLM",
+        "bert is of the family 'masked', and task 'seq2seq' takes an encoder-decoder",
     ),
     "a field of the forest": (f"task --task ner --engine trl {BASE}", "engine has no part in a task"),
     "a loss that is skipped": (f"task --task classification --on_non_finite skip {BASE}", "leave on_non_finite at 'stop'"),
@@ -743,6 +748,16 @@ MISTAKES = {
         "stride 200 must be below",
     ),
 }
+
+
+def test_a_metric_that_a_task_cannot_have_is_refused_before_a_recipe_begins(monkeypatch):
+    """It was found when the stage had read its rows, whatever ran before it."""
+    stage = TaskTraining(task="ner", model="bert", data="tagged.jsonl", metrics=["ifeval"])
+    with pytest.raises(AlignError, match="a task gives predictions and references"):
+        stage.check()
+    monkeypatch.setitem(sys.modules, "seqeval", None)
+    with pytest.raises(AlignError, match=r"this needs the package 'seqeval.*': pip install 'align\[metrics\]'"):
+        TaskTraining(task="ner", model="bert", data="tagged.jsonl").check()
 
 
 @pytest.mark.parametrize(("command", "message"), MISTAKES.values(), ids=MISTAKES)

@@ -174,7 +174,8 @@ class Task:
         """The metrics `specs` of the model's `output`."""
         return measure_all(specs, **self.columns(output, features))
 
-    def check_metrics(self, specs: Sequence[str]) -> None:
+    @classmethod
+    def check_metrics(cls, specs: Sequence[str]) -> None:
         """Raise `AlignError` where one of `specs` needs what this task does not give, or what is not installed."""
         for spec in specs:
             name, _ = check(spec)

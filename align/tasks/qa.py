@@ -61,7 +61,8 @@ class QuestionAnswering(Task):
     ) -> None:
         super().__init__(tokenizer, max_length, labels)
         if not 0 <= stride < max_length // 2:
-            raise AlignError(f"stride {stride} must be below half of max_length ({max_length}): windows have to move on")
+            what = f"stride {stride} must be below half of max_length ({max_length})"
+            raise AlignError(f"{what}: windows have to move on; set task_args.stride, or raise max_length")
         self.stride, self.longest_answer, self.may_be_unanswerable = stride, longest_answer, may_be_unanswerable
 
     def features(self, rows: Sequence[QARow], *, training: bool) -> Features:

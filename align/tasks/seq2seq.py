@@ -17,6 +17,8 @@ from transformers import (
 )
 
 from align.engine import check_reach
+from align.errors import AlignError
+from align.models import family_of, load_config
 from align.rewards import text_of
 from align.schema import SFTRow, Text
 from align.tasks.base import Feature, Features, Task, TaskTrainer, task
@@ -52,6 +54,14 @@ class Seq2Seq(Task):
     ) -> None:
         super().__init__(tokenizer, max_length, labels)
         self.prefix, self.longest_answer = prefix, longest_answer
+
+    def model(self, path: str, **options: Any) -> nn.Module:
+        family = family_of(load_config(path, trust_remote_code=options.get("trust_remote_code", False)))
+        if family != "encoder-decoder":
+            raise AlignError(
+                f"{path} is of the family {family!r}, and task 'seq2seq' takes an encoder-decoder (T5, BART and the like)"
+            )
+        return super().model(path, **options)
 
     def check_reach(self, model: nn.Module, items: Sequence[Feature]) -> None:
         """As in every task; and the decoder must have places for as many tokens as an answer may come to have."""
