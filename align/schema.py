@@ -35,7 +35,15 @@ def _encodable_inside(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _filled(name: str) -> str:
+    """`name`, unless it is blank, as is the cell of a table that somebody left empty."""
+    if not name.strip():
+        raise PydanticCustomError("text", "a name that is not empty")
+    return name
+
+
 String = Annotated[str, AfterValidator(_encodable)]
+Name = Annotated[String, AfterValidator(_filled)]
 Object = Annotated[dict[str, Any], AfterValidator(_encodable_inside)]
 
 
@@ -170,14 +178,14 @@ class LabelledText(Row):
     """A text and its class, for classification. Classes are names: 1 is read as "1"."""
 
     text: String
-    label: String
+    label: Name
 
 
 class TaggedTokens(Row):
     """The words of a sentence and a tag for each, for token classification (BIO, IOB1 ...: as published)."""
 
     tokens: list[String]
-    tags: list[String]
+    tags: list[Name]
 
     @model_validator(mode="after")
     def _a_tag_for_each(self) -> TaggedTokens:
@@ -272,6 +280,7 @@ _EXPECTED = {
     "model_type": "a message: a dictionary with role and content",
     "bool_type": "true or false",
     "float_type": "a number",
+    "int_type": "a whole number",
     "finite_number": "a finite number",
     "union_tag_not_found": "a string or a list of messages",
 }

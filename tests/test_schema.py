@@ -53,6 +53,9 @@ def test_accepted(kind: str, raw: dict[str, Any]) -> None:
             {"prompt": "p", "chosen": [BOT], "rejected": "r"},
             "prompt is a string, chosen is a list of messages, rejected is a string; expected all strings or all lists of messages",
         ),
+        ("classification", {"text": "t", "label": " "}, "field label: got ' ', expected a name that is not empty"),
+        ("tagging", {"tokens": ["t"], "tags": [""]}, "field tags[0]: got '', expected a name that is not empty"),
+        ("qa", {"question": "q", "answers": ["a"], "starts": ["0"]}, "field starts[0]: got '0', expected a whole number"),
         (
             "preference",
             {"prompt": "p", "chosen": "c", "rejectd": "r"},

@@ -21,7 +21,7 @@ from align.schema import LabelledText, QARow, SFTRow, TaggedTokens
 from align.stages import TaskTraining
 from align.stages.training import TIMING
 from align.tasks import tasks
-from align.tasks.base import Features
+from align.tasks.base import Features, labels_of_head, read_task
 
 sys.path.insert(0, str(Path(__file__).parent / "chaos"))
 
@@ -83,6 +83,7 @@ def folder(tmp_path_factory, tokenizer, words):
         {"tokens": ["the", "cat"], "tags": ["O", "O"]},
     ]
     write_rows(folder / "tagged.jsonl", tagged * 4)
+    write_rows(folder / "outside.jsonl", [{"tokens": ["the", "cat"], "tags": ["O", "O"]}] * 2)
     write_rows(folder / "longer.jsonl", [{"text": "cat " * 160, "label": label} for label in ("cat", "mat")])
     write_rows(folder / "longer.said.jsonl", [{"prompt": "say cat", "completion": "cat " * 200}])
     write_rows(folder / "longer.asked.jsonl", [{"prompt": "cat " * 200, "completion": "cat"}])
@@ -308,6 +309,31 @@ def test_a_trained_head_keeps_its_labels(capsys, folder):
         assert message in capsys.readouterr().err
 
 
+DAMAGED = {
+    "no keys": ("{}", r"task.json is damaged \(task: field required\): put it back"),
+    "no length": ('{"task": "ner", "labels": ["O"], "task_args": {}}', r"task.json is damaged \(max_length: field required\)"),
+    "another type": (
+        '{"task": "ner", "labels": ["O", 1], "max_length": 9, "task_args": {}}',
+        r"task.json is damaged \(labels.1: input should be a valid string\)",
+    ),
+    "no such task": ('{"task": "nerr", "labels": [], "max_length": 9, "task_args": {}}', "task.json: unknown task 'nerr'"),
+    "no such argument": (
+        '{"task": "ner", "labels": ["O"], "max_length": 9, "task_args": {"a": 1}}',
+        "task.json: task 'ner' takes no 'a'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_task_file_is_told_of(folder, tmp_path, tokenizer, content, message):
+    """Without its keys it ended in a KeyError where the model was measured, and was passed over where it was trained further."""
+    (tmp_path / "task.json").write_text(content)
+    with pytest.raises(AlignError, match=message):
+        read_task(str(tmp_path), tokenizer)
+    with pytest.raises(AlignError, match=message):
+        labels_of_head(str(tmp_path), "ner", ["O", "B-PER"])
+
+
 def test_accumulated_steps_are_one_big_batch(capsys):
     """Two micro-steps of 9 rows make the update of one batch of 18: the same losses after one step."""
     base = "task --task classification --model bert --data animals.jsonl --eval_data animals.jsonl --max_steps 1 --warmup_ratio 0"
@@ -497,6 +523,26 @@ def test_words_that_were_cut_off_are_tagged_o(tokenizer):
     assert columns == {"predictions": [["B-PER"] * 3 + ["O"]], "references": [["O", "O", "O", "B-PER"]]}
 
 
+def test_a_sentence_without_a_token_is_set_aside(tokenizer):
+    """As a batch of its own it told nothing, and its loss was NaN; or, where a tokenizer adds none, it was no input at all."""
+    task = tasks["ner"](tokenizer, 32, ["O", "B-PER"])
+    rows = [TaggedTokens(tokens=[""], tags=["O"]), TaggedTokens(tokens=["", "cat"], tags=["O", "O"])]
+    for training in (True, False):
+        features = task.features(rows, training=training)
+        assert features.rows == rows[1:]
+        aside = "1 set aside (1 without a word that gives a token); 1 with a word that gives no token, and is tagged O"
+        assert features.summary() == f"2 rows = 1 used + {aside}"
+
+
+def test_a_held_out_tag_that_no_training_row_has_is_said(tokenizer):
+    """It counts in the measure, and tells nothing to the loss, which was NaN where no row had another."""
+    task = tasks["ner"](tokenizer, 32, ["O", "B-PER"])
+    rows = [TaggedTokens(tokens=["the", "cat"], tags=[tag, "B-LOC"]) for tag in ("B-LOC", "O")]
+    assert task.features(rows, training=False).summary().endswith("; 2 with the tag 'B-LOC', which no training row has")
+    with pytest.raises(AlignError, match=r"none of the 1 rows has a tag of the model's \(O, B-PER\): the first has 'B-LOC'"):
+        task.features(rows[:1], training=False)
+
+
 def qa(tokenizer, **options):
     return tasks["qa"](tokenizer, 24, [], **{"stride": 6, **options})
 
@@ -545,6 +591,37 @@ def test_a_question_without_an_answer(tokenizer):
     assert task.columns((start, end), features) == {"predictions": [""], "references": [[""]]}
     start[0, -1] = 3
     assert task.columns((start, end), features)["predictions"] != [""]
+
+
+def test_what_a_held_out_question_lacks_is_said(tokenizer):
+    """It is measured, and no model could answer it; a wrong start was mended without a word."""
+    held = {"question": "who?", "context": "the cat sat"}
+    rows = [QARow(**held, answers=["a dog"]), QARow(**held, answers=[]), QARow(**held, answers=["cat"], starts=[5])]
+    said = qa(tokenizer).features([*rows, QARow(question="who?", answers=["cat"])], training=False).summary()
+    assert said == (
+        "4 rows = 3 used + 1 set aside (1 without a context); 1 without an answer in the context; 1 unanswerable (see "
+        "may_be_unanswerable); 1 whose answer does not begin where its start says, and is read at its first place"
+    )
+
+
+@pytest.mark.parametrize("model", ["bert", "llama", "t5"])
+def test_a_row_with_nothing_to_read_is_set_aside(capsys, folder, model):
+    """Where a tokenizer adds no token of its own, a batch of such rows ended in a traceback of the model's."""
+    task, row = (
+        ("seq2seq", {"prompt": "", "completion": "cat"}) if model == "t5" else ("classification", {"text": "", "label": "cat"})
+    )
+    rows = (folder / f"{'said' if model == 't5' else 'animals'}.jsonl").read_text()
+    (folder / "nothing.jsonl").write_text(rows + json.dumps(row) + "\n")
+    command = f"task --task {task} --model {model} --data nothing.jsonl --eval_data nothing.jsonl --max_steps 20"
+    assert main([*command.split(), "--per_device_train_batch_size", "1"]) == 0
+    assert f"{len(rows.splitlines())} used + 1 set aside (1 with an empty" in capsys.readouterr().err
+
+
+def test_a_cut_answer_is_told_from_a_cut_prompt(tokenizer):
+    task = tasks["seq2seq"](tokenizer, 8, [], longest_answer=3)
+    rows = [SFTRow(prompt="cat " * 20, completion="cat"), SFTRow(prompt="cat", completion="cat " * 20)]
+    said = task.features(rows, training=True).summary()
+    assert said == "2 rows = 2 used + 0 set aside; 1 cut to max_length; 1 with an answer cut to longest_answer"
 
 
 def test_an_answer_that_the_context_does_not_hold_is_set_aside(tokenizer):
@@ -607,8 +684,17 @@ def test_features_that_were_set_aside_add_up():
 
 BASE = "--model bert --data animals.jsonl"
 MISTAKES = {
+    "no entity": (
+        "task --task ner --model bert --data outside.jsonl",
+        "all words of the 2 rows have the tag 'O'; there is nothing",
+    ),
     "no such task": (f"task --task clasification {BASE}", r"unknown task 'clasification' \(did you mean 'classification'"),
     "no such argument": (f"task --task classification --task_args.x 1 {BASE}", "task 'classification' takes no 'x'"),
+    "metrics of no rows": (f"task --task classification --metrics f1 --held_out 0 {BASE}", "metrics needs held-out rows: set"),
+    "a best metric that is none": (
+        f"task --task classification --load_best_model_at_end true --metric_for_best_model epoch {BASE} --eval_data animals.jsonl",
+        "metric_for_best_model 'epoch' is not measured here; known: loss, accuracy, f1_micro, f1_macro, matthews$",
+    ),
     "rows of another task": (f"task --task ner {BASE}", "column 'tokens' is missing"),
     "no pattern": (f"task --task cloze {BASE}", "task 'cloze' needs 'pattern'"),
     "shots of what has no label": ("task --task qa --shots 4 --model bert --data asked.jsonl", "shots draws rows by their label"),
@@ -616,7 +702,7 @@ MISTAKES = {
     "a metric that needs more": (f"task --task classification --metrics ifeval {BASE}", "a task gives predictions and references"),
     "a family without that head": (
         "task --task seq2seq --model bert --data said.jsonl",
-        "cannot load a model from .*bert.*AutoModelForSeq2SeqLM",
+        "bert is of the family 'masked', and task 'seq2seq' takes an encoder-decoder",
     ),
     "a field of the forest": (f"task --task ner --engine trl {BASE}", "engine has no part in a task"),
     "a loss that is skipped": (f"task --task classification --on_non_finite skip {BASE}", "leave on_non_finite at 'stop'"),
@@ -657,6 +743,16 @@ MISTAKES = {
         "stride 200 must be below",
     ),
 }
+
+
+def test_a_metric_that_a_task_cannot_have_is_refused_before_a_recipe_begins(monkeypatch):
+    """It was found when the stage had read its rows, whatever ran before it."""
+    stage = TaskTraining(task="ner", model="bert", data="tagged.jsonl", metrics=["ifeval"])
+    with pytest.raises(AlignError, match="a task gives predictions and references"):
+        stage.check()
+    monkeypatch.setitem(sys.modules, "seqeval", None)
+    with pytest.raises(AlignError, match=r"this needs the package 'seqeval.*': pip install 'align\[metrics\]'"):
+        TaskTraining(task="ner", model="bert", data="tagged.jsonl").check()
 
 
 @pytest.mark.parametrize(("command", "message"), MISTAKES.values(), ids=MISTAKES)

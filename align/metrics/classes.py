@@ -76,6 +76,7 @@ def matthews(predictions: Sequence[Any], references: Sequence[Any]) -> dict[str,
 @metrics.add
 def seqeval(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]], *, strict: bool = False) -> dict[str, float]:
     """Precision, recall and F1 of whole entities in BIO tags (as conlleval counts them; `strict` is seqeval's IOB2 mode)."""
+    scores = package("seqeval.metrics")  # first: `refuse_missing` tries with values that are no tags
     for i, (ours, theirs) in enumerate(zip(predictions, references, strict=True)):
         for column, tags in (("predictions", ours), ("references", theirs)):
             if not isinstance(tags, list | tuple) or not all(isinstance(tag, str) and tag for tag in tags):
@@ -84,8 +85,6 @@ def seqeval(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[
                 raise AlignError(f"metric 'seqeval': {column}[{i}] has the tag {other!r}, which is none of IOB2; leave strict out")
         if len(ours) != len(theirs):
             raise AlignError(f"metric 'seqeval': sentence {i} has {len(ours)} predicted tags and {len(theirs)} reference tags")
-    package("seqeval")
-    scores = package("seqeval.metrics")
     mode = {"mode": "strict", "scheme": package("seqeval.scheme").IOB2} if strict else {}
     rows = {"y_true": [list(tags) for tags in references], "y_pred": [list(tags) for tags in predictions]}
     return {

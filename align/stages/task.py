@@ -50,6 +50,7 @@ class TaskTraining(TrainingStage):
         super().check()
         tasks.check_arguments(self.task, self.task_args)
         tasks.check_values(self.task, self.task_args)
+        tasks[self.task].check_metrics(self.metrics or tasks[self.task].metrics)
 
     def run(self, context: Context) -> dict[str, Any]:
         from align.errors import AlignError
@@ -62,13 +63,14 @@ class TaskTraining(TrainingStage):
         cls = tasks[self.task]
         t.seed_everything(self)
         rows, held = t.rows_of(self, cls.kind, context)
+        if self.metrics and not held:
+            raise AlignError("metrics needs held-out rows: set eval_data, or raise held_out (of few rows it may keep none apart)")
         if self.shots is not None:
             rows = few(rows, self.shots, self.seed)
         tokenizer = load_tokenizer(self.model, trust_remote_code=self.trust_remote_code)
         labels = labels_of_head(self.model, self.task, cls.labels_of(rows))
         task = cls(tokenizer, self.max_length, labels, **self.task_args)
         specs = self.metrics or list(task.metrics)
-        task.check_metrics(specs)
         model = task.model(self.model, **t.loading(self))
         if task.per_token and self.strategy.name in ("prompt", "ptuning") and not is_decoder(model):
             raise AlignError(

@@ -268,7 +268,8 @@ def run_trainer(trainer: Any, stage: TrainingStage, context: Context, *, has_eva
     last = _last_good(trainer, context.folder / "checkpoints") if stage.resume_from_checkpoint else None
     context.history.rewind(-1 if last is None else step_of(last))
     if last is None and has_eval:
-        check_metric(stage, [name for name in _evaluated(trainer, stage) if not name.endswith(TIMING)])
+        measured = [name for name in _evaluated(trainer, stage) if name.startswith("eval_") and not name.endswith(TIMING)]
+        check_metric(stage, measured)
     if last is not None:
         say(f"{context.name}: going on from step {step_of(last)}")
     try:

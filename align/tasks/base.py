@@ -12,13 +12,14 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object, recursively_apply
+from pydantic import BaseModel, ValidationError
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from align.catalog import Catalog
 from align.checkpointing import SafeTrainer
 from align.engine import check_reach
-from align.errors import AlignError
+from align.errors import AlignError, told_of, within
 from align.guarded import FiniteTrainer
 from align.metrics import columns_of
 from align.metrics.base import check, measure_all, refuse_missing
@@ -44,13 +45,16 @@ class Features:
     cut: int = 0
     """Rows that were cut to the maximum length."""
     set_aside: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    """What else is to be known, and of how many of the rows."""
 
     def summary(self) -> str:
         """One line that adds up."""
         aside = sum(self.set_aside.values())
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.set_aside.items())
         line = f"{len(self.rows) + aside} rows = {len(self.rows)} used + {aside} set aside{f' ({reasons})' if reasons else ''}"
-        return line + (f"; {self.cut} cut to max_length" if self.cut else "")
+        notes = {**({"cut to max_length": self.cut} if self.cut else {}), **self.notes}
+        return line + "".join(f"; {count} {note}" for note, count in notes.items())
 
 
 class TaskTrainer(FiniteTrainer, SafeTrainer):
@@ -170,7 +174,8 @@ class Task:
         """The metrics `specs` of the model's `output`."""
         return measure_all(specs, **self.columns(output, features))
 
-    def check_metrics(self, specs: Sequence[str]) -> None:
+    @classmethod
+    def check_metrics(cls, specs: Sequence[str]) -> None:
         """Raise `AlignError` where one of `specs` needs what this task does not give, or what is not installed."""
         for spec in specs:
             name, _ = check(spec)
@@ -193,24 +198,61 @@ def save_task(folder: Path, name: str, built: Task, arguments: dict[str, Any]) -
     write_atomically(folder / TASK_FILE, json.dumps(content, indent=1, ensure_ascii=False))
 
 
+class Trained(BaseModel, strict=True):
+    """What `TASK_FILE` holds."""
+
+    task: str
+    labels: list[str]
+    max_length: int
+    task_args: dict[str, Any]
+
+
+def _trained(path: str) -> Trained | None:
+    """What the model in the folder `path` was trained for; None where it was for no task.
+
+    Raises:
+        AlignError: the file is damaged, or is about a task that there is not.
+    """
+    file = Path(path) / TASK_FILE
+    if not file.is_file():
+        return None
+    try:
+        found = Trained(**json_record(file))
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, first['loc']))}: {within(first['msg'])}"
+        raise AlignError(f"{file} is damaged ({what}): put it back as `align task` wrote it, or train the model again") from error
+    with told_of(str(file)):
+        tasks.check_arguments(found.task, found.task_args)
+        tasks.check_values(found.task, found.task_args)
+    return found
+
+
 def read_task(path: str, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """The task that the model in the folder `path` was trained for."""
-    stored = json_record(Path(path) / TASK_FILE)
-    return tasks[stored["task"]](tokenizer, stored["max_length"], stored["labels"], **stored["task_args"])
+    """The task that the model in the folder `path` was trained for; of one that `is_task_model`.
+
+    Raises:
+        AlignError: what says so is damaged.
+    """
+    stored = _trained(path)
+    assert stored is not None
+    with told_of(str(Path(path) / TASK_FILE)):
+        built: Task = tasks[stored.task](tokenizer, stored.max_length, stored.labels, **stored.task_args)
+    return built
 
 
 def labels_of_head(path: str, name: str, labels: Sequence[str]) -> list[str]:
     """The labels of the model at `path` for rows that have `labels`: its own, in its order, where it was trained for task `name`.
 
     Raises:
-        AlignError: the rows have one that its head does not know, or its head is that of another task.
+        AlignError: the rows have one that its head does not know, its head is that of another task, or what says so is damaged.
     """
-    stored = json_record(Path(path) / TASK_FILE)
-    own: list[str] = stored.get("labels", [])
-    if not own or not labels or "cloze" in (name, stored["task"]):  # a cloze has no head
+    stored = _trained(path)
+    if stored is None or not stored.labels or not labels or "cloze" in (name, stored.task):  # a cloze has no head
         return list(labels)
-    if stored["task"] != name:
-        raise AlignError(f"{path} has a head for {stored['task']}, not for {name}: start from the model that it was made from")
+    own = stored.labels
+    if stored.task != name:
+        raise AlignError(f"{path} has a head for {stored.task}, not for {name}: start from the model that it was made from")
     if unknown := [label for label in labels if label not in own]:
         raise AlignError(
             f"{path} knows the labels {', '.join(own)}, and rows have {unknown[0]!r}: for a new head start from the model that it "
@@ -231,12 +273,12 @@ def tokens(item: Feature) -> int:
 
 
 def used(features: Features, label: str) -> Features:
-    """`features`, with a line where rows were cut or set aside.
+    """`features`, with a line where rows were cut or set aside, or there is something else to be known.
 
     Raises:
         AlignError: none is left.
     """
-    if features.cut or features.set_aside:
+    if features.cut or features.set_aside or features.notes:
         say(f"{label}: {features.summary()}")
     if not features.items:
         raise AlignError(f"{label}: none of the rows can be used: {features.summary()}")

@@ -45,6 +45,9 @@ class Classification(Task):
         made = Features()
         numbers = {label: i for i, label in enumerate(self.labels)}
         for row in rows:
+            if not row.text.strip():
+                made.set_aside["with an empty text"] += 1
+                continue
             if row.label not in numbers:
                 made.set_aside[f"with the label {row.label!r}, which no training row has"] += 1
                 continue

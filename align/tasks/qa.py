@@ -61,20 +61,30 @@ class QuestionAnswering(Task):
     ) -> None:
         super().__init__(tokenizer, max_length, labels)
         if not 0 <= stride < max_length // 2:
-            raise AlignError(f"stride {stride} must be below half of max_length ({max_length}): windows have to move on")
+            what = f"stride {stride} must be below half of max_length ({max_length})"
+            raise AlignError(f"{what}: windows have to move on; set task_args.stride, or raise max_length")
         self.stride, self.longest_answer, self.may_be_unanswerable = stride, longest_answer, may_be_unanswerable
 
     def features(self, rows: Sequence[QARow], *, training: bool) -> Features:
         made = Features()
         for row in rows:
+            if not row.context.strip():
+                made.set_aside["without a context"] += 1
+                continue
             span = _span(row)
-            if training and span is None and not (self.may_be_unanswerable and not row.answers):
-                made.set_aside["without an answer in the context" if row.answers else "unanswerable (see may_be_unanswerable)"] += 1
+            lacking = span is None and not (self.may_be_unanswerable and not row.answers)
+            lack = "without an answer in the context" if row.answers else "unanswerable (see may_be_unanswerable)"
+            if training and lacking:
+                made.set_aside[lack] += 1
                 continue
             windows = self._windows(row)
             if windows is None:
                 made.set_aside["whose question leaves no room for the context"] += 1
                 continue
+            if lacking:  # measured all the same, and missed
+                made.notes[lack] += 1
+            if span and row.starts and row.starts[0] != span[0]:
+                made.notes["whose answer does not begin where its start says, and is read at its first place"] += 1
             for window in windows:
                 start, end = _tokens_of(span, window["offsets"]) if span else (0, 0)
                 item = {"start_positions": start, "end_positions": end, "row": len(made.rows)}

@@ -17,6 +17,8 @@ from transformers import (
 )
 
 from align.engine import check_reach
+from align.errors import AlignError
+from align.models import family_of, load_config
 from align.rewards import text_of
 from align.schema import SFTRow, Text
 from align.tasks.base import Feature, Features, Task, TaskTrainer, task
@@ -53,6 +55,14 @@ class Seq2Seq(Task):
         super().__init__(tokenizer, max_length, labels)
         self.prefix, self.longest_answer = prefix, longest_answer
 
+    def model(self, path: str, **options: Any) -> nn.Module:
+        family = family_of(load_config(path, trust_remote_code=options.get("trust_remote_code", False)))
+        if family != "encoder-decoder":
+            raise AlignError(
+                f"{path} is of the family {family!r}, and task 'seq2seq' takes an encoder-decoder (T5, BART and the like)"
+            )
+        return super().model(path, **options)
+
     def check_reach(self, model: nn.Module, items: Sequence[Feature]) -> None:
         """As in every task; and the decoder must have places for as many tokens as an answer may come to have."""
         check_reach(model, self.longest_answer, what="longest answer may have", field="task_args.longest_answer")
@@ -63,7 +73,12 @@ class Seq2Seq(Task):
         for row in rows:
             source, target = _sides(row)
             ids, labels = self.tokenizer(self.prefix + source)["input_ids"], self.tokenizer(text_target=target)["input_ids"]
-            made.cut += len(ids) > self.max_length or len(labels) > self.longest_answer
+            if not ids:
+                made.set_aside["with an empty prompt"] += 1
+                continue
+            made.cut += len(ids) > self.max_length
+            if len(labels) > self.longest_answer:
+                made.notes["with an answer cut to longest_answer"] += 1
             item = dict(self.tokenizer(self.prefix + source, truncation=True, max_length=self.max_length))
             item["labels"] = [*(i for i in labels[: self.longest_answer - 1] if i != end), end]
             made.items.append(item)

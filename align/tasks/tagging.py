@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 
+from align.errors import AlignError
 from align.schema import TaggedTokens
 from align.tasks.base import IGNORED, Feature, Features, Task, task
 
@@ -23,10 +24,22 @@ class Tagging(Task):
 
     @classmethod
     def labels_of(cls, rows: Sequence[TaggedTokens]) -> list[str]:
-        """Every tag of the rows, sorted, and O."""
-        return ["O", *sorted({tag for row in rows for tag in row.tags} - {"O"})]
+        """Every tag of the rows, sorted, and O.
+
+        Raises:
+            AlignError: there is only O.
+        """
+        labels = ["O", *sorted({tag for row in rows for tag in row.tags} - {"O"})]
+        if len(labels) == 1:
+            raise AlignError(f"all words of the {len(rows)} rows have the tag 'O'; there is nothing to tell apart")
+        return labels
 
     def features(self, rows: Sequence[TaggedTokens], *, training: bool) -> Features:
+        """As in every task: rows without a token are set aside, so that each training row tells something.
+
+        Raises:
+            AlignError: rows to be measured by have none of the labels.
+        """
         made = Features()
         numbers = {tag: i for i, tag in enumerate(self.labels)}
         for row in rows:
@@ -35,13 +48,24 @@ class Tagging(Task):
                 made.set_aside[f"with the tag {unknown!r}, which no training row has"] += 1
                 continue
             item, firsts = self._encode(row.tokens)
+            if not any(position is not None for position in firsts):
+                made.set_aside["without a word that gives a token"] += 1
+                continue
+            if unknown is not None:
+                made.notes[f"with the tag {unknown!r}, which no training row has"] += 1
             labels = [IGNORED] * len(item["input_ids"])
             for tag, position in zip(row.tags, firsts, strict=True):
                 if position is not None:
                     labels[position] = numbers.get(tag, IGNORED)
             made.items.append({**item, "labels": labels})
             made.rows.append(row)
-            made.cut += None in firsts
+            if firsts[-1] is None and len(labels) == self.max_length:
+                made.cut += 1
+            elif None in firsts:
+                made.notes["with a word that gives no token, and is tagged O"] += 1
+        if made.items and all(label == IGNORED for item in made.items for label in item["labels"]):
+            rest = f"the first has {made.rows[0].tags[0]!r}; tag them as training rows are"
+            raise AlignError(f"none of the {len(made.rows)} rows has a tag of the model's ({', '.join(self.labels)}): {rest}")
         return made
 
     def _encode(self, words: Sequence[str]) -> tuple[Feature, list[int | None]]:
