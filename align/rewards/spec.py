@@ -39,7 +39,7 @@ class RewardSpec:
     reward: str
     """A built-in, ``package.module:function`` or ``file.py:function``, with arguments if any."""
     name: str | None = None
-    """What the component is called in logs and gates; the function's name by default."""
+    """What the component is called in logs and gates; the name that stands in `reward` by default."""
     protocol: Protocol | None = None
     """For whom the function was written; recognized by its parameters by default."""
     timeout: float | None = None
