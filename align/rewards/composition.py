@@ -12,9 +12,9 @@ from typing import Any
 from align.errors import AlignError, near_miss
 from align.progress import say
 from align.rewards.calling import OWN, Failure, arguments_for, await_all, call, checked, close, refuse_missing_columns
-from align.rewards.loading import FORMS, load_reward, named_in
+from align.rewards.loading import FORMS, load_reward
 from align.rewards.protocol import RewardFunction, name_of, short
-from align.rewards.spec import REWARD_MODEL, RewardSpec, name_beside
+from align.rewards.spec import REWARD_MODEL, RewardSpec, name_beside, name_within
 
 Totals = Callable[[Sequence[float]], list[float]]
 """Sums each of some numbers over processes."""
@@ -97,7 +97,7 @@ class RewardSet:
                 raise AlignError(f"reward {short(entry)}: {error}") from error
             if spec.reward != REWARD_MODEL:
                 function = load_reward(spec.reward, spec.protocol)
-        name = spec.name or named_in(spec.reward)
+        name = spec.name or name_within(spec.reward)
         self.components[name_beside(name, self.components)] = Component(spec, function)
 
     def refuse_missing(self, columns: Collection[str]) -> None:

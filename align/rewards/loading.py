@@ -7,7 +7,6 @@ import hashlib
 import importlib
 import inspect
 import os
-import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -99,11 +98,6 @@ def _source_file(thing: Any) -> str | None:
         return inspect.getsourcefile(thing)
     except TypeError:  # written in C
         return None
-
-
-def named_in(spec: str) -> str:
-    """The name that `spec` has for its function, which may know another of itself (a lambda, a decorator's) or none (an object)."""
-    return re.split(r"[:.]", parse_call(spec, "reward")[0])[-1]
 
 
 def _locate(target: str) -> tuple[ModuleType, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -15,6 +16,13 @@ Protocol = Literal["trl", "verl", "openrlhf"]
 PROTOCOLS = get_args(Protocol)
 REWARD_MODEL = "reward_model"
 """The reward that stands for the stage's reward model."""
+
+
+def name_within(reward: str) -> str:
+    """The name that ``package.module:name(key=value)`` has for its function, which may know another of itself (a lambda, what a
+    decorator made) or none (an object).
+    """
+    return re.split("[:./]", reward.partition("(")[0].strip())[-1]
 
 
 def name_beside(name: str, taken: Collection[str]) -> str:
