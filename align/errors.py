@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class AlignError(Exception):
@@ -35,9 +37,19 @@ def told_of(where: str) -> Iterator[None]:
 
 
 def near_miss(word: str, options: Iterable[str]) -> str:
-    """``" (did you mean 'x'?)"`` for the option closest to `word`, or an empty string when none is close."""
-    close = difflib.get_close_matches(word, list(options), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    """``" (did you mean 'x'?)"`` for the option closest to `word`, or else the shortest that begins with it; an empty string when
+    there is neither.
+    """
+    options = list(options)
+    close = difflib.get_close_matches(word, options, n=1)
+    begun = sorted((option for option in options if word and option.startswith(word)), key=len)
+    return f" (did you mean {(close or begun)[0]!r}?)" if close or begun else ""
+
+
+def near_file(path: Path) -> str:
+    """`near_miss` among what lies beside `path`, where nothing is there and its folder is."""
+    beside = path.parent.iterdir() if path.parent.is_dir() and not os.path.lexists(path) else ()
+    return near_miss(path.name, [each.name for each in beside])
 
 
 def within(message: str) -> str:

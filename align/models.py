@@ -27,7 +27,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from align.errors import AlignError, first_line, near_miss
+from align.errors import AlignError, first_line, near_file, near_miss
 from align.runner.files import json_record
 from align.tuning.adapters import HEADS, save_adapter
 from align.tuning.soft import SOFT_TYPES, load_soft_prompt
@@ -314,7 +314,7 @@ def _with_score_head(path: str, dtype: str, trust_remote_code: bool, on_adapter:
 
 
 def _not_loadable(what: str, path: str, error: Exception) -> str:
-    where = "the folder" if os.path.isdir(path) else "no folder of that name, and the hub gave"
+    where = "the folder" if os.path.isdir(path) else f"no folder of that name{near_file(Path(path))}, and the hub gave"
     return f"cannot load a {what} from {path!r}: {where}: {first_line(error)}"
 
 

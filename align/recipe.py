@@ -141,7 +141,7 @@ def find_recipe(source: str) -> Path:
             return path
     names = sorted(path.stem for path in shipped.glob("*.py"))
     beside = [str(path) for path in Path(source).parent.glob("*.*") if path.suffix in SUFFIXES]
-    guess = near_miss(source, [*names, *beside])
+    guess = near_miss(str(Path(source)), [*names, *beside])  # without a "./", as `beside` is
     raise AlignError(f"no recipe {source!r}{guess}: neither a .py or .yaml file nor one of {', '.join(names)}")
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from align.artifact import Artifact
-from align.errors import AlignError, near_miss
+from align.errors import AlignError, near_file, near_miss
 from align.runner.files import refuse_unwritable, write_atomically
 from align.runner.locks import lock
 
@@ -177,7 +177,7 @@ class Registry:
         if reference and path.is_dir():
             return Resolved(str(path), Artifact.read(path))
         if reference.startswith((".", "/", "~")) or reference.count("/") > 1:
-            raise AlignError(f"no model folder {reference!r}")
+            raise AlignError(f"no model folder {reference!r}{near_file(path)}")
         if "@" in reference or reference in self.names():
             artifact = self.get(reference)
             return Resolved(str(self.folder(artifact)), artifact)
@@ -187,7 +187,7 @@ class Registry:
         if reference in aliases:
             return self.resolve(aliases[reference], known, through=(*through, reference))
         if "/" not in reference:
-            guess = near_miss(reference, [*known, *self.names(), *aliases])
+            guess = near_miss(reference, [*known, *self.names(), *aliases]) or near_file(path)
             raise AlignError(
                 f"no model {reference!r}{guess}: it is not a folder, not in the registry ({self.root}), not an alias, and a hub id "
                 f"reads OWNER/NAME"

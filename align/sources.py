@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from align.errors import AlignError, near_miss
+from align.errors import AlignError, near_file, near_miss
 from align.intake.files import READERS, Item, Raw, read_file, type_of, without_nulls
 from align.intake.info import Entry, entry_of
 
@@ -158,19 +158,16 @@ def _hub_id(source: str) -> str:
     """`source`, if it can be the id of a data set on the hub: ``owner/name`` or ``name``, and ``:config`` where it has several.
 
     Raises:
-        AlignError: it is a path, and there is nothing there.
+        AlignError: it is a path, and there is nothing there; or a data file's, misspelt.
     """
     path = Path(os.path.expanduser(source))
     if path.is_symlink():
         raise AlignError(_leads_nowhere(path))
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?", source) or type_of(path) in READERS:
-        raise AlignError(f"{source}: no such file or folder{_neighbours(path)}")
+    guess, kind = near_file(path), type_of(path)
+    misspelt = guess and near_miss(kind, READERS)  # alpaca.jsnl, beside alpaca.jsonl
+    if misspelt or kind in READERS or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?", source):
+        raise AlignError(f"{source}: no such file or folder{guess}")
     return source
-
-
-def _neighbours(path: Path) -> str:
-    beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-    return near_miss(path.name, beside) if beside else ""
 
 
 def _hub(source: str, split: str) -> Iterator[tuple[int, Raw]]:
@@ -181,7 +178,7 @@ def _hub(source: str, split: str) -> Iterator[tuple[int, Raw]]:
         found = datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # the library raises a dozen types here: no network, no such id, no such split, no config chosen
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
-        lost = f"no such file or folder{_neighbours(Path(source))}, and the hub gives no data set of this name"
+        lost = f"no such file or folder{near_file(Path(source))}, and the hub gives no data set of this name"
         raise AlignError(
             f"{source}: {lost}, split {split!r} ({reason}); check the path, or the network and HF_HUB_OFFLINE"
         ) from error

@@ -119,6 +119,7 @@ RUN = "run recipe.py "
 
 MISTAKES = {
     "missing file": (SFT + "sfd.jsonl", r"sfd\.jsonl: no such file or folder \(did you mean 'sft.jsonl'\?\)"),
+    "misspelt suffix": (SFT + "sft.jsnl --plan", r"sft\.jsnl: no such file or folder \(did you mean 'sft.jsonl'\?\)"),
     "missing column": (SFT + "columns.jsonl", "columns.jsonl row 1, .*column 'prompt' is missing; found question_text, reply"),
     "malformed row": (SFT + "role.jsonl", r"role\.jsonl row 2, field messages\[1\]\.role: got 'assitant', expected .*'assistant'"),
     "wrong type": (SFT + "type.jsonl", r"type\.jsonl row 1, field completion: got 5, expected"),
@@ -144,8 +145,9 @@ MISTAKES = {
         "the chat template puts no end token of this tokenizer behind an assistant turn .* Set chat_template to 'plain'",
     ),
     "no end token": ("sft --model no_eos --data raw.jsonl", r"the tokenizer has no end token \(eos_token\)"),
-    "no such model": ("sft --model modle --data sft.jsonl", "no model 'modle'"),
-    "no such folder": ("sft --model ./modle --data sft.jsonl", r"no model folder '\./modle'"),
+    "no such model": ("sft --model modle --data sft.jsonl", r"no model 'modle' \(did you mean 'model'\?\): it is not a folder"),
+    "no such folder": ("sft --model ./modle --data sft.jsonl", r"no model folder '\./modle' \(did you mean 'model'\?\)"),
+    "a file for a model": ("sft --model ./sft.jsonl --data sft.jsonl", r"no model folder '\./sft\.jsonl'$"),
     "no such hub id": ("sft --model owner/nothing --data sft.jsonl", "cannot load a tokenizer from 'owner/nothing'"),
     "nothing to export": ("export owner/nothing --to there", "cannot load a tokenizer from 'owner/nothing'"),
     "nothing to measure": ("curvature owner/nothing --data sft.jsonl", "cannot load a config from 'owner/nothing'"),
@@ -342,6 +344,7 @@ MISTAKES = {
     "the config of a stage for a recipe": ("run fields.yaml", "fields of one stage; `align sft --config fields.yaml` runs it"),
     "unknown key of a mapping in YAML": ("run launch.yaml", r"'launch\.num_proceses' \(did you mean 'num_processes'\?\)"),
     "another recipe's name": ("run crsh.py", r"no recipe 'crsh\.py' \(did you mean 'crash\.py'\?\)"),
+    "a recipe without its suffix": ("run ./key", r"no recipe '\./key' \(did you mean 'key\.yaml'\?\)"),
     "no stages": ("run none.yaml", r"recipe 'mine': its stages are \{\}, not a mapping"),
     "a key that is a number": ("run key.yaml", r"key\.yaml: unknown key 1; a recipe has"),
     "a date that is none": ("run date.yaml", r"date\.yaml is not YAML: day is out of range"),

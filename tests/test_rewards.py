@@ -343,6 +343,28 @@ class TestSet:
         assert list(reward_set.components) == ["keyword", "keyword_2", "words"]
         assert reward_set.score(PROMPTS, COMPLETIONS).components == {"keyword": [1, 1], "keyword_2": [1, 0], "words": [3, 1]}
 
+    def test_a_component_is_called_as_it_was_named(self, reward_file):
+        """Their own names are ``<lambda>`` for two of them, ``within`` and ``Judge``."""
+        reward_file(
+            """
+            def twice(function):
+                def within(completions, **columns):
+                    return [2 * value for value in function(completions)]
+                return within
+
+            class Judge:
+                def __call__(self, completions, **columns):
+                    return [0.5 for _ in completions]
+
+            short = lambda completions, limit=2, **columns: [float(len(c.split()) <= limit) for c in completions]
+            long = lambda completions, **columns: [float(len(c.split()) > 2) for c in completions]
+            doubled, judge = twice(long), Judge()
+            """
+        )
+        specs = ["my_rewards.py:short(limit=1)", *(f"my_rewards.py:{name}" for name in ("long", "doubled", "judge", "long"))]
+        components = RewardSet(specs).score(PROMPTS, COMPLETIONS).components
+        assert components == {"short": [0, 1], "long": [1, 0], "doubled": [2, 0], "judge": [0.5, 0.5], "long_2": [1, 0]}
+
     def test_one_spec_is_no_list_of_letters(self):
         assert list(RewardSet("repetition").components) == ["repetition"]
 

@@ -42,6 +42,13 @@ def processes(monkeypatch):
     monkeypatch.setenv("ALIGN_IN_PROCESS", "0")
 
 
+def test_the_process_that_forks_is_not_taken_down_piece_by_piece():
+    """Who stopped a run for the second time waited for that, up to five seconds."""
+    lines = "import atexit, align.runner.zygote as z; z.PRELOAD = (); atexit.register(print, 'taken down', flush=True); z.serve()"
+    ended = subprocess.run([sys.executable, "-c", lines], stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=ROOT)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
 def run(stages, only=None, force=(), **options):
     return Run(Recipe("r", stages), Path("out"), force=force, options=Options(backoff=0.0, **options)).execute(only)
 

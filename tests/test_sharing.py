@@ -37,7 +37,7 @@ from align.runner.locks import lock
 from align.runner.notify import notify
 from align.runner.share import delete, pull, push
 from align.runner.sweep import expand
-from align.stages import PPO, SFT, Evaluate, Preference, stages
+from align.stages import PPO, SFT, Evaluate, Preference, RewardModel, stages
 from align.stages.fields import Launch
 
 ROOT = Path(__file__).parent.parent
@@ -637,6 +637,20 @@ def test_a_sweep_over_the_stage_that_another_follows():
     assert follows == {f"b{b}": model for b, model in branches.items()} | {f"d{b}": f"b{b}" for b in branches}
 
 
+def test_a_sweep_over_the_stage_that_all_are_compared_with():
+    """Each reward model's branch of `evaluate` has one `sft`, and measures from that."""
+    stages = {name: tune().stages[name] for name in ("sft", "dpo")}
+    models = {"base": "owner/name", "sft": "sft", "dpo": "dpo"}
+    judged = {"models": models, "reward_model": "reward", "data": "rows.jsonl"}
+    stages["reward"] = RewardModel(model="sft", data="pairs.jsonl")
+    stages["evaluate"] = Evaluate(reference="sft", baseline="references", **judged)
+    stages["others"] = Evaluate(reference="base", baseline="sft", **judged)
+    branches = expand(Recipe("tune", stages), {"sft.seed": ["0", "1"]}).stages
+    first, second, third = (branches[name] for name in ("evaluate-seed-0", "evaluate-seed-1", "others-seed-1"))
+    assert (first.reference, first.baseline, first.models["dpo-seed-0"]) == ("sft-seed-0", "references", "dpo-seed-0")
+    assert (second.reference, third.reference, third.baseline) == ("sft-seed-1", "base", "sft-seed-1")
+
+
 def test_values_that_differ_in_a_sign_are_two_branches():
     recipe = expand(Recipe("r", {"sft": SFT(model="gpt2", data="x")}), {"sft.learning_rate": ["1.0e-5", "1.0e+5"]})
     assert {name: stage.learning_rate for name, stage in recipe.stages.items()} == {
@@ -656,7 +670,8 @@ def test_values_that_differ_in_a_sign_are_two_branches():
         ({"dpo.bta": ["1"]}, 1, r"stage 'dpo' has no field 'bta' \(did you mean 'beta'\?\)"),
         ({"sft.model": ["gpt2"], "sft.model_name_or_path": ["x"]}, 1, "'model' and 'model_name_or_path' are two names of one"),
         ({"dpo.beta": ["x"]}, 1, "'beta' is 'x': input should be a valid number"),
-        ({"sft.seed": ["0", "1"]}, 1, "reference 'sft' is none of the models"),
+        ({"sft.seed": ["0", "1"]}, 1, r"reference of stage 'evaluate' is 'sft', of which there would be 2: name .*reference=null"),
+        ({"rate": ["1", "2"]}, 1, "--sweep rate: what is swept is a field of a stage: write STAGE.FIELD=A,B"),
     ],
 )
 def test_what_cannot_be_swept(sweeps, seeds, message):

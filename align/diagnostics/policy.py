@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from align.diagnostics.case import Case, Diagnosis, rounded, rule
 from align.diagnostics.series import Series
-from align.rewards.spec import RewardSpec, name_beside
+from align.rewards.spec import RewardSpec, name_beside, name_within
 
 KL_A_TOKEN = 0.4
 """Nats a token from where it started beyond which a policy speaks another language."""
@@ -128,7 +127,7 @@ def reward_names(functions: Iterable[RewardSpec]) -> list[str]:
     """The names that reward functions log under, read from their specs alone."""
     names: list[str] = []
     for spec in functions:
-        name = spec.name or re.split(r"[:./]", spec.reward.partition("(")[0])[-1]
+        name = spec.name or name_within(spec.reward)
         names.append(name_beside(name, names))
     return names
 

@@ -14,7 +14,7 @@ from align.progress import say
 from align.rewards.calling import OWN, Failure, arguments_for, await_all, call, checked, close, refuse_missing_columns
 from align.rewards.loading import FORMS, load_reward
 from align.rewards.protocol import RewardFunction, name_of, short
-from align.rewards.spec import REWARD_MODEL, RewardSpec, name_beside
+from align.rewards.spec import REWARD_MODEL, RewardSpec, name_beside, name_within
 
 Totals = Callable[[Sequence[float]], list[float]]
 """Sums each of some numbers over processes."""
@@ -50,7 +50,7 @@ class RewardSet:
         weights: one per function, 1 by default; a weight of 0 logs a function without training on it.
         totals: sums numbers over the processes that score shares of one batch, for what is normalized over the batch.
 
-    A component is named after its function; a second one of that name gets ``_2``.
+    A component has the name that its function was named by, or the function's own; a second one of that name gets ``_2``.
 
     Raises:
         AlignError: a spec, a weight or a gate does not fit.
@@ -97,7 +97,7 @@ class RewardSet:
                 raise AlignError(f"reward {short(entry)}: {error}") from error
             if spec.reward != REWARD_MODEL:
                 function = load_reward(spec.reward, spec.protocol)
-        name = spec.name or (REWARD_MODEL if function is None else name_of(function))
+        name = spec.name or name_within(spec.reward)
         self.components[name_beside(name, self.components)] = Component(spec, function)
 
     def refuse_missing(self, columns: Collection[str]) -> None:

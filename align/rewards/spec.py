@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -15,6 +16,13 @@ Protocol = Literal["trl", "verl", "openrlhf"]
 PROTOCOLS = get_args(Protocol)
 REWARD_MODEL = "reward_model"
 """The reward that stands for the stage's reward model."""
+
+
+def name_within(reward: str) -> str:
+    """The name that ``package.module:name(key=value)`` has for its function, which may know another of itself (a lambda, what a
+    decorator made) or none (an object).
+    """
+    return re.split("[:./]", reward.partition("(")[0].strip())[-1]
 
 
 def name_beside(name: str, taken: Collection[str]) -> str:
@@ -39,7 +47,7 @@ class RewardSpec:
     reward: str
     """A built-in, ``package.module:function`` or ``file.py:function``, with arguments if any."""
     name: str | None = None
-    """What the component is called in logs and gates; the function's name by default."""
+    """What the component is called in logs and gates; the name that stands in `reward` by default."""
     protocol: Protocol | None = None
     """For whom the function was written; recognized by its parameters by default."""
     timeout: float | None = None

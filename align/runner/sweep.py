@@ -69,6 +69,8 @@ def expand(recipe: Recipe, sweeps: Mapping[str, Sequence[str]], seeds: int = 1) 
                 followed = stage.model_dump(exclude_unset=True)
                 for field, kind, value in reference_fields(stage):
                     followed[field] = _follow(recipe, kind, value, variant, variants)
+                for field in getattr(stage, "among_models", ()):
+                    followed[field] = _renamed(recipe, branch, field, variant, variants, stage)
                 built[branch] = make_stage(type(stage), followed, f"--sweep, stage {branch!r}")
                 variants[name].append((branch, variant))
     return Recipe(recipe.name, built)
@@ -107,6 +109,8 @@ def _by_stage(recipe: Recipe, sweeps: Mapping[str, Sequence[str]]) -> dict[str, 
     found: dict[str, dict[str, Sequence[str]]] = {}
     for key, values in sweeps.items():
         stage, _, field = key.partition(".")
+        if not field:
+            raise AlignError(f"--sweep {key}: what is swept is a field of a stage: write STAGE.FIELD=A,B")
         if stage not in recipe.stages:
             raise AlignError(f"--sweep {key}: recipe {recipe.name!r} has no stage {stage!r}{near_miss(stage, recipe.stages)}")
         cls = type(recipe.stages[stage])
@@ -136,6 +140,22 @@ def _follow(recipe: Recipe, kind: str, value: Any, variant: Variant, variants: M
                 named[key + branch[len(owner) :]] = branch
         return named
     return [branch for reference in value for branch in branches(reference)]
+
+
+def _renamed(
+    recipe: Recipe, branch: str, field: str, variant: Variant, variants: Mapping[str, list[tuple[str, Variant]]], stage: Any
+) -> str | None:
+    """What the one of the models of `stage` that its `field` names is called in `branch`."""
+    named = getattr(stage, field)
+    if named not in stage.models:
+        return named
+    names = list(_follow(recipe, "model", {named: stage.models[named]}, variant, variants))
+    if len(names) > 1:
+        raise AlignError(
+            f"--sweep: {field} of stage {branch!r} is {named!r}, of which there would be {len(names)}: name a model that is not "
+            f"swept (--set {branch}.{field}=NAME), or none (--set {branch}.{field}=null)"
+        )
+    return names[0]
 
 
 def _agree(one: Variant, other: Variant) -> bool:

@@ -20,6 +20,8 @@ class Evaluate(Stage, SamplingFields, RewardFields):
 
     measures: ClassVar[dict[str, str]] = {"data": "prompts", "perplexity_data": "sft", "preference_data": "preference"}
     """The fields that hold evaluation rows, and their kinds. The preflight looks for leaks in them."""
+    among_models: ClassVar[tuple[str, ...]] = ("reference", "baseline")
+    """The fields that hold a name among `models`. A sweep changes them with it."""
 
     models: dict[str, ModelRef] = Field(min_length=1)
     """What to call each model, and which it is."""
