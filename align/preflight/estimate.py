@@ -16,7 +16,6 @@ from align.preflight.cards import GB, Machine
 from align.preflight.checks import Finding
 from align.preflight.memory import LIBRARIES, Skeleton, peak
 from align.preflight.subject import Subject
-from align.stages.fields import Launch
 from align.tuning.strategies import SOFT
 
 
@@ -88,17 +87,18 @@ def estimate(subject: Subject, machine: Machine) -> Estimate | None:
     forest = getattr(subject.stage, "engine", "forest") == "forest"
     if config is None or not trees or not forest or subject.stage.strategy.name in SOFT:
         return None
-    machine = _part(machine, _launch(subject.stage))
+    machine = _part(machine, getattr(subject.stage, "launch", None))
     return _sampled(subject, config, machine) if subject.kind == "prompts" else _supervised(subject, config, machine)
 
 
-def _launch(stage: Any) -> Launch:
-    return getattr(stage, "launch", None) or Launch()
+def _processes(stage: Any) -> int:
+    launch = getattr(stage, "launch", None)
+    return 1 if launch is None else launch.num_processes
 
 
-def _part(machine: Machine, launch: Launch) -> Machine:
+def _part(machine: Machine, launch: Any) -> Machine:
     """What one process has of `machine`: a card of its own, or a share of memory and cores."""
-    here = math.ceil(launch.num_processes / launch.num_machines)
+    here = 1 if launch is None else math.ceil(launch.num_processes / launch.num_machines)
     if here == 1:
         return machine
     name = f"{machine.name}, each of {launch.num_processes} processes"
@@ -117,8 +117,11 @@ class Held(NamedTuple):
     """What it also holds while it computes: layers that FSDP2 has gathered, or the gradients that DDP sends."""
 
     @classmethod
-    def of(cls, model: Skeleton, launch: Launch) -> Held:
-        weights, gradients, count = model.weights, float(model.gradients), launch.num_processes
+    def of(cls, model: Skeleton, launch: Any) -> Held:
+        weights, gradients = model.weights, float(model.gradients)
+        if launch is None:
+            return cls(weights, gradients, 0.0)
+        count = launch.num_processes
         if launch.shards_weights:
             return cls(weights / count, gradients / count, model.gathered * (1 - 1 / count))
         if launch.strategy == "deepspeed-zero2":
@@ -174,9 +177,9 @@ def _filled(trees: Sequence[Tree], tokens: int) -> Forest:
 
 
 def _supervised(subject: Subject, config: Any, machine: Machine) -> Estimate:
-    stage, trees, launch = subject.stage, subject.encoded.trees, _launch(subject.stage)
+    stage, trees = subject.stage, subject.encoded.trees
     model = _skeleton(subject, config, machine, score_head=stage.stage == "reward")
-    held = Held.of(model, launch)
+    held = Held.of(model, stage.launch)
     budget, each = _budget(stage), statistics.fmean(tree.tokens for tree in trees)
     rows = stage.per_device_train_batch_size * stage.gradient_accumulation_steps
     forest, several = _largest(trees, rows, budget)
@@ -191,7 +194,7 @@ def _supervised(subject: Subject, config: Any, machine: Machine) -> Estimate:
         "training": sum(training.values()),
     }
     looked = subject.encoded.used + subject.encoded.set_aside.total()
-    count = len(subject.rows) * len(trees) / looked / launch.num_processes  # a long document gives several
+    count = len(subject.rows) * len(trees) / looked / _processes(stage)  # a long document gives several
     passed = count * stage.num_train_epochs if stage.max_steps < 0 else stage.max_steps * min(rows, count)
     flops = passed * each * model.parameters * (4 if model.adapted else 6)
     seconds = None if subject.capped and stage.max_steps < 0 else flops / _rate(stage, machine)
@@ -211,7 +214,7 @@ def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
     has_critic = settings.advantage_estimator == "gae" and stage.critic == "separate"
     critic = _skeleton(subject, config, machine, score_head=True) if has_critic else None
     learners = [policy, critic] if critic else [policy]
-    processes = _launch(stage).num_processes
+    processes = _processes(stage)
     episodes = math.ceil(settings.episodes_per_step / processes)
     answered = [replace(tree, branches=(tree.prompt[:1] * stage.max_completion_length,)) for tree in trees]
     sizes = [tree.tokens for tree in answered]
