@@ -750,7 +750,7 @@ def test_a_metric_that_a_task_cannot_have_is_refused_before_a_recipe_begins(monk
     stage = TaskTraining(task="ner", model="bert", data="tagged.jsonl", metrics=["ifeval"])
     with pytest.raises(AlignError, match="a task gives predictions and references"):
         stage.check()
-    monkeypatch.setitem(sys.modules, "seqeval", None)
+    monkeypatch.setitem(sys.modules, "seqeval.metrics", None)
     with pytest.raises(AlignError, match=r"this needs the package 'seqeval.*': pip install 'align\[metrics\]'"):
         TaskTraining(task="ner", model="bert", data="tagged.jsonl").check()
 
