@@ -222,6 +222,42 @@ def test_an_adapter_on_a_base_without_a_padding_token_is_measured_in_batches(cap
     assert again["accuracy"] == pytest.approx(metrics["eval_accuracy"])
 
 
+EXPORTED = {
+    "classification, bert": "text-classification",
+    "classification, bart": "text-classification",
+    "ner, llama": "token-classification",
+    "qa, bert": "question-answering",
+    "seq2seq, t5": "text2text-generation",
+    "seq2seq, bart": "text2text-generation",
+    "cloze, roberta": "fill-mask",
+}
+
+
+@pytest.mark.parametrize(("case", "purpose"), EXPORTED.items(), ids=EXPORTED)
+def test_a_tasks_adapter_is_exported_with_its_head(capsys, folder, tmp_path, case, purpose):
+    """It is measured by its task as before."""
+    task, model = case.split(", ")
+    data = {"classification": "animals", "ner": "tagged", "qa": "asked", "seq2seq": "said", "cloze": "animals"}[task]
+    fields = {"pattern": "{text} {mask}", "verbalizer": {"cat": " cat", "mat": " mat"}} if task == "cloze" else {}
+    (tmp_path / "own.yaml").write_text(json.dumps({"task": task, "task_args": fields}))
+    command = f"task --config {tmp_path}/own.yaml{LEARN} --max_steps 8 --model {model} --data {data}.jsonl --held_out 0"
+    run(capsys, f"{command} --tuning lora --name part")
+    to = tmp_path / "whole"
+    run(capsys, f"export part --merge --to {to}")
+    before, after = (run(capsys, f"eval {name} --data {data}.jsonl")["metrics"]["models"].popitem()[1] for name in ("part", to))
+    assert after == pytest.approx(before, abs=1e-5)
+    assert f"pipeline_tag: {purpose}\n" in (to / "README.md").read_text()
+
+
+def test_transformers_alone_answers_with_an_exported_classifier(capsys, folder, tmp_path):
+    from transformers import pipeline
+
+    run(capsys, f"task{LEARN} --task classification --model bert --data animals.jsonl --held_out 0 --tuning lora --name animal")
+    run(capsys, f"export animal --merge --to {tmp_path}/whole")
+    tell = pipeline("text-classification", model=f"{tmp_path}/whole", device="cpu")
+    assert [tell(f"my {animal} sat on you")[0]["label"] for animal in ("cat", "mat")] == ["cat", "mat"]
+
+
 def test_lora_leaves_the_whole_new_head_of_distilbert_to_training(capsys, folder, words):
     """Its head is two layers, of which peft keeps both whole."""
     from transformers import AutoConfig, AutoModelForMaskedLM

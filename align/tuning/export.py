@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,33 +16,39 @@ import torch
 import yaml
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from align.artifact import Artifact, library_versions
 from align.errors import AlignError
 from align.models import (
     DTYPES,
-    family_of,
     is_adapter,
     is_classifier,
-    load_causal_lm,
     load_config,
+    load_language_model,
     load_reward_model,
     load_tokenizer,
 )
 from align.progress import say
 from align.registry import Registry
 from align.runner.files import named_when_full, refuse_unwritable
-from align.tasks.base import is_task_model
+from align.tasks.base import TASK_FILE, is_task_model, read_task
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 SAME = 1e-4
 """Logits in fp32 that differ by at most this share of the largest (or by this much, where that is below 1) are the same."""
 
-EXPORTED = "causal language models and reward models can be exported; a whole model's folder is a plain one already"
-"""What becomes of other models."""
-
-KEPT = ("score_scale.json",)
+KEPT = ("score_scale.json", TASK_FILE)
 """Files of ours beside a model that belong to it."""
+
+PIPELINES = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+    "ForConditionalGeneration": "text2text-generation",
+}
+"""What a model's card says that it is for, by the end of its class; others go on with a text."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +81,8 @@ def export(
         dtype: of the weights; by default that of the base. Adapters are merged in fp32 whatever it is.
 
     Raises:
-        AlignError: there is no such model; it is no causal language model and no reward model; it is an adapter and `merge` is
-            false; it cannot be merged; `to` is taken or cannot be made; or what was written answers differently.
+        AlignError: there is no such model; it is a classifier that is no reward model and no task's; it is an adapter and `merge`
+            is false; it cannot be merged; `to` is taken or cannot be made; or what was written answers differently.
     """
     registry = registry or Registry()
     resolved = registry.resolve(reference)
@@ -90,7 +97,7 @@ def export(
     if adapter and not merge:
         raise AlignError(f"{reference} is an adapter: add --merge to export it as a part of its base")
     tokenizer = load_tokenizer(resolved.path)
-    model, stored = _load(resolved.path, adapter)
+    model, stored = _load(resolved.path, adapter, tokenizer)
     before = _logits(model)
     if adapter:
         model = model.merge_and_unload()
@@ -118,19 +125,20 @@ def export(
     return exported
 
 
-def _load(path: str, adapter: bool) -> tuple[Any, str]:
-    """The model in fp32, its adapter not merged, and the type that its weights are stored in."""
-    config, classifies = load_config(path), is_classifier(path)
-    if classifies and is_task_model(path):
-        raise AlignError(f"{path} has the head of a task; {EXPORTED}")
-    if (family := family_of(config)) != "causal":
-        raise AlignError(f"{path} is of the family {family!r}; {EXPORTED}")
-    load = load_reward_model if classifies else load_causal_lm
-    if not adapter:
-        if classifies and config.num_labels > 1:
-            raise AlignError(f"{path} is a classifier of {config.num_labels} labels; {EXPORTED}")
-        return load(path), _type_of(config)
-    model: Any = load(path, on_adapter="continue")
+def _load(path: str, adapter: bool, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, str]:
+    """The model in fp32 with its head, its adapter not merged, and the type that its weights are stored in."""
+    config = load_config(path)
+    load: Callable[..., nn.Module] = load_language_model
+    if is_task_model(path):
+        load = read_task(path, tokenizer).model
+    elif is_classifier(path):
+        load = load_reward_model
+        if not adapter and config.num_labels > 1:
+            raise AlignError(
+                f"{path} is a classifier of {config.num_labels} labels, neither a reward model nor a task's: its folder is a plain "
+                "one already"
+            )
+    model: Any = load(path, on_adapter="continue" if adapter else "merge")
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise AlignError(
             f"{path} are virtual tokens ({model.active_peft_config.peft_type.value}), which are no part of the weights: use the "
@@ -145,10 +153,18 @@ def _type_of(config: Any) -> str:
 
 @torch.no_grad()
 def _logits(model: nn.Module) -> Tensor:
-    """Of eight rows of random tokens, without padding."""
+    """Of eight rows of random tokens, without padding: (rows, numbers), all that the model says of a row."""
     config: Any = model.config
     ids = torch.randint(config.vocab_size, (8, 16), generator=torch.Generator().manual_seed(0))
-    return torch.cat([model.eval()(input_ids=row[None], attention_mask=torch.ones_like(row[None])).logits.float() for row in ids])
+    if config.is_encoder_decoder:
+        ids[:, -1] = config.eos_token_id  # where their classifiers read an answer
+    said = []
+    for row in ids.split(1):
+        answer = {"decoder_input_ids": row[:, :8]} if config.is_encoder_decoder and hasattr(model, "lm_head") else {}
+        output = model.eval()(input_ids=row, attention_mask=torch.ones_like(row), **answer)
+        # A model that marks a span has logits of its start and of its end.
+        said.append(torch.cat([value.float().flatten() for name, value in output.items() if name.endswith("logits")]))
+    return torch.stack(said)
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
@@ -175,7 +191,7 @@ def _card(reference: str, artifact: Artifact | None, registry: Registry, exporte
     ]
     front: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": "text-classification" if kind.endswith("ForSequenceClassification") else "text-generation",
+        "pipeline_tag": next((tag for end, tag in PIPELINES.items() if kind.endswith(end)), "text-generation"),
         "tags": ["align", *([artifact.stage] if artifact else [])],
     }
     if hub := [root for root in roots if not Path(root).is_absolute()]:
