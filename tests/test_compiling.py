@@ -167,6 +167,8 @@ def test_a_stage_that_compiles_ends_where_one_does_that_does_not(stage, tokenize
     answers = {"sft": {"completion": "the cat"}, "grpo": {}}.get(stage, sides)
     write_rows("rows.jsonl", [{"prompt": f"say {word}", **answers} for word in words])
     (tmp_path / "mine.py").write_text("def low(completion_ids, **_): return [sum(i < 100 for i in ids) for ids in completion_ids]")
+    if stage != "sft":  # which is enough of the many graphs between the breaks of plain attention
+        by_flash(monkeypatch)
     found = []
     for more in ([], ["--torch_compile"]):
         command = f"{stage} --model model --data rows.jsonl --held_out 0.3 --learning_rate 1e-3 --json {STAGES[stage]}".split()
@@ -196,12 +198,13 @@ def test_a_prefix_that_is_trained_further_runs_uncompiled_and_a_line_says_so(tok
     assert counters["stats"]["unique_graphs"] == 0
 
 
-def test_answers_are_sampled_uncompiled():
+def test_answers_are_sampled_uncompiled(monkeypatch):
     """The cache's calls are others than those of training, and would compile anew."""
     model = llama(num_hidden_layers=2, initializer_range=0.05)
     assert enable_forest(model) is None
     sample = partial(complete, model, [[5, 6, 7], [8]], Sampling(8, temperature=0.0), [2])
     wanted = sample()
+    by_flash(monkeypatch)
     assert compile_forest(model, nullcontext()) is None
     before = counters["stats"]["unique_graphs"]
     assert sample() == wanted
