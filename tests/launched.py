@@ -1,4 +1,7 @@
-"""Stages in one of several processes, one after the other: ``accelerate launch … launched.py TASKS.json``."""
+"""Stages in one of several processes, one after the other: ``accelerate launch … launched.py TASKS.json``.
+
+torchrun forks the processes from one that has imported what stages need, instead of starting an interpreter for each.
+"""
 
 import gc
 import json
@@ -12,7 +15,6 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 
 from align.runner.launch import command
-from align.runner.rank import leave
 from align.runner.worker import attempt
 from align.stages import stages
 from align.stages.fields import Launch
@@ -21,6 +23,16 @@ sys.path.insert(0, str(Path(__file__).parent / "chaos"))
 
 from launch import cut_back
 
+LAUNCHER = """
+import gc
+gc.disable()  # nothing of what is imported is garbage
+import launched, align.stages.training, align.evaluation
+gc.freeze()
+gc.enable()
+from accelerate.commands.launch import main
+main()
+"""
+
 
 def run_on_two(tasks, strategy, folder, cut=None):
     """Run `tasks`, of (stage, its fields, its folder), on two processes; returns the metrics of each. Those that are cut after step
@@ -28,8 +40,10 @@ def run_on_two(tasks, strategy, folder, cut=None):
     """
     (folder / "tasks.json").write_text(json.dumps({"tasks": tasks, "cut": cut}))
     words = command(Launch(num_processes=2, strategy=strategy), [__file__, str(folder / "tasks.json")], str(folder))
-    paths = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    forking = {"PYTHONPATH": paths, "PET_START_METHOD": "fork", "PET_RUN_PATH": "1"}
+    words = [sys.executable, "-c", LAUNCHER, *words[3:]]
+    done = subprocess.run(words, env={**os.environ, **forking}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "metrics.json").read_text())
 
@@ -61,4 +75,3 @@ def run(stage, folder):
 
 if __name__ == "__main__":
     main(sys.argv[1])
-    leave(0)
