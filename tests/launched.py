@@ -38,14 +38,21 @@ def run_on_two(tasks, strategy, folder, cut=None):
     """Run `tasks`, of (stage, its fields, its folder), on two processes; returns the metrics of each. Those that are cut after step
     `cut` are gone on with. `folder` is for what it takes to tell the processes.
     """
+    for _, _, made in tasks:
+        Path(made).mkdir(exist_ok=True)
     (folder / "tasks.json").write_text(json.dumps({"tasks": tasks, "cut": cut}))
-    words = command(Launch(num_processes=2, strategy=strategy), [__file__, str(folder / "tasks.json")], str(folder))
+    launch_two([__file__, str(folder / "tasks.json")], folder, strategy)
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def launch_two(script, folder, strategy="ddp"):
+    """Run `script`, a file and its arguments, in two processes."""
+    words = command(Launch(num_processes=2, strategy=strategy), script, str(folder))
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     forking = {"PYTHONPATH": paths, "PET_START_METHOD": "fork", "PET_RUN_PATH": "1"}
     words = [sys.executable, "-c", LAUNCHER, *words[3:]]
-    done = subprocess.run(words, env={**os.environ, **forking}, capture_output=True, text=True)
+    done = subprocess.run(words, env={**os.environ, **forking}, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "metrics.json").read_text())
 
 
 def main(file: str) -> None:

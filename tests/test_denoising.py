@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from launched import run_on_two
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, TrainingArguments
 
@@ -247,8 +249,12 @@ def test_two_processes_tell_the_same_words_and_measure_every_held_out_block_once
     command = f"pretrain {NO_DROPOUT['bert']} --data texts.jsonl --eval_data texts.jsonl --max_length 64 --max_steps 2"
     command += " --vocab_size 300 --logging_steps 1"
     one = run(capsys, f"{command} --per_device_train_batch_size 8 --name one")["metrics"]
-    launch = "--per_device_train_batch_size 4 --launch.num_processes 2 --launch.cpu true"
-    two = run(capsys, f"{command} {launch} --name two")["metrics"]
+    names = command.replace("--", "").split()[1:]
+    architecture, fields = {}, {"per_device_train_batch_size": 4, "launch": {"num_processes": 2}}
+    for name, value in zip(names[::2], names[1::2], strict=True):
+        into = architecture if name.startswith("architecture.") else fields
+        into[name.removeprefix("architecture.")] = yaml.safe_load(value)
+    (two,) = run_on_two([("pretrain", fields | {"architecture": architecture}, str(folder / "two"))], "ddp", folder)
     for name in ("eval_loss_before", "train_loss", "eval_loss"):
         assert two[name] == pytest.approx(one[name], rel=1e-5), name
 

@@ -1,15 +1,12 @@
 """The forest gives what the model itself gives: log-probs, losses, and the gradient of every parameter."""
 
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import Alone, assert_close, assert_same, build, documents, llama, objective, padded, pairs, run, run_alone, tokens
+from launched import launch_two
 
 from align.engine import enable_forest
 from align.errors import AlignError
@@ -332,7 +329,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from align.engine import enable_forest
 from align.forest import plant
-from align.runner.rank import leave
 from align.trainers.objectives import LanguageModel
 
 distributed.init_process_group("gloo")
@@ -357,7 +353,6 @@ for padded in (False, True):
         for name, p in model.named_parameters():
             ours, theirs = p.grad.full_tensor(), whole[name]
             assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max(), (padded, tied, name)
-leave(0)
 """
 
 
@@ -367,7 +362,4 @@ def test_sharded_by_fsdp(tmp_path):
     """
     script = tmp_path / "script.py"
     script.write_text(SHARDED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch_two([str(script)], tmp_path)

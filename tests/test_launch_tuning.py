@@ -52,7 +52,7 @@ def test_two_processes_train_as_one(strategy, tmp_path, monkeypatch):
     for name, tuning, more in CASES[strategy]:
         fields = {**made[name].model_dump(exclude_unset=True), "tuning": tuning, "learning_rate": 3e-3, **more}
         stages[f"{name}-{tuning}"] = stage = type(made[name]).model_validate(fields)
-        (folder := tmp_path / f"{name}-{tuning}").mkdir()
+        folder = tmp_path / f"{name}-{tuning}"
         two = launch.on_two(stage, strategy).model_dump(exclude_unset=True)
         tasks.append((stage.stage, two, str(folder)))
     run_on_two(tasks, strategy, tmp_path, cut=2)

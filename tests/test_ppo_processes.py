@@ -4,14 +4,13 @@ tests/chaos/launch.py has the other way round, GRPO and RLOO as well.
 """
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from helpers import assert_close
+from launched import launch_two
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
@@ -98,7 +97,6 @@ def test_a_policy_that_samples_is_not_sharded(cls):
 
 UNEVEN = """
 import torch
-from align.runner.rank import leave
 from align.trainers.ppo import processes
 
 one, both, none = (torch.zeros(2, requires_grad=True) for _ in range(3))
@@ -108,13 +106,10 @@ if processes.number() == 1:
 processes.sum_gradients([one, both, none])
 assert one.grad.tolist() == [1, 1] and both.grad.tolist() == [3, 3] and none.grad is None
 processes.wait()
-leave(0)
 """
 
 
 def test_a_gradient_that_one_process_alone_has_is_summed(tmp_path):
     """As of an expert that tokens of one process alone came to; what nobody has a gradient of gets none."""
     (tmp_path / "script.py").write_text(UNEVEN)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch_two(["script.py"], tmp_path)

@@ -435,7 +435,6 @@ def test_two_processes_train_every_task_as_one(strategy, folder, tmp_path):
         fields |= {"task_args": words.get(task, {})}
         stages[two] = TaskTraining(**fields, per_device_train_batch_size=4)
         launched = {"per_device_train_batch_size": 2, "launch": {"num_processes": 2, "strategy": strategy}}
-        two.mkdir()
         on_two.append(("task", fields | launched, str(two)))
     on_two = run_on_two(on_two, strategy, tmp_path, cut=2)
     for (two, stage), measured in zip(stages.items(), on_two, strict=True):

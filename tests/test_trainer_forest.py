@@ -4,17 +4,15 @@ import copy
 import itertools
 import json
 import math
-import os
 import random
 import runpy
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import Alone, assert_close, build, documents, llama, pairs, run_alone, tokens
+from launched import launch_two
 from transformers import Trainer, TrainingArguments
 
 from align.checkpointing import OPTIMIZER
@@ -525,11 +523,7 @@ def test_two_processes_do_as_one(tmp_path, monkeypatch):
     rows = [str(number) for pair in ROWS.items() for number in pair]
     monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path), "1", *rows])
     runpy.run_path(str(script))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(script), str(tmp_path), "2", *rows]
-    tests = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    launch_two([str(script), str(tmp_path), "2", *rows], tmp_path)
     for number in ROWS:
         (one, logs), (two, two_logs) = (torch.load(tmp_path / f"{number}-{n}.pt") for n in (1, 2))
         for name, weight in one.items():
