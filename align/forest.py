@@ -236,18 +236,19 @@ def pack(trees: Sequence[Tree], max_tokens: int) -> list[list[int]]:
     return packs
 
 
-def deal(trees: Sequence[Tree], hands: int) -> list[list[Tree]]:
-    """`trees`, each once, in `hands` shares of about as many unique tokens: the largest first, each to whom has least.
+def deal(trees: Sequence[Tree], hands: int) -> list[list[int]]:
+    """The indices of `trees`, each once, in `hands` shares of about as many unique tokens: the largest first, each to whom has
+    least.
 
     The largest share is at most 4/3 of what the best deal could make it (Graham 1969). Trees of one prompt stay together as long
     as they are no more than a fair share.
     """
-    shares: list[list[Tree]] = [[] for _ in range(hands)]
+    shares: list[list[int]] = [[] for _ in range(hands)]
     held = [0] * hands
     unique = sum(size for size, _ in _by_size(trees, range(len(trees)), sum(tree.tokens for tree in trees)))
     for size, group in _by_size(trees, range(len(trees)), unique // hands):
         least = held.index(min(held))
-        shares[least] += [trees[index] for index in group]
+        shares[least] += group
         held[least] += size
     return shares
 

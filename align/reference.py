@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from align import __version__
+from align import __version__, processes
 from align.budget import MaxTokens
 from align.engine import base_model
-from align.forest import Tree
+from align.forest import Tree, deal
 from align.progress import say
 from align.registry import home
 from align.scoring import branch_logps
@@ -32,23 +32,40 @@ def reference_logps(model: nn.Module, trees: Sequence[Tree], max_tokens: MaxToke
     """Log-probs (nats) of each tree's branches under `model` as it is before training; a new adapter is off.
 
     They are kept in ``$ALIGN_HOME/cache/reference_logps``, under a hash of all that they depend on: the weights themselves, the
-    model's config, and the tokens (which say what the data, the chat template and the maximum length made of the rows).
+    model's config, and the tokens (which say what the data, the chat template and the maximum length made of the rows). Of several
+    processes the first looks there; where it finds nothing, each computes those of a share of the trees.
     """
     said = f"{label}: log-probs of {len(trees)} rows under the reference"
-    path = home() / "cache" / "reference_logps" / f"{_key(model, trees)}.safetensors"
-    branches = sum(len(tree.branches) for tree in trees)
-    if path.is_file():
-        try:
-            kept = iter(_read(path, branches))
-            say(f"{said}: from the cache")
-            return [[next(kept) for _ in tree.branches] for tree in trees]
-        except (SafetensorError, ValueError) as error:
-            say(f"{said}: the cache's {path} is damaged ({error})")
+    path = _place(model, trees) if processes.number() == 0 else None
+    kept = processes.first(None if path is None else _kept(path, trees, said))
+    if kept is not None:
+        return kept
     say(f"{said}: computed once")
+    mine = sorted(deal(trees, processes.count())[processes.number()])
     with untouched(model):
-        logps = branch_logps(model, trees, max_tokens)
-    _write(path, torch.tensor([value for values in logps for value in values], dtype=torch.float64))
+        logps = branch_logps(model, [trees[index] for index in mine], max_tokens)
+    of_tree = dict(processes.gathered(list(zip(mine, logps, strict=True))))
+    logps = [of_tree[index] for index in range(len(trees))]
+    if path is not None:
+        _write(path, torch.tensor([value for values in logps for value in values], dtype=torch.float64))
     return logps
+
+
+def _place(model: nn.Module, trees: Sequence[Tree]) -> Path:
+    return home() / "cache" / "reference_logps" / f"{_key(model, trees)}.safetensors"
+
+
+def _kept(path: Path, trees: Sequence[Tree], said: str) -> list[list[float]] | None:
+    """What the file has for `trees`; None where there is none, or a damaged one."""
+    if not path.is_file():
+        return None
+    try:
+        kept = iter(_read(path, sum(len(tree.branches) for tree in trees)))
+    except (SafetensorError, ValueError) as error:
+        say(f"{said}: the cache's {path} is damaged ({error})")
+        return None
+    say(f"{said}: from the cache")
+    return [[next(kept) for _ in tree.branches] for tree in trees]
 
 
 def _key(model: nn.Module, trees: Sequence[Tree]) -> str:

@@ -14,6 +14,7 @@ from pydantic import Field
 from align.errors import AlignError, StageFailed
 from align.progress import bar
 from align.stages.base import Context, DataRefs, ModelRef, Stage, stage
+from align.stages.fields import Launch
 
 
 @stage("act")
@@ -34,6 +35,8 @@ class Act(Stage):
     """Files."""
     seed: int = 0
     """A seed."""
+    launch: Launch | None = None
+    """Processes."""
 
     def run(self, context: Context) -> dict[str, Any]:
         print(f"{context.name} prints")
@@ -65,4 +68,6 @@ class Act(Stage):
                     time.sleep(0.02)
                     assert time.monotonic() < deadline, "nobody came"
         threads = len(list(Path("/proc/self/task").iterdir())) if Path("/proc/self/task").exists() else 1
-        return {"pid": os.getpid(), "parent": os.getppid(), "torch": "torch" in sys.modules, "threads": threads}
+        torch = sys.modules.get("torch")
+        met = torch is not None and torch.distributed.is_initialized()
+        return {"pid": os.getpid(), "parent": os.getppid(), "torch": torch is not None, "threads": threads, "met": met}

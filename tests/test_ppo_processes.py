@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from helpers import assert_close
-from launched import launch_two
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
@@ -93,23 +92,3 @@ def test_a_policy_that_samples_is_not_sharded(cls):
     fields = {"model": "owner/name", "data": "x", "reward_funcs": ["repetition"]}
     with pytest.raises(ValidationError, match="strategy must be ddp, not fsdp2"):
         cls(**fields, launch={"num_processes": 2, "strategy": "fsdp2"})
-
-
-UNEVEN = """
-import torch
-from align.trainers.ppo import processes
-
-one, both, none = (torch.zeros(2, requires_grad=True) for _ in range(3))
-both.grad = torch.full((2,), 1.0 + processes.number())
-if processes.number() == 1:
-    one.grad = torch.ones(2)
-processes.sum_gradients([one, both, none])
-assert one.grad.tolist() == [1, 1] and both.grad.tolist() == [3, 3] and none.grad is None
-processes.wait()
-"""
-
-
-def test_a_gradient_that_one_process_alone_has_is_summed(tmp_path):
-    """As of an expert that tokens of one process alone came to; what nobody has a gradient of gets none."""
-    (tmp_path / "script.py").write_text(UNEVEN)
-    launch_two(["script.py"], tmp_path)

@@ -87,6 +87,12 @@ def test_a_mistake_ends_in_one_line_and_takes_nothing_else_with_it(processes, ca
     assert not list(Path("out").glob("b-*"))
 
 
+def test_processes_of_a_launch_meet_before_their_stage_begins(processes):
+    """So that each has a GPU of its own when the first model is loaded."""
+    artifacts = run({"a": Act(launch={"num_processes": 2, "cpu": True}), "b": Act()})
+    assert [artifacts[name].metrics["met"] for name in "ab"] == [True, False]
+
+
 def test_a_crash_shows_the_end_of_its_log(processes, capsys):
     with pytest.raises(StageFailed, match=r"a: RuntimeError: a bug; .*/out/logs/a-\w{8}\.log tells more"):
         run({"a": Act(does="crash"), "b": Act()})

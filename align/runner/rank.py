@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from align import processes
 from align.errors import AlignError
 from align.progress import Status, report_progress
 from align.runner.files import disk_is_full
@@ -33,6 +34,7 @@ def main(task_file: str, outcome_file: str) -> int:
     else:
         sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the first process says it all
     try:
+        processes.meet()
         metrics = attempt(task.stage(), task.name, Path(task.draft["path"]))
         if os.environ.get("LOCAL_RANK", "0") == "0":  # each machine's first tells its own runner
             Path(outcome_file).write_text(json.dumps(metrics), encoding="utf-8")

@@ -88,7 +88,7 @@ class GroupStage(TrainingStage, ProbeFields, SamplingFields, RewardFields):
 
     def settings(self, prompts: int) -> PPOSettings:
         """The stage as PPO's trainer has it, for so many prompts."""
-        from align.trainers.ppo import processes
+        from align import processes
 
         answers = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes.count()
         steps = self.max_steps if self.max_steps > 0 else round(self.num_train_epochs * prompts * self.num_generations / answers)

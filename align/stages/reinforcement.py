@@ -11,18 +11,19 @@ from peft import PeftType
 from torch import nn
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
+from align import processes
 from align.encode import Encoded, Encoder
 from align.errors import AlignError
 from align.forest import Tree
 from align.models import disable_dropout, stop_token_ids
 from align.rollout import Engine, Sampling
+from align.rollout.together import complete_together
 from align.runner.stop import saving_first
 from align.scoring import Judge, component_means
 from align.stages import training as t
 from align.stages.base import Context
 from align.stages.forgetting import probe
 from align.stages.selection import Best
-from align.trainers.ppo import processes
 from align.trainers.ppo.adapters import critic_on_base, reward_on_base
 from align.trainers.ppo.advantages import estimators
 from align.trainers.ppo.checkpoint import Checkpoints
@@ -159,7 +160,7 @@ class HeldOut:
         """
         prompts = [tree.prompt for tree in self.prompts.trees]
         generator = torch.Generator().manual_seed(self.seed)
-        completions = processes.complete(self.sampler, prompts, self.sampling, self.stop_ids, generator)
+        completions = complete_together(self.sampler, prompts, self.sampling, self.stop_ids, generator)
         totals, components = self.judge(processes.share(self.prompts.rows), processes.share(prompts), completions)
         totals, components = processes.gathered(totals), processes.joined(components)
         return {"eval_score": sum(totals) / len(totals), **{f"eval_{k}": v for k, v in component_means(components).items()}}

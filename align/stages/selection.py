@@ -9,6 +9,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from align import processes
 from align.errors import AlignError
 from align.progress import say
 from align.runner.checkpoints import checkpoints, fault, seal, step_of
@@ -16,7 +17,6 @@ from align.runner.files import flush
 from align.stages.base import Context
 from align.stages.fields import SelectionFields
 from align.stages.training import check_metric
-from align.trainers.ppo import processes
 
 WEIGHTS = "weights.safetensors"
 

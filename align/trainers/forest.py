@@ -126,7 +126,7 @@ class ForestTrainer(SafeTrainer):
         return super()._get_train_sampler(train_dataset)
 
     def _share(self, trees: list[Tree]) -> list[Tree]:
-        return deal(trees, self.accelerator.num_processes)[self.accelerator.process_index]
+        return [trees[index] for index in deal(trees, self.accelerator.num_processes)[self.accelerator.process_index]]
 
     def _ready(self, trees: list[Tree]) -> list[Tree]:
         """This process' trees of a step or an evaluation, with what the loss needs to know of those of all processes."""

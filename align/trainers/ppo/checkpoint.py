@@ -22,10 +22,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from align import processes
 from align.progress import say
 from align.runner.checkpoints import last_good, prune, seal, step_of
 from align.runner.files import flush, write_atomically
-from align.trainers.ppo import processes
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align import processes
 from align.budget import Budget, MaxTokens
 from align.errors import AlignError
 from align.forest import Tree
 from align.ops import kl_k1, masked_moments, masked_whiten
 from align.progress import History, bar, say, shown
 from align.rollout import Completion, Engine, Sampling
+from align.rollout.together import complete_together
 from align.runner.files import flush
 from align.runner.stop import Stopped, stop_requested
-from align.trainers.ppo import processes
 from align.trainers.ppo.advantages import Rewarded, estimators, parameters
 from align.trainers.ppo.checkpoint import (
     Checkpoints,
@@ -166,7 +167,7 @@ class PPOTrainer:
 
     def sample(self, prompts: Sequence[list[int]]) -> list[Completion]:
         """`num_generations` completions for each of this process' share of `prompts`, next to each other."""
-        return processes.complete(self.sampler, self._repeated(prompts), self.sampling, self.stop_ids, self.generator)
+        return complete_together(self.sampler, self._repeated(prompts), self.sampling, self.stop_ids, self.generator)
 
     def _repeated(self, items: Sequence[Any]) -> list[Any]:
         return [item for item in items for _ in range(self.settings.num_generations)]

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from align import processes
 from align.budget import Budget, Packed
 from align.errors import AlignError, NonFiniteLoss
 from align.forest import Forest, Tree, pack, plant
 from align.heads import TokenScores
 from align.losses import ppo_policy_loss, ppo_value_loss
-from align.trainers.ppo import processes
 from align.trainers.ppo.data import Episodes, Shuffled
 from align.trainers.ppo.kl import KL_ESTIMATORS
 from align.trainers.ppo.models import Models

@@ -1,23 +1,28 @@
-"""One batch on several processes: each samples its share, and sums are over all of them. Alone, all of this does nothing."""
+"""The processes that a stage runs in: shares of its work, sums over all of them. Alone, all of this does nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
-from torch import Tensor, nn
-
-from align import rollout
-from align.rollout import Completion, Sampling
-from align.rollout.sampling import chances
+from torch import Tensor
 
 
 def _state() -> PartialState:
-    # Without a GPU accelerate takes a process for alone unless it is told that there is only a CPU.
-    return PartialState(cpu=not torch.cuda.is_available())
+    # Without a GPU accelerate takes a process for alone unless it is told that there is only a CPU. The time is the Trainer's: the
+    # first to ask has the processes meet, and what one of them does alone (saving a model) may take longer than NCCL would wait.
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=30))
+
+
+def meet() -> None:
+    """Wait for the other processes of the stage. From here on this one has a GPU of its own, where there are any: device ``cuda``
+    would be the first GPU to every one of them.
+    """
+    wait()
 
 
 def count() -> int:
@@ -67,10 +72,11 @@ def any_of(here: bool) -> bool:
 
 def share(items: Sequence[Any]) -> Sequence[Any]:
     """This process' run of `items`; together those of all are the whole, and none is longer than another by more than one."""
-    return items[_border(len(items), number()) : _border(len(items), number() + 1)]
+    return items[border(len(items), number()) : border(len(items), number() + 1)]
 
 
-def _border(length: int, process: int) -> int:
+def border(length: int, process: int) -> int:
+    """Where the share of `process` in so many items begins."""
     return length * process // count()
 
 
@@ -82,28 +88,6 @@ def gathered(items: Sequence[Any]) -> list[Any]:
 def joined(columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
     """`gathered` for each column; every process has the same ones."""
     return {name: gathered(column) for name, column in columns.items()}
-
-
-def complete(
-    model: nn.Module | rollout.Engine,
-    prompts: Sequence[list[int]],
-    sampling: Sampling,
-    stop_ids: Sequence[int],
-    generator: torch.Generator,
-) -> list[Completion]:
-    """This process' `share` of `prompts`, completed.
-
-    The draws of chance of the other processes are passed over, so that they are the same for any number of them.
-
-    Args:
-        generator: in the same state on every process, before and after.
-    """
-    mine = share(prompts)
-    before = _border(len(prompts), number())
-    chances(before, sampling, generator)
-    completions = rollout.complete(model, mine, sampling, stop_ids, generator)
-    chances(len(prompts) - before - len(mine), sampling, generator)
-    return completions
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:

@@ -1,0 +1,58 @@
+"""What the processes of a stage do together."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+UNEVEN = """
+one, both, none = (torch.zeros(2, requires_grad=True) for _ in range(3))
+both.grad = torch.full((2,), 1.0 + processes.number())
+if processes.number() == 1:
+    one.grad = torch.ones(2)
+processes.sum_gradients([one, both, none])
+assert one.grad.tolist() == [1, 1] and both.grad.tolist() == [3, 3] and none.grad is None
+"""
+
+REFERENCE = """
+import pytest
+from helpers import llama, pairs
+from align import reference
+from align.engine import enable_forest
+from align.registry import home
+from align.scoring import branch_logps
+
+measured = []
+def noted(model, trees, max_tokens):
+    measured.append(len(trees))
+    return branch_logps(model, trees, max_tokens)
+
+reference.branch_logps = noted
+enable_forest(model := llama())
+if processes.number() == 1:
+    os.environ["ALIGN_HOME"] += "-of-the-second"  # where nothing is ever kept: it is told what the first finds
+for count, none in ((9, False), (1, True)):  # of one tree the second has no share
+    trees = pairs(count, count)
+    found = reference.reference_logps(model, trees, 30, "dpo")
+    shares = processes.gathered([measured.pop()])
+    assert sum(shares) == count and (0 in shares) == none
+    assert found == [pytest.approx(values, rel=1e-5) for values in branch_logps(model, trees, 30)]
+    assert reference.reference_logps(model, trees, 30, "dpo") == found and not measured
+    assert home().exists() == (processes.number() == 0)
+"""
+
+
+@pytest.mark.parametrize("program", [UNEVEN, REFERENCE], ids=["uneven", "reference"])
+def test_on_two_processes(program, tmp_path):
+    """UNEVEN: a gradient that one process alone has is summed, as of an expert that tokens of one alone came to; what nobody
+    has a gradient of gets none. REFERENCE: each computes a share of the log-probs, and both have all.
+    """
+    lines = ["import os, torch", "from align import processes", "from align.runner.rank import leave", program, "processes.wait()"]
+    (tmp_path / "script.py").write_text("\n".join([*lines, "leave(0)"]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    told = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths, "ALIGN_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, env={**os.environ, **told})
+    assert done.returncode == 0, done.stderr[-3000:]
