@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 from align import __version__, processes
 from align.budget import MaxTokens
 from align.engine import base_model
-from align.forest import Tree, deal
+from align.forest import Tree
 from align.progress import say
 from align.registry import home
-from align.scoring import branch_logps
+from align.scoring import branch_logps, dealt
 from align.tuning.tune import untouched
 
 IN_ADAPTER = re.compile(r"\.(lora|ia3)_")
@@ -41,11 +42,8 @@ def reference_logps(model: nn.Module, trees: Sequence[Tree], max_tokens: MaxToke
     if kept is not None:
         return kept
     say(f"{said}: computed once")
-    mine = sorted(deal(trees, processes.count())[processes.number()])
     with untouched(model):
-        logps = branch_logps(model, [trees[index] for index in mine], max_tokens)
-    of_tree = dict(processes.gathered(list(zip(mine, logps, strict=True))))
-    logps = [of_tree[index] for index in range(len(trees))]
+        logps = dealt(trees, partial(branch_logps, model, max_tokens=max_tokens))
     if path is not None:
         _write(path, torch.tensor([value for values in logps for value in values], dtype=torch.float64))
     return logps

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
+from align import processes
 from align.budget import Budget, MaxTokens, Packed, measuring
 from align.engine import enable_forest
 from align.errors import AlignError
-from align.forest import WINDOW, Forest, Tree
+from align.forest import WINDOW, Forest, Tree, deal, plant
 from align.models import best_device, is_classifier, load_reward_model, load_tokenizer
 from align.progress import say
 from align.rewards import RewardSet
@@ -51,6 +53,15 @@ def token_accuracy(model: nn.Module, trees: Sequence[Tree], max_tokens: MaxToken
     return sum(total for _, (total,) in sums) / sum(tree.targets for tree in trees)
 
 
+def dealt(trees: Sequence[Tree], measure: Callable[[Sequence[Tree]], list[list[float]]]) -> list[list[float]]:
+    """What `measure` says of each of `trees`, of which every process of the stage measures a share."""
+    if processes.alone():
+        return measure(trees)
+    mine = sorted(deal(trees, processes.count())[processes.number()])
+    said = dict(processes.gathered(list(zip(mine, measure([trees[index] for index in mine]), strict=True))))
+    return [said[index] for index in range(len(trees))]
+
+
 def _per_branch(model: nn.Module, trees: Sequence[Tree], budget: Budget, answer: Callable[[Forest], Tensor]) -> list[list[float]]:
     """`answer`'s numbers, one for each sequence, in the order of `trees`."""
     found: list[list[float]] = [[] for _ in trees]
@@ -68,14 +79,22 @@ def _over_forests(
     """The numbers (n,) that `answer` gives for each forest that `trees` are packed into, with the indices of its trees."""
     model.eval()
     device = next(model.parameters()).device
+    sharded = isinstance(model, FSDPModule)
 
     def work(packed: Packed) -> list[tuple[list[int], list[float]]]:
-        answers = [(indices, answer(forest.to(device))) for indices, forest in packed]
+        answers = []
+        for indices, forest in packed:
+            if sharded:
+                processes.any_of(True)
+            answers.append((indices, answer(forest.to(device))))
         return [(indices, values.tolist()) for indices, values in answers]  # a GPU is waited for once
 
     for start in range(0, len(trees), WINDOW):  # in pieces: where memory runs out, no more than a piece is done again
-        for indices, values in budget.fit(trees[start : start + WINDOW], work):
+        for indices, values in budget.fit(trees[start : start + WINDOW], work, alone=not sharded):
             yield [start + index for index in indices], values
+    # Every pass takes all processes, who gather the weights for each other: who has none left helps the others.
+    while sharded and processes.any_of(False):
+        answer(plant([Tree([0], ([0],))]).to(device))
 
 
 def refuse_language_model(path: str) -> None:

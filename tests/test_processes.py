@@ -43,11 +43,29 @@ for count, none in ((9, False), (1, True)):  # of one tree the second has no sha
     assert home().exists() == (processes.number() == 0)
 """
 
+SHARDED = """
+from torch.distributed.fsdp import fully_shard
+from helpers import llama, pairs
+from align.engine import enable_forest
+from align.scoring import branch_logps
 
-@pytest.mark.parametrize("program", [UNEVEN, REFERENCE], ids=["uneven", "reference"])
+enable_forest(model := llama())
+trees = pairs(6, 6)
+alone = branch_logps(model, trees, 1)
+for layer in model.model.layers:
+    fully_shard(layer)
+fully_shard(model)
+for passes in (6 * processes.number(), 6 - 4 * processes.number()):
+    found = branch_logps(model, trees[:passes], 1)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(alone[:passes]))
+"""
+
+
+@pytest.mark.parametrize("program", [UNEVEN, REFERENCE, SHARDED], ids=["uneven", "reference", "sharded"])
 def test_on_two_processes(program, tmp_path):
     """UNEVEN: a gradient that one process alone has is summed, as of an expert that tokens of one alone came to; what nobody
-    has a gradient of gets none. REFERENCE: each computes a share of the log-probs, and both have all.
+    has a gradient of gets none. REFERENCE: each computes a share of the log-probs, and both have all. SHARDED: who has fewer passes
+    than the other takes part in those of the other.
     """
     lines = ["import os, torch", "from align import processes", "from align.runner.rank import leave", program, "processes.wait()"]
     (tmp_path / "script.py").write_text("\n".join([*lines, "leave(0)"]))

@@ -38,7 +38,7 @@ from align.models import (
 from align.progress import say
 from align.runner.checkpoints import best_until, last_good, step_of
 from align.runner.stop import saving_first
-from align.scoring import SCORE_SCALE, branch_scores
+from align.scoring import SCORE_SCALE, branch_scores, dealt
 from align.stages.base import Context, TrainingStage
 from align.stages.fields import LaunchFields, OptimizerFields, SelectionFields
 from align.stages.rows import encoded as encoded
@@ -416,7 +416,8 @@ def check_end_token(encoder: Encoder, rows: Sequence[Any], trees: Sequence[Tree]
 def store_score_scale(stage: TrainingStage, context: Context, model: nn.Module, trees: Sequence[Tree]) -> dict[str, float]:
     """Mean and deviation of the scores of `trees`' answers, written beside the reward model for PPO to normalize by."""
     with precision(stage):  # a run that had ended when it was cut has a model that nobody prepared for it
-        scores = [score for pair in branch_scores(model, trees, stage.max_tokens_per_micro_batch) for score in pair]
+        scored = dealt(trees, partial(branch_scores, model, max_tokens=stage.max_tokens_per_micro_batch))
+    scores = [score for pair in scored for score in pair]
     scale = {"score_mean": statistics.fmean(scores), "score_std": statistics.pstdev(scores)}
     (context.folder / SCORE_SCALE).write_text(json.dumps(scale))
     return scale

@@ -7,10 +7,11 @@ trainer's internals but for the stop at a loss that is not finite: data go in, a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from tempfile import TemporaryDirectory
+from pathlib import Path
 from typing import Any, TypeVar
 
 from datasets import Dataset
@@ -32,6 +33,7 @@ from trl import (
     SFTTrainer,
 )
 
+from align import processes
 from align.encode import Encoded
 from align.errors import AlignError
 from align.forest import Tree
@@ -176,14 +178,9 @@ def group_trainer(
     numbered = [{"prompt": plain(row.prompt), "row": number} for number, row in enumerate(rows)]
     parts = numbered[: len(train.rows)], numbered[len(train.rows) :]
     config, trainer = GROUP_TRAINERS[name]
-    # TRL loads its reference by name, which a model changed in memory does not have: it gets a folder for as long as that takes.
-    # Each process writes its own, before `config` has them meet: after that transformers lets the first alone write.
-    own_name = model.config._name_or_path  # type: ignore[union-attr]
-    with TemporaryDirectory() if arguments["beta"] and not isinstance(model, PeftModel) else nullcontext() as folder:
-        if folder is not None:
-            model.save_pretrained(folder)  # type: ignore[operator]
-            model.config._name_or_path = folder  # type: ignore[union-attr]
-        made = _stopping(trainer)(
+    on_disk = bool(arguments["beta"]) and not isinstance(model, PeftModel)
+    with _named(model, Path(arguments["output_dir"]).with_name(".reference")) if on_disk else nullcontext():
+        return _stopping(trainer)(
             model,
             _rewards(judge, rows, trees),
             config(**_plain(arguments)),
@@ -192,8 +189,25 @@ def group_trainer(
             processing_class=tokenizer,
             **rest,
         )
-    model.config._name_or_path = own_name  # type: ignore[union-attr]
-    return made
+
+
+@contextmanager
+def _named(model: Any, folder: Path) -> Iterator[None]:
+    """Within, `model` is on disk, and called by its folder: TRL loads its reference by name, which a model changed in memory does
+    not have. The first process writes it for all.
+    """
+    own_name = model.config._name_or_path
+    try:
+        if processes.number() == 0:
+            model.save_pretrained(folder)
+        processes.wait()
+        model.config._name_or_path = str(folder)
+        yield
+        processes.wait()
+    finally:
+        model.config._name_or_path = own_name
+        if processes.number() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _rewards(judge: Judge, rows: Sequence[Any], trees: Sequence[Tree]) -> Callable[..., list[float]]:
