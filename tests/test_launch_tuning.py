@@ -2,6 +2,7 @@
 of either go on in the other.
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from helpers import llama
 from launched import run_on_two
 
 from align.runner.worker import attempt
+from align.scoring import SCORE_SCALE
 from align.stages import SFT
 from align.tuning.strategies import UNSHARDED
 
@@ -63,6 +65,9 @@ def test_two_processes_train_as_one(strategy, tmp_path, monkeypatch):
 
         def assert_same(name=name, one=one, two=two):
             assert launch.losses(two) == pytest.approx(launch.losses(one), rel=1e-4, abs=1e-6), name
+            if name.startswith("reward"):
+                scales = [json.loads((folder / SCORE_SCALE).read_text()) for folder in (one, two)]
+                assert scales[1] == pytest.approx(scales[0], rel=1e-3), name
             ours, theirs = weights(two), weights(one)
             assert ours.keys() == theirs.keys()
             for key, tensor in ours.items():
