@@ -1,11 +1,7 @@
 """What the processes of a stage do together."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from launched import launch_two
 
 UNEVEN = """
 one, both, none = (torch.zeros(2, requires_grad=True) for _ in range(3))
@@ -62,15 +58,11 @@ for passes in (6 * processes.number(), 6 - 4 * processes.number()):
 
 
 @pytest.mark.parametrize("program", [UNEVEN, REFERENCE, SHARDED], ids=["uneven", "reference", "sharded"])
-def test_on_two_processes(program, tmp_path):
+def test_on_two_processes(program, tmp_path, monkeypatch):
     """UNEVEN: a gradient that one process alone has is summed, as of an expert that tokens of one alone came to; what nobody
     has a gradient of gets none. REFERENCE: each computes a share of the log-probs, and both have all. SHARDED: who has fewer passes
     than the other takes part in those of the other.
     """
-    lines = ["import os, torch", "from align import processes", "from align.runner.rank import leave", program, "processes.wait()"]
-    (tmp_path / "script.py").write_text("\n".join([*lines, "leave(0)"]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
-    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    told = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths, "ALIGN_HOME": str(tmp_path / "home")}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, env={**os.environ, **told})
-    assert done.returncode == 0, done.stderr[-3000:]
+    (tmp_path / "script.py").write_text("\n".join(["import os, torch", "from align import processes", program, "processes.wait()"]))
+    monkeypatch.setenv("ALIGN_HOME", str(tmp_path / "home"))
+    launch_two([str(tmp_path / "script.py")], tmp_path)

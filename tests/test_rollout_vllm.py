@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import build, llama, tokens
+from launched import launch_two
 from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 from safetensors.torch import load_file
@@ -152,13 +152,29 @@ def test_the_server_gets_the_weights_before_it_answers_and_none_twice(engine, st
     assert list(tmp_path.iterdir()) == []
 
 
-def test_of_several_processes_one_brings_the_weights(engine, stub, tmp_path):
-    """Here threads, each with a copy of the model, as processes have it."""
-    engines = [ServerEngine(engine.server.url, copy.deepcopy(engine.model), tmp_path) for _ in range(3)]
-    with ThreadPoolExecutor() as pool:
-        answers = list(pool.map(lambda one: complete(one, [[5, 6, 7]], GREEDY, [2]), engines))
-    assert answers == [complete(engine.model, [[5, 6, 7]], GREEDY, [2])] * 3
+ASKING = """
+import sys
+from pathlib import Path
+from helpers import llama
+from align import processes
+from align.rollout import Sampling, complete
+from align.rollout.server import ServerEngine
+
+processes.meet()
+engine, greedy = ServerEngine(sys.argv[1], llama(), Path(sys.argv[2])), Sampling(8, temperature=0)
+prompt = [5, 6, 7 + processes.number()]
+assert complete(engine, [prompt], greedy, [2]) == complete(engine.model, [prompt], greedy, [2])
+processes.wait()
+"""
+
+
+def test_of_several_processes_one_brings_the_weights(stub, tmp_path):
+    (tmp_path / "script.py").write_text(ASKING)
+    (tmp_path / "folder").mkdir()
+    with listening(stub) as url:
+        launch_two([str(tmp_path / "script.py"), url, str(tmp_path / "folder")], tmp_path)
     assert stub.paths.count("collective_rpc") == 1
+    assert list((tmp_path / "folder").iterdir()) == []
 
 
 def test_a_server_that_was_started_anew_gets_the_weights_again(engine, stub):

@@ -24,11 +24,11 @@ from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
 
+from align import processes
 from align.engine import base_model
 from align.errors import AlignError
 from align.progress import say
 from align.rollout.sampling import Completion, Sampling, chances
-from align.runner.locks import lock
 
 SECONDS = 1800.0
 """How long an answer may take."""
@@ -144,15 +144,18 @@ class ServerEngine:
 
     def bring(self, sampling: Sampling) -> str:
         """Make the server's weights those of the model, if they are not; returns their version."""
+        version = self._brought(sampling) if processes.number() == 0 else None
+        return processes.first(version)  # all have the same weights
+
+    def _brought(self, sampling: Sampling) -> str:
         aside = self.folder / "weights"
-        with lock(aside):  # of several processes the first brings them, and the others find that it is done
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            version = write_weights(self.model, aside)
+            if self.version() != version:
+                self._hand_over(aside, version, sampling)
+        finally:
             shutil.rmtree(aside, ignore_errors=True)
-            try:
-                version = write_weights(self.model, aside)
-                if self.version() != version:
-                    self._hand_over(aside, version, sampling)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
         return version
 
     def _hand_over(self, weights: Path, version: str, sampling: Sampling) -> None:
