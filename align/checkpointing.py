@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import os
 import random
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -167,8 +169,19 @@ class SafeTrainer(WarmTrainer):
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and self.accelerator.distributed_type is DistributedType.MULTI_CPU:
             # accelerate shards on GPUs only. Without one it does so over gloo, if told after it was made: how FSDP is tested here.
             self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-            self.accelerator.state.distributed_type = DistributedType.FSDP
+            for state in (AcceleratorState, PartialState):  # of which the one asks the other
+                state._shared_state["distributed_type"] = DistributedType.FSDP
             self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled:
+            # In place of autocast accelerate would gather weights, add gradients and return log-probs and scores in 16 bits.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """With autocast under FSDP2, too: mixed precision is what it is in one process."""
+        stack = super().compute_loss_context_manager()
+        if self.is_fsdp_enabled:
+            stack.enter_context(self.accelerator.autocast())
+        return stack
 
     # -- its pieces ----------------------------------------------------------------------------------------------------------------
 

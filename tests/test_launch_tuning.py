@@ -80,6 +80,25 @@ def test_two_processes_train_as_one(strategy, tmp_path, monkeypatch):
     assert_same()
 
 
+def test_mixed_precision_in_shards_is_that_of_whole_replicas(tmp_path, monkeypatch):
+    """accelerate's own would round the log-probs of DPO and the scores of a reward model, and add gradients up in bfloat16."""
+    monkeypatch.setenv("ALIGN_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    launch.prepare(tmp_path)
+    for strategy in ("ddp", "fsdp2"):
+        tasks = []
+        for name in ("dpo", "reward"):
+            processes = {"num_processes": 2, "strategy": strategy, "mixed_precision": "bf16"}
+            stage = launch.on_two(launch.stages(tmp_path, 2)[name], strategy, launch=processes, learning_rate=3e-3)
+            tasks.append((stage.stage, stage.model_dump(exclude_unset=True), str(tmp_path / f"{name}-{strategy}")))
+        run_on_two(tasks, strategy, tmp_path)
+    for name in ("dpo", "reward"):
+        whole, shards = (tmp_path / f"{name}-{strategy}" for strategy in ("ddp", "fsdp2"))
+        assert launch.losses(shards) == pytest.approx(launch.losses(whole), rel=1e-6)
+        for key, tensor in weights(whole).items():
+            assert (tensor - weights(shards)[key]).norm() <= 1e-3 * tensor.norm(), f"{name}: {key}"
+
+
 @pytest.mark.parametrize("tuning", UNSHARDED)
 def test_what_cannot_be_sharded_is_refused(tuning):
     fields = {"model": "owner/name", "data": "x", "tuning": tuning, "launch": {"num_processes": 2, "strategy": "fsdp2"}}
