@@ -127,14 +127,14 @@ def test_it_learns(capsys):
     assert artifact["metrics"]["eval_reward"] > 0.7
 
 
-def test_each_of_two_processes_has_the_reference(tmp_path):
+@pytest.mark.parametrize("stage", GROUP_TRAINERS)
+def test_each_of_two_processes_has_the_reference(stage, tmp_path):
     """Where transformers lets the first process alone write what the reference is then loaded from."""
     fields = {"engine": "trl", "model": "model", "data": "prompts.jsonl", "max_completion_length": 6, "num_generations": 4}
     fields |= {"held_out": 0.3, "reward_funcs": ["mine.py:low"], "max_steps": 1, "beta": 0.1, "launch": {"num_processes": 2}}
-    tasks = [(stage, fields, str(tmp_path / stage)) for stage in GROUP_TRAINERS]
-    for metrics in run_on_two(tasks, "ddp", tmp_path):
-        assert metrics["eval_kl_before"] == pytest.approx(0, abs=1e-4)
-        assert metrics["reward"] > 0
+    (metrics,) = run_on_two([(stage, fields, str(tmp_path / "two"))], "ddp", tmp_path)
+    assert metrics["eval_kl_before"] == pytest.approx(0, abs=1e-4)
+    assert metrics["reward"] > 0
 
 
 def test_a_batch_is_filled_for_all_processes(tmp_path):

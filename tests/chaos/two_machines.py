@@ -78,11 +78,13 @@ def kill(name: str) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def start(folder: Path, steps: int, rank: int | None = None, name: str = "") -> subprocess.Popen[bytes]:
-    """The run's command, on the machine `rank` in the namespace `name`, or in one process on this one."""
+def start(folder: Path, steps: int, rank: int | None = None, name: str = "", inside: bool = False) -> subprocess.Popen[bytes]:
+    """The run's command, on the machine `rank` in the namespace `name`, or in one process on this one. `inside`: without processes
+    for its stages, but for those of a launch.
+    """
     words = [sys.executable, "-m", "align.cli", "run", str(RECIPE), "--out", str(folder / "run")]
     environment = {**os.environ, "ALIGN_HOME": str(folder), "ALIGN_QUICK_STEPS": str(steps), "HF_HUB_OFFLINE": "1"}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ALIGN_IN_PROCESS": "1" if rank is None else "0"}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ALIGN_IN_PROCESS": str(int(inside or rank is None))}
     settings = {"sft.per_device_train_batch_size": 8}
     if rank is not None:
         end = f"al{os.getpid()}{'ab'[rank]}"
@@ -113,7 +115,8 @@ def check(work: Path, steps: int, wait: float = 300.0) -> float:
     alone = start(work / "alone", steps)
     together = work / "together"
     with machines() as names:
-        both = [start(together, steps, rank, name) for rank, name in enumerate(names)]
+        # Of machine 1 everything is killed, whatever it was made of.
+        both = [start(together, steps, rank, name, inside=rank == 1) for rank, name in enumerate(names)]
         deadline = time.monotonic() + wait
         while newest_checkpoint(together) is None:
             assert all(process.poll() is None for process in both), tails(together)
