@@ -259,6 +259,24 @@ def test_two_processes_tell_the_same_words_and_measure_every_held_out_block_once
         assert two[name] == pytest.approx(one[name], rel=1e-5), name
 
 
+class Steep(DenoisingTrainer):
+    """The same loss with gradients of about 1e30, whose squares have no number."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss + (loss - loss.detach()) * 1e30
+
+
+def test_a_gradient_whose_norm_overflows_stops_the_run(masked, tmp_path):
+    """Clipping by that norm makes 0 of it: the step would be lost without a word."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertForMaskedLM(BertConfig(vocab_size=len(masked.tokenizer), **sizes))
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, remove_unused_columns=False)
+    blocks = masked.blocks([TextRow(text=text) for text in TEXTS])
+    with pytest.raises(AlignError, match="the gradient's norm is inf at step 1; no update was made"):
+        Steep(model, arguments, train_dataset=blocks, denoiser=masked).train()
+
+
 def test_probes_are_for_causal_models(capsys, folder):
     command = f"pretrain {FAMILIES['bert'][0]} --data texts.jsonl --vocab_size 300 --probes.old texts.jsonl"
     assert main(command.split()) == 2

@@ -60,6 +60,9 @@ def test_they_are_computed_once_and_then_read(model, files, capsys, monkeypatch)
     assert capsys.readouterr().err == "ipo: log-probs of 9 rows under the reference: from the cache\n"
     # What else travels with the rows, such as a margin, is none of the model's business.
     assert reference_logps(again, [replace(tree, values={}) for tree in trees], 500, "ipo") == first
+    # Nor is where the model lies.
+    again.config._name_or_path = "/another/place"
+    assert reference_logps(again, trees, 500, "ipo") == first
     assert len(files()) == 1
 
 

@@ -316,6 +316,23 @@ def test_steps_that_are_left_out_change_nothing_and_ten_in_a_row_may_be(make):
         trained(range(3, 14), 14)
 
 
+class Steep(LanguageModel):
+    """The same loss with gradients of about 1e30, whose squares have no number."""
+
+    def __call__(self, model, forest):
+        output = super().__call__(model, forest)
+        return LossOutput(output.loss + (output.loss - output.loss.detach()) * 1e30, output.metrics)
+
+
+def test_a_gradient_whose_norm_overflows_stops_the_run(make):
+    """Clipping by that norm makes 0 of it: the step would be lost without a word."""
+    model = llama()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(AlignError, match="the gradient's norm is inf at step 1; no update was made"):
+        make(model, Steep(), documents(1)).train()
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
 def test_evaluation_is_exact_over_uneven_batches(make):
     """7 rows in batches of 3, 3 and 1, each cut further: means are over tokens, not batches. One is what the model would say."""
     model, trees = llama(), documents(4, 6)

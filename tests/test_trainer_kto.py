@@ -107,7 +107,7 @@ def test_a_stage_pairs_its_rows_alike_however_a_step_is_cut(tmp_path, tokenizer)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_what_a_stage_hands_to_its_trainer(seed, tmp_path, tokenizer, monkeypatch):
     """Rows shuffled by the seed and then in that order, each with its neighbour's whole answer cut behind its own prompt; no
-    dropout, and the stage's weights.
+    dropout, the stage's weights, and whether a step that is not finite is left out.
     """
     save_model(llama(attention_dropout=0.5), tokenizer, tmp_path / "base")
     said = ["sat on a mat and said hello to me", "one", "two three four five", "Fine, thanks!", "six seven eight how are you"]
@@ -117,15 +117,17 @@ def test_what_a_stage_hands_to_its_trainer(seed, tmp_path, tokenizer, monkeypatc
     seen = []
 
     def watched(*given, **rest):
-        seen.append(given)
+        seen.append((*given, rest["skip_non_finite"]))
         raise Enough
 
     monkeypatch.setattr("align.trainers.kto.KTOTrainer", watched)
     weights = {"beta": 0.5, "desirable_weight": 1.2, "undesirable_weight": 0.7}
     place = {"model": str(tmp_path / "base"), "data": str(tmp_path / "rows.jsonl"), "held_out": 0}
+    place["on_non_finite"] = ("stop", "skip")[seed]
     with pytest.raises(Enough):
         KTO(**place, **weights, seed=seed, max_length=20).run(Context("kto", tmp_path, History(tmp_path / "metrics.jsonl")))
-    ((model, objective, args, trees, _),) = seen
+    ((model, objective, args, trees, _, skips),) = seen
+    assert skips == (seed == 1)
     assert objective == Unpaired(**weights)
     assert args.train_sampling_strategy == "sequential"
     assert model.model.layers[0].self_attn.attention_dropout == 0
