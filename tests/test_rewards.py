@@ -273,7 +273,7 @@ class TestProtocol:
 
         def greedy(prompts, completions, completion_ids, tests, **columns):
             for prompt, completion, ids in zip(prompts, completions, completion_ids, strict=True):
-                prompt[0]["content"] = completion[0]["content"]
+                prompt[0]["content"] = "gone"
                 prompt.append(completion.pop())
                 ids.clear()
             return [len(cell.pop()) for cell in tests]
