@@ -19,6 +19,7 @@ from align.pipeline import Run
 from align.recipe import Recipe, load_recipe
 from align.rewards import Gate, RewardSet, RewardSpec
 from align.rewards.calling import _event_loop
+from align.rewards.trial import histogram
 from align.rollout import Completion
 from align.schema import PromptRow
 from align.stages import PPO, Pairs
@@ -460,6 +461,11 @@ def test_pairs_are_told_apart(tmp_path, capsys):
     assert (words["separates"], words["mean"], words["abstained"], words["failed"]) == (0, 1.5, 0, 0)
     assert words["length_correlation"] == pytest.approx(1)
     assert words["histogram"] == [[1.0, 1.0, 4], [2.0, 2.0, 4]]
+
+
+def test_ten_values_have_a_bar_each_and_eleven_share_ten_steps():
+    assert histogram([*range(10), 9]) == (*((i, i, 1) for i in range(9)), (9, 9, 2))
+    assert histogram(range(11)) == (*((i, i + 1, 1) for i in range(9)), (9, 10, 2))
 
 
 def test_demonstrations_with_columns_several_rewards_and_failures(tmp_path, capsys):

@@ -15,7 +15,7 @@ from align import onednn
 from align.engine import base_model, enable_forest
 from align.errors import AlignError
 from align.models import load_causal_lm, load_tokenizer
-from align.rollout import CacheEngine, Completion, GenerateEngine, Sampling, complete, engine_for, graphs
+from align.rollout import CacheEngine, Completion, GenerateEngine, Sampling, complete, engine, engine_for, graphs
 from align.rollout.engine import Batch, closed_up, serving, spans_of
 from align.rollout.graphs import Graphs, sizes
 from align.rollout.packed import WORTH_PASSES, Packed, packed_linears
@@ -638,6 +638,28 @@ def test_rows_close_up_by_length():
         assert all(row >= place for place, row in enumerate(order))
         kept = [lengths[row] for row in order]
         assert all(min(kept[start - 4 : start]) >= max(kept[start:]) for start in range(4, len(kept), 4))
+
+
+@pytest.mark.parametrize(("graphs", "order"), [(None, [0, 4, 2, 3, 8, 5, 6, 7]), ("any", [0, 8, 2, 3, 4, 5, 6, 7])])
+def test_rows_keep_their_order_where_attention_reads_by_spans(graphs, order):
+    """Nine rows, longest first, of which the second leaves. A CUDA graph reads all rows alike, and one move is enough."""
+    model = llama()
+    with torch.no_grad(), serving(model) as base:
+        batch = Batch(base, [[5] * length for length in range(9, 0, -1)], Sampling(4, batch_size=9), [], None)
+        batch.admit()
+        batch.step()
+        batch.graphs = graphs
+        batch._leave([1])
+    assert batch.live == order
+
+
+def test_a_pass_brings_in_so_many_tokens_and_repeated_prompts_cost_none(monkeypatch):
+    monkeypatch.setattr(engine, "FILL_TOKENS", 9)
+    prompts = [[5] * 4, [6] * 4, [7] * 4] * 2
+    with torch.no_grad(), serving(llama()) as base:
+        batch = Batch(base, prompts, Sampling(4, batch_size=6), [], None)
+        batch.admit()
+        assert batch.live == [0, 3, 1, 4]
 
 
 def test_sizes_of_graphs():
