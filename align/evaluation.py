@@ -31,7 +31,7 @@ from align.schema import TextRow, problem
 from align.scoring import Judge, RewardScorer, branch_logps, branch_scores, component_means, mean_nll, plain, row_columns
 from align.stages.base import Context
 from align.tasks.base import is_task_model
-from align.tasks.measure import measure_task_model
+from align.tasks.measure import TaskModel
 
 RESAMPLED = 2**22
 """Values that a bootstrap has in memory at a time."""
@@ -127,6 +127,10 @@ class Evaluation:
         if self.prompts and not (stage.reward_funcs or stage.reward_model or stage.metrics):
             say(f"{context.name}: no reward and no metric is named, so answers are sampled but not scored")
         self._answers: list[dict[str, Any]] = [{} for _ in self.prompts]
+        self._task_rows: dict[str, list[Any]] = {}
+        """By kind, what models of tasks are measured on."""
+        self._task_samples: dict[int, dict[str, Any]] = {}
+        """By row, what `samples` says of it."""
         self._reference: Reference | None = None
 
     def _rows(self, sources: list[str] | None, kind: str) -> list[Any]:
@@ -237,14 +241,18 @@ class Evaluation:
         stage = self.stage
         if not stage.data:
             raise AlignError(f"{name} was trained for a task; set data to rows of that task")
-        return measure_task_model(
-            path,
-            lambda kind: self._rows(stage.data, kind),
-            stage.metrics,
-            self.context.folder,
-            dtype=stage.dtype,
-            trust_remote_code=stage.trust_remote_code,
-        )
+        model = TaskModel(path, dtype=stage.dtype, trust_remote_code=stage.trust_remote_code)
+        kind = model.task.kind
+        if stage.metrics:
+            model.task.check_metrics(stage.metrics)
+        if kind not in self._task_rows:
+            self._task_rows[kind] = self._rows(stage.data, kind)
+        found, answered = model.measure(self._task_rows[kind], stage.metrics)
+        for row, text, expected in answered:
+            sample = {"prompt": model.task.prompt(row), "columns": {"expected": expected}, "answers": {}}
+            answers = self._task_samples.setdefault(id(row), sample)["answers"]
+            answers[name] = {"greedy": {"text": text, "reward": None}}
+        return found
 
     def _perplexity(self, name: str, model: nn.Module, encoder: Encoder) -> float:
         documents = isinstance(self.demonstrations[0], TextRow)
@@ -414,6 +422,7 @@ class Evaluation:
         }
 
     def samples(self) -> list[dict[str, Any]]:
-        """The first prompts with every model's answers."""
+        """The first prompts with every model's answers; and the first rows of models of tasks, with the expected answers."""
         kept = list(zip(self.prompts, self._answers, strict=True))[: self.stage.samples_kept]
-        return [{"prompt": plain(row.prompt), "columns": row.columns, "answers": answers} for row, answers in kept]
+        asked = [{"prompt": plain(row.prompt), "columns": row.columns, "answers": answers} for row, answers in kept]
+        return asked + list(self._task_samples.values())[: self.stage.samples_kept]

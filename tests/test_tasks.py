@@ -292,6 +292,49 @@ def test_a_model_that_does_not_write_from_left_to_right_is_told_so(capsys, model
     assert f"{model} is of the family '{family}', and this takes a causal language model; `align task`" in capsys.readouterr().err
 
 
+ANSWERED = {
+    "classification": ("my mat sat on you", "mat", "mat", {}),
+    "ner": ("Fine Thanks sat", "Fine/B-PER Thanks/I-PER sat", "Fine/B-PER Thanks/I-PER sat", {}),
+    "qa": ("on what?", "a mat", ["a mat"], {"--system": "the cat sat on a mat and said hello to me"}),
+    "seq2seq": ("say cat", "the cat", "the cat", {}),
+    "cloze": ("my mat sat on you", "mat", "mat", {}),
+}
+"""A task's row as people read it; the answer, the expected one, and what `align chat` needs beside it."""
+
+
+@pytest.mark.parametrize(("task", "case"), ANSWERED.items(), ids=ANSWERED)
+def test_single_answers_of_a_tasks_model_are_read(capsys, folder, tmp_path, task, case):
+    """`align eval` left an empty samples.jsonl, and `align chat` refused what is no causal language model."""
+    text, answer, expected, beside = case
+    data = {"classification": "animals", "ner": "tagged", "qa": "asked", "seq2seq": "said", "cloze": "animals"}[task]
+    fields = {"pattern": "{text} {mask}", "verbalizer": {"cat": " one", "mat": " two"}} if task == "cloze" else {}
+    (tmp_path / "own.yaml").write_text(json.dumps({"task": task, "task_args": fields}))
+    steps = 120 if task == "seq2seq" else 60
+    command = f"task --config {tmp_path}/own.yaml --model {'t5' if task == 'seq2seq' else 'bert'} --data {data}.jsonl{LEARN}"
+    run(capsys, f"{command} --held_out 0 --max_steps {steps} --name learnt")
+    left = run(capsys, f"eval learnt --data {data}.jsonl --samples_kept 9999")
+    samples = [json.loads(line) for line in (Path(left["path"]) / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == left["metrics"]["models"]["learnt"]["n"] == len((folder / f"{data}.jsonl").read_text().splitlines())
+    told = {"prompt": "\n\n".join([text, *beside.values()]), "columns": {"expected": expected}}
+    assert {**told, "answers": {"learnt": {"greedy": {"text": answer, "reward": None}}}} in samples
+    assert main(["chat", "learnt", "--prompt", text, *(word for pair in beside.items() for word in pair)]) == 0
+    assert capsys.readouterr().out == f"{answer}\n"
+
+
+def test_what_a_tasks_model_cannot_answer_is_said(capsys, folder):
+    run(capsys, "task --task qa --model bert --data asked.jsonl --held_out 0 --max_steps 1 --name asker")
+    run(capsys, "task --task classification --model bert --data animals.jsonl --held_out 0 --max_steps 1 --name teller")
+    place = "the longest row has 256 tokens, and BertForSequenceClassification has places for 128: set max_length to 128 or less"
+    for command, message in (
+        (["chat", "asker", "--prompt", "who?"], "answers questions about a text: give that as the system prompt"),
+        (["chat", "teller", "--prompt", " "], "cannot read this: 1 rows = 0 used + 1 set aside (1 with an empty text)"),
+        (["chat", "teller", "--prompt", "cat " * 400], f"task.json: {place}"),
+        (["eval", "teller", "--data", "longer.jsonl"], "task.json: the longest row has 161 tokens, and Bert"),
+    ):
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_rewards_are_refused_where_no_model_answers(capsys, folder):
     """They were left out without a word."""
     run(capsys, "task --task classification --model bert --data animals.jsonl --max_steps 1 --name tasked")

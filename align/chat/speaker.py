@@ -15,6 +15,8 @@ from align.errors import AlignError
 from align.models import best_device, load_causal_lm, load_tokenizer, stop_token_ids
 from align.registry import Registry
 from align.schema import Message
+from align.tasks.base import is_task_model
+from align.tasks.measure import TaskModel
 
 COLDEST = 1e-6
 """At a lower temperature nothing but the greedy answer is drawn, and logits divided by it may be beyond float32."""
@@ -101,3 +103,27 @@ class Speaker:
             thread.join()
         if failed:
             raise failed[0]
+
+
+class TaskSpeaker:
+    """A model of the stage `task`: it answers each text by itself, always the same. Question answering reads the system prompt."""
+
+    def __init__(self, reference: str, *, dtype: str = "float32", trust_remote_code: bool = False) -> None:
+        self.name = reference
+        self._model = TaskModel(Registry().resolve(reference).path, dtype=dtype, trust_remote_code=trust_remote_code)
+
+    def answer(self, messages: Sequence[Message], decoding: Decoding) -> Iterator[str]:
+        """The answer to the last of `messages`, in one piece.
+
+        Raises:
+            AlignError: it cannot be read, or is a question without a text that it is about.
+        """
+        context = messages[0].content if messages[0].role == "system" else ""
+        yield self._model.answer(messages[-1].content, context)
+
+
+def speaker(reference: str, *, chat_template: str = "auto", **options: Any) -> Speaker | TaskSpeaker:
+    """Whoever answers under the name `reference`; arguments as for `Speaker`."""
+    if is_task_model(Registry().resolve(reference).path):
+        return TaskSpeaker(reference, **options)
+    return Speaker(reference, chat_template=chat_template, **options)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 
-from align.chat.speaker import Decoding, Speaker
+from align.chat.speaker import Decoding, Speaker, TaskSpeaker
 from align.chat.votes import add_vote
 from align.errors import AlignError
 from align.progress import harmless, say
@@ -20,7 +20,9 @@ HELP = "/reset begins anew, /undo takes back the last turn, /system TEXT sets a 
 class Talk:
     """What has been said so far. With two speakers both answer, and the conversation goes on from the better answer."""
 
-    def __init__(self, speakers: Sequence[Speaker], decoding: Decoding, *, system: str | None = None, votes: Path | None = None):
+    def __init__(
+        self, speakers: Sequence[Speaker | TaskSpeaker], decoding: Decoding, *, system: str | None = None, votes: Path | None = None
+    ):
         self.speakers, self.decoding, self.votes = speakers, decoding, votes
         self.messages: list[Message] = []
         self.set_system(system)

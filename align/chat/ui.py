@@ -18,7 +18,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when it is im
 
 import gradio as gr
 
-from align.chat.speaker import Decoding, Speaker
+from align.chat.speaker import Decoding, Speaker, TaskSpeaker, speaker
 from align.chat.votes import add_vote
 from align.errors import AlignError
 from align.progress import harmless
@@ -35,15 +35,15 @@ class Speakers:
 
     def __init__(self, chat_template: str) -> None:
         self.chat_template = chat_template
-        self._loaded: OrderedDict[str, Speaker] = OrderedDict()
+        self._loaded: OrderedDict[str, Speaker | TaskSpeaker] = OrderedDict()
         self._turn = Lock()  # each tab asks from a thread of its own
 
-    def __getitem__(self, name: str) -> Speaker:
+    def __getitem__(self, name: str) -> Speaker | TaskSpeaker:
         with self._turn:
             if name not in self._loaded:
                 while len(self._loaded) >= KEPT:
                     self._loaded.popitem(last=False)
-                self._loaded[name] = Speaker(name, chat_template=self.chat_template)
+                self._loaded[name] = speaker(name, chat_template=self.chat_template)
             self._loaded.move_to_end(name)
             return self._loaded[name]
 

@@ -16,7 +16,9 @@ def add(verbs: Any) -> None:
     parser = verbs.add_parser("chat", help="talk to a model, or to two side by side and vote")
     parser.add_argument("models", nargs="+", metavar="NAME", help="one model, or two to compare")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and stop")
-    parser.add_argument("--system", metavar="TEXT", help="a system prompt")
+    parser.add_argument(
+        "--system", metavar="TEXT", help="a system prompt; for question answering, the text that questions are about"
+    )
     parser.add_argument("--votes", type=Path, metavar="FILE", help="where votes go as preference rows (default: runs/votes.jsonl)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
     parser.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that hold this much probability")
@@ -34,7 +36,7 @@ def chat(options: argparse.Namespace) -> int:
     _check(options)
     from transformers import set_seed
 
-    from align.chat.speaker import Decoding, Speaker
+    from align.chat.speaker import Decoding, speaker
     from align.chat.terminal import Talk, talk_at_terminal
     from align.chat.votes import default_votes
     from align.runner.files import refuse_unwritable_file
@@ -45,7 +47,7 @@ def chat(options: argparse.Namespace) -> int:
         refuse_unwritable_file(votes)
     quiet()
     how = {"dtype": options.dtype, "chat_template": options.chat_template, "trust_remote_code": options.trust_remote_code}
-    speakers = [Speaker(name, **how) for name in options.models]
+    speakers = [speaker(name, **how) for name in options.models]
     if options.seed is not None:
         set_seed(options.seed)
     decoding = Decoding(options.max_completion_length, options.temperature, options.top_p, options.top_k)

@@ -62,7 +62,7 @@ class Evaluate(Stage, SamplingFields, RewardFields):
     greedy: bool = True
     """Also answer greedily, and report that reward beside the sampled one."""
     samples_kept: int = Field(50, ge=0)
-    """Prompts whose answers are written to samples.jsonl, for people to read."""
+    """Prompts, and rows of a task, whose answers are written to samples.jsonl, for people to read."""
     max_length: int = Field(1024, gt=1)
     """Longest row in tokens."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

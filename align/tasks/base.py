@@ -170,6 +170,18 @@ class Task:
         """``predictions`` and ``references``, one for each row, from the model's `output` (numpy arrays) over the features."""
         raise NotImplementedError
 
+    def asking(self, text: str, context: str) -> Any:
+        """A row whose answer nobody knows, about `text`. A `context` is read by question answering alone."""
+        raise NotImplementedError
+
+    def prompt(self, row: Any) -> str:
+        """What `row` asks, as people read it."""
+        raise NotImplementedError
+
+    def written(self, row: Any, answer: Any) -> Any:
+        """An answer to `row`, a prediction or a reference of `columns`, as people read it."""
+        return answer
+
     def measure(self, specs: Sequence[str], output: Any, features: Features) -> dict[str, float]:
         """The metrics `specs` of the model's `output`."""
         return measure_all(specs, **self.columns(output, features))

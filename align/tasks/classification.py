@@ -74,6 +74,12 @@ class Classification(Task):
         ids = [*[token for token in ids if token != end][: self.max_length - 1], end]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": item["labels"]}
 
+    def asking(self, text: str, context: str) -> LabelledText:
+        return LabelledText(text=text, label=self.labels[0])
+
+    def prompt(self, row: LabelledText) -> str:
+        return row.text
+
     def columns(self, output: Any, features: Features) -> dict[str, list[Any]]:
         found = output[0] if isinstance(output, tuple) else output
         predictions = [self.labels[i] for i in found.argmax(-1)]

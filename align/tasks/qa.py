@@ -118,6 +118,12 @@ class QuestionAnswering(Task):
         plain = [{key: value for key, value in item.items() if key not in ("offsets", "row")} for item in batch]
         return dict(DataCollatorWithPadding(self.tokenizer)(plain))
 
+    def asking(self, text: str, context: str) -> QARow:
+        return QARow(question=text, context=context)
+
+    def prompt(self, row: QARow) -> str:
+        return f"{row.question}\n\n{row.context}"
+
     def columns(self, output: Any, features: Features) -> dict[str, list[Any]]:
         starts, ends = output[:2]
         best: list[tuple[float, str]] = [(float("-inf"), "")] * len(features.rows)
@@ -127,7 +133,7 @@ class QuestionAnswering(Task):
             empty[number] = min(empty[number], float(start[0] + end[0]))
             score, span = self._best_span(item["offsets"], start, end)
             if span is not None and score > best[number][0]:
-                best[number] = (score, features.rows[number].context[slice(*span)])
+                best[number] = (score, features.rows[number].context[slice(*span)].strip())
         predictions = [
             "" if self.may_be_unanswerable and none > score else text for (score, text), none in zip(best, empty, strict=True)
         ]

@@ -91,6 +91,12 @@ class Seq2Seq(Task):
     def arguments(self) -> dict[str, Any]:
         return {"predict_with_generate": True, "generation_max_length": self.longest_answer, "generation_num_beams": 1}
 
+    def asking(self, text: str, context: str) -> SFTRow:
+        return SFTRow(prompt=text, completion="")
+
+    def prompt(self, row: SFTRow) -> str:
+        return _sides(row)[0]
+
     def columns(self, output: Any, features: Features) -> dict[str, list[Any]]:
         ids = output[0] if isinstance(output, tuple) else output
         ids = ids.copy()

@@ -93,6 +93,18 @@ class Tagging(Task):
     def collate(self, batch: Sequence[Feature]) -> dict[str, torch.Tensor]:
         return dict(DataCollatorForTokenClassification(self.tokenizer)(list(batch)))
 
+    def asking(self, text: str, context: str) -> TaggedTokens:
+        """Words are parted at white space."""
+        words = text.split() or [""]
+        return TaggedTokens(tokens=words, tags=["O"] * len(words))
+
+    def prompt(self, row: TaggedTokens) -> str:
+        return " ".join(row.tokens)
+
+    def written(self, row: TaggedTokens, answer: Sequence[str]) -> str:
+        """The sentence, with a tag behind each word that has another than O: ``Ada/B-PER sings``."""
+        return " ".join(word if tag == "O" else f"{word}/{tag}" for word, tag in zip(row.tokens, answer, strict=True))
+
     def columns(self, output: Any, features: Features) -> dict[str, list[Any]]:
         found = (output[0] if isinstance(output, tuple) else output).argmax(-1)
         predictions = []

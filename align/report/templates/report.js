@@ -102,7 +102,7 @@
       prompt.append(said(text));
     }
     if (row.columns) {
-      prompt.append(element("span", "role", "for the reward"), said(row.columns, " soft small"));
+      prompt.append(element("span", "role", "columns"), said(row.columns, " soft small"));
     }
     for (const [name, given] of Object.entries(row.answers)) {
       const box = element("div", "answer");
