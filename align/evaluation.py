@@ -57,6 +57,15 @@ REFERENCE_COLUMNS = ("references", "reference", "answers", "answer", "target")
 ANSWER_COLUMNS = ("completion", "output", "response", "chosen")
 """Where a row's own answer is looked for, in this order, if its format has none."""
 
+OF_ANSWERS = {
+    "reward_funcs": "use metrics",
+    "reward_model": "use metrics",
+    "baseline": "use metrics",
+    "reference_column": "rows name the answers",
+    "max_prompts": "use max_rows",
+}
+"""Fields that have no part in the measure of a task's model, and what has."""
+
 
 Read = tuple[Any, Item, str]
 """A row, the item of its source that it was read from, and as which format."""
@@ -106,8 +115,9 @@ class Evaluation:
             if (name := getattr(stage, role)) in tasked:
                 raise AlignError(f"{role}: {name} was trained for a task and answers no prompts; name a language model")
         talks = len(tasked) < len(stage.models)
-        if not talks and (unused := [name for name in ("reward_funcs", "reward_model", "baseline") if getattr(stage, name)]):
-            raise AlignError(f"{unused[0]} is about answers of language models; all models were trained for a task, so use metrics")
+        if not talks and (unused := [name for name in OF_ANSWERS if name in stage.model_fields_set and getattr(stage, name)]):
+            told = f"all models were trained for a task, so {OF_ANSWERS[unused[0]]}"
+            raise AlignError(f"{unused[0]} is about answers of language models; {told}")
         self.answer_metrics = answered
         refuse_missing(answered)
         if stage.judge_model is not None:

@@ -340,6 +340,11 @@ def test_rewards_are_refused_where_no_model_answers(capsys, folder):
     run(capsys, "task --task classification --model bert --data animals.jsonl --max_steps 1 --name tasked")
     assert main(["eval", "tasked", "--data", "animals.jsonl", "--reward_funcs", "length_band(low=1,high=9)"]) == 2
     assert "reward_funcs is about answers of language models; all models were trained for a task" in capsys.readouterr().err
+    assert main(["eval", "tasked", "--data", "animals.jsonl", "--max_prompts", "2"]) == 2
+    assert "max_prompts is about answers of language models; all models were trained for a task, so use max_rows" in (
+        capsys.readouterr().err
+    )
+    assert run(capsys, "eval tasked --data animals.jsonl --max_rows 2")["metrics"]["models"]["tasked"]["n"] == 2
 
 
 def test_a_tasks_model_beside_a_language_model(capsys, folder):

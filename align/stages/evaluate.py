@@ -58,7 +58,7 @@ class Evaluate(Stage, SamplingFields, RewardFields):
     preference_data: DataRefs | None = None
     """Pairs that reward models rank, and whose implicit rewards the policies rank against the reference."""
     max_prompts: int = Field(500, gt=0)
-    """Prompts answered: the first ones."""
+    """Prompts answered: the first ones. Models of tasks answer all rows (`max_rows`)."""
     greedy: bool = True
     """Also answer greedily, and report that reward beside the sampled one."""
     samples_kept: int = Field(50, ge=0)
