@@ -102,6 +102,13 @@ def test_the_examples_of_scikit_learn():
     assert found == pytest.approx(-1 / 3, abs=1e-6)
 
 
+@pytest.mark.filterwarnings("error")
+def test_one_label_alone_tells_nothing_apart():
+    """scikit-learn's warning about the shape of a matrix that nobody asked for came to the terminal."""
+    for name, expected in (("matthews", 0), ("accuracy", 1), ("f1_micro", 1), ("f1_macro", 1)):
+        assert one(name.partition("_")[0], name, predictions=["a", "a"], references=["a", "a"]) == expected
+
+
 def test_labels_of_a_file_and_of_a_model_are_the_same():
     assert one("accuracy", predictions=["1", "0"], references=[1, 1]) == 0.5
     assert one("accuracy", predictions=[1, 0, 2], references=[1.0, 0.0, 2.0]) == 1

@@ -68,9 +68,12 @@ def f1(predictions: Sequence[Any], references: Sequence[Any], *, positive: Any =
 
 @metrics.add
 def matthews(predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
-    """Matthews correlation (-1 to 1)."""
+    """Matthews correlation (-1 to 1); 0 where there is one label alone, as that tells nothing apart."""
+    correlation = package("sklearn.metrics").matthews_corrcoef
     ours, theirs = _labels(predictions, references)
-    return {"matthews": package("sklearn.metrics").matthews_corrcoef(theirs, ours)}
+    if len({*ours, *theirs}) < 2:  # scikit-learn gives 0, too, with a warning
+        return {"matthews": 0.0}
+    return {"matthews": correlation(theirs, ours)}
 
 
 @metrics.add
