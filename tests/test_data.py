@@ -315,6 +315,17 @@ def test_columns_and_roles_of_other_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "known"),
+    [("classification", "labelled (text, label)"), ("tagging", "tagged (tokens, tags)"), ("qa", "squad (question, answers)")],
+)
+def test_rows_of_a_task_are_told_its_own_format(tmp_path, kind, known):
+    """All formats were listed, those of conversations and pairs as well."""
+    write_rows(tmp_path / "odd.jsonl", [{"words": "a b", "entities": ["x"]}])
+    with pytest.raises(AlignError, match=re.escape(f"found words, entities; formats: {known}; rename the columns")):
+        load_rows(tmp_path / "odd.jsonl", kind)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "data.jsonl: no rows: it is empty"),

@@ -35,6 +35,9 @@ NATIVE = {
 }
 """The native columns of each kind."""
 
+OF_TASKS = {"classification": "labelled", "tagging": "tagged", "qa": "squad"}
+"""The one format here that gives rows of a task's kind."""
+
 TELLING: dict[str, set[str]] = {
     "tagging": {"tokens"},
     "qa": {"question"},
@@ -109,7 +112,8 @@ def detect(raw: Raw, kind: str | None) -> str:
     wanted = "no format" if kind is None else f"no format of {kind} rows"
     unnamed = UNNAMED if {"column 1", "column 2"} <= raw.keys() else ""
     told = "rename the columns, or say in a dataset_info.json what they are (docs/data.md)"
-    raise AlignError(f"the columns fit {wanted}{unnamed}; {_lacking(raw, kind)}; formats: {', '.join(formats)}; {told}")
+    known = f"{OF_TASKS[kind]} ({', '.join(NATIVE[kind])})" if kind in OF_TASKS else ", ".join(formats)
+    raise AlignError(f"the columns fit {wanted}{unnamed}; {_lacking(raw, kind)}; formats: {known}; {told}")
 
 
 MEDIA = ("images", "videos", "audios")
