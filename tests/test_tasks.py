@@ -19,6 +19,7 @@ from align.errors import AlignError
 from align.runner.worker import attempt
 from align.schema import LabelledText, QARow, SFTRow, TaggedTokens
 from align.stages import TaskTraining
+from align.stages.task import told_labels
 from align.stages.training import TIMING
 from align.tasks import tasks
 from align.tasks.base import Features, labels_of_head, read_task
@@ -705,6 +706,24 @@ def test_a_cut_answer_is_told_from_a_cut_prompt(tokenizer):
     rows = [SFTRow(prompt="cat " * 20, completion="cat"), SFTRow(prompt="cat", completion="cat " * 20)]
     said = task.features(rows, training=True).summary()
     assert said == "2 rows = 2 used + 0 set aside; 1 cut to max_length; 1 with an answer cut to longest_answer"
+
+
+def test_the_labels_that_were_found_are_told(capsys, folder):
+    """`cat` beside `Cat` made two classes without a word."""
+    rows = (folder / "animals.jsonl").read_text() + json.dumps({"text": "the cat", "label": "Cat"}) + "\n"
+    (folder / "cased.jsonl").write_text(rows)
+    steps = "--held_out 0 --max_steps 1 --name told"
+    for command, line in (
+        ("--task classification --data cased.jsonl --model bert", "3 labels: Cat 1, cat 9, mat 9"),
+        ("--task classification --data animals.jsonl --model told", "3 labels: Cat 0, cat 9, mat 9"),
+        ("--task ner --data tagged.jsonl --model bert", "3 labels: O 20, B-PER 8, I-PER 4"),
+    ):
+        assert main(f"task {command} {steps}".split()) == 0
+        assert f"told: {line}\n" in capsys.readouterr().err
+    many = {f"l{i:02}": 100 + i for i in range(22)} | {"L01": 1}
+    line = told_labels(sorted(many), many)
+    assert line.startswith("23 labels: L01 1, l00 100, l01 101, ")
+    assert line.endswith("l18 118, and 3 that are more frequent")
 
 
 def test_an_answer_that_the_context_does_not_hold_is_set_aside(tokenizer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -55,6 +56,7 @@ class TaskTraining(TrainingStage):
     def run(self, context: Context) -> dict[str, Any]:
         from align.errors import AlignError
         from align.models import load_tokenizer
+        from align.progress import say
         from align.stages import training as t
         from align.tasks import tasks
         from align.tasks.base import labels_of_head, save_task, used
@@ -69,6 +71,8 @@ class TaskTraining(TrainingStage):
             rows = few(rows, self.shots, self.seed)
         tokenizer = load_tokenizer(self.model, trust_remote_code=self.trust_remote_code)
         labels = labels_of_head(self.model, self.task, cls.labels_of(rows))
+        if labels:
+            say(f"{context.name}: {told_labels(labels, cls.count_labels(rows))}")
         task = cls(tokenizer, self.max_length, labels, **self.task_args)
         specs = self.metrics or list(task.metrics)
         model = task.model(self.model, **t.loading(self))
@@ -96,6 +100,13 @@ class TaskTraining(TrainingStage):
         metrics = t.run_trainer(trainer, self, context, has_eval=test is not None)
         save_task(context.folder, self.task, task, self.task_args)
         return {**metrics, "rows": len(train.rows), "held_out_rows": len(test.rows) if test else 0}
+
+
+def told_labels(labels: Sequence[str], counts: Mapping[str, int], most: int = 20) -> str:
+    """``3 labels: Cat 1, cat 9, mat 9``: one that is misspelt stands out. Of many the rarest are told."""
+    told = labels if len(labels) <= most else sorted(labels, key=lambda label: counts[label])[:most]
+    rest = f", and {len(labels) - most} that are more frequent" if len(labels) > most else ""
+    return f"{len(labels)} labels: {', '.join(f'{label} {counts[label]:,}' for label in told)}{rest}"
 
 
 def few(rows: list[Any], shots: int, seed: int) -> list[Any]:

@@ -131,6 +131,11 @@ class Task:
         self.tokenizer, self.max_length, self.labels = tokenizer, max_length, list(labels)
 
     @classmethod
+    def count_labels(cls, rows: Sequence[Any]) -> Counter[str]:
+        """How often training rows have each label."""
+        return Counter()
+
+    @classmethod
     def labels_of(cls, rows: Sequence[Any]) -> list[str]:
         """The labels that training rows have, in the order of the model's outputs."""
         return []

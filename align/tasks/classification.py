@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,13 +26,17 @@ class Classification(Task):
     """The token at which the head reads, where it is found by its number."""
 
     @classmethod
+    def count_labels(cls, rows: Sequence[LabelledText]) -> Counter[str]:
+        return Counter(row.label for row in rows)
+
+    @classmethod
     def labels_of(cls, rows: Sequence[LabelledText]) -> list[str]:
         """Every label of the rows, sorted.
 
         Raises:
             AlignError: there is only one.
         """
-        labels = sorted({row.label for row in rows})
+        labels = sorted(cls.count_labels(rows))
         if len(labels) < 2:
             raise AlignError(f"all {len(rows)} rows have the label {labels[0]!r}; there is nothing to tell apart")
         return labels

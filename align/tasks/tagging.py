@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,13 +24,17 @@ class Tagging(Task):
     per_token = True
 
     @classmethod
+    def count_labels(cls, rows: Sequence[TaggedTokens]) -> Counter[str]:
+        return Counter(tag for row in rows for tag in row.tags)
+
+    @classmethod
     def labels_of(cls, rows: Sequence[TaggedTokens]) -> list[str]:
         """Every tag of the rows, sorted, and O.
 
         Raises:
             AlignError: there is only O.
         """
-        labels = ["O", *sorted({tag for row in rows for tag in row.tags} - {"O"})]
+        labels = ["O", *sorted(cls.count_labels(rows).keys() - {"O"})]
         if len(labels) == 1:
             raise AlignError(f"all words of the {len(rows)} rows have the tag 'O'; there is nothing to tell apart")
         return labels
