@@ -419,6 +419,24 @@ def test_a_damaged_task_file_is_told_of(folder, tmp_path, tokenizer, content, me
         labels_of_head(str(tmp_path), "ner", ["O", "B-PER"])
 
 
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_head_for_another_number_of_labels_is_told_of(capsys, folder, tmp_path, tuning):
+    """It ended in "You set `ignore_mismatched_sizes` to `False`", with a report above that was not there."""
+    made = f"{tmp_path}/made"
+    run(capsys, f"task --task classification --model bert --data animals.jsonl --max_steps 1 --tuning {tuning} --output_dir {made}")
+    file = Path(made) / "task.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "labels": ["cat"]}))
+    assert main(["eval", made, "--data", "animals.jsonl"]) == 2
+    told = f"{made} has a head for another number of labels than 1: put its task.json back as `align task` wrote it"
+    assert told in capsys.readouterr().err
+    if tuning == "full":  # as a classifier of somebody else's
+        file.unlink()
+        rows = [{"text": f"the {label}", "label": label} for label in ("cat", "mat", "one")]
+        write_rows(folder / "three.jsonl", rows)
+        assert main(f"task --task classification --model {made} --data three.jsonl --max_steps 1 --held_out 0".split()) == 2
+        assert f"{made} has a head for another number of labels than 3: start from the model" in capsys.readouterr().err
+
+
 def test_accumulated_steps_are_one_big_batch(capsys):
     """Two micro-steps of 9 rows make the update of one batch of 18: the same losses after one step."""
     base = "task --task classification --model bert --data animals.jsonl --eval_data animals.jsonl --max_steps 1 --warmup_ratio 0"

@@ -147,13 +147,21 @@ class Task:
             options: as for `align.models.load_causal_lm`.
 
         Raises:
-            AlignError: there is no such model, or none of its family for this task.
+            AlignError: there is no such model, none of its family for this task, or its head is for another number of labels.
         """
         fields: dict[str, Any] = {}
         if self.labels:
             fields["id2label"] = dict(enumerate(self.labels))
             fields["label2id"] = {label: i for i, label in enumerate(self.labels)}
-        return load_model(self.auto, path, **options, **fields)
+        try:
+            return load_model(self.auto, path, **options, **fields)
+        except AlignError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            mend = "start from the model that it was made from"
+            if is_task_model(path):
+                mend = f"put its {TASK_FILE} back as `align task` wrote it, or train the model again"
+            raise AlignError(f"{path} has a head for another number of labels than {len(self.labels)}: {mend}") from error
 
     def check_reach(self, model: nn.Module, items: Sequence[Feature]) -> None:
         """Raise `AlignError` where `model` has places for fewer tokens than the longest of `items` has."""
