@@ -15,7 +15,7 @@ import httpx
 import pytest
 import torch
 from helpers import llama
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from align.chat.speaker import Decoding, Speaker
 from align.chat.terminal import Talk, talk_at_terminal
@@ -483,6 +483,17 @@ def test_a_model_that_is_not_there_is_not_served(capsys):
     error = capsys.readouterr().err
     assert error.startswith("align: error: cannot load a config from 'owner/nothing': no folder of that name")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForSequenceClassification", "BertForMaskedLM", "BertForTokenClassification"])
+def test_a_model_that_does_not_write_is_not_served(capsys, tmp_path, architecture):
+    """The server began, and answered each request that the model `has no attribute 'generation_config'`."""
+    pytest.importorskip("openai")
+    pytest.importorskip("uvicorn")
+    kind = "llama" if architecture.startswith("Llama") else "bert"
+    AutoConfig.for_model(kind, architectures=[architecture]).save_pretrained(tmp_path)
+    assert main(["serve", str(tmp_path)]) == 2
+    assert f"{tmp_path} writes no answers that could be served; `align chat` asks the model of a task" in capsys.readouterr().err
 
 
 def test_vllm_that_is_not_there_is_one_line(folders, monkeypatch, capsys):

@@ -56,6 +56,8 @@ def serve(options: argparse.Namespace) -> int:
         nowhere = isinstance(error.__cause__, OSError) or (path.is_dir() and not (path / "config.json").is_file())
         if options.engine == "transformers" or nowhere:
             raise
+    if options.engine == "transformers":
+        _refuse_unless_it_writes(options, resolved.path, config)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the folder, maybe a merged model, goes at the end
     with tempfile.TemporaryDirectory(prefix="align-serve-") as folder:
         name = resolved.path  # a hub id
@@ -69,6 +71,14 @@ def serve(options: argparse.Namespace) -> int:
             os.chdir(folder)
         say(f"model {name!r} at http://{options.host}:{options.port}/v1 (Ctrl-C ends it)")
         return start(options, name)
+
+
+def _refuse_unless_it_writes(options: argparse.Namespace, path: str, config: Any) -> None:
+    """Raise `AlignError` for a model without a head that writes: transformers' server would begin, and fail at each request."""
+    from align.models import family_of, is_classifier
+
+    if family_of(config) == "masked" or is_classifier(path, trust_remote_code=options.trust_remote_code):
+        raise AlignError(f"{path} writes no answers that could be served; `align chat` asks the model of a task")
 
 
 def _place(model: Path, target: Path) -> None:
