@@ -583,6 +583,25 @@ def test_processes_of_a_launch_share_what_it_divides(llama_8b):
     assert [each.machine.name for each in (ddp, fsdp2)] == ["B200, each of 8 processes"] * 2
 
 
+def test_whole_weights_that_fit_no_card_are_what_is_told(llama_8b, folder):
+    """8.03 billion numbers in float32 are 29.9 GiB, which each process loads before fsdp2 divides them, and 15.0 in bfloat16, to
+    which full training adds 44.9. PPO's processes are whole replicas.
+    """
+    eight = {"launch": {"num_processes": 8, "strategy": "fsdp2"}}
+    half = {"dtype": "bfloat16", "bf16": True}
+    ppo = PPO(model="model", data="sft.jsonl", reward_funcs="length_band(low=1, high=9)", total_episodes=128, **half)
+    stages = {"alone": sft(), "shared": sft(**eight), "half": sft(**half), "ppo": ppo}
+    looked = inspect(Run(Recipe("r", stages), Path("runs")).plan(), machine=card("rtx 4090"))
+    found = {each.name: finding for each in looked for finding in each.findings if finding.check == "memory"}
+    whole = "every process loads the whole weights, which alone take 29.9 GB of 24.0 GB"
+    assert found["alone"].message == found["shared"].message == whole
+    assert found["alone"].advice == "Set dtype bfloat16, or take a smaller model, or a larger GPU"
+    states = "weights, gradients and optimizer alone take "
+    assert found["half"].message == states + "59.8 GB of 24.0 GB"
+    assert found["ppo"].message.startswith(states)
+    assert ["fsdp2" in found[name].advice for name in ("half", "ppo")] == [True, False]
+
+
 def test_processes_on_a_cpu_share_its_memory_and_cores(folder):
     """So a step takes as long as in one process, and of a GPU machine's cards each has its own."""
     launch = {"num_processes": 2, "strategy": "ddp"}

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from align.budget import START
@@ -29,12 +30,16 @@ class Estimate:
     """What the phase with the highest peak consists of."""
     states: float
     """Weights, gradients and optimizer, or the whole weights that each process loads: what no smaller pass can save."""
+    whole: float
+    """The whole weights of what trains, which every process loads, also where it keeps a share of them."""
     tokens: int
     """Tokens in the largest pass."""
     seconds: float | None
     """Of training; None where its rows were not all looked at."""
     machine: Machine
     """What one process has of it."""
+    divisible: bool
+    """Whether processes may hold `states` in shares: a policy that samples is whole in each."""
 
     @property
     def peak(self) -> float:
@@ -63,12 +68,17 @@ class Estimate:
 
     def findings(self) -> list[Finding]:
         """A warning where memory will be short, an error where no smaller pass helps."""
+        memory = f"{self.machine.memory / GB:.1f} GB"
+        if self.whole > self.machine.memory:
+            need = f"every process loads the whole weights, which alone take {self.whole / GB:.1f} GB of {memory}"
+            return [Finding("error", "memory", need, "Set dtype bfloat16, or take a smaller model, or a larger GPU")]
         if self.states > self.machine.memory:
-            need = f"weights, gradients and optimizer alone take {self.states / GB:.1f} GB of {self.machine.memory / GB:.1f} GB"
-            less = "Set use_peft, or dtype bfloat16, or take a smaller model, or several GPUs (launch.strategy fsdp2)"
-            return [Finding("error", "memory", need, less)]
+            need = f"weights, gradients and optimizer alone take {self.states / GB:.1f} GB of {memory}"
+            less = "Set use_peft, or dtype bfloat16, or take a smaller model"
+            more = ", or more GPUs (launch.strategy fsdp2)" if self.divisible else ""
+            return [Finding("error", "memory", need, less + more)]
         if self.peak > self.machine.memory:
-            need = f"the estimated peak is {self.peak / GB:.1f} GB of {self.machine.memory / GB:.1f} GB"
+            need = f"the estimated peak is {self.peak / GB:.1f} GB of {memory}"
             less = "Lower max_tokens_per_micro_batch or max_length, set gradient_checkpointing, bf16 or use_peft"
             return [Finding("warning", "memory", need, less)]
         return []
@@ -87,18 +97,21 @@ def estimate(subject: Subject, machine: Machine) -> Estimate | None:
     forest = getattr(subject.stage, "engine", "forest") == "forest"
     if config is None or not trees or not forest or subject.stage.strategy.name in SOFT:
         return None
-    machine = _part(machine, getattr(subject.stage, "launch", None))
+    machine = _part(machine, _launch(subject.stage))
     return _sampled(subject, config, machine) if subject.kind == "prompts" else _supervised(subject, config, machine)
 
 
-def _processes(stage: Any) -> int:
-    launch = getattr(stage, "launch", None)
-    return 1 if launch is None else launch.num_processes
+ALONE = SimpleNamespace(num_processes=1, num_machines=1, strategy="ddp", shards_weights=False)
+
+
+def _launch(stage: Any) -> Any:
+    """The stage's launch, or that of a single process."""
+    return getattr(stage, "launch", None) or ALONE
 
 
 def _part(machine: Machine, launch: Any) -> Machine:
     """What one process has of `machine`: a card of its own, or a share of memory and cores."""
-    here = 1 if launch is None else math.ceil(launch.num_processes / launch.num_machines)
+    here = math.ceil(launch.num_processes / launch.num_machines)
     if here == 1:
         return machine
     name = f"{machine.name}, each of {launch.num_processes} processes"
@@ -118,10 +131,7 @@ class Held(NamedTuple):
 
     @classmethod
     def of(cls, model: Skeleton, launch: Any) -> Held:
-        weights, gradients = model.weights, float(model.gradients)
-        if launch is None:
-            return cls(weights, gradients, 0.0)
-        count = launch.num_processes
+        weights, gradients, count = model.weights, float(model.gradients), launch.num_processes
         if launch.shards_weights:
             return cls(weights / count, gradients / count, model.gathered * (1 - 1 / count))
         if launch.strategy == "deepspeed-zero2":
@@ -177,9 +187,9 @@ def _filled(trees: Sequence[Tree], tokens: int) -> Forest:
 
 
 def _supervised(subject: Subject, config: Any, machine: Machine) -> Estimate:
-    stage, trees = subject.stage, subject.encoded.trees
+    stage, launch, trees = subject.stage, _launch(subject.stage), subject.encoded.trees
     model = _skeleton(subject, config, machine, score_head=stage.stage == "reward")
-    held = Held.of(model, stage.launch)
+    held = Held.of(model, launch)
     budget, each = _budget(stage), statistics.fmean(tree.tokens for tree in trees)
     rows = stage.per_device_train_batch_size * stage.gradient_accumulation_steps
     forest, several = _largest(trees, rows, budget)
@@ -194,12 +204,12 @@ def _supervised(subject: Subject, config: Any, machine: Machine) -> Estimate:
         "training": sum(training.values()),
     }
     looked = subject.encoded.used + subject.encoded.set_aside.total()
-    count = len(subject.rows) * len(trees) / looked / _processes(stage)  # a long document gives several
+    count = len(subject.rows) * len(trees) / looked / launch.num_processes  # a long document gives several
     passed = count * stage.num_train_epochs if stage.max_steps < 0 else stage.max_steps * min(rows, count)
     flops = passed * each * model.parameters * (4 if model.adapted else 6)
     seconds = None if subject.capped and stage.max_steps < 0 else flops / _rate(stage, machine)
     states = max(model.weights, held.weights + 3 * held.gradients)
-    return Estimate(parts, training, states, forest.tokens, seconds, machine)
+    return Estimate(parts, training, states, model.weights, forest.tokens, seconds, machine, divisible=True)
 
 
 def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
@@ -214,7 +224,7 @@ def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
     has_critic = settings.advantage_estimator == "gae" and stage.critic == "separate"
     critic = _skeleton(subject, config, machine, score_head=True) if has_critic else None
     learners = [policy, critic] if critic else [policy]
-    processes = _processes(stage)
+    processes = _launch(stage).num_processes
     episodes = math.ceil(settings.episodes_per_step / processes)
     answered = [replace(tree, branches=(tree.prompt[:1] * stage.max_completion_length,)) for tree in trees]
     sizes = [tree.tokens for tree in answered]
@@ -240,4 +250,4 @@ def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
     flops = settings.total_episodes / processes * statistics.fmean(sizes) * sum(model.parameters for model in learners)
     known = settings is stage or not subject.capped or stage.max_steps > 0
     seconds = flops * (6 * settings.num_ppo_epochs + 4) / _rate(stage, machine) if known else None
-    return Estimate(parts, training, standing + 3 * gradients, forest.tokens, seconds, machine)
+    return Estimate(parts, training, standing + 3 * gradients, policy.weights, forest.tokens, seconds, machine, divisible=False)
