@@ -37,12 +37,12 @@ def told_of(where: str) -> Iterator[None]:
 
 
 def near_miss(word: str, options: Iterable[str]) -> str:
-    """``" (did you mean 'x'?)"`` for the option closest to `word`, or else the shortest that begins with it; an empty string when
-    there is neither.
+    """``" (did you mean 'x'?)"`` for the option closest to `word`, or else the shortest that begins with it, if it is more than a
+    letter; an empty string when there is neither.
     """
     options = list(options)
     close = difflib.get_close_matches(word, options, n=1)
-    begun = sorted((option for option in options if word and option.startswith(word)), key=len)
+    begun = sorted((option for option in options if len(word) > 1 and option.startswith(word)), key=len)
     return f" (did you mean {(close or begun)[0]!r}?)" if close or begun else ""
 
 

@@ -351,6 +351,7 @@ MISTAKES = {
     "a stage twice": ("run twice.yaml", r"twice\.yaml is not YAML: the key 'sft' stands twice \(line 3, column \d+\)$"),
     "a file without a recipe": ("run no_recipe.py", r"no_recipe\.py defines no function `recipe`"),
     "unknown setting": (RUN + "--set rat=1", r"has no setting 'rat' \(did you mean 'rate'\?\); it has: model, rate"),
+    "setting of one letter": (RUN + "--set r=1", r"has no setting 'r'; it has: model, rate"),
     "unknown stage in --set": (RUN + "--set stf.seed=1", r"has no stage 'stf' \(did you mean 'sft'\?\)"),
     "unknown field in --set": (RUN + "--set sft.sede=1", r"unknown key 'sede' \(did you mean 'seed'\?\)"),
     "wrong type in --set": (RUN + "--set sft.seed=one", "'seed' is 'one': input should be a valid integer"),

@@ -91,7 +91,10 @@ def test_aliases_of_several_processes_are_all_kept():
 
 
 def test_what_others_descend_from_is_not_deleted(capsys):
-    artifacts = run({"a": Act(), "b": Act(model="a")})
+    artifacts = run({"a": Act(), "b": Act(model="a"), "c": Act(model="a", text="c")})
+    with pytest.raises(AlignError, match="r-a@1 is what r-b@1, r-c@1 descend from; delete those first"):
+        delete(Registry(), "r-a@1")
+    delete(Registry(), "r-c@1")
     with pytest.raises(AlignError, match="r-a@1 is what r-b@1 descends from; delete that first"):
         delete(Registry(), "r-a@1")
     with pytest.raises(AlignError, match="say which version: r-b@1"):
@@ -663,6 +666,7 @@ def test_values_that_differ_in_a_sign_are_two_branches():
     ("sweeps", "seeds", "message"),
     [
         ({"sft.model": ["a/b", "a_b"]}, 1, "two branches would be called 'sft-model-a_b'"),
+        ({"dpo.beta": ["0.1", "0.10"]}, 1, "--sweep: 'dpo-beta-0.1' and 'dpo-beta-0.10' have the same values; leave one out"),
         ({"sft.model": ["gpt2", "after"]}, 1, r"these stages need each other in a circle: sft, dpo, after$"),
         ({"sft.model": ["gpt2", "sft"]}, 1, "stage 'sft' needs its own output"),
         ({}, 3, "--seeds needs to know of what"),

@@ -141,7 +141,8 @@ def delete(registry: Registry, reference: str) -> Artifact:
     artifact = registry.get(reference)
     children = sorted({other.reference for other in registry.all() if artifact.reference in other.parents.values()})
     if children:
-        raise AlignError(f"{reference} is what {', '.join(children)} descends from; delete that first")
+        they, those = ("descend", "those") if len(children) > 1 else ("descends", "that")
+        raise AlignError(f"{reference} is what {', '.join(children)} {they} from; delete {those} first")
     aliases = [alias for alias, path in registry.aliases().items() if path == artifact.path]
     if aliases:
         raise AlignError(f"the alias {aliases[0]!r} stands for {reference}; delete it, or give it another target, first")

@@ -41,7 +41,8 @@ def expand(recipe: Recipe, sweeps: Mapping[str, Sequence[str]], seeds: int = 1) 
         sweeps: ``stage.field`` to values, written as YAML.
 
     Raises:
-        AlignError: no such stage or field, a value that does not fit, two branches of one name, or seeds without a stage to vary.
+        AlignError: no such stage or field, a value that does not fit, two branches of one name or of the same values, or seeds
+            without a stage to vary.
     """
     if not sweeps:
         raise AlignError("--seeds needs to know of what: add --sweep STAGE.FIELD=VALUES, or write --sweep STAGE.seed=0,1,2 instead")
@@ -83,13 +84,16 @@ def _options(name: str, stage: Stage, fields: dict[str, Sequence[str]], seeds: i
         if first is None:
             raise AlignError(f"--seeds: stage {name!r} has no seed")
         fields = {**fields, "seed": [str(first + i) for i in range(seeds)]}
-    found = []
+    found: list[Option] = []
     for values in itertools.product(*fields.values()):
         chosen = dict(zip(fields, values, strict=True))
         suffix = "".join(f"-{field}-{_plain(value)}" for field, value in chosen.items())
         changed = {field: field_value(type(stage), field, value) for field, value in chosen.items()}
         whole = {**stage.model_dump(exclude_unset=True), **changed}
-        found.append((suffix, make_stage(type(stage), whole, f"--sweep, stage {name + suffix!r}")))
+        built = make_stage(type(stage), whole, f"--sweep, stage {name + suffix!r}")
+        if same := next((other for other, earlier in found if earlier == built), None):
+            raise AlignError(f"--sweep: {name + same!r} and {name + suffix!r} have the same values; leave one out")
+        found.append((suffix, built))
     return found
 
 
