@@ -27,6 +27,7 @@ from align.registry import Registry
 from align.runner import execute
 from align.runner.locks import is_locked, lock, lock_file
 from align.runner.view import statuses
+from align.stages import SFT, Evaluate
 
 ROOT = Path(__file__).parent.parent
 
@@ -359,6 +360,16 @@ def test_a_second_look_at_a_run_under_nohup_and_sigterm(nohup, capsys, monkeypat
     assert main(["status", "out"]) == 0
     assert re.fullmatch(r"a  stopped +3/10 steps\n", capsys.readouterr().out), "how far it came"
     assert not list(Path("out").rglob("*.lock"))
+
+
+def test_what_has_no_checkpoints_is_not_said_to_save():
+    stages = {"sft": SFT(model="gpt2", data="x"), "look": Evaluate(models={"m": "gpt2"}, perplexity_data="x"), "b": Act()}
+    sft, *others = (SimpleNamespace(name=name, stage=stage) for name, stage in stages.items())
+    assert (
+        execute.stopping([sft, *others], 60.0) == "stopping: sft may save for up to 60 s (again: at once); look, b will begin anew"
+    )
+    assert execute.stopping(others, 60.0) == "stopping: look, b will begin anew"
+    assert execute.stopping([sft], 60.0) == "stopping: sft may save for up to 60 s (again: at once)"
 
 
 def test_a_killed_runner_leaves_no_process_behind_and_status_says_interrupted(hanging):

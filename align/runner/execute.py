@@ -342,7 +342,7 @@ def _stop(running: dict[int, _Running], grace: float, show: Callable[[_Running],
     """Ask the stages to save and end; those that are still there after `grace` seconds are killed."""
     if not running:
         return
-    say(f"stopping: {', '.join(job.step.name for job in running.values())} may save for up to {grace:g} s (again: at once)")
+    say(stopping([job.step for job in running.values()], grace))
     deadline = time.monotonic() + grace
     try:
         _signal(running, signal.SIGTERM)
@@ -358,6 +358,15 @@ def _stop(running: dict[int, _Running], grace: float, show: Callable[[_Running],
             _signal(running, signal.SIGKILL)
             if _shared:
                 _shared.pop().close()
+
+
+def stopping(steps: list[Step], grace: float) -> str:
+    """What becomes of `steps` when they are stopped: those with checkpoints save, within `grace` seconds."""
+    saving = [step.name for step in steps if hasattr(step.stage, "save_steps")]
+    anew = [step.name for step in steps if step.name not in saving]
+    told = [f"{', '.join(saving)} may save for up to {grace:g} s (again: at once)"] if saving else []
+    told += [f"{', '.join(anew)} will begin anew"] if anew else []
+    return f"stopping: {'; '.join(told)}"
 
 
 def _signal(running: dict[int, _Running], number: int) -> None:
