@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import httpx
 import pytest
 import torch
 from helpers import llama
-from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from align.chat.speaker import Decoding, Speaker
 from align.chat.terminal import Talk, talk_at_terminal
@@ -421,6 +421,10 @@ REFUSED = {
     "to stop at nothing": ({**ASKED, "stop": ""}, 400, "stop: a text of at least one character"),
     "to stop at no number": ({**ASKED, "stop": [5], "stream": True}, 400, "Input should be a valid string"),
     "several answers": ({**ASKED, "n": 1000}, 400, "n: Input should be 1"),
+    "a penalty that would be none": ({**ASKED, "frequency_penalty": -1}, 400, "frequency_penalty: Input should be greater than -1"),
+    "a bias for no number": ({**ASKED, "logit_bias": {"x": 1}}, 400, "logit_bias: 'x' is no token's number, which are 0 to 319"),
+    "a bias for no token": ({**ASKED, "logit_bias": {"320": 1}}, 400, "logit_bias: '320' is no token's number"),
+    "a bias out of bounds": ({**ASKED, "logit_bias": {"5": 101}}, 400, "logit_bias.5: Input should be less than or equal to 100"),
     "log-probs": ({**ASKED, "logprobs": True}, 400, "logprobs: nothing here does what it asks for; leave it out"),
     "JSON": ({**ASKED, "response_format": {"type": "json_object"}}, 400, "response_format: nothing here does what it asks for"),
     "half a pair": (json.dumps({"messages": [{"role": "user", "content": "\ud800"}]}).encode(), 400, "hex escape"),
@@ -442,7 +446,7 @@ def test_a_wrong_request_is_refused_in_one_line(folders):
 
         def post(content, path="/chat/completions", **headers):
             content = content if isinstance(content, bytes) else json.dumps({"model": "one", **content}).encode()
-            headers["content-type"] = "application/json"
+            headers = {"content-type": "application/json", **headers}
             return httpx.post(f"{address}{path}", content=content, headers=headers, timeout=60)
 
         for name, (content, status, said) in REFUSED.items():
@@ -450,6 +454,15 @@ def test_a_wrong_request_is_refused_in_one_line(folders):
             assert (answer.status_code, said in answer.json()["error"]["message"]) == (status, True), (name, answer.text)
         assert post(ASKED).status_code == 200
         assert post({**ASKED, "response_format": {"type": "text"}, "logprobs": False, "presence_penalty": 0}).status_code == 200
+        five = post({**ASKED, "logit_bias": {"5": 100}}).json()["choices"][0]["message"]["content"]
+        assert five == AutoTokenizer.from_pretrained(folders / "one").decode([5, 5]), "OpenAI's clients write whole numbers"
+        assert post({**ASKED, "logit_bias": {}}, **{"content-type": "application/json; charset=utf-8"}).status_code == 200
+        plain = post(ASKED, **{"content-type": "text/plain"})
+        assert (plain.status_code, plain.json()["error"]["message"]) == (
+            415,
+            "the content type is 'text/plain': send it as application/json",
+        )
+        assert "logit_bias: nothing here" in post({"prompt": "Hi", "logit_bias": {"5": 1}}, "/completions").text
         assert post(ASKED, Host="evil.example:80").status_code == 400
         assert httpx.post(f"{address.removesuffix('/v1')}/load_model", json={"model": "owner/other"}).status_code == 404
         assert post({"prompt": 3}, "/completions").json()["error"]["message"].startswith("prompt: Input should be a valid string")
@@ -463,6 +476,20 @@ def test_a_wrong_request_is_refused_in_one_line(folders):
         )
         other = post({**ASKED, "model": "other"})
         assert (other.status_code, other.json()["error"]["message"]) == (400, "Server is pinned to 'one'; requested 'other'.")
+
+
+def test_no_answer_goes_on_for_nobody(folders):
+    """Who leaves does not keep the next one waiting, and the server ends though it is in the middle of an answer."""
+    pytest.importorskip("openai")
+    pytest.importorskip("uvicorn")
+    endless = {**ASKED, "model": "one", "max_tokens": 10**6, "logit_bias": {"2": -100.0}}
+    with ExitStack() as after, served(folders / "one") as address:
+        client = after.enter_context(httpx.Client(base_url=address, timeout=60))
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/chat/completions", json=endless, timeout=1)
+        assert client.post("/chat/completions", json=ASKED).status_code == 200
+        stream = after.enter_context(client.stream("POST", "/chat/completions", json={**endless, "stream": True}))
+        assert next(stream.iter_lines()).startswith("data: ")
 
 
 def test_a_base_model_that_is_served_takes_no_conversation_and_says_what_to_do(folders, tokenizer):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextvars import ContextVar
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
@@ -13,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from transformers import PreTrainedTokenizerBase
+from transformers.cli.serving.utils import GenerateManager
 
 from align.chat.speaker import COLDEST
 from align.errors import first_line
@@ -33,6 +38,7 @@ IGNORED: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "function_call": ("auto", "none"),
     "functions": ([],),
+    "logit_bias": ({},),
     "logprobs": (False,),
     "modalities": (["text"],),
     "prediction": (),
@@ -48,6 +54,9 @@ IGNORED: dict[str, tuple[Any, ...]] = {
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 """OpenAI's. A template would write any that it is given."""
+
+LEFT: ContextVar[threading.Event] = ContextVar("LEFT")
+"""Of a request, set when who asked is gone."""
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -85,6 +94,8 @@ class _Request(_Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     n: Literal[1] | None = None
+    frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = None
+    """Theirs adds 1 to it, and divides by that."""
     stop: Annotated[str | list[str] | None, AfterValidator(_something)] = None
     stream: bool | None = None
 
@@ -100,6 +111,7 @@ class _Turn(_Body):
 
 class _Chat(_Request):
     messages: Annotated[list[_Turn], Field(min_length=1)]
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
 
     def contents(self) -> list[Any]:
         return [turn.content for turn in self.messages]
@@ -154,17 +166,29 @@ class Guard:
                 await refusal(413, f"a request has at most {MOST} bytes")(scope, receive, send)
                 return
         if scope["method"] == "POST" and scope["path"] in REQUESTS:
+            kind = dict(scope["headers"]).get(b"content-type", b"").decode("latin-1")
+            if kind.partition(";")[0].strip().lower() != "application/json":
+                await refusal(415, f"the content type is {kind!r}: send it as application/json")(scope, receive, send)
+                return
             if wrong := self.wrong(REQUESTS[scope["path"]], content):
                 await refusal(400, wrong)(scope, receive, send)
                 return
-            if scope["path"] == "/v1/responses":  # theirs streams where nothing is said of it, OpenAI's does not
-                content = json.dumps({"stream": False, **json.loads(content)}).encode()
+            content = json.dumps(_as_theirs(scope["path"], json.loads(content))).encode()
         unread = [{"type": "http.request", "body": content, "more_body": False}]
 
         async def again() -> MutableMapping[str, Any]:
             return unread.pop() if unread else await receive()
 
-        await self.app(scope, again, send)
+        left = threading.Event()
+        LEFT.set(left)
+        watching = asyncio.create_task(_watch(receive, left))
+        try:
+            await self.app(scope, again, send)
+        except asyncio.CancelledError:
+            pass  # uvicorn's, which ends and would show a traceback
+        finally:
+            watching.cancel()
+            left.set()
 
     def wrong(self, kind: type[_Request], content: bytes) -> str | None:
         """What is wrong with a request, in one line."""
@@ -177,6 +201,9 @@ class Guard:
         for name, value in (asked.model_extra or {}).items():
             if value is not None and not any(_same(value, nothing) for nothing in IGNORED.get(name, (value,))):
                 return f"{name}: nothing here does what it asks for; leave it out"
+        for token in getattr(asked, "logit_bias", None) or {}:
+            if not token.isdecimal() or int(token) >= len(self.tokenizer):
+                return f"logit_bias: {token!r} is no token's number, which are 0 to {len(self.tokenizer) - 1}"
         if kind.needs_template and not self.tokenizer.chat_template:
             return "the model has no chat template, as base models have none: ask /v1/completions, or serve one that has"
         parts = [part for content in asked.contents() for part in (content if isinstance(content, list) else [{"text": content}])]
@@ -188,6 +215,34 @@ class Guard:
         texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
         tokens = sum(len(ids) for ids in self.tokenizer(["", *texts], add_special_tokens=False, verbose=False)["input_ids"])
         return None if tokens < self.context else f"the model reads {self.context} tokens, and the request has {tokens}"
+
+
+def _as_theirs(path: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """What is asked, as their server takes it."""
+    if path == "/v1/responses":  # theirs streams where nothing is said of it, OpenAI's does not
+        asked = {"stream": False, **asked}
+    if bias := asked.pop("logit_bias", None):
+        asked["logit_bias"] = {token: float(value) for token, value in bias.items()}
+    return asked
+
+
+async def _watch(receive: Receive, left: threading.Event) -> None:
+    """Set `left` when who asked is gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    left.set()
+
+
+class Generating(GenerateManager):
+    """Theirs, which goes on with a whole answer when who asked is gone."""
+
+    async def generate_non_streaming(self, model: Any, processor: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+        left = LEFT.get()
+
+        def gone(ids: torch.Tensor, _: Any) -> torch.Tensor:
+            return torch.full((len(ids),), left.is_set(), device=ids.device)
+
+        return await super().generate_non_streaming(model, processor, {**inputs, "stopping_criteria": [gone]}, *rest, **more)
 
 
 def refusal(status: int, message: str) -> JSONResponse:

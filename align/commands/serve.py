@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +137,12 @@ def _missing_vllm() -> str | None:
 
 
 def _transformers(options: argparse.Namespace, name: str) -> int:
+    import uvicorn
     from transformers.cli.serve import Serve
-    from transformers.cli.serving import server
+    from transformers.cli.serving import server, utils
     from transformers.cli.serving.model_manager import ModelManager
 
-    from align.chat.server import guarded
+    from align.chat.server import Generating, guarded
     from align.models import load_config, load_tokenizer
 
     # Theirs lists the hub's cache, and fails where there is none.
@@ -153,6 +155,9 @@ def _transformers(options: argparse.Namespace, name: str) -> int:
     server.build_server = lambda *parts, **more: guarded(
         build(*parts, **more), tokenizer, context if context and context > 0 else None, options.host, served
     )
+    utils.GenerateManager = Generating
+    # Without an end to it, Ctrl-C waits until the last answer is told.
+    uvicorn.Config = partial(uvicorn.Config, timeout_graceful_shutdown=1)  # type: ignore[misc, assignment]
     common = {"host": options.host, "port": options.port, "dtype": options.dtype}
     Serve(force_model=name, trust_remote_code=options.trust_remote_code, **common)
     return 0
