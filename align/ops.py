@@ -77,7 +77,9 @@ def kl_k2(logps: Tensor, reference: Tensor) -> Tensor:
 
 
 def kl_k3(logps: Tensor, reference: Tensor) -> Tensor:
-    """Unbiased, non-negative: ``r - 1 - log r`` with ``r = reference / policy``."""
+    """Unbiased, non-negative: ``r - 1 - log r`` with ``r = reference / policy``. Nothing is clamped, as in
+    GRPO's paper (arXiv:2402.03300, Eq. 4) and in TRL: beyond 88 nats ``r`` is infinite in float32, and training stops there.
+    """
     log_ratio = reference - logps
     return torch.expm1(log_ratio) - log_ratio
 

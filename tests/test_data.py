@@ -178,6 +178,14 @@ def test_the_first_line_of_a_table(tmp_path: Path) -> None:
         assert "b.csv row 1, the columns fit no format of sft rows, as the first line has a number, an empty cell or one" in said
 
 
+@pytest.mark.parametrize(("name", "expected"), [("a.csv", "commas"), ("a.tsv", "tabs")])
+@pytest.mark.parametrize("first", [b"prompt;completion", b"Hi there;Hello"])
+def test_a_table_with_semicolons(tmp_path: Path, name: str, expected: str, first: bytes) -> None:
+    """As spreadsheets write them where the comma is that of numbers. It was a table of one column, which fits no format."""
+    said = refusal(path := write(tmp_path / name, first + b"\nHi;Hello, you\n"), "sft")
+    assert said == f"{path}: semicolons part the columns of its first line, expected {expected}: save it so, or as .jsonl"
+
+
 def test_a_label_that_is_a_number_is_one_class_in_every_file(tmp_path: Path) -> None:
     """pandas writes whole numbers beside a gap as 1.0."""
     table = write(tmp_path / "a.csv", b"text,label\nGood.,1.0\nBad.,-2.00\nSo.,0.5\nNew.,v1.0\n")

@@ -193,6 +193,14 @@ def test_check_prints_a_line_for_each_file(tmp_path, capsys):
         assert said.err.startswith(f"align: {gone}: no such file or folder")
     assert main(["data", "check", str(good), str(gone)]) == 1
     assert "no such file" in capsys.readouterr().err
+    (folder := tmp_path / "folder").mkdir()
+    write_rows(folder / "a.jsonl", [{"prompt": "p", "completion": "a"}] * 3)
+    write_rows(folder / "b.jsonl", [{"prompt": "p", "completion": "a"}])
+    (folder / "c.json").write_text('{"a": [1,')
+    assert main(["data", "check", str(folder)]) == 1
+    said = capsys.readouterr()
+    assert said.out.endswith("3 rows = 3 used + 0 set aside; the rest was not read\n")
+    assert "c.json line 1, column 10: invalid JSON" in said.err
     (noise := tmp_path / "noise.jsonl").write_bytes(b"\x93\xff\x00\xfe\n\x80\n")
     assert main(["data", "check", str(noise)]) == 2
     assert main(["data", "check", str(good), str(noise)]) == 1

@@ -305,6 +305,8 @@ def _sound(value: Any, text: str) -> Raw | Unreadable:
 
 MARKS = "a cell begins with a quotation mark that is not closed behind it; quote all of it, and double the marks inside"
 
+SEPARATORS = {",": "commas", "\t": "tabs"}
+
 
 def _table(delimiter: str) -> Callable[[Path], Iterator[Numbered]]:
     def read(path: Path) -> Iterator[Numbered]:
@@ -312,6 +314,10 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Numbered]]:
         with _text(path) as stream:
             line = stream.readline().rstrip("\n")
         first = next(csv.reader([line], delimiter=delimiter), [])
+        if len(first) == 1 and ";" in first[0]:
+            raise AlignError(
+                f"{path}: semicolons part the columns of its first line, expected {SEPARATORS[delimiter]}: save it so, or as .jsonl"
+            )
         columns = layouts.header(first)
         # Programs that write no header, write no quotes either.
         quoting: Any = csv.QUOTE_NONE if columns is None and delimiter == "\t" else csv.QUOTE_MINIMAL

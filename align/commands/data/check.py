@@ -47,7 +47,9 @@ def check(options: argparse.Namespace) -> int:
             found = {"file": file, "format": stream.format or None, "kind": stream.kind, **account.as_dict()}
             print(json.dumps(found | ({"error": error} if error else {}), ensure_ascii=False))
         elif account.rows or error is None:
-            print(f"{file}: {stream.format or 'no known format'}, {stream.kind or 'no known kind'}: {visible(account.summary())}")
+            cut = "; the rest was not read" if error else ""
+            known = f"{stream.format or 'no known format'}, {stream.kind or 'no known kind'}"
+            print(f"{file}: {known}: {visible(account.summary())}{cut}")
             for place, reason in stream.set_aside[:3]:
                 print(f"  {place}: {visible(reason)}")
         if error or not account.rows:
