@@ -57,9 +57,10 @@ class Run:
         for step in due:
             refuse_crowd(step.stage)
             refuse_unwritable(step.folder)
-            refuse_unwritable(step.folder.parent)  # where its lock and its log lie
-        if due:
-            refuse_unwritable(self.registry.root, "set ALIGN_HOME to a folder that can take the registry")
+            refuse_unwritable(step.folder.parent)  # where its lock lies
+            refuse_unwritable(step.log.parent)
+            for folder in (self.registry.root, self.registry.root / step.draft.name):  # that of a name may be another user's
+                refuse_unwritable(folder, "set ALIGN_HOME to a folder that can take the registry")
         if due and self.folder is not None:
             refuse_foreign(self.folder)
         looked = look([step.name for step in due], plan, notes)

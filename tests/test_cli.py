@@ -684,6 +684,16 @@ def test_a_home_that_takes_no_registry_is_told_of_before_anything_trains(monkeyp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("taken", ["home/registry/sft", "logs"])
+def test_a_folder_that_is_another_users_is_told_of_before_anything_trains(taken, tmp_path, capsys):
+    """Where several share a home, the folder of a name in its registry, or that of a run's logs, may be somebody else's."""
+    (tmp_path / taken).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / taken).symlink_to("/proc")
+    assert main(f"{SFT}sft.jsonl --output_dir {tmp_path}/out".split()) == 2
+    assert f"nothing can be written into {tmp_path / taken} (" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_same_command_again_does_nothing(capsys, tmp_path):
     command = f"{SFT}sft.jsonl --output_dir {tmp_path}/out --json"
     assert run_json(command, capsys) == run_json(command, capsys)

@@ -99,6 +99,12 @@ def test_what_nothing_can_be_written_into_is_told_in_one_line(artifact, tmp_path
         subprocess.run([*unmount, str(home)], check=True)
 
 
+def test_a_file_that_cannot_be_written_is_told_of_by_its_own_name():
+    with pytest.raises(FileNotFoundError) as told:
+        write_atomically(Path("/proc/report.md"), "")
+    assert told.value.filename == "/proc/report.md"
+
+
 @pytest.mark.parametrize("reference", ["../x", "../x@1", "@1", "a/b@1"])
 def test_a_reference_that_is_no_name_is_not_looked_up(reference, registry, tmp_path):
     (tmp_path / "home" / "x").mkdir(parents=True)

@@ -530,6 +530,19 @@ def test_the_plan_of_one_stage_is_of_that_alone(capsys, tmp_path):
     assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [["run", "a"]]
 
 
+def test_how_the_stages_of_a_moved_run_stand(processes, capsys):
+    done = run({"a": Act()})["a"]
+    Path("out").rename("there")
+    folder = Path("there", Path(done.path).name)
+    assert main(["status", str(folder), "--json"]) == 0
+    (status,) = json.loads(capsys.readouterr().out)
+    assert status["folder"] == str(folder.resolve())
+    log = Path("there", "logs", f"{folder.name}.json")
+    log.write_text(json.dumps(status | {"state": "running", "folder": done.path}))  # of a copy that was made while it ran
+    with lock(Path(done.path)):
+        assert [status["state"] for status in statuses(Path("there"))] == ["interrupted"]
+
+
 def test_a_run_that_was_moved_is_told_of_from_where_it_is(tmp_path, capsys):
     recipe = tmp_path / "two.py"
     lines = ["from align.recipe import Recipe", "from runner_stages import Act", "def recipe():"]

@@ -40,7 +40,7 @@ def written_aside(path: Path, *, durable: bool = True) -> Iterator[TextIO]:
         os.replace(aside, path)
     except BaseException as error:
         aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a write says that there is no room, and not where
+        if isinstance(error, OSError) and error.filename in (None, str(aside)):  # a write says that there is no room, and not where
             error.filename = str(path)
         raise
     if durable:

@@ -65,8 +65,10 @@ def statuses(run: Path) -> list[dict[str, Any]]:
         status = read_status(path)
         if not status.keys() >= {"name", "state", "folder", "started"}:
             continue
-        if status["state"] == "running" and not is_locked(Path(status["folder"])):
+        folder = run.resolve() / Path(status["folder"]).name  # the run may have been moved or copied since
+        if status["state"] == "running" and not is_locked(folder):
             status["state"] = "interrupted"
+        status["folder"] = str(folder)
         found.append({**status, "log": str(path.with_suffix(".log"))})
     return sorted(found, key=lambda status: status["started"])
 
