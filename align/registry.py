@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from align.artifact import Artifact
+from align.artifact import BEGUN, Artifact
 from align.errors import AlignError, near_file, near_miss
 from align.runner.files import refuse_unwritable, write_atomically
 from align.runner.locks import lock
@@ -153,12 +153,14 @@ class Registry:
         """Where `artifact`, which is registered, lies.
 
         Raises:
-            AlignError: it is gone, or something else has taken its place.
+            AlignError: it is gone or not whole, or something else has taken its place.
         """
         folder = Path(artifact.path)
         if not folder.is_dir():
             raise AlignError(f"{artifact.reference} was at {folder}, and that folder is gone")
         held = Artifact.read(folder)
+        if held is None and (folder / BEGUN).is_file():
+            raise AlignError(f"{artifact.reference} at {folder} is not whole: its stage runs again, or was cut; let that end first")
         if held is not None and held.identity != artifact.identity:
             raise AlignError(f"{artifact.reference} was at {folder}, and that folder holds {held.reference} now")
         return folder

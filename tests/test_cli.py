@@ -89,6 +89,7 @@ def folder(tmp_path_factory, tokenizer):
         "fields.yaml": "stage: sft\nmodel: model\ndata: sft.jsonl",
         "launch.yaml": "launch: {num_proceses: 2}\nstages: {sft: {stage: sft, model: model, data: sft.jsonl}}",
         "key.yaml": "1: mine\nstages: {sft: {stage: sft, model: model, data: sft.jsonl}}",
+        "long.yaml": f"name: {'m' * 100}\nstages: {{sft: {{stage: sft, model: model, data: sft.jsonl}}}}",
         "date.yaml": "name: 2026-02-30\nstages: {sft: {stage: sft, model: model, data: sft.jsonl}}",
         "twice.yaml": "stages:\n  sft: {stage: sft, model: model, data: a.jsonl}\n  sft: {stage: sft, model: model, data: b.jsonl}",
         "typo.yaml": "name: mine\nstages: {sft: {stage: sft, model: model, data: sft.jsonl, learning_rat: 1e-3}}",
@@ -328,6 +329,7 @@ MISTAKES = {
     "unknown stage in YAML": ("run kind.yaml", r"kind\.yaml, stage 'sft': unknown stage 'stf' \(did you mean 'sft'\?\)"),
     "a recipe's name": ("run name.yaml", r"name\.yaml: the name '\.\./mine' must be letters"),
     "a recipe's name is a number": ("run number.yaml", r"number\.yaml: the name 5 must be letters.*no text: put it in quotes"),
+    "names that are too long together": ("run long.yaml", r"the name 'm{100}-sft' must .* have at most 100 of them"),
     "bad YAML": ("run bad.yaml", r"bad\.yaml is not YAML: while parsing .* \(line 2, column \d+\)$"),
     "a list for a recipe": ("run list.yaml", "expected a mapping with `name` and `stages`"),
     "a recipe that crashes": ("run crash.py", r"running the recipe crash\.py failed in line 1: ModuleNotFoundError"),
@@ -692,6 +694,12 @@ def test_a_folder_that_is_another_users_is_told_of_before_anything_trains(taken,
     assert main(f"{SFT}sft.jsonl --output_dir {tmp_path}/out".split()) == 2
     assert f"nothing can be written into {tmp_path / taken} (" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_in_another_encoding_is_told_of_as_that(tmp_path, capsys):
+    (tmp_path / "latin.yaml").write_bytes("# grün\nname: x".encode("latin-1"))
+    assert main(["run", str(tmp_path / "latin.yaml")]) == 2
+    assert "latin.yaml is not UTF-8 text (invalid start byte at byte 4): save it as UTF-8" in capsys.readouterr().err
 
 
 def test_the_same_command_again_does_nothing(capsys, tmp_path):

@@ -105,6 +105,19 @@ def test_a_file_that_cannot_be_written_is_told_of_by_its_own_name():
     assert told.value.filename == "/proc/report.md"
 
 
+def test_what_runs_again_is_not_whole(registry, artifact, tmp_path, monkeypatch, capsys):
+    """As a forced stage does, or one that was cut: its manifest is gone. Half of it was pushed, and no pull took that."""
+    monkeypatch.setenv("ALIGN_HOME", str(tmp_path / "home"))
+    again = registry.add(artifact("sft"))
+    again.begin()
+    for command in (["models", "push", "sft", str(tmp_path / "shelf")], ["export", "sft", "--to", str(tmp_path / "to")]):
+        assert main(command) == 2
+        assert f"sft@1 at {again.path} is not whole: its stage runs again, or was cut" in capsys.readouterr().err
+    assert not (tmp_path / "shelf").exists()
+    again.write()
+    assert main(["models", "push", "sft", str(tmp_path / "shelf")]) == 0
+
+
 @pytest.mark.parametrize("reference", ["../x", "../x@1", "@1", "a/b@1"])
 def test_a_reference_that_is_no_name_is_not_looked_up(reference, registry, tmp_path):
     (tmp_path / "home" / "x").mkdir(parents=True)

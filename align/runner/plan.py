@@ -16,7 +16,7 @@ from align.artifact import BEGUN, Artifact, read_artifact
 from align.data import fingerprint
 from align.errors import AlignError, near_miss, told_of
 from align.recipe import Recipe, reference_fields, references
-from align.registry import Registry, home
+from align.registry import Registry, check_name, home
 from align.rewards import reward_fingerprint
 from align.runner.code import code_of
 from align.runner.files import write_atomically
@@ -125,7 +125,7 @@ class Planner:
         folder = (self.folder or self.out / f"{name}-{identity[:8]}").resolve()
         done = read_artifact(folder)
         draft = Artifact(
-            name=f"{self.recipe.name}-{name}" if self.recipe.name != name else name,
+            name=check_name(f"{self.recipe.name}-{name}" if self.recipe.name != name else name),
             stage=stage.stage,
             identity=identity,
             path=str(folder),

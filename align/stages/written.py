@@ -147,7 +147,9 @@ def read_yaml(path: Path) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), _Yaml)
     except yaml.MarkedYAMLError as error:
         raise AlignError(f"{path} is not YAML: {_marked(error)}") from error
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError: bytes that are no text, or 2026-02-30
+    except UnicodeDecodeError as error:
+        raise AlignError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from error
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: 2026-02-30
         raise AlignError(f"{path} is not YAML: {error}") from error
 
 
