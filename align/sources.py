@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from align.errors import AlignError, near_file, near_miss
 from align.intake.files import READERS, Item, Raw, read_file, type_of, without_nulls
 from align.intake.info import Entry, entry_of
+from align.registry import home
+from align.runner.files import write_atomically
 
 SPLITS = ("train", "validation", "valid", "val", "dev", "test", "eval")
 NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -66,18 +69,30 @@ def fingerprint(source: str) -> str:
         return hashlib.sha256(f"{entry!r}\n{fingerprint(entry.source)}".encode()).hexdigest()
     path = Path(os.path.expanduser(source))
     if path.is_file():
-        return _digest(path).hexdigest()
+        return digest_of(path)
     if not path.exists():
         return hashlib.sha256(_hub_id(source).encode()).hexdigest()
     whole = hashlib.sha256()
     for file in _files(path):
-        whole.update(f"{file.relative_to(path).as_posix()}\n".encode() + _digest(file).digest())
+        whole.update(f"{file.relative_to(path).as_posix()}\n".encode() + bytes.fromhex(digest_of(file)))
     return whole.hexdigest()
 
 
-def _digest(path: Path) -> Any:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256")
+def digest_of(file: Path) -> str:
+    """SHA-256 (hex) of a whole file. That of a large one is kept in ``$ALIGN_HOME/cache/sha256``, until the file is written to."""
+    stat = file.stat()
+    identity = (str(file.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    key = hashlib.sha256(repr(identity).encode()).hexdigest()
+    kept = home() / "cache" / "sha256" / key
+    if kept.is_file():
+        return kept.read_text()
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    settled = time.time() - max(stat.st_mtime, stat.st_ctime) > 2  # sooner, another write could have the same time
+    if stat.st_size > 2**20 and settled:
+        with suppress(OSError):  # no room, or a home that is only read: it is computed again
+            write_atomically(kept, digest)
+    return digest
 
 
 # Files

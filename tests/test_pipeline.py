@@ -56,6 +56,22 @@ class Note(Stage):
         return {"read": [Path(source).read_text() for source in self.data or []], "model": self.model, "models": self.models}
 
 
+@stage("edits")
+class Edits(Stage):
+    """Writes or removes a file that is none of its own, as a person may do while a stage runs."""
+
+    path: str
+    """Which."""
+    content: str | None = None
+    """What is in it from then on; without it the file is removed."""
+
+    def run(self, context: Context) -> dict[str, Any]:
+        Path(self.path).unlink()
+        if self.content is not None:
+            Path(self.path).write_text(self.content)
+        return {}
+
+
 @pytest.fixture(autouse=True)
 def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -325,6 +341,29 @@ def test_a_data_file_that_changed(tmp_path):
     assert ran == ["b", "c"]
     assert artifacts["b"].metrics["read"] == ["two"]
     assert artifacts["b"].data.keys() == {"rows.txt"}
+
+
+def test_a_stage_is_of_what_its_data_are_when_it_begins():
+    """They may change while the stages before it run. It was registered as of the data that the plan had seen."""
+    Path("rows.txt").write_text("one")
+    recipe = chain(a=Edits(path="rows.txt", content="two"), b=Note(model="a", data="rows.txt"))
+    made = run(recipe)[1]["b"]
+    assert made.metrics["read"] == ["two"]
+    assert made.data == {"rows.txt": hashlib.sha256(b"two").hexdigest()}
+    assert reasons(recipe)["b"] == "up to date"
+    Path("rows.txt").write_text("one")
+    assert reasons(recipe)["b"] == "its inputs changed: rows.txt"
+
+
+def test_data_that_are_gone_when_their_stage_is_to_begin():
+    """Stages that do not need them run."""
+    Path("rows.txt").write_text("one")
+    recipe = Recipe(
+        "r", {"a": Edits(path="rows.txt"), "b": Note(model="a", data="rows.txt"), "c": Note(data="b/note.txt"), "d": Note()}
+    )
+    with pytest.raises(AlignError, match=r"^stage 'b': rows\.txt: no such file or folder.*; c waits for b$"):
+        run(recipe)
+    assert RAN == ["d"]
 
 
 def test_a_data_file_that_moved_with_the_same_content():

@@ -116,6 +116,8 @@ class Graph:
     """Stages that the preflight has seen; the others are looked at when what they need has run."""
     notes: Path | None = None
     """Where the preflight keeps its findings."""
+    begun: dict[str, Step] = field(default_factory=dict)
+    """What ran, as it was when it began."""
     finished: dict[str, Step] = field(default_factory=dict)
     failed: dict[str, AlignError] = field(default_factory=dict)
     """Why each failed."""
@@ -142,7 +144,11 @@ class Graph:
         if blocked := {need for need in needs if need in self.failed or need in self.skipped}:
             self.skipped[name] = blocked
             return None
-        step = self.resolve(name, self.finished)
+        try:
+            step = self.resolve(name, self.finished)
+        except AlignError as error:  # a file is gone that was there when all was planned
+            self.failed[name] = error
+            return None
         if step.runs and (only is None or name == only):
             if missing := sorted(need for need in needs if self.finished[need].done is None):
                 raise AlignError(f"stage {name!r} needs {', '.join(missing)}, which has not run; run it first, or leave out --only")
@@ -152,6 +158,7 @@ class Graph:
             except AlignError as error:
                 self.failed[name] = error
                 return None
+            self.begun[name] = step
             return step
         if not step.runs:
             assert step.done is not None
@@ -288,10 +295,10 @@ class Graph:
         """One error for all failures; what each left in its log is said before."""
         several = len(self.recipe.stages) > 1
         for name, error in self.failed.items():
-            step = self.resolve(name, self.finished)
-            if isinstance(error, StageFailed) and step.log.exists() and several:
-                say(f"-- {name} failed; the end of {step.log}:")
-                for line in step.log.read_text(errors="replace").splitlines()[-LINES_SHOWN:]:
+            log = self.begun[name].log if name in self.begun else None
+            if isinstance(error, StageFailed) and log is not None and log.exists() and several:
+                say(f"-- {name} failed; the end of {log}:")
+                for line in log.read_text(errors="replace").splitlines()[-LINES_SHOWN:]:
                     say(f"   {line}")
         text = "; ".join(str(error) for error in self.failed.values())
         for name, needs in self.skipped.items():

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from align.artifact import BEGUN, Artifact, read_artifact
 from align.data import fingerprint
 from align.errors import AlignError, near_miss, told_of
 from align.recipe import Recipe, reference_fields, references
-from align.registry import Registry, check_name, home
+from align.registry import Registry, check_name
 from align.rewards import reward_fingerprint
 from align.runner.code import code_of
-from align.runner.files import write_atomically
 from align.runner.launch import is_first_machine, machine_rank, refuse_uneven
+from align.sources import digest_of
 from align.stages import Stage
 from align.stages.config import MADE
 
@@ -104,16 +103,21 @@ class Planner:
             AlignError: a reference leads nowhere.
         """
         steps: dict[str, Step] = {}
+        self._fingerprints.clear()
         for name in self.recipe.ordered():
-            steps[name] = self.resolve(name, steps)
+            steps[name] = self._resolve(name, steps)
         return list(steps.values())
 
     def resolve(self, name: str, earlier: Mapping[str, Step]) -> Step:
-        """The stage `name`, given those that it needs.
+        """The stage `name`, given those that it needs, as it is now: a file may have changed since all was planned.
 
         Raises:
             AlignError: a reference leads nowhere, the stage's folder holds something else, or its launch is uneven.
         """
+        self._fingerprints.clear()
+        return self._resolve(name, earlier)
+
+    def _resolve(self, name: str, earlier: Mapping[str, Step]) -> Step:
         stage = self.recipe.stages[name]
         refuse_uneven(name, stage)
         with told_of(f"stage {name!r}") if len(self.recipe.stages) > 1 else nullcontext():
@@ -252,30 +256,14 @@ def _model_fingerprint(path: str) -> str:
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.suffix in {".json", ".safetensors", ".model", ".jinja", ".txt", ".py"} and file.is_file():
-            digest.update(f"{file.name}:{_digest(file)}:".encode())
+            digest.update(f"{file.name}:{digest_of(file)}:".encode())
     return digest.hexdigest()
-
-
-def _digest(file: Path) -> str:
-    """SHA-256 of the whole file. That of a large one is kept in ``$ALIGN_HOME/cache/sha256``, until the file is written to."""
-    stat = file.stat()
-    key = _hash([str(file.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
-    kept = home() / "cache" / "sha256" / key
-    if kept.is_file():
-        return kept.read_text()
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    settled = time.time() - max(stat.st_mtime, stat.st_ctime) > 2  # sooner, another write could have the same time
-    if stat.st_size > 2**20 and settled:
-        with suppress(OSError):  # no room, or a home that is only read: it is computed again
-            write_atomically(kept, digest)
-    return digest
 
 
 def _template_fingerprint(choice: str) -> str:
     """The content of a file, or the name of a shipped template."""
     path = Path(os.path.expanduser(choice))
-    return _digest(path) if path.is_file() else choice
+    return digest_of(path) if path.is_file() else choice
 
 
 FINGERPRINTS = {
