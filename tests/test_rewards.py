@@ -461,6 +461,17 @@ class TestFingerprint:
         assert reward_fingerprint("repetition") == hashlib.sha256(Path(align.rewards.builtin.__file__).read_bytes()).hexdigest()
         assert reward_fingerprint("math_answer") != reward_fingerprint("repetition")
 
+    def test_covers_what_the_file_imports_from_beside_it(self, tmp_path, monkeypatch):
+        """A recipe may import modules that lie beside it, and so may a module that PYTHONPATH leads to."""
+        monkeypatch.syspath_prepend(tmp_path)
+        (tmp_path / "listed_words.py").write_text("WORDS = ['fox']\n")
+        (tmp_path / "own_judge.py").write_text(
+            "from listed_words import WORDS\ndef f(completions, **columns): return [float(c in WORDS) for c in completions]\n"
+        )
+        before = reward_fingerprint("own_judge:f")
+        (tmp_path / "listed_words.py").write_text("WORDS = ['cat']\n")
+        assert reward_fingerprint("own_judge:f") != before
+
     def test_an_imported_function_depends_on_both_files(self, reward_file):
         prints = set()
         for comment in ("# one", "# two"):

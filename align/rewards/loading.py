@@ -17,6 +17,7 @@ from align.errors import AlignError, near_miss
 from align.rewards.adapters import adapted, recognized
 from align.rewards.protocol import RewardFunction, parameters_of, rewards, takes_any, unbound
 from align.rewards.spec import REWARD_MODEL
+from align.runner.code import modules_beside
 
 FORMS = "a built-in, package.module:function or file.py:function"
 
@@ -75,7 +76,8 @@ def _function(target: str) -> RewardFunction:
 
 
 def reward_fingerprint(spec: str) -> str:
-    """SHA-256, in hex, of the source file of the function that `spec` names; of both files if its module only imports it.
+    """SHA-256, in hex, of the source file of the function that `spec` names; of both files if its module only imports it. Modules
+    that lie beside such a file and are imported there by name, as a recipe may, are part of it.
 
     Arguments in the spec are no part of it: keep the spec beside it.
 
@@ -90,6 +92,7 @@ def reward_fingerprint(spec: str) -> str:
     sources = {source for owner in owners if (source := _source_file(owner))}
     if not sources:
         raise AlignError(f"reward {target!r} has no Python source file to fingerprint")
+    sources |= {str(Path(source).with_name(f"{name}.py")) for source in sources for name in modules_beside(Path(source))}
     return hashlib.sha256(b"".join(sorted(Path(source).read_bytes() for source in sources))).hexdigest()
 
 

@@ -53,7 +53,7 @@ def code_of(cls: type) -> dict[str, str]:
     else:
         tree = _parsed(str(file), file.stat().st_mtime_ns)
         found[cls.__qualname__] = _hash(_definition(tree, cls.__name__))
-        beside = _beside(file)
+        beside = modules_beside(file)
         waiting = [module for each in (tree, *beside.values()) for module in _modules(_imported(each))]
         found |= {name: _hash(other) for name, other in beside.items()}
     while waiting:
@@ -81,7 +81,7 @@ def _file_of(cls: type) -> Path | None:
     return path if path is not None and path.is_file() else None
 
 
-def _beside(file: Path) -> dict[str, ast.Module]:
+def modules_beside(file: Path) -> dict[str, ast.Module]:
     """Modules in the folder of `file` that it imports, and that those import."""
     found: dict[str, ast.Module] = {}
     waiting = [file]
