@@ -157,7 +157,10 @@ class Registry:
         """
         folder = Path(artifact.path)
         if not folder.is_dir():
-            raise AlignError(f"{artifact.reference} was at {folder}, and that folder is gone")
+            raise AlignError(
+                f"{artifact.reference} was at {folder}, and that folder is gone; where it was moved, name the folder, or give its "
+                f"command again with the new place as --out or --output_dir, which tells the registry"
+            )
         held = Artifact.read(folder)
         if held is None and (folder / BEGUN).is_file():
             raise AlignError(f"{artifact.reference} at {folder} is not whole: its stage runs again, or was cut; let that end first")
