@@ -258,7 +258,7 @@ class Evaluation:
         if kind not in self._task_rows:
             self._task_rows[kind] = self._rows(stage.data, kind)
         found, answered = model.measure(self._task_rows[kind], stage.metrics)
-        for row, text, expected in answered:
+        for row, text, expected in answered[: self.stage.samples_kept]:
             sample = {"prompt": model.task.prompt(row), "columns": {"expected": expected}, "answers": {}}
             answers = self._task_samples.setdefault(id(row), sample)["answers"]
             answers[name] = {"greedy": {"text": text, "reward": None}}

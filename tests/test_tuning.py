@@ -420,8 +420,8 @@ def measured(monkeypatch):
     """The reference log-probs that DPO takes, as they are computed."""
     taken = []
 
-    def spy(model, trees, *rest):
-        taken.append((trees, branch_logps(model, trees, *rest)))
+    def spy(model, trees, max_tokens):
+        taken.append((trees, branch_logps(model, trees, max_tokens)))
         return taken[-1][1]
 
     monkeypatch.setattr("align.reference.branch_logps", spy)
