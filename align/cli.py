@@ -5,7 +5,9 @@ exit code 2.
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
+import gc
 import io
 import os
 import sys
@@ -63,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     # OpenMP's threads wait for each other by spinning. On a busy machine that can cost a factor of ten; a short spin costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # At its end Python looks for garbage in all that was imported: a second or two after torch, and it goes with the process.
+    atexit.register(gc.freeze)
     _open_closed()
     if isinstance(sys.stdout, io.TextIOWrapper):  # data may hold half of a surrogate pair, and a terminal know fewer characters
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -566,11 +566,13 @@ def test_ctrl_c_while_modules_are_imported_is_one_line():
     assert scripts == {"align": "align.__main__:main"}, "the script begins there, too"
 
 
-def test_the_end_looks_for_no_garbage():
+@pytest.mark.parametrize("begun", ['module("align"', 'path("pipelines/compare.py"'])
+def test_the_end_looks_for_no_garbage(begun):
     """In torch's modules that took a second or two after the last line."""
     # What is registered first is called last.
     code = "import atexit, gc, runpy; atexit.register(lambda: print(gc.get_freeze_count() > 0)); "
-    done = subprocess.run([sys.executable, "-c", code + 'runpy.run_module("align", run_name="__main__")'], capture_output=True)
+    words = [sys.executable, "-c", code + f'runpy.run_{begun}, run_name="__main__")', "--help"]
+    done = subprocess.run(words, capture_output=True, cwd=Path(__file__).parent.parent)
     assert done.stdout.endswith(b"True\n")
 
 

@@ -239,13 +239,13 @@ def _lowered(checkpoints: Path, error: NonFiniteLoss) -> float:
     Raises:
         NonFiniteLoss: `error`, when it was lowered often enough.
     """
-    from accelerate.utils import broadcast_object_list
+    from align import processes
 
     scale = None
     if is_main_process():
         with suppress(NonFiniteLoss):
             scale = lower_learning_rate(checkpoints, error)
-    (scale,) = broadcast_object_list([scale])
+    scale = processes.first(scale)
     if scale is None:
         raise error
     return scale

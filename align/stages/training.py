@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from align import processes
 from align.checkpointing import whole_weights
 from align.encode import Encoder, set_chat_template
 from align.engine import base_model, compile_forest, enable_forest
@@ -265,7 +265,7 @@ def run_trainer(trainer: Any, stage: TrainingStage, context: Context, *, has_eva
     """Train, resuming from the last checkpoint if there is one, and save; returns the metrics before and after."""
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
-    last = _last_good(trainer, context.folder / "checkpoints") if stage.resume_from_checkpoint else None
+    last = _last_good(context.folder / "checkpoints") if stage.resume_from_checkpoint else None
     context.history.rewind(-1 if last is None else step_of(last))
     if last is None and has_eval:
         measured = [name for name in _evaluated(trainer, stage) if name.startswith("eval_") and not name.endswith(TIMING)]
@@ -309,10 +309,9 @@ def _evaluated(trainer: Any, stage: TrainingStage) -> dict[str, float]:
             prepared.clear()
 
 
-def _last_good(trainer: Any, folder: Path) -> Path | None:
+def _last_good(folder: Path) -> Path | None:
     """What the first process finds: it alone may set a damaged checkpoint aside."""
-    found = [last_good(folder) if trainer.accelerator.is_main_process else None]
-    return broadcast_object_list(found)[0]
+    return processes.first(last_good(folder) if processes.number() == 0 else None)
 
 
 def final_weights(checkpoint: Path) -> Path | None:
