@@ -57,8 +57,8 @@ def check_name(name: str) -> str:
     """
     if not isinstance(name, str) or not NAME.fullmatch(name) or len(name) > 100:
         raise AlignError(
-            f"the name {name!r} must be letters, digits, '.', '_' or '-', start with a letter or digit, and have at most "
-            f"100 of them{'' if isinstance(name, str) else '; here it is no text: put it in quotes'}"
+            f"the name {name!r} must be letters (A-Z, a-z), digits, '.', '_' or '-', start with a letter or digit, and have "
+            f"at most 100 of them{'' if isinstance(name, str) else '; here it is no text: put it in quotes'}"
         )
     return name
 

@@ -64,8 +64,8 @@ def expand(recipe: Recipe, sweeps: Mapping[str, Sequence[str]], seeds: int = 1) 
                 branch = name + "".join(variant[origin] for origin in sorted(variant))
                 if branch in built:
                     raise AlignError(
-                        f"--sweep: two branches would be called {branch!r}, for a name keeps only a value's letters, digits and "
-                        f"'.'; leave one out, or write it in another way"
+                        f"--sweep: two branches would be called {branch!r}, for a name keeps only a value's letters (A-Z, a-z), "
+                        f"digits and '.'; leave one out, or write it in another way"
                     )
                 followed = stage.model_dump(exclude_unset=True)
                 for field, kind, value in reference_fields(stage):
