@@ -86,6 +86,9 @@ def test_a_mistake_ends_in_one_line_and_takes_nothing_else_with_it(processes, ca
     assert [artifact.name for artifact in Registry().all()] == ["r-a", "r-d"]
     assert states() == {"a": "done", "b": "failed", "d": "done"}
     assert not list(Path("out").glob("b-*"))
+    capsys.readouterr()
+    assert main(["status", "out"]) == 0
+    assert re.search(r"^b  failed +row 3 is no row$", capsys.readouterr().out, re.MULTILINE), "one line, its name once"
 
 
 def test_processes_of_a_launch_meet_before_their_stage_begins(processes):

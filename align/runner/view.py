@@ -80,7 +80,7 @@ def as_line(status: dict[str, Any], width: int) -> str:
     if status["state"] == "done":
         line += f" {duration(status['seconds'])}  {status['reference']}"
     elif status["state"] == "failed":
-        line += f" {status['error']}"
+        line += f" {' '.join(status['error'].removeprefix(status['name'] + ': ').split())}"
     elif seen and seen["total"]:
         line += f" {seen['n']}/{seen['total']} {seen['unit']}s"
         if running:
