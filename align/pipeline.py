@@ -44,12 +44,11 @@ class Run:
         """Run what is not up to date, register it, and return the artifact of every finished stage.
 
         Raises:
-            AlignError: `only` names no stage or needs one that has not run; a stage is to run in more processes than this machine
+            AlignError: from `check`; `only` needs a stage that has not run; a stage is to run in more processes than this machine
                 takes; a stage's folder or the registry cannot be made, or the
                 folder holds what is no stage's; or stages failed, after the others have run.
         """
-        if only is not None:
-            self.check(only)
+        self.check(only)
         planner = self._planner()
         plan = planner.plan()  # every reference is checked before anything runs
         notes = self.out / "preflight.json" if len(self.recipe.stages) > 1 else None  # single stages share their folder
@@ -68,14 +67,21 @@ class Run:
         return {name: step.done for name, step in steps.items() if step.done is not None}
 
     def _planner(self) -> Planner:
-        for name in self.force:
-            self.check(name)
+        self.check()
         return Planner(self.recipe, self.out, self.registry, self.folder, frozenset(self.force))
 
-    def check(self, name: str) -> None:
-        """Raise `AlignError` unless the recipe has a stage of that name."""
-        if name not in self.recipe.stages:
-            raise AlignError(f"recipe {self.recipe.name!r} has no stage {name!r}{near_miss(name, self.recipe.stages)}")
+    def check(self, only: str | None = None) -> None:
+        """Raise `AlignError` where the recipe has no stage `only` or `force`, or `only` is none that `force` runs again."""
+        for name in (*self.force, *([] if only is None else [only])):
+            if name not in self.recipe.stages:
+                raise AlignError(f"recipe {self.recipe.name!r} has no stage {name!r}{near_miss(name, self.recipe.stages)}")
+        above = {only}
+        for name in reversed(self.recipe.ordered()):
+            above |= self.recipe.needs(name) if name in above else set()
+        if only is not None and (idle := [name for name in self.force if name not in above]):
+            raise AlignError(
+                f"--force {idle[0]} has nothing to do: --only runs {only!r}, which does not follow from it; leave one of them out"
+            )
 
 
 def default_out(recipe: Recipe) -> Path:

@@ -20,6 +20,7 @@ from runner_stages import Act
 
 from align.artifact import MANIFEST, Artifact
 from align.cli import main
+from align.commands.run import show_plan
 from align.errors import AlignError, StageFailed
 from align.pipeline import Options, Run
 from align.recipe import Recipe
@@ -511,6 +512,19 @@ def test_force_runs_a_stage_and_what_follows_again():
     assert Registry().get("r-a") == second["a"]
     with pytest.raises(AlignError, match=r"has no stage 'd'"):
         run(stages, force=["d"])
+
+
+def test_force_beside_only_runs_that_stage_again_or_is_refused(capsys):
+    stages = {"a": Act(), "b": Act(model="a"), "c": Act(model="b"), "d": Act(text="d")}
+    first = run(stages)
+    capsys.readouterr()
+    run(stages, only="c", force=["a"])
+    assert re.findall(r"^(\w): forced", capsys.readouterr().err, re.MULTILINE) == ["c"]
+    with pytest.raises(AlignError, match=r"^--force b has nothing to do: --only runs 'd', which does not follow from it"):
+        run(stages, only="d", force=["d", "b"])
+    with pytest.raises(AlignError, match="nothing to do"):
+        show_plan(Run(Recipe("r", stages), Path("out"), force=["c"]), "a", as_json=False)
+    assert Artifact.read(Path(first["b"].path)) == first["b"]
 
 
 def test_the_plan_as_json_says_what_it_took(capsys, tmp_path):

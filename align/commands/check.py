@@ -37,8 +37,7 @@ def check(options: argparse.Namespace) -> int:
         refuse_unwritable_file(options.html)
     recipe = load_recipe(options.recipe, assigned(options.assignments))
     run = Run(recipe, options.out or default_out(recipe))
-    if options.only is not None:
-        run.check(options.only)
+    run.check(options.only)
     plan = run.plan()
 
     from align.preflight.cards import at_hand, card

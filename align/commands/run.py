@@ -118,8 +118,7 @@ def show_plan(run: Run, only: str | None = None, *, as_json: bool) -> int:
     Raises:
         AlignError: see `Run.plan`; or the rewards of a stage that would run do not fit.
     """
-    if only is not None:
-        run.check(only)
+    run.check(only)
     plan = [step for step in run.plan() if only in (None, step.name)]
     for step in plan:
         if step.runs and isinstance(step.stage, RewardFields):
