@@ -117,6 +117,8 @@ def test_a_stage_that_was_stopped_twice_ends_with_the_same_bits(name, data, undi
                 run(stage, tmp_path / "cut")
     folder = next((tmp_path / "cut").glob("x-*"))
     assert [path.name for path in c.checkpoints(folder / "checkpoints")] == ["checkpoint-2", "checkpoint-3"]
+    (step,) = Run(Recipe("x", {"x": stage}), tmp_path / "cut").plan()
+    assert step.reason == "interrupted, goes on from checkpoint-3"
     if name != "trl":
         assert not [path for path in folder.rglob("*") if path.suffix in {".pt", ".pth", ".bin", ".pkl"}]
     cut = run(stage, tmp_path / "cut")

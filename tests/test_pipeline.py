@@ -515,7 +515,7 @@ def test_the_manifest_is_written_last(monkeypatch):
             run(chain())
     (folder,) = Path("out").iterdir()
     assert {path.name for path in folder.iterdir()} == {"begun.json", "config.yaml", "metrics.jsonl", "note.txt"}
-    assert reasons(chain())["a"] == "never ran"
+    assert reasons(chain())["a"] == "interrupted, starts again"
     assert run(chain())[0] == ["a", "b", "c"]
     assert Registry().get("chain-a").reference == "chain-a@1", "and it is not registered twice"
 

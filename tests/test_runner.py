@@ -514,6 +514,25 @@ def test_force_runs_a_stage_and_what_follows_again():
         run(stages, force=["d"])
 
 
+def test_force_goes_on_after_an_interruption_with_what_follows():
+    stages = {"a": Act(), "b": Act(model="a")}
+    done = run(stages)["a"]
+    done.begin()
+    Path(done.path, MANIFEST).unlink()  # as a stage does when it runs again
+    forced = Run(Recipe("r", stages), Path("out"), force=["a"])
+    assert [step.reason for step in forced.plan()] == ["forced; interrupted, starts again", "forced: follows a"]
+
+
+def test_the_plan_says_how_the_last_attempt_ended(processes):
+    with pytest.raises(StageFailed):
+        run({"a": Act(does="crash")})
+    (step,) = Run(Recipe("r", {"a": Act(does="crash")}), Path("out")).plan()
+    assert step.reason == "failed, starts again"
+    with lock(step.folder):
+        (step,) = Run(Recipe("r", {"a": Act(does="crash")}), Path("out")).plan()
+        assert step.reason == "begun by another run"
+
+
 def test_force_beside_only_runs_that_stage_again_or_is_refused(capsys):
     stages = {"a": Act(), "b": Act(model="a"), "c": Act(model="b"), "d": Act(text="d")}
     first = run(stages)

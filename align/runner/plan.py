@@ -17,8 +17,11 @@ from align.errors import AlignError, near_miss, told_of
 from align.recipe import Recipe, reference_fields, references
 from align.registry import Registry, check_name
 from align.rewards import reward_fingerprint
+from align.runner.checkpoints import SEAL, checkpoints
 from align.runner.code import code_of
 from align.runner.launch import is_first_machine, machine_rank, refuse_uneven
+from align.runner.locks import is_locked
+from align.runner.view import status_of
 from align.sources import digest_of
 from align.stages import Stage
 from align.stages.config import MADE
@@ -179,21 +182,20 @@ class Planner:
 
     def _reason(self, name: str, draft: Artifact, done: Artifact | None, earlier: Mapping[str, Step]) -> tuple[str, float | None]:
         """Why the stage would run, or that it is up to date; and where it would run, how many seconds it took the last time."""
-        if done is None:
-            return self._news(draft)
+        news, seconds = ("up to date", None) if done else self._news(draft)
         above = [owner for owner in self.recipe.needs(name) if earlier[owner].reason.startswith(FORCED)]
-        if name in self.forced:
-            return FORCED, done.seconds
-        return (f"{FORCED}: follows {', '.join(above)}", done.seconds) if above else ("up to date", None)
+        if name not in self.forced and not above:
+            return news, seconds
+        why = FORCED if name in self.forced else f"{FORCED}: follows {', '.join(above)}"
+        return (why, done.seconds) if done else (f"{why}; {news}", seconds)
 
     def _news(self, draft: Artifact) -> tuple[str, float | None]:
         """What is new in `draft` beside the latest result of a stage of that name, and how long that took."""
         stem = Path(draft.path).name.removesuffix(f"-{draft.identity[:8]}")
         before = [a for folder in self.out.glob(f"{stem}-????????") if (a := read_artifact(folder))]
-        if not before:
-            return "never ran", None
-        latest = max(before, key=lambda artifact: artifact.created)
-        return _changed(draft, latest), latest.seconds
+        latest = max(before, key=lambda artifact: artifact.created, default=None)
+        told = _unfinished(draft) or ("never ran" if latest is None else _changed(draft, latest))
+        return told, None if latest is None else latest.seconds
 
 
 @contextmanager
@@ -218,6 +220,19 @@ def _refuse_anothers(draft: Artifact) -> None:
         raise AlignError(
             f"{folder} holds what was begun of another run ({_changed(draft, other)}); choose another output_dir, or remove it"
         )
+
+
+def _unfinished(draft: Artifact) -> str | None:
+    """How the last attempt at `draft` ended, and where the next one begins; None where there was none."""
+    folder = Path(draft.path)
+    if is_locked(folder):
+        return "begun by another run"
+    if not (folder / BEGUN).is_file() or Artifact.load(folder / BEGUN).identity != draft.identity:
+        return None
+    ended = "failed" if status_of(folder).get("state") == "failed" else "interrupted"
+    kept = checkpoints(folder / "checkpoints") if draft.config.get("resume_from_checkpoint") else []
+    sealed = [checkpoint.name for checkpoint in kept if (checkpoint / SEAL).is_file()]
+    return f"{ended}, {f'goes on from {sealed[-1]}' if sealed else 'starts again'}"
 
 
 def _changed(now: Artifact, before: Artifact) -> str:
