@@ -33,6 +33,7 @@ from align.commands import (
 from align.commands.parser import Parser
 from align.errors import AlignError, StageFailed
 from align.runner.files import disk_is_full, no_room
+from align.runner.stop import Stopped
 
 COMMANDS = (
     run,
@@ -57,9 +58,6 @@ REMEDIES = {
 }
 """What a person may do about a path that the system refuses."""
 
-AT_ONCE = ("check", "curvature", "data", "doctor", "export", "launch", "models", "report")
-"""Verbs that run no stage: what is cut of them begins anew."""
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
@@ -76,10 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
     except AlignError as error:
         print(f"align: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, StageFailed) else 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if not {"chat", "serve", "status", "ui"}.intersection(arguments[:1]):  # that is how these end, `status` with --watch
-            goes_on = not {*AT_ONCE}.intersection(arguments[:1]) and arguments[:2] != ["reward", "test"]
-            told = "; the same command continues with the stage that was cut" if goes_on else ""
+            told = "; the same command continues with the stage that was cut" if isinstance(stop, Stopped) else ""
             print(f"align: interrupted{told}", file=sys.stderr)
         return 130
     except BrokenPipeError:

@@ -524,9 +524,14 @@ def test_an_interruption_has_its_own_exit_code(monkeypatch, capsys):
     def cut(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("align.commands.run.load_recipe", cut)
-    assert main(["run", "recipe.py"]) == 130
-    assert capsys.readouterr().err == "align: interrupted; the same command continues with the stage that was cut\n"
+    with monkeypatch.context() as patched:
+        patched.setattr("align.commands.run.load_recipe", cut)
+        assert main(["run", "recipe.py"]) == 130
+        assert capsys.readouterr().err == "align: interrupted\n", "no stage has begun"
+    with monkeypatch.context() as patched:
+        patched.setattr("align.runner.execute.work", cut)
+        assert main(f"{SFT}sft.jsonl".split()) == 130
+        assert capsys.readouterr().err == "align: interrupted; the same command continues with the stage that was cut\n"
     monkeypatch.setattr("align.data.RowStream", cut)
     for command in (["data", "check", "sft.jsonl"], ["reward", "test", "repetition", "--data", "pairs.jsonl"]):
         assert main(command) == 130

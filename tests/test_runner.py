@@ -366,6 +366,16 @@ def test_a_second_look_at_a_run_under_nohup_and_sigterm(nohup, capsys, monkeypat
     assert not list(Path("out").rglob("*.lock"))
 
 
+def test_what_has_not_begun_is_not_said_to_go_on(processes, capsys, monkeypatch):
+    """Ctrl-C while the process that forks is still importing."""
+    recipe = Path("one.py")
+    lines = ["from align.recipe import Recipe", "from runner_stages import Act", "def recipe():"]
+    recipe.write_text("\n".join([*lines, "    return Recipe('x', {'a': Act()})"]))
+    monkeypatch.setattr(execute.Zygote, "events", lambda self, wait: interrupted(wait))
+    assert main(["run", str(recipe), "--out", "out"]) == 130
+    assert capsys.readouterr().err == "align: interrupted\n"
+
+
 def test_what_has_no_checkpoints_is_not_said_to_save():
     stages = {"sft": SFT(model="gpt2", data="x"), "look": Evaluate(models={"m": "gpt2"}, perplexity_data="x"), "b": Act()}
     sft, *others = (SimpleNamespace(name=name, stage=stage) for name, stage in stages.items())

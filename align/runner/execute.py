@@ -118,6 +118,8 @@ class Graph:
     """Where the preflight keeps its findings."""
     begun: dict[str, Step] = field(default_factory=dict)
     """What ran, as it was when it began."""
+    entered: bool = False
+    """Whether a stage is, or was, at work."""
     finished: dict[str, Step] = field(default_factory=dict)
     failed: dict[str, AlignError] = field(default_factory=dict)
     """Why each failed."""
@@ -129,9 +131,13 @@ class Graph:
 
         Raises:
             AlignError: stages failed. The others have run.
+            Stopped: of a `KeyboardInterrupt` after a stage has begun.
         """
         order = self.recipe.ordered()
-        (self._one_by_one if in_process() else self._side_by_side)(order, only)
+        try:
+            (self._one_by_one if in_process() else self._side_by_side)(order, only)
+        except KeyboardInterrupt as stop:
+            raise (Stopped if self.entered else KeyboardInterrupt) from stop
         if self.failed:
             raise self._summary()
         return {name: self.finished[name] for name in order if name in self.finished}
@@ -175,6 +181,7 @@ class Graph:
             step = self._settled(name, only)
             if step is None:
                 continue
+            self.entered = True
             try:
                 self.finished[name] = _with(step, work(self._task(step), step.stage))
             except AlignError as error:
@@ -226,6 +233,7 @@ class Graph:
         for event in _zygote().events(POLL):
             if "pid" in event:
                 jobs.running[event["id"]].pid = event["pid"]
+                self.entered = True
             else:
                 job = jobs.running.pop(event["id"])
                 self._show(job, jobs.view)
@@ -349,11 +357,12 @@ def _stop(running: dict[int, _Running], grace: float, show: Callable[[_Running],
     """Ask the stages to save and end; those that are still there after `grace` seconds are killed."""
     if not running:
         return
-    say(stopping([job.step for job in running.values()], grace))
+    if begun := [job.step for job in running.values() if job.pid is not None]:
+        say(stopping(begun, grace))
     deadline = time.monotonic() + grace
     try:
         _signal(running, signal.SIGTERM)
-        while running and time.monotonic() < deadline and _shared and _shared[0].alive:
+        while begun and running and time.monotonic() < deadline and _shared and _shared[0].alive:
             for event in _zygote().events(POLL):
                 if "exit" in event:
                     show(running.pop(event["id"]))
