@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
@@ -35,7 +35,7 @@ from align.runner.devices import refuse_crowd, take
 from align.runner.launch import command, slurm_script
 from align.runner.locks import lock
 from align.runner.notify import notify
-from align.runner.share import delete, pull, push
+from align.runner.share import delete, pull, push, unreferenced
 from align.runner.sweep import expand
 from align.stages import PPO, SFT, Evaluate, Preference, RewardModel, stages
 from align.stages.fields import Launch
@@ -179,6 +179,26 @@ def test_gc_lists_and_then_removes_what_nothing_refers_to(capsys):
     assert main(["models", "gc", "out", "--yes"]) == 0
     assert not done.parent.exists()
     assert [path.name for path in unfinished.iterdir()] == ["checkpoint-5"]
+
+
+def test_gc_spares_what_a_run_has_begun_to_use_since_it_was_listed(capsys, monkeypatch):
+    busy, again, free = (Path(run({"a": Act(text=text)})["a"].path) for text in "123")
+    for folder in (busy, again, free):
+        (folder / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+    capsys.readouterr()
+    with ExitStack() as held:
+
+        def listed(root):
+            found = unreferenced(root)
+            held.enter_context(lock(busy))  # a run works there
+            (again / MANIFEST).unlink()  # one had begun again, and was cut
+            return found
+
+        monkeypatch.setattr("align.commands.models.unreferenced", listed)
+        assert main(["models", "gc", "out", "--yes", "--json"]) == 0
+        assert [row["path"] for row in json.loads(capsys.readouterr().out)] == [str(Path("out", free.name, "checkpoints"))]
+        assert [(folder / "checkpoints").exists() for folder in (busy, again, free)] == [True, True, False]
+    assert not list(Path("out").glob(".*.lock"))
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", "a\n", "a\nb", "x" * 300, "", ".hidden", "-x", "a b", "é"])

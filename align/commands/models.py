@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from align.commands.output import print_rows
 from align.errors import AlignError
 from align.progress import say
 from align.registry import Registry, home
-from align.runner.share import delete, pull, push, size, unreferenced
+from align.runner.share import delete, pull, push, remove_unreferenced, size, unreferenced
 
 
 def add(verbs: Any) -> None:
@@ -130,8 +129,8 @@ def _gc(registry: Registry, options: argparse.Namespace) -> int:
     if not root.is_dir():
         raise AlignError(f"no folder {root}")
     rows = [{"path": str(path), "bytes": size(path), "removed": options.yes} for path in unreferenced(root)]
-    for row in rows if options.yes else ():
-        shutil.rmtree(row["path"])
+    if options.yes:
+        rows = [row for row in rows if remove_unreferenced(Path(row["path"]))]
     print_rows(
         rows,
         options.json,

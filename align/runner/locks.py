@@ -28,8 +28,7 @@ def lock(folder: Path, label: str | None = None, *, wait: bool = True) -> Iterat
         DiskFull: there is no room to say who holds it.
     """
     path = lock_file(folder)
-    while (file := _acquire(path, blocking=False)) is None and not is_locked(folder):
-        pass  # somebody only looked, as `is_locked` does
+    file = _try(folder)
     if file is None:
         holder = f"{label}: {_holder(path)} works in {folder}"
         if not wait:
@@ -46,6 +45,20 @@ def lock(folder: Path, label: str | None = None, *, wait: bool = True) -> Iterat
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock_if_free(folder: Path) -> Iterator[bool]:
+    """Hold the lock of `folder`, unless another process does; whether it is held. Nothing is written: the disk may be full."""
+    file = _try(folder)
+    if file is None:
+        yield False
+        return
+    with file:
+        try:
+            yield True
+        finally:
+            lock_file(folder).unlink(missing_ok=True)
 
 
 def lock_file(folder: Path) -> Path:
@@ -74,6 +87,13 @@ def clear(folder: Path) -> None:
     if path.exists() and (file := _acquire(path, blocking=False)) is not None:
         with file:
             path.unlink()
+
+
+def _try(folder: Path) -> IO[str] | None:
+    """The locked file of `folder`, or None when another holds it."""
+    while (file := _acquire(lock_file(folder), blocking=False)) is None and not is_locked(folder):
+        pass  # somebody only looked, as `is_locked` does
+    return file
 
 
 def _acquire(path: Path, *, blocking: bool) -> IO[str] | None:

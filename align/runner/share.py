@@ -17,7 +17,7 @@ from align.registry import Registry, check_name
 from align.runner.checkpoints import SEAL, fault, seal
 from align.runner.files import json_record, named_when_full, refuse_unwritable
 from align.runner.hub import download, is_hub, upload
-from align.runner.locks import is_locked, lock
+from align.runner.locks import is_locked, lock, lock_if_free
 
 
 def push(registry: Registry, reference: str, target: str, *, public: bool = False) -> str:
@@ -164,15 +164,23 @@ def unreferenced(root: Path) -> list[Path]:
     """What under `root` nothing refers to any more: checkpoints of stages that are done, and damaged ones. Checkpoints of a stage
     that is not done are where it goes on.
     """
-    found = []
-    for folder in sorted(root.rglob("checkpoints")):
-        if folder.is_symlink() or not folder.is_dir() or is_locked(folder.parent):
-            continue
-        if (folder.parent / MANIFEST).is_file():
-            found.append(folder)
-        else:
-            found += sorted(folder.glob("corrupt-*"))
-    return found
+    return [path for folder in sorted(root.rglob("checkpoints")) if not is_locked(folder.parent) for path in _unused(folder)]
+
+
+def _unused(checkpoints: Path) -> list[Path]:
+    if checkpoints.is_symlink() or not checkpoints.is_dir():
+        return []
+    return [checkpoints] if (checkpoints.parent / MANIFEST).is_file() else sorted(checkpoints.glob("corrupt-*"))
+
+
+def remove_unreferenced(path: Path) -> bool:
+    """Remove one of `unreferenced`; False where a run has begun to use it since."""
+    checkpoints = path if path.name == "checkpoints" else path.parent
+    with lock_if_free(checkpoints.parent) as free:
+        unused = free and path in _unused(checkpoints)
+        if unused:
+            shutil.rmtree(path)
+    return unused
 
 
 def size(folder: Path) -> int:
