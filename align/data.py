@@ -97,7 +97,15 @@ class RowStream:
 
     def _file(self, items: Iterator[Item]) -> Iterator[Row]:
         """The rows of one file. Its formats are those of its first rows, see `recognize`."""
-        head = list(islice(items, PEEKED))
+        head: list[Item] = []
+        unreadable: AlignError | None = None
+        try:
+            for item in islice(items, PEEKED):
+                head.append(item)
+        except AlignError as error:  # of this file or of the one behind it: the rows before that are counted
+            if self._strict:
+                raise
+            unreadable = error
         names, self.kind = recognize((item.raw for item in head if isinstance(item.raw, dict)), self.kind, self._named)
         for item in chain(head, items):
             if not names and isinstance(item.raw, dict):
@@ -119,6 +127,8 @@ class RowStream:
                 yield from rows
             else:
                 self._put_aside(item, found[0].reason)
+        if unreadable is not None:
+            raise unreadable
 
     def _read(self, raw: Raw | Unreadable, names: Sequence[str]) -> list[Any]:
         """The rows that `raw` holds, or why it holds none.

@@ -199,8 +199,11 @@ def test_check_prints_a_line_for_each_file(tmp_path, capsys):
     (folder / "c.json").write_text('{"a": [1,')
     assert main(["data", "check", str(folder)]) == 1
     said = capsys.readouterr()
-    assert said.out.endswith("3 rows = 3 used + 0 set aside; the rest was not read\n")
+    assert said.out.endswith("4 rows = 4 used + 0 set aside; the rest was not read\n")
     assert "c.json line 1, column 10: invalid JSON" in said.err
+    (cut := tmp_path / "cut.json").write_text('[{"prompt": "p", "completion": "a"},\n{"prompt": "q", ')
+    assert main(["data", "check", str(cut)]) == 1
+    assert capsys.readouterr().out.endswith("1 rows = 1 used + 0 set aside; the rest was not read\n")
     (noise := tmp_path / "noise.jsonl").write_bytes(b"\x93\xff\x00\xfe\n\x80\n")
     assert main(["data", "check", str(noise)]) == 2
     assert main(["data", "check", str(good), str(noise)]) == 1
