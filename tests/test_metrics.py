@@ -90,6 +90,21 @@ def test_seqeval_strict():
             measure("seqeval(strict=True)", predictions=[["O"]], references=[[tag]])
 
 
+def test_tagged_sentences_are_measured_by_word():
+    """Four of five words are right. NOUN: two right, one of them missed (F1 4/5); VERB: one right, one too many (2/3); ADV 1."""
+    references, predictions = [["NOUN", "VERB"], ["NOUN", "NOUN", "ADV"]], [["NOUN", "VERB"], ["NOUN", "VERB", "ADV"]]
+    columns = {"references": references, "predictions": predictions}
+    assert one("accuracy", **columns) == pytest.approx(4 / 5)
+    assert measure("f1", **columns) == pytest.approx({"f1_micro": 4 / 5, "f1_macro": (4 / 5 + 2 / 3 + 1) / 3})
+    with pytest.raises(AlignError, match="sentence 1 has 1 predicted tags and 2"):
+        measure("accuracy", predictions=[["A"], ["A"]], references=[["A"], ["A", "B"]])
+    for tag in ("NOUN", "BANK", "U-PER", "M-PER"):  # seqeval made entities of type OUN, ANK and so on
+        with pytest.raises(AlignError, match=rf"sentence 1 has the tag '{tag}', expected tags .* take f1 and accuracy"):
+            measure("seqeval", predictions=[["O"], ["O"]], references=[["O"], [tag]])
+    iobes = [["B-PER", "I-PER", "E-PER", "S-PER", "O"], ["B", "I"]]
+    assert one("seqeval", "entity_f1", predictions=iobes, references=iobes) == 1
+
+
 def test_the_examples_of_scikit_learn():
     assert one("accuracy", predictions=[0, 2, 1, 3], references=[0, 1, 2, 3]) == 0.5
     three = {"references": [0, 1, 2, 0, 1, 2], "predictions": [0, 2, 1, 0, 0, 1]}

@@ -84,6 +84,8 @@ def folder(tmp_path_factory, tokenizer, words):
         {"tokens": ["the", "cat"], "tags": ["O", "O"]},
     ]
     write_rows(folder / "tagged.jsonl", tagged * 4)
+    parts = [{"tokens": row["tokens"], "tags": ["NOUN" if tag == "O" else "VERB" for tag in row["tags"]]} for row in tagged]
+    write_rows(folder / "parts.jsonl", parts * 4)
     write_rows(folder / "outside.jsonl", [{"tokens": ["the", "cat"], "tags": ["O", "O"]}] * 2)
     write_rows(folder / "longer.jsonl", [{"text": "cat " * 160, "label": label} for label in ("cat", "mat")])
     write_rows(folder / "longer.said.jsonl", [{"prompt": "say cat", "completion": "cat " * 200}])
@@ -119,6 +121,8 @@ ROAD = {
     "llama, classification": ("classification", "llama", "animals", "accuracy"),
     "bert, ner": ("ner", "bert", "tagged", "entity_f1"),
     "gpt2, ner": ("ner", "gpt2", "tagged", "entity_f1"),
+    "bert, ner by word": ("ner", "bert", "tagged", "accuracy"),
+    "bert, tags that are not BIO": ("ner", "bert", "parts", "f1_macro"),
     "bert, qa": ("qa", "bert", "asked", "exact_match"),
     "t5, seq2seq": ("seq2seq --max_steps 120 --eval_steps 120", "t5", "said", "rouge1"),
 }
@@ -643,6 +647,20 @@ def test_a_held_out_tag_that_no_training_row_has_is_said(tokenizer):
     assert task.features(rows, training=False).summary().endswith("; 2 with the tag 'B-LOC', which no training row has")
     with pytest.raises(AlignError, match=r"none of the 1 rows has a tag of the model's \(O, B-PER\): the first has 'B-LOC'"):
         task.features(rows[:1], training=False)
+
+
+def test_tags_that_are_not_bio_are_measured_by_word(capsys, tokenizer):
+    """seqeval made entities of type OUN of them, without a word; now it is refused before training."""
+    task = tasks["ner"](tokenizer, 32, ["O", "NOUN", "VERB"])
+    assert (task.metrics, tasks["ner"](tokenizer, 32, ["O", "B-PER"]).metrics) == (("f1", "accuracy"), ("seqeval", "accuracy"))
+    rows = [TaggedTokens(tokens=["the", "cat"], tags=["O", "NOUN"])]
+    said = task.features(rows, training=False).summary()
+    assert said == "1 rows = 1 used + 0 set aside; 1 with tags that are not BIO: words are measured, not entities"
+    command = f"task{LEARN} --task ner --model bert --data tagged.jsonl --eval_data parts.jsonl --metrics seqeval"
+    assert main(command.replace("tagged", "parts").split()) == 2
+    said = capsys.readouterr()
+    assert "sentence 0 has the tag 'NOUN', expected tags of entities" in said.err
+    assert "eval_loss" not in said.out + said.err
 
 
 def qa(tokenizer, **options):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from align.errors import AlignError
@@ -11,11 +12,15 @@ from align.schema import label_name
 
 
 def _labels(predictions: Sequence[Any], references: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Both sides as labels of one type: 1, 1.0, True and a file's "1" are the same label. (Of words alone, "True" is True.)
+    """Both sides as labels of one type: 1, 1.0, True and a file's "1" are the same label. (Of words alone, "True" is True.) Of
+    tagged sentences, lists on both sides, they are the tags of all words.
 
     Raises:
-        AlignError: one is no label: NaN, or a list of several, which no prediction would equal.
+        AlignError: one is no label: NaN, or a list of several, which no prediction would equal; or there is no tag for each word.
     """
+    if all(isinstance(tags, list | tuple) for tags in (*predictions, *references)):
+        _check_sentences(predictions, references)
+        predictions, references = ([*chain.from_iterable(column)] for column in (predictions, references))
     for column, labels in (("predictions", predictions), ("references", references)):
         for i, label in enumerate(labels):
             if label != label or isinstance(label, list | tuple | dict):
@@ -29,9 +34,15 @@ def _labels(predictions: Sequence[Any], references: Sequence[Any]) -> tuple[list
     return list(map(name, predictions)), list(map(name, references))
 
 
+def _check_sentences(predictions: Sequence[Sequence[Any]], references: Sequence[Sequence[Any]]) -> None:
+    for i, (ours, theirs) in enumerate(zip(predictions, references, strict=True)):
+        if len(ours) != len(theirs):
+            raise AlignError(f"sentence {i} has {len(ours)} predicted tags and {len(theirs)} reference tags")
+
+
 @metrics.add
 def accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
-    """Share of predictions that equal their reference (0 to 1)."""
+    """Share of predictions that equal their reference (0 to 1); of tagged sentences, that of words."""
     ours, theirs = _labels(predictions, references)
     return {"accuracy": package("sklearn.metrics").accuracy_score(theirs, ours)}
 
@@ -76,6 +87,11 @@ def matthews(predictions: Sequence[Any], references: Sequence[Any]) -> dict[str,
     return {"matthews": correlation(theirs, ours)}
 
 
+def of_entities(tag: str) -> bool:
+    """Whether `tag` is one of BIO or IOBES, of which seqeval makes entities."""
+    return tag in ("O", "B", "I", "E", "S") or tag.startswith(("B-", "I-", "E-", "S-"))
+
+
 @metrics.add
 def seqeval(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]], *, strict: bool = False) -> dict[str, float]:
     """Precision, recall and F1 of whole entities in BIO tags (as conlleval counts them; `strict` is seqeval's IOB2 mode)."""
@@ -86,8 +102,12 @@ def seqeval(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[
                 raise AlignError(f"metric 'seqeval': {column}[{i}] is {tags!r:.40}, expected a list of tags")
             if strict and (other := next((tag for tag in tags if not tag.startswith(("B", "I", "O"))), None)) is not None:
                 raise AlignError(f"metric 'seqeval': {column}[{i}] has the tag {other!r}, which is none of IOB2; leave strict out")
-        if len(ours) != len(theirs):
-            raise AlignError(f"metric 'seqeval': sentence {i} has {len(ours)} predicted tags and {len(theirs)} reference tags")
+            if (other := next((tag for tag in tags if not of_entities(tag)), None)) is not None:
+                raise AlignError(
+                    f"metric 'seqeval': sentence {i} has the tag {other!r}, expected tags of entities (O, B-, I-; E-, S-): mend "
+                    "it, or take f1 and accuracy, which measure words"
+                )
+    _check_sentences(predictions, references)
     mode = {"mode": "strict", "scheme": package("seqeval.scheme").IOB2} if strict else {}
     rows = {"y_true": [list(tags) for tags in references], "y_pred": [list(tags) for tags in predictions]}
     return {

@@ -84,6 +84,8 @@ class TaskTraining(TrainingStage):
         model = t.make_ready(self, context.name, model, tokenizer, None, context.folder)
         train = used(task.features(rows, training=True), context.name)
         test = used(task.features(held, training=False), f"{context.name} (held out)") if held else None
+        if test is not None:
+            task.check_expected(specs, test)
         task.check_reach(model, [*train.items, *(test.items if test else [])])
         arguments = {**t.training_arguments(self, context, has_eval=test is not None), **task.arguments()}
         trainer = task.trainer(

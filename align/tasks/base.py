@@ -118,7 +118,7 @@ class Task:
 
     kind: ClassVar[str]
     """Kind of its rows (`align.schema.KINDS`)."""
-    metrics: ClassVar[tuple[str, ...]]
+    metrics: tuple[str, ...]
     """What it is measured by unless the user says otherwise."""
     auto: ClassVar[Any]
     """The transformers class that loads a model with the task's head."""
@@ -198,6 +198,9 @@ class Task:
     def measure(self, specs: Sequence[str], output: Any, features: Features) -> dict[str, float]:
         """The metrics `specs` of the model's `output`."""
         return measure_all(specs, **self.columns(output, features))
+
+    def check_expected(self, specs: Sequence[str], features: Features) -> None:
+        """Raise `AlignError`, before any work, where one of `specs` cannot measure what the rows of `features` expect."""
 
     @classmethod
     def check_metrics(cls, specs: Sequence[str]) -> None:

@@ -66,8 +66,10 @@ class TaskModel:
             AlignError: none of the rows can be used.
         """
         features = used(self.task.features(rows, training=False), self.path)
+        specs = specs or self.task.metrics
+        self.task.check_expected(specs, features)
         columns = self.columns(features)
-        found = {**measure_all(list(specs) or list(self.task.metrics), **columns), "n": len(features.rows)}
+        found = {**measure_all(specs, **columns), "n": len(features.rows)}
         written = [map(self.task.written, features.rows, columns[name]) for name in ("predictions", "references")]
         return found, list(zip(features.rows, *written, strict=True))
 

@@ -7,21 +7,30 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
+from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, PreTrainedTokenizerBase
 
 from align.errors import AlignError
+from align.metrics.base import measure_all
+from align.metrics.classes import of_entities
 from align.schema import TaggedTokens
 from align.tasks.base import IGNORED, Feature, Features, Task, task
 
 
 @task("ner")
 class Tagging(Task):
-    """Each word is tagged at its first token; the others carry no loss. Words beyond the maximum length are tagged O."""
+    """Each word is tagged at its first token; the others carry no loss. Words beyond the maximum length are tagged O. Tags that
+    make no entities (not BIO) are measured by word.
+    """
 
     kind = "tagging"
-    metrics = ("seqeval",)
+    metrics = ("seqeval", "accuracy")
     auto = AutoModelForTokenClassification
     per_token = True
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, labels: Sequence[str]) -> None:
+        super().__init__(tokenizer, max_length, labels)
+        if not all(map(of_entities, labels)):
+            self.metrics = ("f1", "accuracy")
 
     @classmethod
     def count_labels(cls, rows: Sequence[TaggedTokens]) -> Counter[str]:
@@ -64,6 +73,8 @@ class Tagging(Task):
                     labels[position] = numbers.get(tag, IGNORED)
             made.items.append({**item, "labels": labels})
             made.rows.append(row)
+            if not training and not all(map(of_entities, row.tags)):
+                made.notes["with tags that are not BIO: words are measured, not entities"] += 1
             if firsts[-1] is None and len(labels) == self.max_length:
                 made.cut += 1
             elif None in firsts:
@@ -109,6 +120,10 @@ class Tagging(Task):
     def written(self, row: TaggedTokens, answer: Sequence[str]) -> str:
         """The sentence, with a tag behind each word that has another than O: ``Ada/B-PER sings``."""
         return " ".join(word if tag == "O" else f"{word}/{tag}" for word, tag in zip(row.tokens, answer, strict=True))
+
+    def check_expected(self, specs: Sequence[str], features: Features) -> None:
+        tags = [row.tags for row in features.rows]
+        measure_all(specs, predictions=tags, references=tags)
 
     def columns(self, output: Any, features: Features) -> dict[str, list[Any]]:
         found = (output[0] if isinstance(output, tuple) else output).argmax(-1)
