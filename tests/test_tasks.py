@@ -326,6 +326,21 @@ def test_single_answers_of_a_tasks_model_are_read(capsys, folder, tmp_path, task
     assert capsys.readouterr().out == f"{answer}\n"
 
 
+def test_there_is_no_vote_on_a_tasks_answers(capsys, monkeypatch, tmp_path):
+    """Labels became preference rows, which teach nobody to talk."""
+    for number, (task, data) in enumerate([("classification", "animals"), ("ner", "tagged")]):
+        run(capsys, f"task --task {task} --model bert --data {data}.jsonl --held_out 0 --max_steps 1 --name side{number}")
+    lines = iter(["one cat sat on me", "my mat sat on you", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert main(["chat", "side0", "side1", "--votes", str(tmp_path / "v.jsonl")]) == 0
+    said = capsys.readouterr()
+    answers = [line[4:] for line in said.out.splitlines() if line.startswith("[")]
+    assert len(answers) == 4
+    assert answers[0] != answers[1], "nobody would vote on the same"
+    assert "there is no vote" in said.err
+    assert not (tmp_path / "v.jsonl").exists()
+
+
 def test_what_a_tasks_model_cannot_answer_is_said(capsys, folder):
     run(capsys, "task --task qa --model bert --data asked.jsonl --held_out 0 --max_steps 1 --name asker")
     run(capsys, "task --task classification --model bert --data animals.jsonl --held_out 0 --max_steps 1 --name teller")

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from browser import Browser
 from helpers import llama
+from transformers import AutoModelForSequenceClassification
 
 from align.artifact import Artifact
 from align.chat.speaker import Decoding
@@ -28,6 +29,9 @@ def folders(tmp_path_factory, tokenizer):
     root = tmp_path_factory.mktemp("ui")
     for seed, name in [*enumerate(("one", "two", "three")), (0, "again")]:
         save_model(llama(seed), tokenizer, root / name)
+    save_model(AutoModelForSequenceClassification.from_config(llama(0).config), tokenizer, root / "labels")
+    said = {"task": "classification", "labels": ["cat", "mat"], "max_length": 64, "task_args": {}}
+    (root / "labels" / "task.json").write_text(json.dumps(said))
     return root
 
 
@@ -74,6 +78,22 @@ def test_the_same_answer_twice_is_not_voted_on(page):
     assert left == right
     assert said == "Both say the same."
     client.predict(api_name="/left")
+    assert not votes.exists()
+
+
+@pytest.mark.parametrize("page", [("one", "labels")], indirect=True)
+def test_a_tasks_answer_is_not_voted_on(page):
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    address, votes, names = page
+    client = Client(address, verbose=False)
+    *_, left, right, said = client.predict(*names, "Hi", "", 0.0, 1.0, 0, 8, api_name="/ask")
+    assert {left, right} & {"cat", "mat"}
+    assert "there is no vote" in said
+    assert all(f"**{name}**" in said for name in names)
+    with pytest.raises(AppError, match="Ask something first"):
+        client.predict(api_name="/left")
     assert not votes.exists()
 
 

@@ -9,7 +9,7 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from align.chat.speaker import Decoding, Speaker, TaskSpeaker
-from align.chat.votes import add_vote
+from align.chat.votes import NO_VOTE, add_vote
 from align.errors import AlignError
 from align.progress import harmless, say
 from align.schema import Message
@@ -24,6 +24,7 @@ class Talk:
         self, speakers: Sequence[Speaker | TaskSpeaker], decoding: Decoding, *, system: str | None = None, votes: Path | None = None
     ):
         self.speakers, self.decoding, self.votes = speakers, decoding, votes
+        self.votable = len(speakers) == 2 and not any(isinstance(speaker, TaskSpeaker) for speaker in speakers)
         self.messages: list[Message] = []
         self.set_system(system)
 
@@ -42,7 +43,7 @@ class Talk:
 
     def ask(self, text: str, write: Callable[[str], object], vote: Callable[[], str] | None = None) -> list[str]:
         """The answers to `text`, written as they come; the first one, or the one that `vote` (a or b) prefers, is kept. There is no
-        vote on the same answer twice.
+        vote on the same answer twice, nor on those of a task's model.
         """
         self.messages.append(Message(role="user", content=text))
         answers: list[str] = []
@@ -57,7 +58,7 @@ class Talk:
             answers.append(answer.rstrip())
             write("\n")
         kept = 0
-        if len(answers) == 2 and vote is not None and answers[0] != answers[1]:  # the same twice leaves nothing to prefer
+        if self.votable and vote is not None and answers[0] != answers[1]:  # the same twice leaves nothing to prefer
             choice = vote()
             if choice in ("a", "b"):
                 kept = "ab".index(choice)
@@ -89,6 +90,8 @@ def talk_at_terminal(talk: Talk) -> None:
             write(f"{harmless(choice)} is no vote.\n")
         return choice
 
+    if len(talk.speakers) > 1 and not talk.votable:
+        say(NO_VOTE)
     if sys.stdin.isatty():
         print(" against ".join(speaker.name for speaker in talk.speakers) + f". {HELP}.")
     try:

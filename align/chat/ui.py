@@ -19,7 +19,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when it is im
 import gradio as gr
 
 from align.chat.speaker import Decoding, Speaker, TaskSpeaker, speaker
-from align.chat.votes import add_vote
+from align.chat.votes import NO_VOTE, add_vote
 from align.errors import AlignError
 from align.progress import harmless
 from align.schema import Message
@@ -190,6 +190,9 @@ def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: P
         ready = [gr.Button(interactive=side == "neither" or not same) for side in choices]
         question = "Both say the same." if same else "Which is better?"
         texts = [harmless(answer) for _, answer in answers]
+        if any(isinstance(speakers[name], TaskSpeaker) for name in order):
+            yield "", history, _shown(history), *texts, *off, f"{NO_VOTE} {_unveiled(answers)}", ([], [])
+            return
         yield "", history, _shown(history), *texts, *ready, question, (prompt, answers)
 
     def vote(side: str) -> Any:
@@ -197,7 +200,7 @@ def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: P
             prompt, answers = seen
             if not answers:
                 raise _refusal("Ask something first.")
-            text = f"Left was **{_plain(answers[0][0])}**, right was **{_plain(answers[1][0])}**."
+            text = _unveiled(answers)
             kept = ["left", "right"].index(side) if side != "neither" else 0
             if side != "neither" and answers[0][1] != answers[1][1]:
                 try:
@@ -219,6 +222,10 @@ def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: P
     anew = [turns, shown, *sides, *buttons, verdict, answered]
     for event in (again.click, shown.clear, *(model.change for model in models)):  # what was answered is no longer voted on
         event(lambda: ([], [], "", "", *off, purpose, ([], [])), None, anew, api_visibility="private", cancels=asking)
+
+
+def _unveiled(answers: list[tuple[str, str]]) -> str:
+    return f"Left was **{_plain(answers[0][0])}**, right was **{_plain(answers[1][0])}**."
 
 
 def _plain(name: str) -> str:

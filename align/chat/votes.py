@@ -12,6 +12,9 @@ from align.registry import home
 from align.runner.files import disk_is_full, no_room
 from align.schema import Message
 
+NO_VOTE = "A model of a task answers with labels, or to the last text alone: there is no vote."
+"""What is said where one of two models is of a task: such answers are no preference rows."""
+
 
 def default_votes() -> Path:
     """Where votes go unless told otherwise."""
