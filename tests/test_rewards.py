@@ -126,6 +126,19 @@ class TestLoading:
         with pytest.raises(AlignError, match=r"takes no 'limt'.*did you mean 'limit'"):
             load_reward("my_rewards.py:brief(limt=3)")
 
+    def test_arguments_do_not_go_into_the_columns(self, reward_file):
+        """They were lost there without a word, and the function was called with its default."""
+        reward_file("""
+            def brief(completions, limit=2, **columns):
+                return [len(text) <= limit for text in completions]
+            def handed_on(*args, **kwargs):
+                return brief(*args, **kwargs)
+        """)
+        for key in ("limt", "columns"):
+            with pytest.raises(AlignError, match=rf"takes no '{key}'.* takes: completions, limit; \*\* holds columns of the rows"):
+                load_reward(f"my_rewards.py:brief({key}=3)")
+        assert load_reward("my_rewards.py:handed_on(limit=3)")(["abc"]) == [True]
+
     @pytest.mark.parametrize("spec", ["align.rewards:text_of", "align.rewards.text_of"])
     def test_module(self, spec):
         assert load_reward(spec) is text_of

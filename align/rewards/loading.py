@@ -42,9 +42,12 @@ def load_reward(spec: str, protocol: str | None = None) -> RewardFunction:
     protocol = protocol or recognized(function)
     label_column = arguments.pop("label_column", None) if protocol == "openrlhf" else None
     parameters = parameters_of(function)
+    named = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for key in arguments:
-        if key not in parameters and not takes_any(parameters):
-            raise AlignError(f"reward {target!r} takes no {key!r}{near_miss(key, parameters)}; it takes: {', '.join(parameters)}")
+        # A function that names nothing (a decorator's) may hand all on; any other one has its ** for the columns of the rows.
+        if key not in named and (named or not takes_any(parameters)):
+            columns = "; ** holds columns of the rows: name an argument beside it" if takes_any(parameters) else ""
+            raise AlignError(f"reward {target!r} takes no {key!r}{near_miss(key, named)}; it takes: {', '.join(named)}{columns}")
     return adapted(functools.partial(function, **arguments) if arguments else function, protocol, label_column)
 
 
