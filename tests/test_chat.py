@@ -421,7 +421,7 @@ REFUSED = {
     "to stop at nothing": ({**ASKED, "stop": ""}, 400, "stop: a text of at least one character"),
     "to stop at no number": ({**ASKED, "stop": [5], "stream": True}, 400, "Input should be a valid string"),
     "several answers": ({**ASKED, "n": 1000}, 400, "n: Input should be 1"),
-    "a penalty that would be none": ({**ASKED, "frequency_penalty": -1}, 400, "frequency_penalty: Input should be greater than -1"),
+    "a penalty on tokens' counts": ({**ASKED, "frequency_penalty": 0.5}, 400, "frequency_penalty: nothing here does what it asks"),
     "a bias for no number": ({**ASKED, "logit_bias": {"x": 1}}, 400, "logit_bias: 'x' is no token's number, which are 0 to 319"),
     "a bias for no token": ({**ASKED, "logit_bias": {"320": 1}}, 400, "logit_bias: '320' is no token's number"),
     "a bias out of bounds": ({**ASKED, "logit_bias": {"5": 101}}, 400, "logit_bias.5: Input should be less than or equal to 100"),
@@ -453,7 +453,7 @@ def test_a_wrong_request_is_refused_in_one_line(folders):
             answer = post(content)
             assert (answer.status_code, said in answer.json()["error"]["message"]) == (status, True), (name, answer.text)
         assert post(ASKED).status_code == 200
-        assert post({**ASKED, "response_format": {"type": "text"}, "logprobs": False, "presence_penalty": 0}).status_code == 200
+        assert post({**ASKED, "response_format": {"type": "text"}, "logprobs": False, "frequency_penalty": 0}).status_code == 200
         five = post({**ASKED, "logit_bias": {"5": 100}}).json()["choices"][0]["message"]["content"]
         assert five == AutoTokenizer.from_pretrained(folders / "one").decode([5, 5]), "OpenAI's clients write whole numbers"
         assert post({**ASKED, "logit_bias": {}}, **{"content-type": "application/json; charset=utf-8"}).status_code == 200

@@ -36,6 +36,7 @@ IGNORED: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "best_of": (1,),
     "echo": (False,),
+    "frequency_penalty": (0,),
     "function_call": ("auto", "none"),
     "functions": ([],),
     "logit_bias": ({},),
@@ -50,7 +51,9 @@ IGNORED: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "web_search_options": (),
 }
-"""Fields that the server behind passes over without a word to who asks, and their values that ask for nothing more."""
+"""Fields that the server behind passes over without a word to who asks, or takes for something else (`frequency_penalty` for
+transformers' `repetition_penalty`), and their values that ask for nothing more.
+"""
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 """OpenAI's. A template would write any that it is given."""
@@ -94,8 +97,6 @@ class _Request(_Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     n: Literal[1] | None = None
-    frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = None
-    """Theirs adds 1 to it, and divides by that."""
     stop: Annotated[str | list[str] | None, AfterValidator(_something)] = None
     stream: bool | None = None
 
