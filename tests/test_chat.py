@@ -390,7 +390,8 @@ def test_the_served_answer_is_the_local_greedy_one_or_drawn_as_asked(folders, na
         assert list(tmp_path.glob("align-serve-*"))
         client = openai.OpenAI(base_url=address, api_key="none")
         stream = client.chat.completions.create(model=str(name), messages=asked, max_tokens=8, temperature=0, stream=True)
-        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+        chunks = list(stream)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
         asks = {"model": name, "messages": asked, "max_tokens": 8}
         draws = [client.chat.completions.create(**asks, temperature=1.0, seed=seed) for seed in (1, 1, 2, 3)]
         again, first, *others = [draw.choices[0].message.content for draw in draws]
@@ -400,6 +401,7 @@ def test_the_served_answer_is_the_local_greedy_one_or_drawn_as_asked(folders, na
             client.models.retrieve("a/b")
     assert not list(tmp_path.glob("align-serve-*")), "the copy that was served is gone with the server"
     assert listed == [name]
+    assert {answer.model for answer in (*chunks, *draws)} == {name}
     assert again == first, "one seed, one answer"
     assert {first, *others} != {text}, "a temperature is one, though the model's own settings are silent"
     assert text.strip() == expected(folders / name, [Message(**asked[0])])
@@ -465,6 +467,8 @@ def test_a_wrong_request_is_refused_in_one_line(folders):
         assert "logit_bias: nothing here" in post({"prompt": "Hi", "logit_bias": {"5": 1}}, "/completions").text
         assert post(ASKED, Host="evil.example:80").status_code == 400
         assert httpx.post(f"{address.removesuffix('/v1')}/load_model", json={"model": "owner/other"}).status_code == 404
+        sound = httpx.post(f"{address}/audio/transcriptions", data={"model": str(folders / "two")}, files={"file": b"RIFF"})
+        assert sound.status_code == 404, "it would load the other model"
         assert post({"prompt": 3}, "/completions").json()["error"]["message"].startswith("prompt: Input should be a valid string")
         assert post({"prompt": "Hi", "max_tokens": 2}, "/completions").status_code == 200
         asked = {"prompt": "Hi", "max_tokens": 2, "logprobs": 0}
@@ -476,6 +480,26 @@ def test_a_wrong_request_is_refused_in_one_line(folders):
         )
         other = post({**ASKED, "model": "other"})
         assert (other.status_code, other.json()["error"]["message"]) == (400, "Server is pinned to 'one'; requested 'other'.")
+
+
+def test_a_stream_ends_as_openais_do(folders):
+    """`[DONE]` comes last, and before it the usage, in a chunk without choices, where it was asked for."""
+    pytest.importorskip("openai")
+    pytest.importorskip("uvicorn")
+    asks = {"max_tokens": 2, "temperature": 0, "stream": True}
+    with served(folders / "one") as address:
+        for path, asked in {"chat/completions": ASKED, "completions": {"prompt": "Hi"}}.items():
+            for options in (None, {"include_usage": False}, {"include_usage": True}):
+                content = {**asked, **asks, "stream_options": options}
+                events = httpx.post(f"{address}/{path}", json=content, timeout=60).text.split("\n\n")
+                *chunks, done, nothing = [event.removeprefix("data: ") for event in events]
+                assert (done, nothing) == ("[DONE]", "")
+                last, counts = map(json.loads, chunks[-2:])
+                counted = options == {"include_usage": True}
+                assert [len(chunk["choices"]) for chunk in (last, counts)] == [1, not counted]
+                assert (last if counted else counts)["choices"][0]["finish_reason"] == "length"
+                assert "usage" not in last
+                assert counts.get("usage", {}).get("completion_tokens") == (2 if counted else None)
 
 
 def test_no_answer_goes_on_for_nobody(folders):

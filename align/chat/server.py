@@ -60,6 +60,8 @@ Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 
 LEFT: ContextVar[threading.Event] = ContextVar("LEFT")
 """Of a request, set when who asked is gone."""
+WITH_USAGE: ContextVar[bool] = ContextVar("WITH_USAGE")
+"""Whether who asked for a stream asked for the usage as well."""
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -86,6 +88,10 @@ def _same(one: Any, other: Any) -> bool:
     return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
+class _StreamOptions(_Body):
+    include_usage: bool = False
+
+
 class _Request(_Body):
     """What the requests have in common. Of fields that are not here their server knows more."""
 
@@ -99,6 +105,7 @@ class _Request(_Body):
     n: Literal[1] | None = None
     stop: Annotated[str | list[str] | None, AfterValidator(_something)] = None
     stream: bool | None = None
+    stream_options: _StreamOptions | None = None
 
     def contents(self) -> list[Any]:
         """What the model is to read: texts, and lists of parts."""
@@ -154,7 +161,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if not scope["path"].startswith("/v1/") and scope["path"] != "/health":  # theirs would load other models, too
+        if not (scope["path"] in (*REQUESTS, "/health") or scope["path"].startswith("/v1/models")):  # others load any model
             await refusal(404, f"there is no {scope['path']}")(scope, receive, send)
             return
         content, more = b"", True
@@ -174,7 +181,9 @@ class Guard:
             if wrong := self.wrong(REQUESTS[scope["path"]], content):
                 await refusal(400, wrong)(scope, receive, send)
                 return
-            content = json.dumps(_as_theirs(scope["path"], json.loads(content))).encode()
+            asked = json.loads(content)
+            WITH_USAGE.set((asked.get("stream_options") or {}).get("include_usage", False))
+            content = json.dumps(_as_theirs(scope["path"], asked)).encode()
         unread = [{"type": "http.request", "body": content, "more_body": False}]
 
         async def again() -> MutableMapping[str, Any]:
@@ -244,6 +253,21 @@ class Generating(GenerateManager):
             return torch.full((len(ids),), left.is_set(), device=ids.device)
 
         return await super().generate_non_streaming(model, processor, {**inputs, "stopping_criteria": [gone]}, *rest, **more)
+
+
+def ended(build: Callable[..., str]) -> Callable[..., str]:
+    """Their `build` of a stream's chunk. Their last one holds the usage, and nothing follows it; OpenAI's clients hear `[DONE]`,
+    and before that the usage, in a chunk of its own, where they asked for it.
+    """
+
+    def chunk(handler: Any, *parts: Any, usage: Any = None, **more: Any) -> str:
+        told = build(handler, *parts, **more)
+        if usage is None:
+            return told
+        counts = {**json.loads(told.removeprefix("data: ")), "choices": [], "usage": usage.model_dump(exclude_none=True)}
+        return told + (handler.chunk_to_sse(json.dumps(counts)) if WITH_USAGE.get() else "") + handler.chunk_to_sse("[DONE]")
+
+    return chunk
 
 
 def refusal(status: int, message: str) -> JSONResponse:

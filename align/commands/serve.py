@@ -140,9 +140,11 @@ def _transformers(options: argparse.Namespace, name: str) -> int:
     import uvicorn
     from transformers.cli.serve import Serve
     from transformers.cli.serving import server, utils
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+    from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.model_manager import ModelManager
 
-    from align.chat.server import Generating, guarded
+    from align.chat.server import Generating, ended, guarded
     from align.models import load_config, load_tokenizer
 
     # Theirs lists the hub's cache, and fails where there is none.
@@ -156,6 +158,10 @@ def _transformers(options: argparse.Namespace, name: str) -> int:
         build(*parts, **more), tokenizer, context if context and context > 0 else None, options.host, served
     )
     utils.GenerateManager = Generating
+    for handler in (ChatCompletionHandler, CompletionHandler):
+        handler._build_chunk_sse = ended(handler._build_chunk_sse)
+    resolve = utils.BaseHandler._resolve_model
+    utils.BaseHandler._resolve_model = lambda handler, asked: (name, *resolve(handler, asked)[1:])  # theirs calls it NAME@main
     # Without an end to it, Ctrl-C waits until the last answer is told.
     uvicorn.Config = partial(uvicorn.Config, timeout_graceful_shutdown=1)  # type: ignore[misc, assignment]
     common = {"host": options.host, "port": options.port, "dtype": options.dtype}
