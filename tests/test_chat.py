@@ -34,10 +34,12 @@ GREEDY = Decoding(max_completion_length=8, temperature=0.0)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, tokenizer):
-    """Two models, and a LoRA adapter on the first."""
+    """Two models, a LoRA adapter on the first, and one that cannot look up a place beyond its context of 64 tokens."""
     root = tmp_path_factory.mktemp("chat")
     for seed, name in enumerate(("one", "two")):
         save_model(llama(seed), tokenizer, root / name)
+    learned = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=8, n_layer=1, n_head=1)
+    save_model(GPT2LMHeadModel(learned), tokenizer, root / "learned")
     base = llama(0)
     base.name_or_path, base.rows_on_disk = str(root / "one"), base.get_input_embeddings().weight.shape[0]
     adapter = tune(base, Tuning("lora", {"r": 4}))
@@ -101,11 +103,8 @@ def test_who_stops_listening_stops_the_model(folders):
     assert not thread.is_alive()
 
 
-def test_an_answer_ends_with_the_context_and_a_longer_question_is_refused(folders, tokenizer, tmp_path):
-    """Learned positions: past the last one there is nothing to look up."""
-    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=8, n_layer=1, n_head=1)
-    save_model(GPT2LMHeadModel(config), tokenizer, tmp_path)
-    speaker = Speaker(str(tmp_path))
+def test_an_answer_ends_with_the_context_and_a_longer_question_is_refused(folders, tokenizer):
+    speaker = Speaker(str(folders / "learned"))
     speaker.stops = [tokenizer.pad_token_id]
     assert "".join(speaker.answer([Message(role="user", content="Hi")], Decoding(200, temperature=0.0)))
     talk = Talk([speaker], GREEDY)
@@ -428,6 +427,11 @@ REFUSED = {
     "a bias for no token": ({**ASKED, "logit_bias": {"320": 1}}, 400, "logit_bias: '320' is no token's number"),
     "a bias out of bounds": ({**ASKED, "logit_bias": {"5": 101}}, 400, "logit_bias.5: Input should be less than or equal to 100"),
     "log-probs": ({**ASKED, "logprobs": True}, 400, "logprobs: nothing here does what it asks for; leave it out"),
+    "settings of theirs": (
+        {**ASKED, "generation_config": '{"num_beams": 2}', "stream": True},
+        400,
+        "generation_config: nothing here",
+    ),
     "JSON": ({**ASKED, "response_format": {"type": "json_object"}}, 400, "response_format: nothing here does what it asks for"),
     "half a pair": (json.dumps({"messages": [{"role": "user", "content": "\ud800"}]}).encode(), 400, "hex escape"),
     "a part without a type": ({"messages": [{"role": "user", "content": [{"text": "Hi"}]}]}, 400, "KeyError"),
@@ -502,6 +506,23 @@ def test_a_stream_ends_as_openais_do(folders):
                 assert counts.get("usage", {}).get("completion_tokens") == (2 if counted else None)
 
 
+def test_a_served_answer_ends_with_the_context(folders):
+    """Without `max_tokens` theirs writes 1,024, and this model reads 64."""
+    pytest.importorskip("openai")
+    pytest.importorskip("uvicorn")
+    with served(folders / "learned") as address:
+        told = httpx.post(
+            f"{address}/chat/completions", json={"messages": ASKED["messages"], "logit_bias": {"2": -100}}, timeout=60
+        )
+        assert (told.json()["usage"]["total_tokens"], told.json()["choices"][0]["finish_reason"]) == (64, "length")
+        streamed = {"prompt": "Hi", "stream": True, "temperature": 0}
+        assert httpx.post(f"{address}/completions", json=streamed, timeout=60).text.endswith("data: [DONE]\n\n")
+        for prompt, said in (("cat " * 70, "the model reads 64 tokens, and the request has 71"), ("", "the request has no token")):
+            for stream in (True, False):
+                answer = httpx.post(f"{address}/completions", json={"prompt": prompt, "stream": stream}, timeout=60)
+                assert (answer.status_code, said in answer.json()["error"]["message"]) == (400, True), answer.text
+
+
 def test_no_answer_goes_on_for_nobody(folders):
     """Who leaves does not keep the next one waiting, and the server ends though it is in the middle of an answer."""
     pytest.importorskip("openai")
@@ -522,7 +543,7 @@ def test_a_base_model_that_is_served_takes_no_conversation_and_says_what_to_do(f
     base = deepcopy(tokenizer)
     base.chat_template = None
     for path, asked in {"chat/completions": ASKED, "responses": {"input": "Hi"}, "completions": {"prompt": "Hi"}}.items():
-        wrong = Guard(None, base, None).wrong(REQUESTS[f"/v1/{path}"], json.dumps(asked).encode())
+        wrong = Guard(None, base).wrong(REQUESTS[f"/v1/{path}"], json.dumps(asked).encode())
         assert (wrong is None) == (path == "completions")
         assert wrong is None or "no chat template, as base models have none: ask /v1/completions" in wrong
 

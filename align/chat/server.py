@@ -19,7 +19,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from transformers import PreTrainedTokenizerBase
 from transformers.cli.serving.utils import GenerateManager
 
-from align.chat.speaker import COLDEST
+from align.chat.speaker import COLDEST, context_of
 from align.errors import first_line
 
 MOST = 4 * 2**20
@@ -39,6 +39,7 @@ IGNORED: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "function_call": ("auto", "none"),
     "functions": ([],),
+    "generation_config": (),  # a way past all that is checked; a stream with beams in it never begins
     "logit_bias": ({},),
     "logprobs": (False,),
     "modalities": (["text"],),
@@ -148,14 +149,10 @@ REQUESTS: dict[str, type[_Request]] = {
 
 
 class Guard:
-    """ASGI middleware that refuses what the server behind it would choke on: too much, no request, or more than the model reads.
+    """ASGI middleware that refuses what the server behind it would choke on: too much, or no request."""
 
-    Args:
-        context: the most tokens that the model reads; None where there is no end.
-    """
-
-    def __init__(self, app: Any, tokenizer: PreTrainedTokenizerBase, context: int | None) -> None:
-        self.app, self.tokenizer, self.context = app, tokenizer, context
+    def __init__(self, app: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.app, self.tokenizer = app, tokenizer
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -216,15 +213,11 @@ class Guard:
                 return f"logit_bias: {token!r} is no token's number, which are 0 to {len(self.tokenizer) - 1}"
         if kind.needs_template and not self.tokenizer.chat_template:
             return "the model has no chat template, as base models have none: ask /v1/completions, or serve one that has"
-        parts = [part for content in asked.contents() for part in (content if isinstance(content, list) else [{"text": content}])]
-        parts = [part for part in parts if isinstance(part, dict)]
+        lists = [content for content in asked.contents() if isinstance(content, list)]
+        parts = [part for content in lists for part in content if isinstance(part, dict)]
         if unread := [part["type"] for part in parts if part.get("type", "text") not in TEXTS]:
             return f"the model reads text alone, and here is a part of type {unread[0]!r}"
-        if self.context is None:
-            return None
-        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
-        tokens = sum(len(ids) for ids in self.tokenizer(["", *texts], add_special_tokens=False, verbose=False)["input_ids"])
-        return None if tokens < self.context else f"the model reads {self.context} tokens, and the request has {tokens}"
+        return None
 
 
 def _as_theirs(path: str, asked: dict[str, Any]) -> dict[str, Any]:
@@ -244,15 +237,36 @@ async def _watch(receive: Receive, left: threading.Event) -> None:
 
 
 class Generating(GenerateManager):
-    """Theirs, which goes on with a whole answer when who asked is gone."""
+    """Theirs, which goes on beyond the end of the model's context, and with a whole answer when who asked is gone."""
 
-    async def generate_non_streaming(self, model: Any, processor: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+    def generate_streaming(self, model: Any, processor: Any, inputs: Any, settings: Any, *rest: Any, **more: Any) -> Any:
+        _end_with_context(model, inputs, settings)
+        return super().generate_streaming(model, processor, inputs, settings, *rest, **more)
+
+    async def generate_non_streaming(self, model: Any, processor: Any, inputs: Any, settings: Any, *rest: Any, **more: Any) -> Any:
+        _end_with_context(model, inputs, settings)
         left = LEFT.get()
 
         def gone(ids: torch.Tensor, _: Any) -> torch.Tensor:
             return torch.full((len(ids),), left.is_set(), device=ids.device)
 
-        return await super().generate_non_streaming(model, processor, {**inputs, "stopping_criteria": [gone]}, *rest, **more)
+        inputs = {**inputs, "stopping_criteria": [gone]}
+        return await super().generate_non_streaming(model, processor, inputs, settings, *rest, **more)
+
+
+def _end_with_context(model: Any, inputs: Any, settings: Any) -> None:
+    """Bound the answer of `settings` by what the model reads, as `align chat` does.
+
+    Raises:
+        HTTPException: there is nothing to read, or no room for an answer.
+    """
+    tokens, context = inputs["input_ids"].shape[-1], context_of(model)
+    if not tokens:
+        raise HTTPException(400, "the request has no token that the model could go on from")
+    if context is not None:
+        if tokens >= context:
+            raise HTTPException(400, f"the model reads {context} tokens, and the request has {tokens}")
+        settings.max_new_tokens = min(settings.max_new_tokens, context - tokens)
 
 
 def ended(build: Callable[..., str]) -> Callable[..., str]:
@@ -275,7 +289,7 @@ def refusal(status: int, message: str) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status)
 
 
-def guarded(app: FastAPI, tokenizer: PreTrainedTokenizerBase, context: int | None, host: str, served: dict[str, Any]) -> FastAPI:
+def guarded(app: FastAPI, tokenizer: PreTrainedTokenizerBase, host: str, served: dict[str, Any]) -> FastAPI:
     """`app` behind a `Guard`, with an address for the one model that is `served`; at one of this machine it answers to no other
     name.
     """
@@ -295,7 +309,7 @@ def guarded(app: FastAPI, tokenizer: PreTrainedTokenizerBase, context: int | Non
     app.add_exception_handler(HTTPException, refused)
     for raised in CLIENTS:
         app.add_exception_handler(raised, misunderstood)
-    app.add_middleware(Guard, tokenizer=tokenizer, context=context)
+    app.add_middleware(Guard, tokenizer=tokenizer)
     if host in OURS:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*OURS])
     return app

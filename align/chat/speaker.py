@@ -22,6 +22,12 @@ COLDEST = 1e-6
 """At a lower temperature nothing but the greedy answer is drawn, and logits divided by it may be beyond float32."""
 
 
+def context_of(model: Any) -> int | None:
+    """The most tokens that `model` reads; None where there is no end."""
+    places = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return places if places is not None and places > 0 else None  # -1 is without an end
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How an answer is drawn. A temperature below `COLDEST` is greedy; ``top_p=1`` and ``top_k=0`` switch those filters off."""
@@ -63,8 +69,8 @@ class Speaker:
             AlignError: the conversation alone fills the context.
         """
         ids = self.encoder.prompt_ids(list(messages))
-        room, context = decoding.max_completion_length, getattr(self.model.config, "max_position_embeddings", None)
-        if context is not None and context > 0:  # -1 is without an end
+        room, context = decoding.max_completion_length, context_of(self.model)
+        if context is not None:
             room = min(room, context - len(ids))
         if room < 1:
             raise AlignError(

@@ -145,18 +145,14 @@ def _transformers(options: argparse.Namespace, name: str) -> int:
     from transformers.cli.serving.model_manager import ModelManager
 
     from align.chat.server import Generating, ended, guarded
-    from align.models import load_config, load_tokenizer
+    from align.models import load_tokenizer
 
     # Theirs lists the hub's cache, and fails where there is none.
     served = {"id": name, "object": "model", "created": 0, "owned_by": "align"}
     ModelManager.get_gen_models = staticmethod(lambda: [served])
     tokenizer = load_tokenizer(name, trust_remote_code=options.trust_remote_code)
-    config = load_config(name, trust_remote_code=options.trust_remote_code).get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
     build = server.build_server
-    server.build_server = lambda *parts, **more: guarded(
-        build(*parts, **more), tokenizer, context if context and context > 0 else None, options.host, served
-    )
+    server.build_server = lambda *parts, **more: guarded(build(*parts, **more), tokenizer, options.host, served)
     utils.GenerateManager = Generating
     for handler in (ChatCompletionHandler, CompletionHandler):
         handler._build_chunk_sse = ended(handler._build_chunk_sse)
