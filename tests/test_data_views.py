@@ -231,6 +231,25 @@ def test_stats(tmp_path, capsys):
     assert "chosen is longer" in page
 
 
+def test_stats_of_conversations(tmp_path, capsys):
+    """Of four rows one has a system turn, and the chosen answer is the longer one in three (of two equal ones it is not)."""
+    asked = [{"role": "user", "content": "Say one."}]
+    prompts = [
+        [{"role": "system", "content": "Be brief."}, *asked],
+        asked,
+        [*asked, {"role": "assistant", "content": "1"}, *asked],
+        asked,
+    ]
+    sides = [("One.", "1"), ("One.", "2"), ("One.", "3"), ("1", "2")]
+    said = [[[{"role": "assistant", "content": text}] for text in both] for both in sides]
+    rows = [{"prompt": prompt, "chosen": a, "rejected": b} for prompt, (a, b) in zip(prompts, said, strict=True)]
+    write_rows(tmp_path / "a.jsonl", rows)
+    assert main(["data", "stats", str(tmp_path / "a.jsonl"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["shares"] == {"chosen is longer": 0.75, "has a system turn": 0.25}
+    assert found["user_turns"] == {"1": 3, "2": 1}
+
+
 @pytest.mark.parametrize(
     "command",
     [

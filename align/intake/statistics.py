@@ -53,14 +53,14 @@ class Statistics:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, as numbers."""
-        account, gave = self.stream.account, max(self.stream.account.gave, 1)
+        account = self.stream.account
         found: dict[str, Any] = {"file": self.stream.source, "format": self.stream.format, "kind": self.stream.kind}
         found |= {**account.as_dict(), "gave": account.gave}
         found["lengths"] = {name: _quantiles(values) for name, values in self.lengths.items()}
         found["user_turns"] = {str(turns): count for turns, count in sorted(self.turns.items())}
         found["languages"] = dict(self.languages.most_common(8))
         found["labels"] = dict(self.labels.most_common(20))
-        found["shares"] = {name: round(count / gave, 4) for name, count in self.shares.items() if count}
+        found["shares"] = {name: round(count / account.gave, 4) for name, count in self.shares.items() if count}
         return found
 
     def plot(self, path: Path, unit: str) -> None:
