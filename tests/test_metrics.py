@@ -61,6 +61,22 @@ def test_the_readme_of_rouge_score():
     assert found["rouge2"] == pytest.approx(4 / 15, abs=1e-6)
 
 
+def test_settings_change_what_is_the_same():
+    """By its stem alone "cats" is "cat"; of the second row one reference of two is the prediction. Of "b a" each word is in "a b",
+    and no pair of words.
+    """
+    rows = {"predictions": ["cats", "dog"], "references": ["cat", ["bird", "dog"]]}
+    assert one("rouge", "rouge1", **rows) == 0.5
+    assert one("rouge(stemmer=True)", "rouge1", **rows) == 1
+    loud = {"predictions": ["THE CAT SAT HERE"], "references": ["the cat sat here"]}
+    assert one("bleu", **loud) == 0
+    assert one("bleu(lowercase=True)", "bleu", **loud) == pytest.approx(100)
+    turned = {"predictions": ["b a"], "references": ["a b"]}
+    assert one("bleu(max_order=1)", "bleu", **turned) == pytest.approx(100)
+    dogs = {"predictions": DOG, "references": DOG_REFERENCES}
+    assert one("chrf(word_order=2)", "chrf", **dogs) < one("chrf", **dogs)
+
+
 def test_the_docstring_of_nltk_meteor(monkeypatch):
     """0.6944 = 25/36, with the exact and stem stages alone too: no word of the example has a synonym in the other."""
     from align.metrics import generation
@@ -166,6 +182,14 @@ def test_distinct_counts_over_all_texts():
 def test_self_bleu_of_copies_and_of_strangers():
     assert one("self_bleu", predictions=["one two three four five"] * 3) == pytest.approx(100)
     assert one("self_bleu", predictions=["one two three four", "five six seven eight"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_self_bleu_of_a_sample():
+    """Two of three texts are drawn: the two that are the same, or one of them and the stranger; one seed draws the same again."""
+    texts = ["one two three four", "one two three four", "five six seven eight"]
+    drawn = [[one(f"self_bleu(sample=2, seed={seed})", "self_bleu", predictions=texts) for seed in range(9)] for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    assert {round(score) for score in drawn[0]} == {0, 100}
 
 
 def test_perplexity_weighs_tokens_and_not_rows():
