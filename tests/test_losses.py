@@ -167,9 +167,9 @@ class TestByHand:
             assert logps.grad[bounded].tolist() == [0] * int(bounded.sum())
 
     def test_ppo_value(self):
-        """Value 1, before 0, so held at 0.2. Return 2: the held error (-1.8)^2 / 2 = 1.62 is larger, no pull; return 0: 1 / 2."""
-        values = double([1.0, 1.0]).requires_grad_()
-        output = losses.ppo_value_loss(values, double([0.0, 0.0]), double([2.0, 0.0]), cliprange_value=0.2)
+        """Value 0, before -1, so held at -0.8. Return 1: the held error 1.8^2 / 2 = 1.62 is larger, no pull; return -1: 1 / 2."""
+        values = double([0.0, 0.0]).requires_grad_()
+        output = losses.ppo_value_loss(values, double([-1.0, -1.0]), double([1.0, -1.0]), cliprange_value=0.2)
         assert output.loss.tolist() == pytest.approx([1.62, 0.5])
         assert output.metrics["clipfrac"].tolist() == [1, 0]
         output.loss.sum().backward()
