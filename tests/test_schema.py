@@ -32,6 +32,10 @@ TOOL = {"role": "tool", "content": "42"}
         ("preference", {"prompt": [USER], "chosen": [CALL, TOOL, BOT], "rejected": [BOT]}),
         ("prompts", {"prompt": [USER], "columns": {"answer": 42.0, "kwargs": [{}, {"n": 3}]}}),
         ("unpaired", {"prompt": "p", "completion": "c", "label": False}),
+        ("classification", {"text": "", "label": "good"}),
+        ("tagging", {"tokens": ["Ada", "sat"], "tags": ["B-PER", "O"]}),
+        ("qa", {"question": "q"}),
+        ("qa", {"question": "q", "context": "c", "answers": ["c", "c"], "starts": [0, 0]}),
     ],
 )
 def test_accepted(kind: str, raw: dict[str, Any]) -> None:
@@ -55,7 +59,18 @@ def test_accepted(kind: str, raw: dict[str, Any]) -> None:
         ),
         ("classification", {"text": "t", "label": " "}, "field label: got ' ', expected a name that is not empty"),
         ("tagging", {"tokens": ["t"], "tags": [""]}, "field tags[0]: got '', expected a name that is not empty"),
+        ("tagging", {"tokens": [], "tags": []}, "field tokens: got [], expected at least one token"),
+        (
+            "tagging",
+            {"tokens": ["t", "u"], "tags": ["O"]},
+            "field tags: got 1 tags, expected one for each of the 2 tokens",
+        ),
         ("qa", {"question": "q", "answers": ["a"], "starts": ["0"]}, "field starts[0]: got '0', expected a whole number"),
+        (
+            "qa",
+            {"question": "q", "answers": ["a"], "starts": []},
+            "field starts: got 0 starts, expected one for each of the 1 answers",
+        ),
         (
             "preference",
             {"prompt": "p", "chosen": "c", "rejectd": "r"},
