@@ -3,6 +3,7 @@
 import json
 import random
 import tracemalloc
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -221,7 +222,9 @@ def test_a_number_for_each_source():
 
 
 def test_texts_tokenized_ahead_are_those_tokenized_one_by_one(tokenizer, monkeypatch, real):
-    """Every kind of row, with the plain tokenizer and a real one that adds a begin token."""
+    """Every kind of row, with the plain tokenizer and a real one that adds a begin token; and with one whose file says to cut and
+    to fill up, as those of published encoders do, which transformers heeds only when asked.
+    """
     from transformers import AutoTokenizer
 
     stories = AutoTokenizer.from_pretrained(real / "models" / "stories260k")
@@ -242,10 +245,16 @@ def test_texts_tokenized_ahead_are_those_tokenized_one_by_one(tokenizer, monkeyp
         ],
         "prompts": [PromptRow.model_validate({"prompt": turns[:1]}), PromptRow.model_validate({"prompt": "two three"})],
     }
-    for each in (tokenizer, stories):
+    cutting = deepcopy(tokenizer)
+    for each in (tokenizer, stories, cutting):
         encoder = Encoder(each, 200)
         for name, group in rows.items():
+            if each is cutting:
+                each.backend_tokenizer.enable_truncation(3)
+                each.backend_tokenizer.enable_padding(length=20)
             ahead = getattr(encoder, name)(group).trees
             with monkeypatch.context() as patch:
                 patch.setattr(Encoder, "_ahead", lambda self, rows: iter(rows))
                 assert ahead == getattr(Encoder(each, 200), name)(group).trees
+    monkeypatch.setattr(type(tokenizer), "__call__", None)
+    assert Encoder(tokenizer, 200).prompts(rows["prompts"]).trees, "no text is left to be tokenized by itself"
