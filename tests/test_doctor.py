@@ -326,6 +326,13 @@ def test_labels_are_smoothed_only_where_the_loss_can():
     assert ["label_smoothing" in finding.diagnosis.advice for finding in found] == [True, False, False]
 
 
+@pytest.mark.parametrize(("loss", "right"), [(falling(0.03, 40), 1.0), (falling(0.001, 10), 1.0), (falling(0.001, 40), 0.97)])
+def test_pairs_that_have_a_gradient_left_are_not_saturated(loss, right):
+    """The loss stays above 0.02; or is under it after 73 % of training, 2.999 * 2**-7.3 = 0.019; or some pairs are ranked wrong."""
+    columns = {"rewards/accuracies": lambda t: right, "rewards/margins": lambda t: 20 * t}
+    assert "margins_saturated" not in rules_of(case("preference", history(loss=loss, **columns)))
+
+
 def test_every_rule_has_such_a_history():
     assert set(rules) - FAULTS.keys() == {"rank_too_low"}, "that one needs an adapter's file: it is planted below"
 
