@@ -158,6 +158,16 @@ def test_independent_stages_run_side_by_side(processes):
     assert set(artifacts) == {"a", "b", "c"}
 
 
+def test_a_stage_that_needs_all_devices_waits_for_them(processes, monkeypatch):
+    take = execute.take
+
+    def wide(free, step, slots):
+        return None if step.name == "b" and len(free) < slots else take(free, step, slots)
+
+    monkeypatch.setattr(execute, "take", wide)
+    assert set(run({"a": Act(text="1"), "b": Act(text="2"), "c": Act(text="3")}, jobs=2)) == {"a", "b", "c"}
+
+
 def test_a_stage_defined_in_a_recipe_file_is_found_by_its_process(processes, tmp_path):
     recipe = tmp_path / "own.py"
     recipe.write_text(
