@@ -39,7 +39,7 @@ def folders(tmp_path_factory, tokenizer):
     for seed, name in enumerate(("one", "two")):
         save_model(llama(seed), tokenizer, root / name)
     learned = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=8, n_layer=1, n_head=1)
-    save_model(GPT2LMHeadModel(learned), tokenizer, root / "learned")
+    save_model(GPT2LMHeadModel(learned), tokenizer, root / "learned@64")
     base = llama(0)
     base.name_or_path, base.rows_on_disk = str(root / "one"), base.get_input_embeddings().weight.shape[0]
     adapter = tune(base, Tuning("lora", {"r": 4}))
@@ -104,7 +104,7 @@ def test_who_stops_listening_stops_the_model(folders):
 
 
 def test_an_answer_ends_with_the_context_and_a_longer_question_is_refused(folders, tokenizer):
-    speaker = Speaker(str(folders / "learned"))
+    speaker = Speaker(str(folders / "learned@64"))
     speaker.stops = [tokenizer.pad_token_id]
     assert "".join(speaker.answer([Message(role="user", content="Hi")], Decoding(200, temperature=0.0)))
     talk = Talk([speaker], GREEDY)
@@ -510,11 +510,12 @@ def test_a_served_answer_ends_with_the_context(folders):
     """Without `max_tokens` theirs writes 1,024, and this model reads 64."""
     pytest.importorskip("openai")
     pytest.importorskip("uvicorn")
-    with served(folders / "learned") as address:
+    with served(folders / "learned@64") as address:
         told = httpx.post(
             f"{address}/chat/completions", json={"messages": ASKED["messages"], "logit_bias": {"2": -100}}, timeout=60
         )
         assert (told.json()["usage"]["total_tokens"], told.json()["choices"][0]["finish_reason"]) == (64, "length")
+        assert told.json()["model"] == "learned-64", "what follows an @ theirs takes for a revision"
         streamed = {"prompt": "Hi", "stream": True, "temperature": 0}
         assert httpx.post(f"{address}/completions", json=streamed, timeout=60).text.endswith("data: [DONE]\n\n")
         for prompt, said in (("cat " * 70, "the model reads 64 tokens, and the request has 71"), ("", "the request has no token")):
@@ -557,15 +558,18 @@ def test_a_model_that_is_not_there_is_not_served(capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForSequenceClassification", "BertForMaskedLM", "BertForTokenClassification"])
-def test_a_model_that_does_not_write_is_not_served(capsys, tmp_path, architecture):
-    """The server began, and answered each request that the model `has no attribute 'generation_config'`."""
+@pytest.mark.parametrize(
+    "architecture",
+    ["LlamaForSequenceClassification", "BertForMaskedLM", "BertForTokenClassification", "T5ForConditionalGeneration"],
+)
+def test_a_model_that_is_not_causal_is_not_served(capsys, tmp_path, architecture):
+    """The server would begin, and fail at each request; of T5 it would say nothing."""
     pytest.importorskip("openai")
     pytest.importorskip("uvicorn")
-    kind = "llama" if architecture.startswith("Llama") else "bert"
+    kind = next(kind for kind in ("llama", "bert", "t5") if architecture.lower().startswith(kind))
     AutoConfig.for_model(kind, architectures=[architecture]).save_pretrained(tmp_path)
     assert main(["serve", str(tmp_path)]) == 2
-    assert f"{tmp_path} writes no answers that could be served; `align chat` asks the model of a task" in capsys.readouterr().err
+    assert f"{tmp_path} is no causal language model, which the server takes; `align chat` asks" in capsys.readouterr().err
 
 
 def test_vllm_that_is_not_there_is_one_line(folders, monkeypatch, capsys):

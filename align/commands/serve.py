@@ -65,6 +65,7 @@ def serve(options: argparse.Namespace) -> int:
         if Path(resolved.path).is_dir():
             # A folder is served under its name: the servers call a model what its path says, so it gets a short one.
             name = resolved.artifact.name if resolved.artifact else Path(resolved.path).name
+            name = name.replace("@", "-")  # for theirs a revision would follow
             with named_when_full(Path(folder)):
                 _place(Path(resolved.path), Path(folder) / name)
             if options.engine == "transformers":
@@ -75,11 +76,13 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def _refuse_unless_it_writes(options: argparse.Namespace, path: str, config: Any) -> None:
-    """Raise `AlignError` for a model without a head that writes: transformers' server would begin, and fail at each request."""
+    """Raise `AlignError` for a model without a head that writes: transformers' server would begin, and fail at each request; of an
+    encoder-decoder's answers it would cut as many tokens as the prompt has.
+    """
     from align.models import family_of, is_classifier
 
-    if family_of(config) == "masked" or is_classifier(path, trust_remote_code=options.trust_remote_code):
-        raise AlignError(f"{path} writes no answers that could be served; `align chat` asks the model of a task")
+    if family_of(config) != "causal" or is_classifier(path, trust_remote_code=options.trust_remote_code):
+        raise AlignError(f"{path} is no causal language model, which the server takes; `align chat` asks the model of a task")
 
 
 def _place(model: Path, target: Path) -> None:
