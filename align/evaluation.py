@@ -30,6 +30,7 @@ from align.rollout import Completion, complete
 from align.schema import TextRow, problem
 from align.scoring import Judge, RewardScorer, branch_logps, branch_scores, component_means, mean_nll, plain, row_columns
 from align.stages.base import Context
+from align.stages.sampling import SamplingFields
 from align.tasks.base import is_task_model
 from align.tasks.measure import TaskModel
 
@@ -63,6 +64,8 @@ OF_ANSWERS = {
     "baseline": "use metrics",
     "reference_column": "rows name the answers",
     "max_prompts": "use max_rows",
+    "max_length": "theirs is the one that they were trained with",
+    **dict.fromkeys(("chat_template", "greedy", "seed", "stride", *SamplingFields.model_fields), "leave it out"),
 }
 """Fields that have no part in the measure of a task's model, and what has."""
 
@@ -115,7 +118,9 @@ class Evaluation:
             if (name := getattr(stage, role)) in tasked:
                 raise AlignError(f"{role}: {name} was trained for a task and answers no prompts; name a language model")
         talks = len(tasked) < len(stage.models)
-        if not talks and (unused := [name for name in OF_ANSWERS if name in stage.model_fields_set and getattr(stage, name)]):
+        # What is about rows of pairs, reward models read as well.
+        named = stage.model_fields_set - ({"max_length", "chat_template"} if stage.reward_models else set())
+        if not talks and (unused := [name for name in OF_ANSWERS if name in named and getattr(stage, name) not in (None, [])]):
             told = f"all models were trained for a task, so {OF_ANSWERS[unused[0]]}"
             raise AlignError(f"{unused[0]} is about answers of language models; {told}")
         self.answer_metrics = answered

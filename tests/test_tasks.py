@@ -355,8 +355,8 @@ def test_what_a_tasks_model_cannot_answer_is_said(capsys, folder):
         assert message in capsys.readouterr().err
 
 
-def test_rewards_are_refused_where_no_model_answers(capsys, folder):
-    """They were left out without a word."""
+def test_what_is_about_answers_is_refused_where_no_model_answers(capsys, folder):
+    """It was left out without a word."""
     run(capsys, "task --task classification --model bert --data animals.jsonl --max_steps 1 --name tasked")
     assert main(["eval", "tasked", "--data", "animals.jsonl", "--reward_funcs", "length_band(low=1,high=9)"]) == 2
     assert "reward_funcs is about answers of language models; all models were trained for a task" in capsys.readouterr().err
@@ -364,6 +364,17 @@ def test_rewards_are_refused_where_no_model_answers(capsys, folder):
     assert "max_prompts is about answers of language models; all models were trained for a task, so use max_rows" in (
         capsys.readouterr().err
     )
+    for flag, value, instead in (
+        ("max_length", "8", "theirs is the one that they were trained with"),
+        ("chat_template", "plain", "leave it out"),
+        ("temperature", "0", "leave it out"),
+        ("greedy", "false", "leave it out"),
+        ("seed", "3", "leave it out"),
+    ):
+        assert main(["eval", "tasked", "--data", "animals.jsonl", f"--{flag}", value]) == 2
+        assert f"{flag} is about answers of language models; all models were trained for a task, so {instead}" in (
+            capsys.readouterr().err
+        )
     assert run(capsys, "eval tasked --data animals.jsonl --max_rows 2")["metrics"]["models"]["tasked"]["n"] == 2
 
 
