@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from align.runner.devices import refuse_crowd
 from align.runner.execute import Graph, Options, look
 from align.runner.files import refuse_unwritable
 from align.runner.plan import Planner, Step
+from align.runner.view import note_recipe
 from align.runner.worker import refuse_foreign
 
 __all__ = ["Options", "Run", "Step", "default_out"]
@@ -27,6 +28,8 @@ class Run:
     out: Path
     folder: Path | None = None
     """For a recipe of one stage: write into exactly this folder, instead of one named after the stage's identity under `out`."""
+    shared: bool = False
+    """Whether what lies in `out` is of more than this recipe, as of single stages."""
     registry: Registry = field(default_factory=Registry)
     force: Sequence[str] = ()
     """Stages to run again, done or not, and with them what follows from them."""
@@ -63,8 +66,14 @@ class Run:
         if due and self.folder is not None:
             refuse_foreign(self.folder)
         looked = look([step.name for step in due], plan, notes)
+        self._note(plan)
         steps = Graph(self.recipe, planner.resolve, self.registry, self.options, looked, notes).run(only)
+        self._note(steps.values())  # a file that changed meanwhile led to another folder
         return {name: step.done for name, step in steps.items() if step.done is not None}
+
+    def _note(self, steps: Iterable[Step]) -> None:
+        if not self.shared:
+            note_recipe(self.out, self.recipe.name, {step.name: step.folder for step in steps})
 
     def _planner(self) -> Planner:
         self.check()

@@ -517,7 +517,7 @@ def test_a_mistake_that_only_the_second_stage_can_see_keeps_the_first(capsys, tm
     assert main(["run", two_stages(tmp_path, asks)]) == 2
     assert "align: error: second: " in capsys.readouterr().err
     assert [a.reference for a in Registry().all()] == ["two-sft@1"]
-    assert [path.name.split("-")[0] for path in (home() / "two").iterdir()] == ["sft"]
+    assert [path.name.split("-")[0] for path in (home() / "two").glob("*/")] == ["sft"]
 
 
 def test_an_interruption_has_its_own_exit_code(monkeypatch, capsys):

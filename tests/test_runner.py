@@ -534,6 +534,28 @@ def test_force_runs_a_stage_and_what_follows_again():
         run(stages, force=["d"])
 
 
+def test_what_is_left_over_of_earlier_settings_is_told_apart(processes, capsys):
+    stages = {"a": Act(), "b": Act(model="a")}
+    run(stages)
+    run({"a": Act(text="1"), "c": Act(model="a")})
+    with pytest.raises(StageFailed):
+        run({"d": Act(does="crash")})
+    run(stages)  # nothing is to be done
+    capsys.readouterr()
+    assert main(["status", "out"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[0] for line in lines] == ["a", "c", "d", "a", "b"]
+    assert [line.endswith("  (left over: not of the recipe that ran last)") for line in lines] == [True] * 3 + [False] * 2
+    assert main(["report", "out", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["name"] == "r"
+    assert {stage: content["reference"] for stage, content in found["stages"].items()} == {"a": "r-a@1", "b": "r-b@1"}
+    assert "crash" not in Path("out/report.html").read_text()
+    Path("out/recipe.json").write_text("{")  # of a run without one, the newest of each name
+    assert main(["report", "out", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["stages"]) == {"a", "b", "c"}
+
+
 def test_force_goes_on_after_an_interruption_with_what_follows():
     stages = {"a": Act(), "b": Act(model="a")}
     done = run(stages)["a"]

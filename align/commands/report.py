@@ -10,6 +10,7 @@ from typing import Any
 from align.artifact import Artifact, read_artifact
 from align.errors import AlignError
 from align.registry import run_folder
+from align.runner.view import noted_recipe
 
 
 def add(verbs: Any) -> None:
@@ -28,14 +29,17 @@ def report(options: argparse.Namespace) -> int:
         raise AlignError(f"no run folder {options.run}")
     found = [a for folder in run.iterdir() if folder.is_dir() and (a := read_artifact(folder))]
     artifacts = {a.name: a for a in sorted(found, key=lambda a: a.created)}
+    if noted := noted_recipe(run):
+        lying = {Path(artifact.path).name: artifact for artifact in found}
+        artifacts = {stage: lying[folder] for stage, folder in noted["stages"].items() if folder in lying}
     if not artifacts and Patient.read(run) is not None:
         raise AlignError(
             f"{run} is the folder of one stage, and a report is about a run of `align run`; `align doctor {run}` "
             "reads the history of one stage"
         )
     if not artifacts:
-        raise AlignError(f"{run} holds no finished stage")
-    write_report(run, _recipe(run, artifacts.values()), artifacts, options.json)
+        raise AlignError(f"{run} holds no finished stage{' of the recipe that ran last' if found else ''}")
+    write_report(run, noted.get("name") or _recipe(run, artifacts.values()), artifacts, options.json)
     return 0
 
 

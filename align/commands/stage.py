@@ -92,7 +92,7 @@ def run_stage(options: argparse.Namespace, rest: list[str]) -> int:
     name = check_name(own["name"] or verb)
     recipe = Recipe(name, {name: make_stage(cls, fields, where)})
     folder = None if own["output_dir"] is None else place(str(own["output_dir"]))  # `--output_dir` promises exactly this folder
-    run = Run(recipe, home() / "stages" if folder is None else folder.parent, folder)
+    run = Run(recipe, home() / "stages" if folder is None else folder.parent, folder, shared=True)
     if own["plan"]:
         return show_plan(run, as_json=bool(own["json"]))
     _show_result(run.execute()[name], as_json=bool(own["json"]))

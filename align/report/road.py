@@ -12,7 +12,7 @@ from align.artifact import Artifact
 from align.diagnostics.doctor import Patient
 from align.recipe import reference_kinds
 from align.runner.locks import is_locked
-from align.runner.view import status_of
+from align.runner.view import left_over, status_of
 from align.stages import stages as catalog
 from align.stages.config import MADE
 
@@ -41,7 +41,7 @@ def stops(out: Path, stages: Mapping[str, Artifact]) -> list[Stop]:
     ]
     known = {Path(artifact.path).resolve() for artifact in stages.values()}
     for folder in sorted(out.iterdir()) if out.is_dir() else ():
-        patient = Patient.read(folder) if folder.is_dir() and folder.resolve() not in known else None
+        patient = Patient.read(folder) if folder.is_dir() and folder.resolve() not in known and not left_over(folder) else None
         if patient is not None and patient.artifact is None and patient.name not in stages:
             state = status_of(folder).get("state", "not finished")
             if state == "running" and not is_locked(folder):  # who was killed cannot say so

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from align.progress import drawn, duration
+from align.runner.files import disk_is_full, write_atomically
 from align.runner.locks import is_locked
 
 
@@ -24,6 +26,34 @@ def read_status(path: Path) -> dict[str, Any]:
 def status_of(folder: Path) -> dict[str, Any]:
     """`read_status` of the stage in `folder`: what its process, on the first of several machines, last said of itself."""
     return read_status(folder.parent / "logs" / f"{folder.name}.json")
+
+
+RECIPE = "recipe.json"
+"""In a run's folder: the recipe that last ran there."""
+
+
+def note_recipe(run: Path, name: str, stages: Mapping[str, Path]) -> None:
+    """Keep in the folder `run` what recipe runs there, and the folders of its `stages`, in their order."""
+    noted = {"name": name, "stages": {stage: folder.name for stage, folder in stages.items()}}
+    if noted_recipe(run) == noted:
+        return
+    try:
+        write_atomically(run / RECIPE, json.dumps(noted, indent=1))
+    except OSError as error:
+        if not disk_is_full(error):  # a stage that needs room tells of it
+            raise
+
+
+def noted_recipe(run: Path) -> dict[str, Any]:
+    """What `note_recipe` kept; nothing, where the file is not there, damaged or something else."""
+    noted = read_status(run / RECIPE)
+    return noted if isinstance(noted.get("name"), str) and isinstance(noted.get("stages"), dict) else {}
+
+
+def left_over(folder: Path) -> bool:
+    """Whether the stage in `folder` is none of the recipe that last ran around it: of earlier settings, or of another recipe."""
+    noted = noted_recipe(folder.parent)
+    return bool(noted) and folder.name not in noted["stages"].values()
 
 
 class View:
@@ -57,8 +87,8 @@ class View:
 
 
 def statuses(run: Path) -> list[dict[str, Any]]:
-    """How the stages of the run in the folder `run` stand, oldest first. Who was killed cannot say so: a stage that says it runs,
-    and whose folder nobody holds the lock of, was interrupted.
+    """How the stages of the run in the folder `run` stand: what is left over, then those of its recipe, each oldest first. Who was
+    killed cannot say so: a stage that says it runs, and whose folder nobody holds the lock of, was interrupted.
     """
     found = []
     for path in (run / "logs").glob("*.json"):
@@ -69,8 +99,8 @@ def statuses(run: Path) -> list[dict[str, Any]]:
         if status["state"] == "running" and not is_locked(folder):
             status["state"] = "interrupted"
         status["folder"] = str(folder)
-        found.append({**status, "log": str(path.with_suffix(".log"))})
-    return sorted(found, key=lambda status: status["started"])
+        found.append({**status, "log": str(path.with_suffix(".log")), "left_over": left_over(folder)})
+    return sorted(found, key=lambda status: (not status["left_over"], status["started"]))
 
 
 def as_line(status: dict[str, Any], width: int) -> str:
@@ -88,4 +118,4 @@ def as_line(status: dict[str, Any], width: int) -> str:
             line += f"{left}  {seen['shown']}"
     if running:
         line += f"  {status['memory_gb']:.1f} GB  for {duration(time.time() - status['started'])}"
-    return line
+    return line + ("  (left over: not of the recipe that ran last)" if status["left_over"] else "")
