@@ -26,7 +26,7 @@ from align.preflight.memory import Ledger, Skeleton, peak
 from align.preflight.show import html, paths, terminal
 from align.recipe import Recipe
 from align.schema import PreferenceRow
-from align.stages import GRPO, PPO, RLOO, SFT, Evaluate, Pairs, Preference, Pretrain
+from align.stages import GRPO, PPO, RLOO, SFT, Evaluate, Pairs, Preference, Pretrain, TaskTraining
 from align.tuning.strategies import Tuning
 from align.tuning.tune import tune
 
@@ -89,6 +89,45 @@ def dpo(**fields):
 
 def test_the_clean_twins_raise_no_alarm(folder):
     assert findings(sft=sft(), dpo=dpo()) == []
+
+
+TASKS = {"classification": ("text", "label", ["cat", "mat"]), "ner": ("tokens", "tags", [["O", "B-X"], ["O", "O"]])}
+
+
+def task(name, **fields):
+    return TaskTraining(**{"task": name, "model": "model", "data": "own.jsonl", "eval_data": "held.jsonl", **fields})
+
+
+def of_task(name, count=60, seed=0, labels=None):
+    """Rows of a task, no two alike."""
+    text, label, own = TASKS[name]
+    said = [row["messages"][0]["content"] for row in sft_rows(count, seed)]
+    texts = said if name == "classification" else [[said[i], "a"] for i in range(count)]
+    return [{text: each, label: (labels or own)[i % 2]} for i, each in enumerate(texts)]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_rows_of_a_task_are_looked_at(folder, name):
+    """They were not: what stopped the stage came after the stages before it had run."""
+    write_rows("own.jsonl", of_task(name))
+    write_rows("held.jsonl", of_task(name, 20, seed=9))
+    plan = Run(Recipe("r", {"task": task(name)}), Path("runs")).plan()
+    (looked,) = inspect(plan, samples=2, machine=card("H100"))
+    kind = "tagging" if name == "ner" else name
+    assert (looked.about, looked.findings) == (f"task on 60 rows ({kind}), 20 held out", [])
+    assert findings(task=task(name, max_length=9)) == [("warning", "truncated")]
+    write_rows("own.jsonl", of_task(name) * 2)
+    assert findings(task=task(name)) == [("warning", "duplicates")]
+    write_rows("own.jsonl", of_task(name, 20, seed=9))
+    assert findings(task=task(name)) == [("warning", "leaked_prompts")]
+    for rows, said in (
+        ([*of_task(name), {"text": "a"}], "own.jsonl row 61, "),
+        (of_task(name, labels=TASKS[name][2][1:] * 2), "there is nothing to tell apart"),
+    ):
+        write_rows("own.jsonl", rows)
+        (looked,) = inspect(Run(Recipe("r", {"task": task(name)}), Path("runs")).plan())
+        assert [(finding.level, finding.check) for finding in looked.findings] == [("error", "input")]
+        assert said in looked.findings[0].message
 
 
 def test_a_template_without_an_end_token(folder):

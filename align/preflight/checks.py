@@ -190,6 +190,18 @@ def lengths(subject: Subject) -> Iterator[Finding]:
         )
 
 
+@checks.add
+def task_rows(subject: Subject) -> Iterator[Finding]:
+    """Rows of a task that are cut or set aside."""
+    made, limit = subject.features, subject.stage.max_length
+    if made is not None:
+        lost = made.cut + made.set_aside.total()
+        total = len(made.rows) + made.set_aside.total()
+        if lost / total > CUT:
+            said = f"{_of(lost, total)} are cut or set aside at max_length {limit}: {made.summary()}"
+            yield _warn("truncated", said, "Raise max_length, or take these rows out")
+
+
 # -- rows ----------------------------------------------------------------------------------------------------------------------
 
 

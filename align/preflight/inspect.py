@@ -82,8 +82,7 @@ def _inspect(step: Planned, plan: Sequence[Planned], machine: Machine | None, sa
     except AlignError as error:
         return Looked(step.name, "cannot be looked at", [broken(step.name, error)])
     if seen is None:
-        trains = hasattr(step.stage, "learning_rate")  # of a task only the task knows its rows
-        return Looked(step.name, "trains on rows that are not looked at" if trains else "trains nothing")
+        return Looked(step.name, "trains nothing")
     result = Looked(step.name, _about(seen), look(seen), subject=seen)
     if machine is not None:
         result.estimate = estimate(seen, machine)

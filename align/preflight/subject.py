@@ -13,6 +13,9 @@ from align.encode import Encoded, Encoder, set_chat_template
 from align.errors import AlignError
 from align.models import load_tokenizer
 from align.schema import Row
+from align.stages.task import TaskTraining, few
+from align.tasks import tasks
+from align.tasks.base import Features, labels_of_head
 
 ROWS = 5000
 """Rows of a source that are looked at."""
@@ -56,6 +59,8 @@ class Subject:
     model: str | None
     """Folder or hub id of the weights that its model comes from, if any."""
     architecture: dict[str, Any] | None = None
+    features: Features | None = None
+    """What a task makes of some of its rows, which have no token trees."""
     problems: list[AlignError] = field(default_factory=list)
     """What stopped rows from being encoded."""
 
@@ -97,11 +102,38 @@ def subject(step: Planned, plan: Sequence[Planned]) -> Subject | None:
     source = model or getattr(stage, "tokenizer", None)
     if source is not None:
         tokenizer = load_tokenizer(source, trust_remote_code=stage.trust_remote_code)
+        if isinstance(stage, TaskTraining):
+            found.features = _features(found, tokenizer)
+            return found
         for template in templates:
             set_chat_template(tokenizer, template)
         room = getattr(stage, "max_completion_length", 0) if stage.reads == "prompts" else 0
         found.encoder = Encoder(tokenizer, None if stage.max_length is None else stage.max_length - room)
     return found
+
+
+def _features(subject: Subject, tokenizer: Any) -> Features | None:
+    """What the task of `subject` makes of its rows; None where it does not fit the rows, and there are more than were looked at:
+    a label may come behind them.
+
+    Raises:
+        AlignError: the stage would stop at its rows.
+    """
+    stage, cls = subject.stage, tasks[subject.stage.task]
+    try:
+        rows = subject.rows if stage.shots is None else few(subject.rows, stage.shots, stage.seed)
+        labels = cls.labels_of(rows)
+        task = cls(tokenizer, stage.max_length, labels_of_head(stage.model, stage.task, labels), **stage.task_args)
+        made: Features = task.features(rows[:: max(1, len(rows) // ENCODED)][:ENCODED], training=True)
+        if not made.items:
+            raise AlignError(f"none of the rows can be used: {made.summary()}")
+        if subject.held_out and len(subject.held_out) <= ENCODED:
+            task.check_expected(stage.metrics or task.metrics, task.features(subject.held_out, training=False))
+    except AlignError:
+        if subject.capped:
+            return None
+        raise
+    return made
 
 
 def _rows(

@@ -30,6 +30,13 @@ class TaskTraining(TrainingStage):
     max_length: int = Field(256, gt=8)
     """Longest row in tokens."""
 
+    @property
+    def reads(self) -> str:  # type: ignore[override]
+        from align.tasks import tasks
+
+        kind: str = tasks[self.task].kind
+        return kind
+
     @model_validator(mode="after")
     def _labels_are_drawn_from(self) -> TaskTraining:
         if self.shots is not None and self.task not in ("classification", "cloze"):
