@@ -398,6 +398,16 @@ def test_refused_sources(tmp_path: Path) -> None:
     assert "on_bad_row: got 'skip'" in refusal(tmp_path / "pairs.jsonl", "sft", on_bad_row="skip")
 
 
+def test_a_parquet_column_that_stands_twice(tmp_path: Path) -> None:
+    """The first of the two was lost, in silence."""
+    import pyarrow.parquet
+
+    columns = [pyarrow.array([value]) for value in ("p", "q", "c")]
+    file = tmp_path / "twice.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=["prompt", "prompt", "completion"]), file)
+    assert refusal(file, "sft") == f"{file}: has two columns 'prompt'; rename one or leave it out"
+
+
 def test_what_is_neither_a_file_nor_a_folder(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "rows.jsonl")
     assert "rows.jsonl: is neither a file nor a folder" in refusal(tmp_path / "rows.jsonl", "preference")

@@ -366,7 +366,11 @@ def _parquet(path: Path) -> Iterator[Numbered]:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     with _open(path) as stream:
-        batches = pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1024)
+        file = pyarrow.parquet.ParquetFile(stream)
+        names = file.schema_arrow.names
+        if twice := next((name for name in names if names.count(name) > 1), None):  # a row would keep the last one alone
+            raise AlignError(f"{path}: has two columns {twice!r}; rename one or leave it out")
+        batches = file.iter_batches(batch_size=1024)
         yield from enumerate((without_nulls(row) for batch in batches for row in batch.to_pylist()), start=1)
 
 
