@@ -13,6 +13,7 @@ from pathlib import Path
 from align.errors import AlignError, near_file, near_miss
 from align.intake.files import READERS, Item, Raw, read_file, type_of, without_nulls
 from align.intake.info import Entry, entry_of
+from align.progress import say
 from align.registry import home
 from align.runner.files import write_atomically
 
@@ -132,9 +133,14 @@ def _data_files(path: Path, split: str) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise AlignError(f"{path}: is neither a file nor a folder; data are read more than once, so write a pipe's to a file")
-    files = [file for file in _files(path) if type_of(file) in READERS and file.name not in NOT_DATA]
+    lying = _files(path)
+    files = [file for file in lying if type_of(file) in READERS and file.name not in NOT_DATA]
     if not files:
         raise AlignError(f"{path}: no data files in this folder; expected {', '.join(READERS)}, plain or with .gz or .zst")
+    # A table in a zip, say. What has nothing of a data file in its name (a README.md) is no news.
+    if left := [file for file in lying if type_of(file) not in READERS and READERS.keys() & {s.lower() for s in file.suffixes}]:
+        example = left[0].relative_to(path).as_posix()
+        say(f"{path}: not read, as neither plain nor .gz nor .zst: {len(left)} of its files, {example} for one")
     names = (*SPLITS, split)
     told = {file: _splits_of(file.relative_to(path), names) for file in files}
     named = {name: [file for file in files if name in told[file]] for name in names}

@@ -382,6 +382,14 @@ def test_missing_columns_of_a_named_format(tmp_path: Path) -> None:
     assert "unknown data format 'sharegtp' (did you mean 'sharegpt'?)" in refusal(path, "sft", format="sharegtp")
 
 
+def test_files_of_a_folder_that_nothing_unpacks_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.jsonl", "README.md", "more/b.JSONL.bz2", "c.csv.zip"):
+        write(tmp_path / name, lines(PAIRS[:2]))
+    assert len(load_rows(str(tmp_path), "preference").rows) == 2
+    told = f"{tmp_path}: not read, as neither plain nor .gz nor .zst: 2 of its files, c.csv.zip for one"
+    assert told in capsys.readouterr().err.splitlines()
+
+
 def test_refused_sources(tmp_path: Path) -> None:
     write(tmp_path / "pairs.jsonl", lines(PAIRS))
     assert refusal(tmp_path / "pair.jsonl", "sft") == f"{tmp_path}/pair.jsonl: no such file or folder (did you mean 'pairs.jsonl'?)"
