@@ -288,6 +288,15 @@ def test_a_clean_run_leaves_no_quarantine_of_an_earlier_one(tmp_path: Path) -> N
     assert not aside.exists()
 
 
+def test_a_row_that_its_format_would_misread_is_refused(tmp_path: Path) -> None:
+    """The text of the last row is one of its columns, and not the document."""
+    path = write(
+        tmp_path / "data.jsonl", lines([*[{"text": "One."}] * 9, {"text": "Two.", "prompt": "Say two.", "chosen": "Two."}])
+    )
+    with pytest.raises(AlignError, match=r"row 10.*not those of a row of format 'text', as which the file was recognized"):
+        load_rows(path, None)
+
+
 def test_a_file_of_two_formats(tmp_path: Path) -> None:
     """As when two files were put together: each that one of eight rows has counts; a single broken row does not make a format."""
     alpaca = {"instruction": "Say one.", "output": "One."}
