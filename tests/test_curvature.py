@@ -9,6 +9,7 @@ from helpers import documents, llama, pairs, sequences
 from torch.func import functional_call
 
 from align.diagnostics.curvature import landscape
+from align.diagnostics.curvature.draw import draw
 from align.diagnostics.curvature.measure import Settings, measure, preconditioned
 from align.diagnostics.curvature.spectrum import density, hutchinson, lanczos, rademacher
 from align.diagnostics.curvature.surface import Surface
@@ -255,3 +256,14 @@ def test_mistakes_are_told_before_anything_is_measured(tmp_path, tokenizer, caps
         assert main(["curvature", str(model), "--data", str(data), *more]) == 2
         assert message in capsys.readouterr().err
     assert not (model / "curvature").exists()
+
+
+def test_several_checkpoints_are_drawn_with_their_names(tmp_path):
+    lines = {"lengths": [-1.0, 0.0, 1.0], "random": [2.0, 1.0, 2.0], "gradient": [3.0, 1.0, 2.0]}
+    one = {"density": {"values": [0.0, 1.0], "weights": [0.5, 0.5]}, "parameters": 9, "lines": lines}
+    measured = [{**one, "name": f"step {i}", "top_eigenvalue": 1.0 * i, "held_out_perplexity": 9.0 - i} for i in (1, 2)]
+    draw(tmp_path / "curvature.svg", measured)
+    drawn = (tmp_path / "curvature.svg").read_text()
+    assert all(name in drawn for name in ("step 1", "step 2", "top eigenvalue", "held-out perplexity"))
+    draw(tmp_path / "curvature.svg", measured[1:])
+    assert "step 2" not in (tmp_path / "curvature.svg").read_text(), "one is not compared with itself"

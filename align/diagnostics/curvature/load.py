@@ -31,10 +31,10 @@ class Rows:
     """Which rows, and how they are read."""
 
     source: str
-    kind: str = "sft"
-    limit: int = 32
-    max_length: int = 512
-    max_tokens: int = 256
+    kind: str
+    limit: int
+    max_length: int
+    max_tokens: int
 
 
 def surface_of(path: str, rows: Rows) -> Surface:
