@@ -1,6 +1,7 @@
 """What README.md and docs/ say is true: commands plan, examples run, links lead somewhere, no knob is left out."""
 
 import contextlib
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -18,6 +19,7 @@ from align.recipe import load_recipe
 from align.registry import Registry
 from align.stages import PPO, stages
 from align.trainers.settings import PPOSettings
+from align.tuning.strategies import strategies
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -233,6 +235,15 @@ def test_every_knob_of_ppo_is_explained_with_its_default():
             assert default == str(info.default).lower()
         elif info.default is not None:
             assert default.strip("`") == str(info.default)
+
+
+def test_the_arguments_of_a_tuning_are_listed_with_their_defaults():
+    page, told = (ROOT / "docs" / "tuning.md").read_text(encoding="utf-8"), {}
+    for name, row in re.findall(r"^\| `(\w+)`.*?\|(.*)$", page[: page.index("## Where each works")], re.MULTILINE):
+        told |= {(name, argument): float(default) for argument, default in re.findall(r"`(\w+)` \((\d+)\)", row)}
+    assert len(told) == 7
+    defaults = {(name, argument): inspect.signature(strategies[name]).parameters[argument].default for name, argument in told}
+    assert told == defaults
 
 
 def test_every_name_that_ppo_logs_is_explained():
