@@ -296,6 +296,14 @@ class TestLengths:
         assert not result.trees
         assert result.set_aside == {"leave no room for an answer within 1 tokens": 1}
 
+    def test_a_prompt_may_take_all_the_room_there_is(self, plain):
+        plain.max_length = 1
+        result = plain.prompts([PromptRow(prompt=" one"), PromptRow(prompt=" one two")])
+        assert [len(tree.prompt) for tree in result.trees] == [1]
+        plain.max_length = 0
+        with pytest.raises(AlignError, match="leaves no token for a prompt; raise max_length"):
+            plain.prompts([PromptRow(prompt=" one")])
+
     def test_counts_add_up(self, plain):
         """Prompts of 1 to 12 words, answers of 1 to 9 words and an end token, at most 10 tokens: counted by hand. Two pairs have
         the same beginnings, and nothing else is left of them.
