@@ -114,6 +114,36 @@ def test_a_question_that_cannot_be_answered_is_taken_back(page):
             client.predict(*ask[0], "Hello!", *how[:-1], None, api_name=ask[1])
 
 
+def test_an_answer_that_fails_is_told_and_its_question_taken_back(page, monkeypatch):
+    """As where a GPU's memory is full: the page waited for ever, and said nothing."""
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    def full(*asked):
+        raise RuntimeError("out of <memory>\nand more")
+
+    monkeypatch.setattr("align.chat.ui.Speaker.answer", full)
+    address, _, names = page
+    client = Client(address, verbose=False)
+    how = ["", 0.0, 1.0, 0, 8]
+    for ask in ([names[0]], "/talk"), (names, "/ask"):
+        job = client.submit(*ask[0], "Hello!", *how, api_name=ask[1])
+        with pytest.raises(AppError, match=r"RuntimeError: out of &lt;memory&gt;$"):
+            job.result()
+        assert not any("…" in str(part) for part in job.outputs()[-1])
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's package chromium")
+def test_what_is_refused_is_told_in_one_place(page):
+    """`Error` stood half hidden over where votes go."""
+    with Browser(page[0]) as tab:
+        press(tab, "Compare blind")
+        say(tab, "compare-said", "Hello! " * 200)
+        tab.wait("document.querySelector('.toast-body')?.textContent.includes('ask something shorter')")
+        tab.wait("document.querySelector('#verdict').textContent.includes('Votes go to')")
+        assert "Error" not in tab("document.querySelector('#verdict').textContent")
+
+
 def test_few_models_are_held(folders):
     speakers = Speakers("auto")
     first = speakers[str(folders / "one")]

@@ -20,7 +20,7 @@ import gradio as gr
 
 from align.chat.speaker import Decoding, Speaker, TaskSpeaker, speaker
 from align.chat.votes import NO_VOTE, add_vote
-from align.errors import AlignError
+from align.errors import AlignError, first_line
 from align.progress import harmless
 from align.schema import Message
 
@@ -95,6 +95,13 @@ def _refusal(text: str) -> gr.Error:
     return gr.Error(html.escape(text), print_exception=False)
 
 
+def _failure(error: Exception) -> gr.Error:
+    """What the page says of an answer that failed. Where that is nothing that who asks can mend, the terminal has the traceback."""
+    if isinstance(error, AlignError):
+        return _refusal(str(error))
+    return gr.Error(html.escape(f"{type(error).__name__}: {first_line(error)}"))
+
+
 def _messages(system: str, history: list[Message]) -> list[Message]:
     """What a model sees of a conversation."""
     return [Message(role="system", content=system.strip()), *history] if system.strip() else history
@@ -128,9 +135,9 @@ def _talk(names: list[str], speakers: Speakers, settings: list[Any]) -> None:
             for piece in speakers[name].answer(_messages(system, asked), how):
                 answer = Message(role="assistant", content=answer.content + piece)
                 yield "", gr.skip(), _shown([*asked, answer])
-        except AlignError as error:  # the question is taken back: the next one would fail with it
+        except Exception as error:  # the question is taken back: the next one would fail with it
             yield text, gr.skip(), _shown(history)
-            raise _refusal(str(error)) from error
+            raise _failure(error) from error
         history = [*asked, Message(role="assistant", content=answer.content.strip())]
         yield "", history, _shown(history)
 
@@ -141,7 +148,7 @@ def _talk(names: list[str], speakers: Speakers, settings: list[Any]) -> None:
         [said, turns, shown],
         api_name="talk",
         concurrency_id=one,
-        show_progress_on=again,  # elsewhere "Error" would stand over the conversation and the question that was taken back
+        show_progress_on=again,  # elsewhere "Error" would stand over what is to be read, here as below
     )
     for event in (again.click, shown.clear, model.change):
         event(lambda: ([], []), None, [turns, shown], api_visibility="private", concurrency_id=one, cancels=asking)
@@ -183,9 +190,9 @@ def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: P
                     pieces.append(piece)
                     yield waiting  # a comparison that is cleared ends here
                 answers.append((name, "".join(pieces).strip()))
-        except AlignError as error:
+        except Exception as error:
             yield *[gr.skip()] * 3, "", "", *off, purpose, ([], [])
-            raise _refusal(str(error)) from error
+            raise _failure(error) from error
         same = answers[0][1] == answers[1][1]
         ready = [gr.Button(interactive=side == "neither" or not same) for side in choices]
         question = "Both say the same." if same else "Which is better?"
@@ -206,7 +213,7 @@ def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: P
                 try:
                     add_vote(votes, prompt, answers[kept], answers[1 - kept])
                 except AlignError as error:
-                    raise _refusal(str(error)) from error
+                    raise _failure(error) from error
                 text += f" Saved to `{votes}`."
             history = [*history, Message(role="assistant", content=answers[kept][1])]
             return *off, text, history, _shown(history), ([], [])  # one vote an answer
@@ -215,10 +222,10 @@ def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: P
 
     outputs = [said, turns, shown, *sides, *buttons, verdict, answered]
     waiting = tuple(gr.skip() for _ in outputs)
-    asking = said.submit(ask, [*models, said, turns, *settings], outputs, api_name="ask", show_progress_on=verdict)
+    asking = said.submit(ask, [*models, said, turns, *settings], outputs, api_name="ask", show_progress_on=again)
     for side, button in zip(choices, buttons, strict=True):
         voted = [*buttons, verdict, turns, shown, answered]
-        button.click(vote(side), [answered, turns], voted, api_name=side, show_progress_on=verdict)
+        button.click(vote(side), [answered, turns], voted, api_name=side, show_progress_on=again)
     anew = [turns, shown, *sides, *buttons, verdict, answered]
     for event in (again.click, shown.clear, *(model.change for model in models)):  # what was answered is no longer voted on
         event(lambda: ([], [], "", "", *off, purpose, ([], [])), None, anew, api_visibility="private", cancels=asking)
