@@ -267,7 +267,8 @@ def test_rows_of_a_step_are_those_of_all_processes():
     (finding,) = ask(case(records=records, config=few))
     assert finding.diagnosis.evidence["rows_a_step"] == 2
     assert finding.diagnosis.changes == {"per_device_train_batch_size": 8}
-    assert "batch_too_small" not in rules_of(case(records=records, config={**few, "launch": {"num_processes": 8}}))
+    told = [rules_of(case(records=records, config={**few, "launch": {"num_processes": number}})) for number in (4, 5)]
+    assert ["batch_too_small" in rules for rules in told] == [True, False]
 
 
 def test_rewards_of_one_function_are_told_apart():
