@@ -119,6 +119,12 @@ def test_perplexity_weighs_every_token_of_the_set_alike(folder):
     assert whole["perplexity"] == pytest.approx(math.exp(mean_nll(model, trees, 8192)), rel=1e-5)
 
 
+def test_a_document_of_its_end_token_alone_has_nothing_to_measure(tokenizer):
+    encoded = Encoder(tokenizer, 8).windows([TextRow(text=""), TextRow(text="a")])
+    assert [row.text for row in encoded.rows] == ["a"]
+    assert encoded.set_aside == {"have no token to predict": 1}
+
+
 def test_windows_that_do_not_overlap_are_refused(tokenizer):
     with pytest.raises(AlignError, match="stride 8 must be below max_length 8"):
         Encoder(tokenizer, 8).windows([TextRow(text="a")], 8)
