@@ -302,6 +302,13 @@ def test_sampling_that_cannot_work_is_refused(make, sampling, message):
         make(sampling=replace(Sampling(4), **sampling))
 
 
+def test_a_dual_clip_is_above_1():
+    """At 1 a bad token that became likelier would have no gradient (arXiv:1912.09729 asks for c > 1)."""
+    assert PPOSettings(dual_clip=1.5).dual_clip == 1.5
+    with pytest.raises(ValidationError, match="dual_clip"):
+        PPOSettings(dual_clip=1.0)
+
+
 def test_settings_that_cannot_work_are_refused():
     with pytest.raises(ValidationError, match=r"episodes_per_step \(10\) must be a multiple of num_mini_batches \(4\)"):
         PPOSettings(episodes_per_step=10, num_mini_batches=4)
