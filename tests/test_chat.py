@@ -245,7 +245,7 @@ def test_one_prompt_as_json(folders, capsys):
 
 
 def test_a_conversation_from_a_pipe(folders, tmp_path, monkeypatch, capsys):
-    lines = iter(["Hello", "b", "/undo", "/nonsense", "Hello", "a", "/quit"])
+    lines = iter(["Hello", "b", "/UNDO", "/nonsense", "Hello", "a", "/Quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     flags = ["--temperature", "0", "--max_completion_length", "8", "--votes", str(tmp_path / "v.jsonl")]
     assert main(["chat", str(folders / "one"), str(folders / "two"), *flags]) == 0

@@ -104,6 +104,7 @@ def _converse(talk: Talk, read: Callable[[str], str], write: Callable[[str], obj
     while True:
         line = read("> ").strip()
         command, _, rest = line.partition(" ")
+        command = command.lower()
         if command == "/quit":
             return
         if command == "/reset":
