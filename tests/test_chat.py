@@ -34,10 +34,13 @@ GREEDY = Decoding(max_completion_length=8, temperature=0.0)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, tokenizer):
-    """Two models, a LoRA adapter on the first, and one that cannot look up a place beyond its context of 64 tokens."""
+    """Two models, a LoRA adapter on the first, the first without an end to its context, and one that looks up no place beyond its
+    64.
+    """
     root = tmp_path_factory.mktemp("chat")
     for seed, name in enumerate(("one", "two")):
         save_model(llama(seed), tokenizer, root / name)
+    save_model(llama(0, max_position_embeddings=2**30), tokenizer, root / "endless")
     learned = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=8, n_layer=1, n_head=1)
     save_model(GPT2LMHeadModel(learned), tokenizer, root / "learned@64")
     base = llama(0)
@@ -528,8 +531,8 @@ def test_no_answer_goes_on_for_nobody(folders):
     """Who leaves does not keep the next one waiting, and the server ends though it is in the middle of an answer."""
     pytest.importorskip("openai")
     pytest.importorskip("uvicorn")
-    endless = {**ASKED, "model": "one", "max_tokens": 10**6, "logit_bias": {"2": -100.0}}
-    with ExitStack() as after, served(folders / "one") as address:
+    endless = {**ASKED, "model": "endless", "max_tokens": 10**6, "logit_bias": {"2": -100.0}}
+    with ExitStack() as after, served(folders / "endless") as address:
         client = after.enter_context(httpx.Client(base_url=address, timeout=60))
         with pytest.raises(httpx.ReadTimeout):
             client.post("/chat/completions", json=endless, timeout=1)
