@@ -883,7 +883,12 @@ def test_a_recipe_runs_to_its_report(capsys, tmp_path):
     results = run_json(f"run recipe.py --out {tmp_path}/out --set sft.seed=2 --json", capsys)
     assert results["stages"]["sft"]["reference"] == "mine-sft@1"
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
-    assert {file.name for file in (tmp_path / "out").iterdir() if file.is_file()} == {"results.json", "report.md", "report.html"}
+    assert {file.name for file in (tmp_path / "out").iterdir() if file.is_file()} == {
+        "recipe.json",
+        "results.json",
+        "report.md",
+        "report.html",
+    }
     (plan,) = run_json(f"run recipe.py --out {tmp_path}/out --set sft.seed=2 --plan --json", capsys)
     assert plan["reason"] == "up to date"
     (plan,) = run_json(f"run recipe.py --out {tmp_path}/out --set rate=2e-3 --plan --json", capsys)

@@ -13,9 +13,8 @@ from align.encode import Encoded, Encoder, set_chat_template
 from align.errors import AlignError
 from align.models import load_tokenizer
 from align.schema import Row
-from align.stages.task import TaskTraining, few
 from align.tasks import tasks
-from align.tasks.base import Features, labels_of_head
+from align.tasks.base import Features, few, labels_of_head
 
 ROWS = 5000
 """Rows of a source that are looked at."""
@@ -102,7 +101,7 @@ def subject(step: Planned, plan: Sequence[Planned]) -> Subject | None:
     source = model or getattr(stage, "tokenizer", None)
     if source is not None:
         tokenizer = load_tokenizer(source, trust_remote_code=stage.trust_remote_code)
-        if isinstance(stage, TaskTraining):
+        if hasattr(stage, "task"):
             found.features = _features(found, tokenizer)
             return found
         for template in templates:

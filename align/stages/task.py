@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,7 +64,7 @@ class TaskTraining(TrainingStage):
         from align.progress import say
         from align.stages import training as t
         from align.tasks import tasks
-        from align.tasks.base import labels_of_head, save_task, used
+        from align.tasks.base import few, labels_of_head, save_task, used
         from align.tuning.soft import is_decoder
 
         cls = tasks[self.task]
@@ -116,17 +114,3 @@ def told_labels(labels: Sequence[str], counts: Mapping[str, int], most: int = 20
     told = labels if len(labels) <= most else sorted(labels, key=lambda label: counts[label])[:most]
     rest = f", and {len(labels) - most} that are more frequent" if len(labels) > most else ""
     return f"{len(labels)} labels: {', '.join(f'{label} {counts[label]:,}' for label in told)}{rest}"
-
-
-def few(rows: list[Any], shots: int, seed: int) -> list[Any]:
-    """`shots` rows of each label, drawn at random."""
-    from align.errors import AlignError
-
-    by_label: dict[str, list[Any]] = defaultdict(list)
-    for row in rows:
-        by_label[row.label].append(row)
-    for label, own in by_label.items():
-        if len(own) < shots:
-            raise AlignError(f"shots {shots}: the label {label!r} has {len(own)} rows")
-    draw = random.Random(seed)
-    return [row for label in sorted(by_label) for row in draw.sample(by_label[label], shots)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+import random
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -311,3 +312,15 @@ def used(features: Features, label: str) -> Features:
     if not features.items:
         raise AlignError(f"{label}: none of the rows can be used: {features.summary()}")
     return features
+
+
+def few(rows: list[Any], shots: int, seed: int) -> list[Any]:
+    """`shots` rows of each label, drawn at random."""
+    by_label: dict[str, list[Any]] = defaultdict(list)
+    for row in rows:
+        by_label[row.label].append(row)
+    for label, own in by_label.items():
+        if len(own) < shots:
+            raise AlignError(f"shots {shots}: the label {label!r} has {len(own)} rows")
+    draw = random.Random(seed)
+    return [row for label in sorted(by_label) for row in draw.sample(by_label[label], shots)]
