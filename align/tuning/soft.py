@@ -77,7 +77,7 @@ def add_prefix(model: Any, count: int) -> Any:
         was_training = wrapped.training
         output = base_model(wrapped).eval()(input_ids=_random_tokens(wrapped, count)[None], use_cache=True)
         wrapped.train(was_training)
-        cache = getattr(output, "past_key_values", None)
+        cache = output.get(_cache_name(trunk_of(model)))
         if cache is None:
             raise AlignError(f"tuning 'prefix' puts keys and values into a model's cache, and {_name(wrapped)} has none")
         # (tokens, layers x (key, value) x heads x dim), as peft lays them out
@@ -104,6 +104,12 @@ def _name(model: Any) -> str:
     return type(base_model(model)).__name__
 
 
+def _cache_name(trunk: Any) -> str | None:
+    """What the forward of `trunk` calls its cache, since transformers 5.24 and before it; None if it takes none."""
+    taken = signature(type(trunk).forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in taken), None)
+
+
 def _wrap(model: Any, config: PeftConfig) -> Any:
     """`model` with the virtual tokens of `config`, which are new: without them it is the base."""
     config.task_type = task_of(model) or MASKED
@@ -116,7 +122,7 @@ def _wrap(model: Any, config: PeftConfig) -> Any:
             f"virtual tokens go in front of an encoder-decoder that writes, and {_name(model)} answers with scores: use another "
             "tuning"
         )
-    if isinstance(config, PrefixTuningConfig) and "past_key_values" not in signature(trunk_of(model).forward).parameters:
+    if isinstance(config, PrefixTuningConfig) and _cache_name(trunk_of(model)) is None:
         raise AlignError(f"tuning 'prefix' puts keys and values into a model's cache, and {_name(model)} has none")
     try:
         wrapped: Any = _class_for(model, config)(model, config)
@@ -223,7 +229,6 @@ def _with_virtual_tokens(
     *,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    past_key_values: Any = None,
     inputs_embeds: Tensor | None = None,
     forest: AttentionPlan | None = None,
     **rest: Any,
@@ -232,15 +237,16 @@ def _with_virtual_tokens(
     soft: Any = trunk.__dict__["virtual"]
     plain = type(trunk).forward
     if soft.is_off:
-        given = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        given: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
         if forest is not None:
             given["forest"] = forest
         return plain(trunk, input_ids=input_ids, inputs_embeds=inputs_embeds, **given, **rest)
     embeds = trunk.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
     if forest is not None:
         return _on_forest(soft, trunk, embeds, forest, attention_mask=attention_mask, **rest)
-    count = soft.active_peft_config.num_virtual_tokens
-    rows, seen = embeds.shape[0], 0 if past_key_values is None else past_key_values.get_seq_length()
+    count, cache_name = soft.active_peft_config.num_virtual_tokens, _cache_name(trunk) or "cache"
+    cache = rest.pop(cache_name, None)
+    rows, seen = embeds.shape[0], 0 if cache is None else cache.get_seq_length()
     if attention_mask is not None:
         attention_mask = torch.cat([attention_mask.new_ones(rows, count), attention_mask], dim=1)
     if position_ids is not None:
@@ -249,9 +255,9 @@ def _with_virtual_tokens(
     if not seen and _is_prefix(soft):
         if trunk.training and getattr(trunk, "gradient_checkpointing", False):
             raise AlignError("prefix tuning on padded rows cannot be combined with gradient_checkpointing; switch it off")
-        past_key_values = DynamicCache(config=trunk.config) if past_key_values is None else past_key_values
+        cache = DynamicCache(config=trunk.config) if cache is None else cache
         for number, (key, value) in enumerate(_keys_and_values(soft)):
-            past_key_values.update(*(x.expand(rows, -1, -1, -1) for x in (key, value)), number)
+            cache.update(*(x.expand(rows, -1, -1, -1) for x in (key, value)), number)
     elif not seen:
         skipped = count
         embeds = torch.cat([_embeddings(soft).to(embeds.dtype).expand(rows, -1, -1), embeds], dim=1)
@@ -263,7 +269,7 @@ def _with_virtual_tokens(
         inputs_embeds=embeds,
         attention_mask=attention_mask,
         position_ids=position_ids,
-        past_key_values=past_key_values,
+        **{cache_name: cache},
         **rest,
     )
     output.last_hidden_state = output.last_hidden_state[:, skipped:]
