@@ -116,6 +116,7 @@ def test_use_peft_is_another_spelling_of_lora():
         ("prefix", {}, lambda: masked("albert", embedding_size=16, **BERT), "AlbertForMaskedLM has none"),
         ("prefix", {}, lambda: classifier("distilbert", **DISTILBERT), "DistilBertForSequenceClassification has none"),
         ("prefix", {}, lambda: classifier("t5", **T5), "T5ForSequenceClassification answers with scores"),
+        ("prefix", {}, lambda: with_cache(classifier("bert", **BERT)), "does not know what transformers .* calls a model's cache"),
         ("prompt", {}, lambda: classifier("bart", **BART), "BartForSequenceClassification answers with scores"),
         (
             "pissa",
@@ -151,6 +152,17 @@ def masked(kind, **sizes):
 def classifier(kind, **sizes):
     torch.manual_seed(0)
     return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, vocab_size=320, num_labels=3, **sizes))
+
+
+def with_cache(model):
+    """As models are since transformers 5.24: the trunk takes a ``cache``."""
+
+    class Trunk(type(model.base_model)):
+        def forward(self, input_ids=None, *, cache=None, **rest):
+            return super().forward(input_ids, past_key_values=cache, **rest)
+
+    model.base_model.__class__ = Trunk
+    return model
 
 
 def without_norms(model):

@@ -14,7 +14,9 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import peft
 import torch
+import transformers
 from peft import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PeftConfig,
@@ -217,7 +219,15 @@ OTHERS = {task: type(kind.__name__, (_Keeping, kind), {}) for task, kind in MODE
 
 
 def _class_for(model: Any, config: PeftConfig) -> Any:
-    return (CLASSES if is_decoder(model) else OTHERS)[config.task_type]
+    if is_decoder(model):
+        return CLASSES[config.task_type]
+    # It would find no cache, and begin each word of an answer anew.
+    if isinstance(config, PrefixTuningConfig) and _cache_name(trunk_of(model)) != "past_key_values":
+        raise AlignError(
+            f"tuning 'prefix' of {_name(model)} is peft's, and peft {peft.__version__} does not know what transformers "
+            f"{transformers.__version__} calls a model's cache: use another tuning, or transformers below 5.24"
+        )
+    return OTHERS[config.task_type]
 
 
 # -- the trunk with virtual tokens -----------------------------------------------------------------------------------------------
