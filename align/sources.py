@@ -18,6 +18,11 @@ from align.registry import home
 from align.runner.files import write_atomically
 
 SPLITS = ("train", "validation", "valid", "val", "dev", "test", "eval")
+PACKED = (".zip", ".tar", ".tgz", ".bz2", ".xz", ".7z", ".rar")
+OFFICE = (".xlsx", ".xls", ".ods", ".docx", ".doc", ".odt", ".pdf", ".html", ".xml")
+STORED = (".ndjson", ".arrow", ".feather", ".avro", ".pkl", ".db", ".sqlite")
+UNREAD = {*PACKED, *OFFICE, *STORED}
+"""Suffixes of files that may hold data, and that nothing here reads."""
 NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
@@ -135,12 +140,15 @@ def _data_files(path: Path, split: str) -> list[Path]:
         raise AlignError(f"{path}: is neither a file nor a folder; data are read more than once, so write a pipe's to a file")
     lying = _files(path)
     files = [file for file in lying if type_of(file) in READERS and file.name not in NOT_DATA]
+    # A table of Excel or in a zip, say. What has nothing of a data file in its name (a README.md) is no news.
+    telling = READERS.keys() | UNREAD
+    left = [file for file in lying if type_of(file) not in READERS and telling & {suffix.lower() for suffix in file.suffixes}]
+    unread = f"{len(left)} of its files, {left[0].relative_to(path).as_posix()} for one" if left else ""
     if not files:
-        raise AlignError(f"{path}: no data files in this folder; expected {', '.join(READERS)}, plain or with .gz or .zst")
-    # A table in a zip, say. What has nothing of a data file in its name (a README.md) is no news.
-    if left := [file for file in lying if type_of(file) not in READERS and READERS.keys() & {s.lower() for s in file.suffixes}]:
-        example = left[0].relative_to(path).as_posix()
-        say(f"{path}: not read, as neither plain nor .gz nor .zst: {len(left)} of its files, {example} for one")
+        found = f" (nothing here reads {unread})" if left else ""
+        raise AlignError(f"{path}: no data files in this folder{found}; expected {', '.join(READERS)}, plain or with .gz or .zst")
+    if left:
+        say(f"{path}: not read, as nothing here reads their kind: {unread}")
     names = (*SPLITS, split)
     told = {file: _splits_of(file.relative_to(path), names) for file in files}
     named = {name: [file for file in files if name in told[file]] for name in names}

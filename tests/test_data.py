@@ -391,12 +391,67 @@ def test_missing_columns_of_a_named_format(tmp_path: Path) -> None:
     assert "unknown data format 'sharegtp' (did you mean 'sharegpt'?)" in refusal(path, "sft", format="sharegtp")
 
 
-def test_files_of_a_folder_that_nothing_unpacks_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("a.jsonl", "README.md", "more/b.JSONL.bz2", "c.csv.zip"):
+def test_files_of_a_folder_that_nothing_here_reads_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.jsonl", "README.md", "more/b.JSONL.bz2", "c.csv.zip", "d.xlsx", "e.v2.PDF"):
         write(tmp_path / name, lines(PAIRS[:2]))
     assert len(load_rows(str(tmp_path), "preference").rows) == 2
-    told = f"{tmp_path}: not read, as neither plain nor .gz nor .zst: 2 of its files, c.csv.zip for one"
+    told = f"{tmp_path}: not read, as nothing here reads their kind: 4 of its files, c.csv.zip for one"
     assert told in capsys.readouterr().err.splitlines()
+    (tmp_path / "a.jsonl").unlink()
+    found = "no data files in this folder (nothing here reads 4 of its files, c.csv.zip for one); expected .jsonl"
+    assert found in refusal(tmp_path, "sft")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.conll"])
+def test_utf16_without_a_mark_is_known_by_its_zero_bytes(tmp_path: Path, name: str, encoding: str) -> None:
+    """Of a .txt and a .conll its letters with zero bytes between them were trained on; of others they were "invalid JSON"."""
+    path = write(tmp_path / name, '{"text": "Once upon"}\r\ntime O\r\n'.encode(encoding))
+    known = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    assert refusal(path, "text") == (
+        f"{path}: looks like {known}, as many of its bytes are zero, expected UTF-8; convert it: iconv -f {known} -t UTF-8 {name}"
+    )
+
+
+def test_a_zero_byte_in_a_text_is_text(tmp_path: Path) -> None:
+    (row,) = load_rows(write(tmp_path / "a.txt", b"Once\0 upon a time\n"), "text").rows
+    assert row.text == "Once\0 upon a time"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl.gz", lines(PAIRS), "is not compressed as its name says; take .gz off its name, or download it again"),
+        ("a.jsonl.zst", lines(PAIRS), "is not compressed as its name says; take .zst off its name, or download it again"),
+        ("a.jsonl", gzip.compress(lines(PAIRS)), "is gzipped, and its name does not say so: add .gz to it"),
+        ("a.csv", b"PK\x03\x04\x14", "is a zip archive or a file of Excel: unpack it, or save it as .csv"),
+        ("a.parquet", b"", "has no bytes, and a parquet file without rows has some; write or download it again"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS, not the file"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS, not the file"),
+        ("a.jsonl", b"[\n {}\n]\n", "is a JSON array, expected one object a line: let its name end in .json"),
+        ("a.jsonl", b'[{"a": 1}]', "is a JSON array, expected one object a line: let its name end in .json"),
+        ("a.jsonl", b'{\n "a": 1\n}\n', "its objects take up several lines, expected one a line: jq -c . a.jsonl"),
+        ("a.csv", lines(PAIRS), "begins with JSON, expected the names of columns: let its name end in .jsonl or .json"),
+    ],
+)
+def test_what_is_something_else_than_its_name_says(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = write(tmp_path / name, content)
+    assert refusal(path, "preference", on_bad_row="quarantine").startswith(f"{path}: {message}")
+
+
+def test_names_of_columns_with_a_quotation_mark_that_is_not_closed(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", b'"prompt" x,completion\na,b\n')
+    assert refusal(path, "sft").startswith(f"{path} line 1: a cell begins with a quotation mark that is not closed behind it")
+
+
+def test_a_header_in_the_middle_of_a_table(tmp_path: Path) -> None:
+    """Of tables put behind each other, the names of columns were a row: the chosen answer "chosen"."""
+    path = write(tmp_path / "a.csv", b"prompt,chosen,rejected\na,b,c\nprompt, chosen,rejected\nd,e,f\n")
+    loaded = load_rows(path, "preference", on_bad_row="quarantine")
+    assert [row.chosen for row in loaded.rows] == ["b", "e"]
+    told = "the header again, as where tables were put behind each other; take this line out"
+    assert loaded.set_aside == [("a.csv row 2", told)]
+    assert refusal(path, "preference").startswith(f"a.csv row 2, {told}")
 
 
 def test_refused_sources(tmp_path: Path) -> None:

@@ -327,9 +327,9 @@ def test_nothing_to_show_is_one_line(tmp_path, capsys, arguments, said):
 
 
 def test_rows_of_no_kind_are_told_without_one(tmp_path, capsys):
-    (tmp_path / "pretty.jsonl").write_text(json.dumps([{"text": "a"}], indent=1))
-    assert main(["data", "show", str(tmp_path / "pretty.jsonl")]) == 2
-    assert "pretty.jsonl: no rows that can be used: 5 rows = 0 used + 5 set aside (" in capsys.readouterr().err
+    (tmp_path / "words.jsonl").write_text("no JSON\n" * 5)
+    assert main(["data", "show", str(tmp_path / "words.jsonl")]) == 2
+    assert "words.jsonl: no rows that can be used: 5 rows = 0 used + 5 set aside (" in capsys.readouterr().err
 
 
 def test_a_pair_of_two_rows_is_shown_where_it_was_completed(tmp_path, capsys):

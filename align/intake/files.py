@@ -5,20 +5,18 @@ All but JSON documents are read in bounded memory, whatever their size.
 
 from __future__ import annotations
 
-import codecs
 import csv
-import gzip
-import io
 import json
 import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from align.errors import AlignError, near_miss
 from align.intake import layouts
+from align.intake.opening import broken_text, decompressed, open_bytes, open_text
 from align.schema import problem, short
 
 Raw = dict[str, Any]
@@ -55,8 +53,10 @@ def read_file(path: Path) -> Iterator[Item]:
     """
     kind = type_of(path)
     if kind not in READERS:
+        what = kind or "files without a suffix"
+        known = ", ".join(READERS)
         raise AlignError(
-            f"{path}: cannot read {kind or 'files without a suffix'}{near_miss(kind, READERS)}; expected {', '.join(READERS)}"
+            f"{path}: cannot read {what}{near_miss(kind, READERS)}; expected {known}: save or unpack it as one of these"
         )
     try:
         for numbered in READERS[kind](path):
@@ -64,7 +64,9 @@ def read_file(path: Path) -> Iterator[Item]:
     except AlignError:
         raise
     except Exception as error:  # each compression and file type has its own for a file that is damaged or cut
-        raise AlignError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
+        raise AlignError(
+            f"{path}: cannot be read: {type(error).__name__}: {error}; if it was cut or damaged, write or download it again"
+        ) from error
 
 
 def type_of(path: Path) -> str:
@@ -73,79 +75,6 @@ def type_of(path: Path) -> str:
     if suffixes and suffixes[-1] in (".gz", ".zst"):
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
-
-
-def _open(path: Path) -> IO[bytes]:
-    """The bytes of a file, without its compression.
-
-    Raises:
-        AlignError: they are UTF-16, as some programs on Windows write it: nothing here would find a row in it.
-    """
-    stream: Any = _decompressed(path)
-    if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        stream.close()
-        raise AlignError(f"{path}: is UTF-16, expected UTF-8; convert it: iconv -f UTF-16 -t UTF-8 {path.name}")
-    return stream
-
-
-def _decompressed(path: Path) -> IO[bytes]:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path)  # type: ignore[return-value]
-    if path.suffix.lower() != ".zst":
-        return path.open("rb")
-    return io.BufferedReader(_Zst(path))
-
-
-class _Zst(io.RawIOBase):
-    """The content of a .zst file. zstandard's own reader takes a file that was cut for one that ends there."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise AlignError(f"{path}: reading .zst needs the package zstandard: pip install 'align[zst]'") from None
-        self._file = path.open("rb")
-        self._frame_of = zstandard.ZstdDecompressor().decompressobj
-        self._frame: Any = None  # the one that has begun and not ended
-        self._rest, self._ready = b"", memoryview(b"")  # not decompressed yet, not given out yet
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            # Little at a time: what repeats itself takes up thousands of times as much memory.
-            piece = self._rest or self._file.read(1 << 13)
-            if not piece and self._frame is not None:
-                raise EOFError("Compressed file ended before the end of its last frame")
-            if not piece:
-                return 0
-            frame = self._frame or self._frame_of()
-            self._ready = memoryview(frame.decompress(piece))
-            self._rest, self._frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-        taken, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
-        buffer[: len(taken)] = taken
-        return len(taken)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _text(path: Path, *, newline: str | None = None) -> IO[str]:
-    """Bytes that are not UTF-8 become lone surrogates, which `_broken_text` finds in the row where they stand."""
-    return io.TextIOWrapper(_open(path), "utf-8-sig", "surrogateescape", newline)
-
-
-_ESCAPED = re.compile("[\udc80-\udcff]")
-
-
-def _broken_text(text: str) -> str | None:
-    """What is wrong with `text`, if a byte of it was not UTF-8."""
-    found = None if text.isascii() else _ESCAPED.search(text)
-    return (
-        None if found is None else f"byte {ord(found[0]) - 0xDC00:#04x} at character {found.start() + 1} is not UTF-8; convert it"
-    )
 
 
 # JSON
@@ -176,11 +105,21 @@ class _Decoder(json.JSONDecoder):
 def _json_lines(path: Path) -> Iterator[Numbered]:
     """One object a line. Lines end at the byte ``\\n`` alone: U+2028 and the like belong to the text."""
     decoder = _Decoder()
-    with _open(path) as stream:
+    with open_bytes(path) as stream:
         for number, line in enumerate(stream, start=1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+                _check_lines(path, line.strip())
             if line.strip():
                 yield number, _parsed(line, decoder)
+
+
+def _check_lines(path: Path, first: bytes) -> None:
+    """Refuse, by its first line, a file whose objects are no lines: each of its lines would be a row that is not JSON."""
+    if first == b"[" or first.startswith(b"[{"):
+        raise AlignError(f"{path}: is a JSON array, expected one object a line: let its name end in .json")
+    if first == b"{":
+        raise AlignError(f"{path}: its objects take up several lines, expected one a line: jq -c . {path.name}")
 
 
 def _parsed(line: bytes, decoder: _Decoder) -> Raw | Unreadable:
@@ -210,12 +149,12 @@ def _field_before(text: str) -> str:
 
 def _json(path: Path) -> Iterator[Numbered]:
     """An array of objects; or one object that holds such an array; or, as some .json files are, one object a line."""
-    with _text(path) as stream:
+    with open_text(path) as stream:
         start = stream.read(1 << 16)
     if start.lstrip().startswith("["):
         yield from _json_array(path)
         return
-    with _text(path) as stream:
+    with open_text(path) as stream:
         full = filter(str.strip, stream)
         first, second = next(full, ""), next(full, "")
     if second:
@@ -226,7 +165,7 @@ def _json(path: Path) -> Iterator[Numbered]:
         else:
             yield from _json_lines(path)
             return
-    with _text(path) as stream:
+    with open_text(path) as stream:
         content = stream.read()
     if not content.strip():
         return
@@ -237,7 +176,7 @@ def _json(path: Path) -> Iterator[Numbered]:
         raise AlignError(f"{path.name} line {error.lineno}, column {error.colno}: invalid JSON: {error.msg}") from error
     if decoder.wrong:
         raise AlignError(f"{path.name}, {decoder.wrong}")
-    sound = _broken_text(content) is None
+    sound = broken_text(content) is None
     for number, row in enumerate(layouts.rows_of(document), start=1):
         yield number, _sound(row, "" if sound else json.dumps(row, ensure_ascii=False))
 
@@ -245,7 +184,7 @@ def _json(path: Path) -> Iterator[Numbered]:
 def _json_array(path: Path) -> Iterator[Numbered]:
     """The elements of an array, read a piece at a time."""
     decoder, buffer, number, lines = _Decoder(), "", 0, 1
-    with _text(path) as stream:
+    with open_text(path) as stream:
 
         def more() -> bool:
             nonlocal buffer
@@ -294,7 +233,7 @@ def _json_array(path: Path) -> Iterator[Numbered]:
 
 def _sound(value: Any, text: str) -> Raw | Unreadable:
     """`value`, if it is a row, and `text`, as which it stands in the file, was UTF-8."""
-    if wrong := _broken_text(text):
+    if wrong := broken_text(text):
         return Unreadable(wrong, text)
     if not isinstance(value, dict):
         return Unreadable(problem("row", value, "an object with named columns"), json.dumps(value))
@@ -311,8 +250,10 @@ SEPARATORS = {",": "commas", "\t": "tabs"}
 def _table(delimiter: str) -> Callable[[Path], Iterator[Numbered]]:
     def read(path: Path) -> Iterator[Numbered]:
         csv.field_size_limit(sys.maxsize)
-        with _text(path) as stream:
+        with open_text(path) as stream:
             line = stream.readline().rstrip("\n")
+        if line.startswith(("{", "[{")):
+            raise AlignError(f"{path}: begins with JSON, expected the names of columns: let its name end in .jsonl or .json")
         first = next(csv.reader([line], delimiter=delimiter), [])
         if len(first) == 1 and ";" in first[0]:
             raise AlignError(
@@ -321,7 +262,7 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Numbered]]:
         columns = layouts.header(first)
         # Programs that write no header, write no quotes either.
         quoting: Any = csv.QUOTE_NONE if columns is None and delimiter == "\t" else csv.QUOTE_MINIMAL
-        with _text(path, newline="") as stream:
+        with open_text(path, newline="") as stream:
             taken: list[str] = []  # lines of the row that is being read
 
             def lines() -> Iterator[str]:
@@ -333,7 +274,11 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Numbered]]:
             spaced = columns is not None and any(name.startswith(" ") for name in first[1:])
             rows = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=True, skipinitialspace=spaced)
             unquoted = line.split(delimiter) if quoting == csv.QUOTE_NONE else first
-            columns = layouts.columns_of(unquoted) if columns is None else [name.strip() or "column 1" for name in next(rows, [])]
+            try:
+                names = layouts.columns_of(unquoted) if columns is None else next(rows, [])
+            except csv.Error as error:
+                raise AlignError(f"{path} line 1: {MARKS} ({error})") from error
+            columns = [name.strip() or "column 1" for name in names]
             number = 0
             while True:
                 taken.clear()
@@ -353,11 +298,13 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Numbered]]:
 
 
 def _row(columns: list[str], cells: list[str], delimiter: str) -> Raw | Unreadable:
+    if [cell.strip() for cell in cells] == columns:
+        return Unreadable("the header again, as where tables were put behind each other; take this line out", delimiter.join(cells))
     if len(cells) != len(columns):
         reason = f"the table has {len(columns)} columns ({', '.join(columns)}), this row has {len(cells)} cells"
         return Unreadable(reason, delimiter.join(cells))
     for column, cell in zip(columns, cells, strict=True):
-        if wrong := _broken_text(cell):
+        if wrong := broken_text(cell):
             return Unreadable(f"field {column}: {wrong}", delimiter.join(cells))
     return dict(zip(columns, cells, strict=True))
 
@@ -365,7 +312,9 @@ def _row(columns: list[str], cells: list[str], delimiter: str) -> Raw | Unreadab
 def _parquet(path: Path) -> Iterator[Numbered]:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    with _open(path) as stream:
+    with decompressed(path) as stream:
+        if not stream.peek(1):
+            raise AlignError(f"{path}: has no bytes, and a parquet file without rows has some; write or download it again")
         file = pyarrow.parquet.ParquetFile(stream)
         names = file.schema_arrow.names
         if twice := next((name for name in names if names.count(name) > 1), None):  # a row would keep the last one alone
@@ -390,19 +339,19 @@ def without_nulls(row: Raw) -> Raw:
 
 def _documents(path: Path) -> Iterator[Numbered]:
     """The documents of a text file, each with the lines it takes up."""
-    with _text(path) as stream:
+    with open_text(path) as stream:
         parted = layouts.parting(stream)
-    with _text(path) as stream:
+    with open_text(path) as stream:
         for number, document, lines in layouts.documents(stream, parted):
-            wrong = _broken_text(document)
+            wrong = broken_text(document)
             yield number, Unreadable(f"field text: {wrong}", document) if wrong else {"text": document}, lines
 
 
 def _sentences(path: Path) -> Iterator[Numbered]:
     """The sentences of a CoNLL file."""
-    with _text(path) as stream:
+    with open_text(path) as stream:
         for number, (content, found) in enumerate(layouts.sentences(stream), start=1):
-            wrong = _broken_text(content)
+            wrong = broken_text(content)
             wrong = f"field tokens: {wrong}" if wrong else found if isinstance(found, str) else None
             yield number, Unreadable(wrong, content) if wrong else found  # type: ignore[misc]
 
