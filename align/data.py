@@ -20,7 +20,7 @@ from align.formats import formats
 from align.intake.account import Account, Quarantine
 from align.intake.catalog import SetAside
 from align.intake.files import Item, Raw, Unreadable
-from align.intake.kinds import UNMATCHED, convert, detect, pair, read, recognize
+from align.intake.kinds import UNMATCHED, derive, detect, kind_of, pair, read, recognize
 from align.runner.files import written_aside
 from align.schema import LabelledRow, LabelledText, Message, PromptRow, QARow, Row, TaggedTokens, TextRow, row_class, validate
 from align.sources import fingerprint as fingerprint
@@ -75,6 +75,9 @@ class RowStream:
         """The raw row behind the row that was given last, and in `read_as` its format."""
         self.read_as = format or ""
         self._named, self._recognized = format, dict[str, None]()
+        self._asked = kind is not None
+        self._own: str | None = None
+        """The kind that the row read last is by itself, where nobody asked for another."""
         self._strict, self._quarantine = on_bad_row == "raise", quarantine or Quarantine(None)
         self._waiting: dict[str, list[tuple[Item, LabelledRow]]] = {}
 
@@ -123,6 +126,8 @@ class RowStream:
                 yield from self._paired(item, rows[0])
             elif rows:
                 self.account.use(item.rows, [row.reason for row in found if isinstance(row, SetAside)])
+                if self._own not in (None, self.kind):
+                    self.account.derived[f"{self._own} rows as {self.kind}"] += item.rows
                 self.item = item
                 yield from rows
             else:
@@ -145,9 +150,11 @@ class RowStream:
         self.read_as = name
         if self.kind is None:  # no row so far has told
             self.kind = recognize([raw], None, name)[1]
+        given = read(name, raw)
         if self.kind is None:
-            return list(read(name, raw))
-        found: list[Any] = convert(name, raw, self.kind)
+            return list(given)
+        self._own = None if self._asked else next((kind_of(each) for each in given if not isinstance(each, SetAside)), None)
+        found: list[Any] = derive(given, self.kind, raw, name)
         for i, fields in enumerate(found):
             if not isinstance(fields, SetAside):
                 found[i] = validate("unpaired" if self.kind == "preference" and "label" in fields else self.kind, fields)

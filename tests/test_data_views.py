@@ -332,6 +332,24 @@ def test_rows_of_no_kind_are_told_without_one(tmp_path, capsys):
     assert "words.jsonl: no rows that can be used: 5 rows = 0 used + 5 set aside (" in capsys.readouterr().err
 
 
+def test_rows_of_another_kind_than_most_are_told(tmp_path, capsys):
+    """Conversations that mostly have no answer were prompts, and the answers of the others went without a word."""
+    asked = {"from": "human", "value": "Who?"}
+    rows = [{"conversations": [asked]}] * 3 + [{"conversations": [asked, {"from": "gpt", "value": "Mina."}]}] * 2
+    write_rows(tmp_path / "talks.jsonl", rows)
+    said = "5 rows = 5 used + 0 set aside; among the used 2 sft rows as prompts"
+    assert main(["data", "check", str(tmp_path / "talks.jsonl")]) == 0
+    assert f"sharegpt, prompts: {said}\n" in capsys.readouterr().out
+    assert main(["data", "convert", str(tmp_path / "talks.jsonl"), "--to", "native", "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert said in capsys.readouterr().err
+    assert main(["data", "check", str(tmp_path / "talks.jsonl"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["derived"] == {"sft rows as prompts": 2}
+    assert main(["data", "check", str(tmp_path / "talks.jsonl"), "--kind", "prompts"]) == 0  # asked for
+    assert "5 rows = 5 used + 0 set aside\n" in capsys.readouterr().out
+    assert main(["data", "check", str(tmp_path / "talks.jsonl"), "--kind", "sft"]) == 1
+    assert "5 rows = 2 used + 3 set aside" in capsys.readouterr().out
+
+
 def test_a_pair_of_two_rows_is_shown_where_it_was_completed(tmp_path, capsys):
     rows = [{"prompt": "q", "completion": text, "label": text == "good"} for text in ("good", "bad")]
     write_rows(tmp_path / "a.jsonl", rows)

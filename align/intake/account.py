@@ -28,6 +28,8 @@ class Account:
     """Rows of the kind that they gave: one raw row may hold several, a document takes several lines."""
     reasons: Counter[str] = field(default_factory=Counter)
     """Rows set aside, by reason."""
+    derived: Counter[str] = field(default_factory=Counter)
+    """Rows used as another kind than they are by themselves, where nobody asked for that ("sft rows as prompts")."""
     parts: Counter[str] = field(default_factory=Counter)
     """Parts set aside of rows that are used otherwise (one pair of several), by reason."""
 
@@ -52,11 +54,13 @@ class Account:
         line = f"{self.rows:,} rows = {self.used:,} used + {self.set_aside:,} set aside"
         line += f" ({_counts(self.reasons)})" if self.reasons else ""
         line += f"; they gave {self.gave:,}" if self.gave != self.used else ""
+        line += f"; among the used {_counts(self.derived)}" if self.derived else ""
         return line + (f", without {sum(self.parts.values()):,} parts ({_counts(self.parts)})" if self.parts else "")
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
-        return {"rows": self.rows, "used": self.used, "set_aside": self.set_aside, "reasons": dict(self.reasons.most_common())}
+        counts = {"rows": self.rows, "used": self.used, "set_aside": self.set_aside, "reasons": dict(self.reasons.most_common())}
+        return counts | ({"derived": dict(self.derived)} if self.derived else {})
 
 
 def _counts(reasons: Counter[str]) -> str:

@@ -151,7 +151,15 @@ def convert(name: str, raw: Raw, kind: str) -> list[Fields | SetAside]:
     Raises:
         AlignError: the row lacks a column, is malformed, or cannot give `kind`. The message does not say where it stands.
     """
-    found = read(name, raw)
+    return derive(read(name, raw), kind, raw, name)
+
+
+def derive(found: Sequence[Fields | SetAside], kind: str, raw: Raw, name: str) -> list[Fields | SetAside]:
+    """What format `name` found in `raw` as the fields of rows of `kind`.
+
+    Raises:
+        AlignError: it cannot give `kind`. The message does not say where it stands.
+    """
     rows = [row for each in found for row in ([each] if isinstance(each, SetAside) else _as_kind(each, kind, raw, name))]
     labelled = [row for row in rows if isinstance(row, dict) and "label" in row]
     if kind == "preference" and len(labelled) > 1:
