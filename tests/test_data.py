@@ -338,8 +338,26 @@ def test_columns_and_roles_of_other_names(tmp_path: Path) -> None:
 def test_rows_of_a_task_are_told_its_own_format(tmp_path, kind, known):
     """All formats were listed, those of conversations and pairs as well."""
     write_rows(tmp_path / "odd.jsonl", [{"words": "a b", "entities": ["x"]}])
-    with pytest.raises(AlignError, match=re.escape(f"found words, entities; formats: {known}; rename the columns")):
+    with pytest.raises(AlignError, match=re.escape(f"found words, entities; nearest: {known}; rename the columns")):
         load_rows(tmp_path / "odd.jsonl", kind)
+
+
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        ({"instruction": "q", "answer": "a"}, "nearest: scored, alpaca; rename"),
+        ({"query": "q", "response": "a"}, "nearest: dolly; rename"),
+        ({"Prompt": "q", "Chosen": "c", "Rejected": "r"}, "nearest: native (chosen, rejected, prompt); rename"),
+        ({"x": "q", "y": "a"}, "rename the columns, or say in a dataset_info.json what they are (docs/data.md); formats: svamp, "),
+    ],
+)
+def test_the_nearest_formats_are_told(tmp_path: Path, row: dict[str, str], advice: str) -> None:
+    """What to do stood behind a list of all formats."""
+    write_rows(tmp_path / "a.jsonl", [row])
+    stream = RowStream(tmp_path / "a.jsonl", on_bad_row="quarantine")
+    assert not list(stream)
+    ((_, reason),) = stream.set_aside
+    assert reason.startswith(f"the columns fit no format; found {', '.join(row)}; {advice}")
 
 
 @pytest.mark.parametrize(
@@ -349,7 +367,7 @@ def test_rows_of_a_task_are_told_its_own_format(tmp_path, kind, known):
         (b"\n \n", "data.jsonl: no rows: it is empty"),
         (
             b'{"a": 1}\n{"a": 1,}\n',
-            "data.jsonl row 1, the columns fit no format of preference rows; column 'chosen' is missing; found a; formats: ",
+            "data.jsonl row 1, the columns fit no format of preference rows; column 'chosen' is missing; found a; rename the",
         ),
         (
             lines([PAIRS[0]]) + b'{"prompt": "x" "y"}',

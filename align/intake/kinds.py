@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from align.errors import AlignError
 from align.formats import formats
@@ -105,15 +106,36 @@ def detect(raw: Raw, kind: str | None) -> str:
     """The name of the first format that `raw` matches.
 
     Raises:
-        AlignError: none does; the message lists the columns found, and the one that a row of `kind` would have.
+        AlignError: none does; the message has the columns found, the one that a row of `kind` would have, and the nearest formats.
     """
     if (name := match(raw, kind)) is not None:
         return name
     wanted = "no format" if kind is None else f"no format of {kind} rows"
     unnamed = UNNAMED if {"column 1", "column 2"} <= raw.keys() else ""
     told = "rename the columns, or say in a dataset_info.json what they are (docs/data.md)"
-    known = f"{OF_TASKS[kind]} ({', '.join(NATIVE[kind])})" if kind in OF_TASKS else ", ".join(formats)
-    raise AlignError(f"the columns fit {wanted}{unnamed}; {_lacking(raw, kind)}; formats: {known}; {told}")
+    near = [_with_columns(OF_TASKS[kind], kind)] if kind in OF_TASKS else _nearest(frozenset(raw))
+    known = f"nearest: {', '.join(near)}; {told}" if near else f"{told}; formats: {', '.join(formats)}"
+    raise AlignError(f"the columns fit {wanted}{unnamed}; {_lacking(raw, kind)}; {known}")
+
+
+def _with_columns(name: str, kind: str) -> str:
+    return f"{name} ({', '.join(NATIVE[kind])})"
+
+
+@lru_cache(maxsize=1024)
+def _nearest(columns: frozenset[str]) -> list[str]:
+    """The formats that share most of `columns`, in lower case, and of these those that lack fewest of what they need."""
+    each = [(name, formats[name].needs, {*formats[name].needs, *formats[name].prompt}) for name in formats]
+    each += [(_with_columns("native", kind), NATIVE[kind], {*NATIVE[kind]}) for kind in ("preference", "unpaired", "sft")]
+    lower = {column.lower() for column in columns}
+    scores = [(len(lower & known), len(lower.intersection(needs)) - len(needs)) for _, needs, known in each]
+    best = max(scores)
+    return [name for (name, *_), score in zip(each, scores, strict=True) if score == best] if best[0] else []
+
+
+def known_columns() -> set[str]:
+    """The columns that formats need or make prompts of, and those of the kinds."""
+    return set().union(*((*formats[name].needs, *formats[name].prompt) for name in formats), *NATIVE.values())
 
 
 MEDIA = ("images", "videos", "audios")

@@ -12,7 +12,7 @@ from typing import Any
 from align.catalog import Catalog
 from align.errors import AlignError
 from align.intake.catalog import SetAside, formats
-from align.intake.kinds import NATIVE, convert
+from align.intake.kinds import convert, known_columns
 from align.schema import SPOKEN, Row, validate
 from align.turns import Fields, Raw, cut
 
@@ -180,6 +180,6 @@ def other_columns(raw: Raw, name: str, kind: str) -> Raw:
         return {}  # they are columns of the prompt row
     watched = _Watched(raw)
     convert(name, watched, kind)
-    known = KNOWN.union(*((*entry.needs, *entry.prompt) for entry in map(formats.__getitem__, formats)), *NATIVE.values())
+    known = KNOWN | known_columns()
     left = {column: value for column, value in raw.items() if column not in watched.seen}
     return {f"source_{column}" if column in known else column: value for column, value in left.items()}
