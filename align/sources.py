@@ -157,6 +157,9 @@ def _data_files(path: Path, split: str) -> list[Path]:
     if not named[split]:
         there = ", ".join(name for name, found in named.items() if found)
         raise AlignError(f"{path}: no files of split {split!r}; there are files of: {there}")
+    if nameless := [file for file in files if not told[file]]:
+        example = nameless[0].relative_to(path).as_posix()
+        say(f"{path}: not read, as others are named for split {split!r}: {len(nameless)} of its files, {example} for one")
     return named[split]
 
 

@@ -59,8 +59,14 @@ def turns(value: Any, path: str) -> list[Fields]:
         AlignError: `value` is no list of messages; `path` is its place in the raw row.
     """
     if not isinstance(value, list):
-        raise AlignError(problem(path, value, "a list of messages"))
+        raise AlignError(problem(path, value, f"a list of messages{_no_list(value)}"))
     return [turn(message, f"{path}[{i}]") for i, message in enumerate(value)]
+
+
+def _no_list(value: Any) -> str:
+    """What to say of a list that was written into a cell of a table."""
+    written = isinstance(value, str) and value.lstrip()[:1] in ("[", "{")
+    return ", not a string of one; tables hold no lists: save it as .jsonl" if written else ""
 
 
 def turn(raw: Any, path: str) -> Fields:
@@ -184,7 +190,7 @@ def strings(value: Any, path: str) -> list[str]:
         AlignError: it is not; `path` is its place in the raw row.
     """
     if not isinstance(value, list):
-        raise AlignError(problem(path, value, "a list of strings"))
+        raise AlignError(problem(path, value, f"a list of strings{_no_list(value)}"))
     for i, each in enumerate(value):
         if not isinstance(each, str):
             raise AlignError(problem(f"{path}[{i}]", each, "a string"))

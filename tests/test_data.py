@@ -234,6 +234,28 @@ def test_folders_named_for_splits(tmp_path: Path) -> None:
     assert [row.prompt for row in load_rows(tmp_path, "preference", split="test").rows] == [row["prompt"] for row in PAIRS[3:]]
 
 
+def test_files_of_no_split_beside_those_of_one_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They were left out without a word."""
+    for name in ("train.jsonl", "test.jsonl", "more.jsonl", "old/yet.jsonl"):
+        write(tmp_path / name, lines(PAIRS[:2]))
+    assert len(load_rows(str(tmp_path), "preference").rows) == 2
+    told = f"{tmp_path}: not read, as others are named for split 'train': 2 of its files, more.jsonl for one"
+    assert told in capsys.readouterr().err.splitlines()
+
+
+def test_lists_in_the_cells_of_a_table(tmp_path: Path) -> None:
+    turns = json.dumps([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]).replace('"', '""')
+    said = "expected a list of messages, not a string of one; tables hold no lists: save it as .jsonl"
+    assert said in refusal(write(tmp_path / "a.csv", f'messages\n"{turns}"\n'.encode()), "sft")
+    said = "expected a list of strings, not a string of one; tables hold no lists: save it as .jsonl"
+    assert said in refusal(write(tmp_path / "b.csv", b"""tokens,tags\n"['EU']","['O']"\n"""), "tagging")
+
+
+def test_sentences_in_a_text_file(tmp_path: Path) -> None:
+    said = refusal(write(tmp_path / "a.txt", b"EU B-ORG\nrejects O\n"), "tagging")
+    assert "by format 'text' it is of kind text (the name of a CoNLL file ends in .conll), good for text" in said
+
+
 def test_folder_of_several_formats(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", lines([*PAIRS[:2], {**PAIRS[2], "rejected": "good 2 "}]))
     write(tmp_path / "b.jsonl", lines([{"instruction": "i", "output": ["x", "x"]}, {"instruction": "i", "output": ["x", "y"]}]))
@@ -449,6 +471,36 @@ def test_a_zero_byte_in_a_text_is_text(tmp_path: Path) -> None:
         ("a.jsonl", b"[\n {}\n]\n", "is a JSON array, expected one object a line: let its name end in .json"),
         ("a.jsonl", b'[{"a": 1}]', "is a JSON array, expected one object a line: let its name end in .json"),
         ("a.jsonl", b'{\n "a": 1\n}\n', "its objects take up several lines, expected one a line: jq -c . a.jsonl"),
+        (
+            "a.json",
+            b'{"prompt": {"0": "a"}, "completion": {"0": "b"}}',
+            "has its rows in columns, as pandas writes them; ",
+        ),
+        (
+            "a.csv",
+            b"sep=;\r\nprompt;completion\r\n",
+            "its first line, sep=;, is for Excel alone, expected names of",
+        ),
+        (
+            "a.csv",
+            b"sep=,\nprompt,completion\na,b\n",
+            "its first line, sep=,, is for Excel alone, expected names of",
+        ),
+        (
+            "a.csv",
+            b"prompt\tcompletion\na\tb\n",
+            "tabs part the columns of its first line, expected commas: save it so, or as .jsonl",
+        ),
+        (
+            "a.tsv",
+            b"prompt,completion\na,b\n",
+            "commas part the columns of its first line, expected tabs: save it so, or as .jsonl",
+        ),
+        (
+            "a.csv",
+            b"prompt|completion\na|b\n",
+            "bars part the columns of its first line, expected commas: save it so, or as .jsonl",
+        ),
         ("a.csv", lines(PAIRS), "begins with JSON, expected the names of columns: let its name end in .jsonl or .json"),
     ],
 )

@@ -177,6 +177,8 @@ def _json(path: Path) -> Iterator[Numbered]:
     if decoder.wrong:
         raise AlignError(f"{path.name}, {decoder.wrong}")
     sound = broken_text(content) is None
+    if isinstance(document, dict) and document and all(isinstance(cells, dict) and "0" in cells for cells in document.values()):
+        raise AlignError(f"{path}: has its rows in columns, as pandas writes them; write it with to_json(..., orient='records')")
     for number, row in enumerate(layouts.rows_of(document), start=1):
         yield number, _sound(row, "" if sound else json.dumps(row, ensure_ascii=False))
 
@@ -244,7 +246,7 @@ def _sound(value: Any, text: str) -> Raw | Unreadable:
 
 MARKS = "a cell begins with a quotation mark that is not closed behind it; quote all of it, and double the marks inside"
 
-SEPARATORS = {",": "commas", "\t": "tabs"}
+SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 
 def _table(delimiter: str) -> Callable[[Path], Iterator[Numbered]]:
@@ -255,10 +257,12 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Numbered]]:
         if line.startswith(("{", "[{")):
             raise AlignError(f"{path}: begins with JSON, expected the names of columns: let its name end in .jsonl or .json")
         first = next(csv.reader([line], delimiter=delimiter), [])
-        if len(first) == 1 and ";" in first[0]:
-            raise AlignError(
-                f"{path}: semicolons part the columns of its first line, expected {SEPARATORS[delimiter]}: save it so, or as .jsonl"
-            )
+        if re.fullmatch('"?sep=.?"?', line.strip("\r"), re.IGNORECASE):
+            raise AlignError(f"{path}: its first line, {line.strip()}, is for Excel alone, expected names of columns; take it out")
+        other = next((marks for mark, marks in SEPARATORS.items() if len(first) == 1 and mark in first[0]), None)
+        if other is not None:
+            expected = SEPARATORS[delimiter]
+            raise AlignError(f"{path}: {other} part the columns of its first line, expected {expected}: save it so, or as .jsonl")
         columns = layouts.header(first)
         # Programs that write no header, write no quotes either.
         quoting: Any = csv.QUOTE_NONE if columns is None and delimiter == "\t" else csv.QUOTE_MINIMAL

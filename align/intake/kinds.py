@@ -205,7 +205,8 @@ def _as_kind(fields: Fields, kind: str, raw: Raw, name: str) -> list[Fields | Se
         return [fields]  # messages without an assistant's turn included: the schema says best what is wrong with them
     if kind not in GIVES[have]:
         usable = " or ".join(GIVES[have])
-        raise AlignError(f"{_lacking(raw, kind)}; no {kind} row; by format {name!r} it is of kind {have}, good for {usable}")
+        conll = " (the name of a CoNLL file ends in .conll)" if (have, kind) == ("text", "tagging") else ""
+        raise AlignError(f"{_lacking(raw, kind)}; no {kind} row; by format {name!r} it is of kind {have}{conll}, good for {usable}")
     if have == "qa":
         return [_asked(fields, kind)]
     if have == "unpaired" and not isinstance(fields["label"], bool):
