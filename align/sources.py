@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from align.errors import AlignError, near_file, near_miss
@@ -148,7 +149,7 @@ def _data_files(path: Path, split: str) -> list[Path]:
         found = f" (nothing here reads {unread})" if left else ""
         raise AlignError(f"{path}: no data files in this folder{found}; expected {', '.join(READERS)}, plain or with .gz or .zst")
     if left:
-        say(f"{path}: not read, as nothing here reads their kind: {unread}")
+        _say_once(f"{path}: not read, as nothing here reads their kind: {unread}")
     names = (*SPLITS, split)
     told = {file: _splits_of(file.relative_to(path), names) for file in files}
     named = {name: [file for file in files if name in told[file]] for name in names}
@@ -159,8 +160,14 @@ def _data_files(path: Path, split: str) -> list[Path]:
         raise AlignError(f"{path}: no files of split {split!r}; there are files of: {there}")
     if nameless := [file for file in files if not told[file]]:
         example = nameless[0].relative_to(path).as_posix()
-        say(f"{path}: not read, as others are named for split {split!r}: {len(nameless)} of its files, {example} for one")
+        _say_once(f"{path}: not read, as others are named for split {split!r}: {len(nameless)} of its files, {example} for one")
     return named[split]
+
+
+@cache
+def _say_once(line: str) -> None:
+    """A folder is read several times: before a run, in it, and where rows are counted."""
+    say(line)
 
 
 def _splits_of(path: Path, names: Iterable[str]) -> list[str]:

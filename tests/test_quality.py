@@ -48,9 +48,9 @@ def test_empty():
     rows = [sft("a", " \n"), sft("a", "..."), pair("a", "", "b"), TextRow(text="\u200b"), *FINE]
     assert removed(rows, "empty") == [
         (1, "completion is empty"),
-        (2, "completion is empty"),
+        (2, "completion has no letter and no digit"),
         (3, "chosen is empty"),
-        (4, "text is empty"),
+        (4, "text has no letter and no digit"),
     ]
 
 

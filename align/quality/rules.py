@@ -49,7 +49,7 @@ def empty(rows: Sequence[Row]) -> Found:
     for number, row in enumerate(rows):
         for name, text in ({"question": row.question} if isinstance(row, QARow) else replies(row)).items():
             if not any(letter.isalnum() for letter in text):
-                yield number, f"{name} is empty"
+                yield number, f"{name} {'has no letter and no digit' if text.strip() else 'is empty'}"
                 break
 
 
