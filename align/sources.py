@@ -33,6 +33,8 @@ def read_source(source: str, split: str) -> Iterator[Item]:
     Raises:
         AlignError: there is no such file, folder or data set, it has no such split, or it cannot be read at all.
     """
+    if not source:  # a variable of the shell that is not set; as a path it would be the current folder
+        raise AlignError("the source of data is an empty string, expected a file, a folder or a name; '.' is the current folder")
     entry = entry_of(source)
     if entry is not None:
         yield from _entry_rows(entry, split)
@@ -202,6 +204,8 @@ def _hub_id(source: str) -> str:
     path = Path(os.path.expanduser(source))
     if path.is_symlink():
         raise AlignError(_leads_nowhere(path))
+    if "://" in source:
+        raise AlignError(f"{source}: is an address; name a data set of the hub as owner/name, download other data first")
     guess, kind = near_file(path), type_of(path)
     misspelt = guess and near_miss(kind, READERS)  # alpaca.jsnl, beside alpaca.jsonl
     if misspelt or kind in READERS or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?", source):

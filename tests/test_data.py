@@ -457,6 +457,8 @@ def test_utf16_without_a_mark_is_known_by_its_zero_bytes(tmp_path: Path, name: s
 def test_a_zero_byte_in_a_text_is_text(tmp_path: Path) -> None:
     (row,) = load_rows(write(tmp_path / "a.txt", b"Once\0 upon a time\n"), "text").rows
     assert row.text == "Once\0 upon a time"
+    holed = write(tmp_path / "a.jsonl", lines(PAIRS) + b"\0" * 5000)  # as a crash leaves them
+    assert len(load_rows(holed, "preference", on_bad_row="quarantine").rows) == len(PAIRS)
 
 
 @pytest.mark.parametrize(
@@ -502,12 +504,14 @@ def test_a_zero_byte_in_a_text_is_text(tmp_path: Path) -> None:
             b"prompt|completion\na|b\n",
             "bars part the columns of its first line, expected commas: save it so, or as .jsonl",
         ),
+        ("a.json", b'{\n"a": 1\n}\n{\n"a": 2\n}\n', "line 4, column 1: invalid JSON: Extra data; put all rows into one array, or"),
         ("a.csv", lines(PAIRS), "begins with JSON, expected the names of columns: let its name end in .jsonl or .json"),
     ],
 )
 def test_what_is_something_else_than_its_name_says(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     path = write(tmp_path / name, content)
-    assert refusal(path, "preference", on_bad_row="quarantine").startswith(f"{path}: {message}")
+    said = refusal(path, "preference", on_bad_row="quarantine")
+    assert said.startswith((f"{path}: {message}", f"{name} {message}"))
 
 
 def test_names_of_columns_with_a_quotation_mark_that_is_not_closed(tmp_path: Path) -> None:
@@ -538,6 +542,8 @@ def test_refused_sources(tmp_path: Path) -> None:
     assert "a.json line 3, column 2: invalid JSON: extra data behind" in refusal(write(tmp_path / "a.json", two), "preference")
     assert "a.csv row 1, the table has 2 columns" in refusal(write(tmp_path / "a.csv", b"prompt,completion\r\nx\r\n"), "sft")
     assert "a.parquet: cannot be read: Arrow" in refusal(write(tmp_path / "a.parquet", b"PAR1 not really"), "sft")
+    assert "is an address; name a data set of the hub as owner/name" in refusal("https://huggingface.co/datasets/a/b", "sft")
+    assert "the source of data is an empty string" in refusal("", "sft")  # it was the current folder
     assert "on_bad_row: got 'skip'" in refusal(tmp_path / "pairs.jsonl", "sft", on_bad_row="skip")
 
 

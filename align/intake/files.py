@@ -173,7 +173,8 @@ def _json(path: Path) -> Iterator[Numbered]:
     try:
         document = decoder.decode(content)
     except json.JSONDecodeError as error:
-        raise AlignError(f"{path.name} line {error.lineno}, column {error.colno}: invalid JSON: {error.msg}") from error
+        more = "; put all rows into one array, or each on a line of its own" if error.msg == "Extra data" else ""
+        raise AlignError(f"{path.name} line {error.lineno}, column {error.colno}: invalid JSON: {error.msg}{more}") from error
     if decoder.wrong:
         raise AlignError(f"{path.name}, {decoder.wrong}")
     sound = broken_text(content) is None

@@ -41,11 +41,14 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 
 def _utf16(start: bytes, name: str) -> str | None:
-    """What to say of a file that is UTF-16. Without a mark at its beginning, it is known by its zero bytes."""
+    """What to say of a file that is UTF-16. Without a mark in front it is known by its zero bytes, one half of many letters;
+    those that a crash leaves in a file stand side by side.
+    """
     marked = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    if not marked and 10 * start.count(0) < max(len(start), 20):
+    first, second = start[::2].count(0), start[1::2].count(0)
+    if not marked and not (max(first, second) > max(len(start) / 10, 1) and 10 * min(first, second) < max(first, second)):
         return None
-    encoding = "UTF-16" if marked else "UTF-16LE" if start[1::2].count(0) > start[::2].count(0) else "UTF-16BE"
+    encoding = "UTF-16" if marked else "UTF-16LE" if second > first else "UTF-16BE"
     found = f"is {encoding}" if marked else f"looks like {encoding}, as many of its bytes are zero"
     return f"{found}, expected UTF-8; convert it: iconv -f {encoding} -t UTF-8 {name}"
 
