@@ -194,6 +194,15 @@ def test_a_label_that_is_a_number_is_one_class_in_every_file(tmp_path: Path) -> 
     assert [row.label for row in load_rows(lines, "classification").rows] == ["1", "-2"]
 
 
+def test_a_label_that_pandas_has_not_is_no_class(tmp_path: Path) -> None:
+    """It was a class of the name nan."""
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["Good.", "What?"], "label": [1.0, float("nan")]}), path)
+    assert refusal(path, "classification").startswith("a.parquet row 2, field label: got nan, expected a name or a number")
+
+
 def test_spaces_behind_the_commas_of_a_table(tmp_path: Path) -> None:
     """The second column was called " completion", so that rows were prompts without answers, and its quotes were text."""
     table = write(tmp_path / "a.csv", b'prompt, completion\nWho?, "Lily, I say"\nWhy?, So\n')

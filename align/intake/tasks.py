@@ -5,6 +5,7 @@ They look closer than the general formats of `align.formats`, so they are tried 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from align.errors import AlignError
@@ -15,7 +16,11 @@ from align.turns import Fields, Raw, assistant, number, string, strings, user
 
 def _named(value: Any, column: str) -> str:
     """The name of a class or an answer, which may be written as a number."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, str | int | float)
+        or (isinstance(value, float) and not math.isfinite(value))
+    ):
         raise AlignError(problem(column, value, "a name or a number"))
     return label_name(value)
 
