@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from align.errors import AlignError, near_file, near_miss
-from align.intake.files import READERS, Item, Raw, read_file, type_of, without_nulls
+from align.intake.files import READERS, Item, Raw, class_names, from_arrow, read_file, type_of
 from align.intake.info import Entry, entry_of
 from align.progress import say
 from align.registry import home
@@ -192,7 +193,7 @@ def _saved(path: Path, split: str) -> Iterator[tuple[int, Raw]]:
         if split not in saved:
             raise AlignError(f"{path}: no split {split!r}{near_miss(split, saved)}; it has: {', '.join(saved)}")
         saved = saved[split]
-    yield from enumerate(map(without_nulls, saved), start=1)
+    yield from _rows_of(saved)
 
 
 def _hub_id(source: str) -> str:
@@ -225,4 +226,10 @@ def _hub(source: str, split: str) -> Iterator[tuple[int, Raw]]:
         raise AlignError(
             f"{source}: {lost}, split {split!r} ({reason}); check the path, or the network and HF_HUB_OFFLINE"
         ) from error
-    yield from enumerate(map(without_nulls, found), start=1)
+    yield from _rows_of(found)
+
+
+def _rows_of(data: Any) -> Iterator[tuple[int, Raw]]:
+    """The rows of a data set."""
+    named = class_names(data.features.to_dict())
+    yield from enumerate((from_arrow(row, named) for row in data), start=1)

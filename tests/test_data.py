@@ -130,6 +130,22 @@ def test_arrow_sources_forget_nulls_in_nested_dictionaries(tmp_path: Path) -> No
     assert "no split 'tset' (did you mean 'test'?); it has: train, test" in refusal(tmp_path / "saved", "sft", split="tset")
 
 
+def test_classes_of_datasets_have_their_names(tmp_path: Path) -> None:
+    """They were numbers: tags that are no entities, and measured as words."""
+    datasets = pytest.importorskip("datasets")
+    tags, text = datasets.ClassLabel(names=["O", "B-PER"]), datasets.Value("string")
+    features = datasets.Features({"tokens": datasets.Sequence(text), "ner_tags": datasets.Sequence(tags)})
+    tagged = datasets.Dataset.from_dict({"tokens": [["Ada", "sings"]], "ner_tags": [[1, 0]]}, features=features)
+    features = datasets.Features({"text": text, "label": datasets.ClassLabel(names=["bad", "good"])})
+    classes = datasets.Dataset.from_dict({"text": ["Fine.", "What?"], "label": [1, -1]}, features=features)  # -1: not told
+    for name, data in (("tagged", tagged), ("classes", classes)):
+        data.save_to_disk(tmp_path / name)
+        data.to_parquet(tmp_path / f"{name}.parquet")
+    for end in ("", ".parquet"):
+        assert load_rows(tmp_path / f"tagged{end}", "tagging").rows[0].tags == ["B-PER", "O"]
+        assert [row.label for row in load_rows(tmp_path / f"classes{end}", "classification").rows] == ["good", "-1"]
+
+
 def test_folder_of_files_with_splits(tmp_path: Path) -> None:
     write(tmp_path / "train-0.jsonl", lines(PAIRS[:2]))
     write(tmp_path / "more" / "train-1.jsonl", lines(PAIRS[2:5]))
@@ -601,7 +617,8 @@ def test_hub_id_without_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     asked: list[Any] = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or PAIRS)
+    found = datasets.Dataset.from_list(PAIRS)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or found)
     assert len(load_rows("owner/pairs:main", "preference", split="test").rows) == 6
     assert asked == [(("owner/pairs", "main"), {"split": "test"})]
 

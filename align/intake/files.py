@@ -324,8 +324,31 @@ def _parquet(path: Path) -> Iterator[Numbered]:
         names = file.schema_arrow.names
         if twice := next((name for name in names if names.count(name) > 1), None):  # a row would keep the last one alone
             raise AlignError(f"{path}: has two columns {twice!r}; rename one or leave it out")
+        written = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))  # by `datasets`
+        named = class_names(written.get("info", {}).get("features") or {})
         batches = file.iter_batches(batch_size=1024)
-        yield from enumerate((without_nulls(row) for batch in batches for row in batch.to_pylist()), start=1)
+        yield from enumerate((from_arrow(row, named) for batch in batches for row in batch.to_pylist()), start=1)
+
+
+def class_names(features: dict[str, Any]) -> dict[str, list[str]]:
+    """The columns of numbers, or lists of numbers, that stand for classes, and the names of these; `features` are those of a data
+    set of `datasets`, as its dictionary.
+    """
+    inner = {column: feature.get("feature", feature) for column, feature in features.items() if isinstance(feature, dict)}
+    labels = {column: each for column, each in inner.items() if isinstance(each, dict) and each.get("_type") == "ClassLabel"}
+    return {column: each["names"] for column, each in labels.items() if each.get("names")}
+
+
+def from_arrow(row: Raw, named: dict[str, list[str]]) -> Raw:
+    """`row` as it was before it was stored: `without_nulls`, and classes by their names where `named` has them."""
+
+    def name(names: list[str], value: Any) -> Any:
+        if isinstance(value, list):
+            return [name(names, each) for each in value]
+        return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+
+    row = without_nulls(row)
+    return {**row, **{column: name(names, row[column]) for column, names in named.items() if column in row}}
 
 
 def without_nulls(row: Raw) -> Raw:

@@ -16,11 +16,8 @@ from align.turns import Fields, Raw, assistant, number, string, strings, user
 
 def _named(value: Any, column: str) -> str:
     """The name of a class or an answer, which may be written as a number."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, str | int | float)
-        or (isinstance(value, float) and not math.isfinite(value))
-    ):
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not finite:
         raise AlignError(problem(column, value, "a name or a number"))
     return label_name(value)
 
