@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import pty
 import resource
 import socket
 import subprocess
@@ -267,6 +269,45 @@ def test_a_pipe_may_end_before_the_vote_and_hold_any_bytes(folders, tmp_path, en
     assert done.stdout.count(b"[b]") == ends.count("H") + ends.count("again")
 
 
+PASTED = """
+import sys
+from align.chat.speaker import Decoding
+from align.chat.terminal import Talk, talk_at_terminal
+
+class Echo:
+    name = "echo"
+
+    def answer(self, messages, decoding):
+        yield f"heard {messages[-1].content!r} "
+
+talk_at_terminal(Talk([Echo()], Decoding()))
+"""
+
+
+def test_what_is_pasted_is_one_question():
+    pytest.importorskip("readline")
+    child, terminal = pty.fork()
+    if not child:
+        os.execve(sys.executable, [sys.executable, "-c", PASTED], {**os.environ, "TERM": "xterm", "PYTHONPATH": str(ROOT)})
+    said = b""
+
+    def until(text):
+        nonlocal said
+        while text not in said:
+            said += os.read(terminal, 65536)
+
+    try:
+        until(b"> ")
+        assert b"\x1b[?2004h" in said, "the terminal was not asked to mark what is pasted"
+        os.write(terminal, b"\x1b[200~one\n  two\n\nthree\x1b[201~\n")
+        until(b"three'")
+        os.write(terminal, b"/quit\n")
+        assert b"heard 'one\\n  two\\n\\nthree'" in said
+    finally:
+        os.close(terminal)
+        os.waitpid(child, 0)
+
+
 def test_a_question_that_cannot_be_answered_is_taken_back(monkeypatch, capsys):
     class Refuses(Parrot):
         def answer(self, messages, decoding):
@@ -280,6 +321,22 @@ def test_a_question_that_cannot_be_answered_is_taken_back(monkeypatch, capsys):
     talk_at_terminal(talk)
     assert [message.content for message in talk.messages] == ["1", "x 1", "2", "x 3"]
     assert "too long" in capsys.readouterr().err
+
+
+def test_an_answer_without_memory_is_told_and_the_conversation_goes_on(monkeypatch, capsys):
+    class Full(Parrot):
+        def answer(self, messages, decoding):
+            if messages[-1].content != "2":
+                raise RuntimeError("out of memory\nand more" if messages[-1].content == "1" else "out of ideas")
+            yield from super().answer(messages, decoding)
+
+    lines = iter(["1", "2", "3"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    talk = Talk([Full("x")], GREEDY)
+    with pytest.raises(RuntimeError, match="out of ideas"):
+        talk_at_terminal(talk)
+    assert [message.content for message in talk.messages] == ["2", "x 1", "3"]
+    assert capsys.readouterr().err == "out of memory\n"
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -8,9 +8,10 @@ from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 
+from align.budget import out_of_memory
 from align.chat.speaker import Decoding, Speaker, TaskSpeaker
 from align.chat.votes import NO_VOTE, add_vote
-from align.errors import AlignError
+from align.errors import AlignError, first_line
 from align.progress import harmless, say
 from align.schema import Message
 
@@ -74,7 +75,9 @@ def talk_at_terminal(talk: Talk) -> None:
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a pipe may hold any bytes
     with suppress(ImportError):  # without it a terminal cuts a line after 4,095 bytes; Windows has none
-        import readline  # noqa: F401
+        import readline
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # what is pasted is one question, whatever lines it has
 
     def write(text: str) -> None:
         print(text, end="", flush=True)
@@ -121,6 +124,11 @@ def _converse(talk: Talk, read: Callable[[str], str], write: Callable[[str], obj
             except AlignError as error:
                 talk.undo()
                 say(str(error))
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                talk.undo()
+                say(first_line(error))
             except KeyboardInterrupt:  # an answer or a vote is cut; where a question is waited for, the conversation ends
                 if not sys.stdin.isatty():
                     raise
