@@ -200,3 +200,9 @@ def test_math_answer_agrees_with_the_graders_of_gsm8k(real):
     found = load_reward("math_answer")([one["solution"] for one, _ in said], [truth for _, truth in said])
     assert len(found) == 3716
     assert found == [float(one["is_correct"]) for one, _ in said]
+
+
+def test_a_number_of_600_characters_is_still_read_as_one():
+    """10^597 has 598 digits; with ".0" behind it is 600 characters and the same number. One digit more, and the text counts."""
+    number = "1" + "0" * 597
+    assert load_reward("math_answer")([number + ".0", number + "0.0"], [number, number + "0"]) == [1.0, 0.0]
