@@ -377,6 +377,8 @@ def test_ctrl_c_cuts_an_answer_at_a_terminal_and_ends_what_reads_a_pipe(terminal
         (["chat", "a", "--json"], "--json needs --prompt"),
         (["chat", "a", "--temperature", "-1"], "0 is greedy"),
         (["chat", "a", "--top_p", "0"], "a probability above 0"),
+        (["chat", "a", "--max_completion_length", "0"], "--max_completion_length at least 1"),
+        (["chat", "a", "--top_k", "-1"], "--top_k is at least 0"),
         (["serve", "nowhere"], "no model 'nowhere'"),
         (["ui", "--max_completion_length", "0"], "--max_completion_length 0"),
         (["serve", "one", "--rollouts"], "are for --engine vllm"),
