@@ -13,8 +13,8 @@ from align.registry import Registry, home
 from align.runner.devices import refuse_crowd
 from align.runner.execute import Graph, Options, look
 from align.runner.files import refuse_unwritable
+from align.runner.notes import note_recipe
 from align.runner.plan import Planner, Step
-from align.runner.view import note_recipe
 from align.runner.worker import refuse_foreign
 
 __all__ = ["Options", "Run", "Step", "default_out"]

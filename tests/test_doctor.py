@@ -25,6 +25,7 @@ from align.pipeline import Run
 from align.progress import History
 from align.recipe import load_recipe
 from align.registry import Registry
+from align.runner.notes import note_recipe
 from align.stages import stages
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -542,6 +543,23 @@ def test_a_run_that_was_cut_can_be_looked_at(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(AlignError, match="holds no stage"):
         patients(str(tmp_path / "empty"))
+
+
+def test_what_is_left_over_of_earlier_settings_is_not_looked_at(tmp_path, capsys):
+    """The stage that logged last may be of settings that the recipe has gone back from."""
+    config = {"model": "x/y", "data": ["a.jsonl"], "learning_rate": 1e-3}
+    sft = stage_folder(tmp_path, "sft", "sft", config, HEALTHY["sft"], "1")
+    dropped = stage_folder(tmp_path, "extra", "sft", config, FEW, "2", finished=False)
+    newer = stage_folder(tmp_path, "sft", "sft", config, FEW, "3")
+    note_recipe(tmp_path, "run", {"sft": sft})
+    assert main(["doctor", str(tmp_path), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [(row["stage"], row["verdict"]) for row in json.loads(out)] == [("sft", "good")]
+    assert err.endswith(f"not of the recipe that ran last, and not looked at: {dropped.name}, {newer.name}\n")
+    assert [f.rule for f in diagnose(patients(str(newer)))["sft"]] == ["too_few_epochs"], "unless it is asked for"
+    note_recipe(tmp_path, "run", {"sft": tmp_path / "sft-44444444"})
+    with pytest.raises(AlignError, match="holds no stage of the recipe that ran last"):
+        patients(str(tmp_path))
 
 
 def test_a_config_that_a_hand_has_damaged_is_told_of(tmp_path, capsys):

@@ -556,6 +556,17 @@ def test_what_is_left_over_of_earlier_settings_is_told_apart(processes, capsys):
     assert set(json.loads(capsys.readouterr().out)["stages"]) == {"a", "b", "c"}
 
 
+def test_where_the_recipe_cannot_be_noted_a_finished_run_is_up_to_date(capsys):
+    """As in a folder that is read-only by now; to root a file in the way is the same."""
+    done = run({"a": Act()})
+    Path("out/recipe.json").unlink()
+    Path("out/recipe.json").mkdir()
+    capsys.readouterr()
+    assert run({"a": Act()}) == done
+    assert "a: up to date" in capsys.readouterr().err
+    assert not list(Path("out").glob(".*"))
+
+
 def test_force_goes_on_after_an_interruption_with_what_follows():
     stages = {"a": Act(), "b": Act(model="a")}
     done = run(stages)["a"]

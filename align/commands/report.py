@@ -10,7 +10,7 @@ from typing import Any
 from align.artifact import Artifact, read_artifact
 from align.errors import AlignError
 from align.registry import run_folder
-from align.runner.view import noted_recipe
+from align.runner.notes import noted_recipe
 
 
 def add(verbs: Any) -> None:

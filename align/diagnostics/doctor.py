@@ -13,9 +13,11 @@ import yaml
 from align.artifact import Artifact, read_artifact
 from align.diagnostics.case import Case, Finding, ask
 from align.errors import AlignError
+from align.progress import say
 from align.recipe import reference_fields
 from align.registry import Registry, run_folder
 from align.runner.files import json_lines, json_record, write_named
+from align.runner.notes import left_over
 from align.stages import stages
 from align.stages.config import MADE
 from align.stages.written import given_fields, make_stage, read_yaml, refuse_misfits
@@ -58,8 +60,8 @@ class Patient:
 
 
 def patients(reference: str, registry: Registry | None = None) -> list[Patient]:
-    """The stages that `reference` means: a run's folder (the latest of each name), a stage's folder, a registered name, or the name
-    of a run under the home folder.
+    """The stages that `reference` means: a run's folder (those of the recipe that ran last, or, where that is not noted, the
+    latest of each name), a stage's folder, a registered name, or the name of a run under the home folder.
 
     Raises:
         AlignError: there is none.
@@ -72,12 +74,20 @@ def patients(reference: str, registry: Registry | None = None) -> list[Patient]:
     if (alone := Patient.read(folder)) is not None:
         return [alone]
     latest: dict[str, Patient] = {}
+    others = []
     for path in sorted(folder.iterdir(), key=_changed):
-        if path.is_dir() and (found := Patient.read(path)) is not None:
-            latest.pop(found.name, None)
-            latest[found.name] = found
+        if not path.is_dir() or (found := Patient.read(path)) is None:
+            continue
+        if left_over(path):
+            others.append(path.name)
+            continue
+        latest.pop(found.name, None)
+        latest[found.name] = found
     if not latest:
-        raise AlignError(f"{reference} holds no stage: give the folder of a run, of a stage, or a registered name")
+        of_last = " of the recipe that ran last" if others else ""
+        raise AlignError(f"{reference} holds no stage{of_last}: give the folder of a run, of a stage, or a registered name")
+    if others:
+        say(f"{reference}: left over, not of the recipe that ran last, and not looked at: {', '.join(sorted(others))}")
     return list(latest.values())
 
 

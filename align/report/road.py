@@ -12,7 +12,7 @@ from align.artifact import Artifact
 from align.diagnostics.doctor import Patient
 from align.recipe import reference_kinds
 from align.runner.locks import is_locked
-from align.runner.view import left_over, status_of
+from align.runner.notes import left_over, status_of
 from align.stages import stages as catalog
 from align.stages.config import MADE
 

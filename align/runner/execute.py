@@ -23,9 +23,10 @@ from align.registry import Registry
 from align.runner.devices import devices, take
 from align.runner.files import no_room
 from align.runner.locks import clear
+from align.runner.notes import read_status
 from align.runner.plan import Step
 from align.runner.stop import Stopped
-from align.runner.view import View, read_status
+from align.runner.view import View
 from align.runner.worker import FULL, Task, settle, work
 from align.runner.zygote import Zygote
 

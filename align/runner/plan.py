@@ -21,7 +21,7 @@ from align.runner.checkpoints import SEAL, checkpoints
 from align.runner.code import code_of
 from align.runner.launch import is_first_machine, machine_rank, refuse_uneven
 from align.runner.locks import is_locked
-from align.runner.view import status_of
+from align.runner.notes import status_of
 from align.sources import digest_of
 from align.stages import Stage
 from align.stages.config import MADE

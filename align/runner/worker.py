@@ -34,9 +34,9 @@ from align.runner.checkpoints import lower_learning_rate, remove_unsealed
 from align.runner.files import disk_is_full, flush_tree, no_room, write_atomically
 from align.runner.launch import is_first_machine, is_main_process, launched, machine_rank, machines, run_launched
 from align.runner.locks import is_locked, lock
+from align.runner.notes import status_of
 from align.runner.plan import Step
 from align.runner.stop import Stopped, listen, saving_first
-from align.runner.view import status_of
 from align.stages import Stage, stages
 from align.stages.base import Context
 
