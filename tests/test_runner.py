@@ -611,12 +611,14 @@ def test_the_plan_as_json_says_what_it_took(capsys, tmp_path):
     assert row["seconds_last_time"] >= 0
 
 
-def test_the_plan_of_one_stage_is_of_that_alone(capsys, tmp_path):
+def test_the_plan_and_the_result_of_one_stage_are_of_that_alone(processes, capsys, tmp_path):
     recipe = tmp_path / "two.py"
     lines = ["from align.recipe import Recipe", "from runner_stages import Act", "def recipe():"]
     recipe.write_text("\n".join([*lines, "    return Recipe('x', {'a': Act(), 'b': Act(model='a')})"]))
     assert main(["run", str(recipe), "--only", "a", "--plan"]) == 0
     assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [["run", "a"]]
+    assert main(["run", str(recipe), "--only", "a", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "x-a"
 
 
 def test_how_the_stages_of_a_moved_run_stand(processes, capsys):

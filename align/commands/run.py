@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ def add(verbs: Any) -> None:
         "--grace", type=float, default=Options.grace, help="seconds that stages may save in when the run is stopped"
     )
     parser.add_argument("--notify", metavar="URL|COMMAND", help="told by JSON when the run has ended")
-    parser.add_argument("--json", action="store_true", help="print results as JSON")
+    parser.add_argument("--json", action="store_true", help="print results as JSON; with --only the manifest of that stage")
     parser.set_defaults(handler=run)
 
 
@@ -77,6 +79,8 @@ def run(options: argparse.Namespace) -> int:
             from align.report import write_report
 
             write_report(out, recipe.name, artifacts, as_json=options.json)
+        elif options.json:
+            print(json.dumps(asdict(artifacts[options.only]), indent=1))
     return 0
 
 
