@@ -133,6 +133,19 @@ def test_an_answer_that_fails_is_told_and_its_question_taken_back(page, monkeypa
         assert not any("…" in str(part) for part in job.outputs()[-1])
 
 
+def test_an_answer_without_words_is_told_as_one(page, monkeypatch):
+    from gradio_client import Client
+
+    address, _, names = page
+    monkeypatch.setattr("align.chat.speaker.Speaker.answer", lambda *args: iter(["", " "]))
+    client = Client(address, verbose=False)
+    how = ["", 0.0, 1.0, 0, 8]
+    *_, shown = client.predict(names[0], "Hi", *how, api_name="/talk")
+    assert [turn["content"][0]["text"] for turn in shown] == ["Hi", "(empty)"]
+    *_, left, right, said = client.predict(*names, "Hi", *how, api_name="/ask")
+    assert (left, right, said) == ("(empty)", "(empty)", "Both say the same.")
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's package chromium")
 def test_what_is_refused_is_told_in_one_place(page):
     """`Error` stood half hidden over where votes go."""

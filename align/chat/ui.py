@@ -26,6 +26,8 @@ from align.schema import Message
 
 KEPT = 2
 """Models held in memory."""
+EMPTY = "(empty)"
+"""What stands in the place of an answer without words."""
 CSS = ".message-content .md { white-space: pre-wrap }"
 """Code in an answer keeps its indentation."""
 
@@ -111,7 +113,7 @@ def _shown(history: list[Message]) -> list[dict[str, str]]:
     """A conversation as the page shows it. Gradio takes a turn for HTML, and would fetch the images in it, so it is escaped; it
     takes the indentation from lines, as from a docstring's, so it sees none.
     """
-    texts = (html.escape(harmless(message.content)).replace("\n", "&#10;").replace("\t", "&#9;") for message in history)
+    texts = (html.escape(harmless(message.content) or EMPTY).replace("\n", "&#10;").replace("\t", "&#9;") for message in history)
     return [{"role": message.role, "content": text} for message, text in zip(history, texts, strict=True)]
 
 
@@ -134,7 +136,8 @@ def _talk(names: list[str], speakers: Speakers, settings: list[Any]) -> None:
         try:
             for piece in speakers[name].answer(_messages(system, asked), how):
                 answer = Message(role="assistant", content=answer.content + piece)
-                yield "", gr.skip(), _shown([*asked, answer])
+                if answer.content:
+                    yield "", gr.skip(), _shown([*asked, answer])
         except Exception as error:  # the question is taken back: the next one would fail with it
             yield text, gr.skip(), _shown(history)
             raise _failure(error) from error
@@ -161,7 +164,9 @@ def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: P
     said = gr.Textbox(label="You", placeholder="Ask both and press Enter", elem_id="compare-said")
     again = gr.Button("Begin anew", size="sm")
     with gr.Row():
-        sides = [gr.Textbox(label=label, lines=4, interactive=False, elem_id=label.lower()) for label in ("Left", "Right")]
+        sides = [
+            gr.Textbox(label=label, lines=4, max_lines=12, interactive=False, elem_id=label.lower()) for label in ("Left", "Right")
+        ]
     with gr.Row():
         choices = {"left": "Left is better", "right": "Right is better", "neither": "Neither"}
         buttons = [gr.Button(label, interactive=False, elem_id=f"vote-{side}") for side, label in choices.items()]
@@ -196,7 +201,7 @@ def _compare(names: list[str], speakers: Speakers, settings: list[Any], votes: P
         same = answers[0][1] == answers[1][1]
         ready = [gr.Button(interactive=side == "neither" or not same) for side in choices]
         question = "Both say the same." if same else "Which is better?"
-        texts = [harmless(answer) for _, answer in answers]
+        texts = [harmless(answer) or EMPTY for _, answer in answers]
         if any(isinstance(speakers[name], TaskSpeaker) for name in order):
             yield "", history, _shown(history), *texts, *off, f"{NO_VOTE} {_unveiled(answers)}", ([], [])
             return
