@@ -208,8 +208,8 @@ def huge_header(checkpoint):
         (flip, "model.safetensors does not match its checksum"),
         (link, "it contains a symbolic link"),
         (huge_header, "its header claims 4,611,686,018,427,387,904 bytes of a file of 10"),
-        (lambda checkpoint: (checkpoint / "progress.json").unlink(), "progress.json should not be there, or should"),
-        (lambda checkpoint: (checkpoint / "extra.pt").touch(), "extra.pt should not be there, or should"),
+        (lambda checkpoint: (checkpoint / "progress.json").unlink(), "progress.json is missing"),
+        (lambda checkpoint: (checkpoint / "extra.pt").touch(), "extra.pt was not there when it was sealed"),
         (lambda checkpoint: (checkpoint / c.SEAL).write_text("{"), "its seal cannot be read"),
     ],
 )

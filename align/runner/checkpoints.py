@@ -50,8 +50,10 @@ def fault(checkpoint: Path) -> str | None:
     try:
         sums = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))["sha256"]
         names = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()} - {SEAL}
-        if names != sums.keys():
-            return f"{', '.join(sorted(names ^ sums.keys()))} should not be there, or should"
+        if missing := sorted(sums.keys() - names):
+            return f"{', '.join(missing)} is missing"
+        if foreign := sorted(names - sums.keys()):
+            return f"{', '.join(foreign)} was not there when it was sealed"
         for name, expected in sums.items():
             if _sha256(checkpoint / name) != expected:
                 return f"{name} does not match its checksum"
