@@ -144,7 +144,7 @@ def killed_run(folder: Path, out: str, flags: str, moments: random.Random, kills
                 step = max((int(p.name.rpartition("-")[2]) for p in checkpoints.glob("checkpoint-*")), default=0)
                 if any(checkpoints.glob(".checkpoint-*")):
                     fell["while a checkpoint was written"] += 1
-                elif (checkpoints / "rollouts" / f"{step + 1}-0-of-1.json").is_file():
+                elif (checkpoints / "rollouts" / f"{step + 1}-0-of-1.jsonl").is_file():
                     fell["mid-update"] += 1
                 else:
                     fell["mid-rollout"] += 1
