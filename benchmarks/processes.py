@@ -38,6 +38,9 @@ from benchmarks.work import BATCH, DATA, LLAMA_14M, Job, batches, build, tokens_
 ROWS = 64
 """Of an optimizer step: enough for the exchange of gradients to be a small part of it."""
 
+WARM_UP = 2
+"""Steps that are not timed: the second one's forest may be the larger, and memory grows by it, page by page."""
+
 ONE = "one process"
 WAYS = {
     ONE: Launch(cpu=True),
@@ -47,11 +50,11 @@ WAYS = {
 
 
 class Clock(TrainerCallback):
-    """Seconds, and seconds on a core, of all steps but the first."""
+    """Seconds, and seconds on a core, of all steps behind the first `WARM_UP`."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = (time.perf_counter(), time.process_time())
-        if state.global_step == 1:
+        if state.global_step <= WARM_UP:
             self.start = now
         self.spent = [end - start for start, end in zip(self.start, now, strict=True)]
 
@@ -82,7 +85,7 @@ def work(folder: Path, steps: int, architecture: dict[str, Any]) -> None:
         "core": clock.spent[1],
         "parameters": held(trainer.model_wrapped.parameters()),
         "optimizer": held(states),
-        "tokens": tokens_of(job.trees[ROWS:]) / args.world_size,
+        "tokens": tokens_of(job.trees[WARM_UP * ROWS :]) / args.world_size,
         "loss": trainer.state.log_history[-2]["loss"],
     }
     (folder / f"{args.process_index}.json").write_text(json.dumps(result))
@@ -128,7 +131,7 @@ def table(found: dict[str, list[list[dict[str, float]]]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--architecture", type=json.loads, default=LLAMA_14M, help=argparse.SUPPRESS)
     options = parser.parse_args()
