@@ -11,7 +11,6 @@ import json
 import os
 import random
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
 
+from align import shards
 from align.errors import AlignError
 from align.guarded import WarmTrainer
 from align.runner.checkpoints import fault, learning_rate_scale
@@ -212,15 +210,7 @@ def whole_weights(trainer: Any) -> dict[str, Tensor]:
     disk.
     """
     model = trainer.model_wrapped
-    if trainer.is_deepspeed_enabled:
-        weights = trainer.accelerator.get_state_dict(model)
-    else:
-        options = replace(_OPTIONS, ignore_frozen_params=isinstance(trainer.model, PeftModel))
-        weights = get_model_state_dict(model, options=options)
-    # A head that is the embedding's weight stays one tensor, which is saved once.
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    found: dict[Any, Tensor] = {}
-    return {name: found.setdefault(parameters.get(name, name), _whole(tensor)) for name, tensor in weights.items()}
+    return shards.whole_weights(model, trainer.accelerator.get_state_dict(model) if trainer.is_deepspeed_enabled else None)
 
 
 def _weights_in(folder: Path, model: Any) -> dict[str, Any]:
@@ -229,11 +219,6 @@ def _weights_in(folder: Path, model: Any) -> dict[str, Any]:
         saved = load_file(folder / ADAPTER)
         return {name: saved[key] for key, name in names_in_model(model).items()}
     return {name: tensor for file in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def _whole(value: Any) -> Tensor:
-    """On a CPU torch leaves shards as they are, though asked for the whole."""
-    return value.full_tensor() if isinstance(value, DTensor) else torch.as_tensor(value)
 
 
 def _line(error: Exception) -> str:

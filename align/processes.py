@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def _state() -> PartialState:
@@ -94,7 +95,7 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
     """Each process holds the gradient of its part of a sum; afterwards each holds that of the whole sum."""
     if alone():
         return
-    parameters = list(parameters)
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]  # the gradient of a shard is that of the whole sum already
     # An expert that no token of this process came to has no gradient here, and may have one elsewhere.
     held = total(torch.tensor([float(p.grad is not None) for p in parameters], device=_state().device))
     for parameter, count in zip(parameters, held.tolist(), strict=True):

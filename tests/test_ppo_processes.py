@@ -21,7 +21,6 @@ from align.pipeline import Run
 from align.recipe import Recipe
 from align.stages import GRPO, PPO, RLOO
 
-TWO = {"num_processes": 2, "strategy": "ddp"}
 REWARD = """
 def varied(completions, completion_ids, **columns):
     return [len(set(ids)) / len(ids) + ids[0] / 100 for ids in completion_ids]
@@ -33,6 +32,10 @@ def _inside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kill_ppo.prepare(tmp_path)
     Path("mine.py").write_text(REWARD)
+
+
+def two_processes(strategy):
+    return {"num_processes": 2, "strategy": strategy}
 
 
 def ppo(**fields):
@@ -77,14 +80,17 @@ def cut_back(folder, step):
         file.unlink()
 
 
-def test_two_processes_do_as_one():
-    one, two = run(ppo(), "one"), run(ppo(launch=TWO), "two")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_do_as_one(strategy):
+    one, two = run(ppo(), "one"), run(ppo(launch=two_processes(strategy)), "two")
     assert one.name == two.name, "the number of processes is no part of a stage's identity"
     assert len(list(two.glob("checkpoints/checkpoint-4/process-*.json"))) == 2
     assert_same(one, two)
     assert "loss/ptx_avg" in records(two)[1]
     cut_back(two, 2)
     assert_same(one, run(ppo(), "two"))
+    cut_back(one, 2)
+    assert_same(two, run(ppo(launch=two_processes(strategy)), "one"))
 
 
 @pytest.mark.parametrize("cls", [PPO, GRPO, RLOO])

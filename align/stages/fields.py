@@ -257,9 +257,14 @@ class LaunchFields(Fields):
         """Whether forward passes run in bfloat16: by the stage's `bf16`, or by its launch."""
         return bool(getattr(self, "bf16", False)) or (self.launch is not None and self.launch.mixed_precision == "bf16")
 
-    def check_whole_replicas(self) -> None:
-        """Raise `ValueError` for a launch in shards, or in fp16: a policy that samples itself is whole in each process."""
-        if self.launch is not None and self.launch.strategy != "ddp":
-            raise ValueError(f"a policy that samples is whole in every process: strategy must be ddp, not {self.launch.strategy}")
+    @property
+    def in_shards(self) -> bool:
+        """Whether the weights lie in shards that FSDP2 makes."""
+        return self.launch is not None and self.launch.num_processes > 1 and self.launch.strategy == "fsdp2"
+
+    def check_sampling_launch(self) -> None:
+        """Raise `ValueError` for a launch that a policy which samples itself cannot have."""
+        if self.launch is not None and self.launch.strategy not in ("ddp", "fsdp2"):
+            raise ValueError(f"a policy that samples is not DeepSpeed's: strategy must be ddp or fsdp2, not {self.launch.strategy}")
         if self.launch is not None and self.launch.mixed_precision == "fp16":
             raise ValueError("mixed_precision fp16 needs a loss scale, which is not kept here: take bf16")

@@ -73,7 +73,7 @@ class GroupStage(TrainingStage, ProbeFields, SamplingFields, RewardFields):
         if self.engine == "forest" and (self.top_p != 1 or self.top_k):
             raise ValueError("the distribution that is sampled is the one that is optimized: top_p must be 1 and top_k 0")
         if self.engine == "forest":
-            self.check_whole_replicas()
+            self.check_sampling_launch()
             if self.on_non_finite != "stop":
                 raise ValueError("a run that samples its policy stops at a loss that is not finite: leave on_non_finite at 'stop'")
         if self.engine == "trl":

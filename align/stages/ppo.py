@@ -21,6 +21,7 @@ from align.stages.fields import (
 from align.stages.forgetting import ProbeFields
 from align.stages.sampling import RewardFields, SamplingFields
 from align.trainers.settings import PPOSettings
+from align.tuning.strategies import UNSHARDED
 
 
 @stage("ppo")
@@ -78,8 +79,12 @@ class PPO(
         return self
 
     @model_validator(mode="after")
-    def _whole_replicas(self) -> PPO:
-        self.check_whole_replicas()
+    def _processes_sample(self) -> PPO:
+        self.check_sampling_launch()
+        if self.in_shards and self.critic == "adapter":
+            raise ValueError("critic 'adapter' changes which weights train, and shards do not follow: take 'separate' or 'shared'")
+        if self.in_shards and self.strategy.name in UNSHARDED:
+            raise ValueError(f"tuning {self.strategy.name!r} trains whole in every process: strategy must be ddp, not fsdp2")
         return self
 
     def check(self) -> None:

@@ -20,6 +20,7 @@ from align.rollout import Engine, Sampling
 from align.rollout.together import complete_together
 from align.runner.stop import saving_first
 from align.scoring import Judge, component_means
+from align.shards import shard, whole, whole_weights
 from align.stages import training as t
 from align.stages.base import Context
 from align.stages.forgetting import probe
@@ -41,6 +42,8 @@ def _separate(stage: Any, context: Context, policy: Any, tokenizer: PreTrainedTo
         critic.gradient_checkpointing_enable({"use_reentrant": False})
     critic = t.make_ready(stage, f"{context.name} (critic)", critic, tokenizer, longest, None)
     disable_dropout(critic)
+    if stage.in_shards:
+        shard(critic)
     return SeparateCritic(critic)
 
 
@@ -91,7 +94,7 @@ def train_on_samples(
         [*rows, *held],
         dtype=stage.dtype,
         max_tokens=stage.max_tokens_per_micro_batch,
-        model=reward_on_base(policy, stage.reward_model),
+        model=None if stage.in_shards else reward_on_base(policy, stage.reward_model),
         totals=processes.totals,
     )
     value = CRITICS[critic](stage, context, policy, tokenizer, longest) if needs_critic else None
@@ -122,10 +125,11 @@ def train_on_samples(
         text=tokenizer.decode,
     )
     best = Best(stage, context, policy) if stage.keeps_best else None
-    _train(stage, context, trainer, HeldOut(test, sampler, judge, sampling, stop_ids, stage.seed), best)
+    _train(stage, context, trainer, HeldOut(test, policy, sampler, judge, sampling, stop_ids, stage.seed), best)
     kept = None if best is None else best.restore()
+    weights = whole_weights(policy) if stage.in_shards else None
     if processes.number() == 0:
-        t.save_model(policy, tokenizer, context.folder)
+        t.save_model(policy, tokenizer, context.folder, weights)
     return {**_metrics(context, kept), **trainable(policy), **after()}
 
 
@@ -140,6 +144,8 @@ def _policy(
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     policy = t.make_ready(stage, context.name, policy, tokenizer, longest, context.folder)
     disable_dropout(policy)  # after LoRA, whose own dropout would part old and new log-probs
+    if stage.in_shards:
+        shard(policy)
     return policy, stop_ids
 
 
@@ -148,6 +154,7 @@ class HeldOut:
     """Held-out prompts, who answers them, and who judges."""
 
     prompts: Encoded
+    policy: nn.Module
     sampler: nn.Module | Engine
     judge: Judge
     sampling: Sampling
@@ -160,7 +167,8 @@ class HeldOut:
         """
         prompts = [tree.prompt for tree in self.prompts.trees]
         generator = torch.Generator().manual_seed(self.seed)
-        completions = complete_together(self.sampler, prompts, self.sampling, self.stop_ids, generator)
+        with whole(self.policy):
+            completions = complete_together(self.sampler, prompts, self.sampling, self.stop_ids, generator)
         totals, components = self.judge(processes.share(self.prompts.rows), processes.share(prompts), completions)
         totals, components = processes.gathered(totals), processes.joined(components)
         return {"eval_score": sum(totals) / len(totals), **{f"eval_{k}": v for k, v in component_means(components).items()}}

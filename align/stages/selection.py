@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from align import processes
 from align.errors import AlignError
 from align.progress import say
 from align.runner.checkpoints import checkpoints, fault, seal, step_of
 from align.runner.files import flush
+from align.shards import dealt, gathered, release
 from align.stages.base import Context
 from align.stages.fields import SelectionFields
 from align.stages.training import check_metric
@@ -46,15 +47,20 @@ class Best:
         """After the evaluation at `step`: keep its weights if none was better. Returns whether it is time to stop."""
         values = self._values()
         best = self._best(values)
-        if best == step and processes.number() == 0:
-            place = self._place(step)
-            place.mkdir(parents=True, exist_ok=True)
-            save_file({name: p.detach().cpu().contiguous() for name, p in self._trained().items()}, place / WEIGHTS)
-            seal(place)
-            flush(self.folder)  # a checkpoint that is on the disk goes by them
-            self._prune(values)
+        if best == step:
+            weights = {name: gathered(p.detach()) for name, p in self._trained().items()}
+            if processes.number() == 0:
+                self._keep(step, weights)
+                self._prune(values)
         processes.wait()
         return self.enough()
+
+    def _keep(self, step: int, weights: dict[str, Tensor]) -> None:
+        place = self._place(step)
+        place.mkdir(parents=True, exist_ok=True)
+        save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, place / WEIGHTS)
+        seal(place)
+        flush(self.folder)  # a checkpoint that is on the disk goes by them
 
     def enough(self) -> bool:
         """Whether it is time to stop, by what was evaluated."""
@@ -74,7 +80,8 @@ class Best:
         best = self._best(values)
         kept = load_file(self._whole(best) / WEIGHTS)
         for name, parameter in self._trained().items():
-            parameter.data.copy_(kept[name])
+            parameter.data.copy_(dealt(kept[name], parameter))
+        release(self.model)
         say(f"{self.context.name}: kept the weights of step {best}, of {max(values)}")
         return best
 

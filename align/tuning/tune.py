@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from align.errors import AlignError
+from align.shards import is_sharded, release
 from align.tuning.strategies import ADAPTERS, Tuning, strategies
 
 
@@ -86,7 +87,7 @@ class Reference:
             with self.model.disable_adapter():  # type: ignore[operator]
                 yield self.model
             return
-        trained = [p.data for p, _ in self.start]
+        trained = [p.data.clone() if is_sharded(self.model) else p.data for p, _ in self.start]
         self._put([start for _, start in self.start])
         try:
             yield self.model
@@ -95,5 +96,9 @@ class Reference:
 
     def _put(self, weights: Sequence[Tensor]) -> None:
         for (parameter, _), data in zip(self.start, weights, strict=True):
-            parameter.data = data
+            if is_sharded(self.model):  # what is gathered is the memory that the shard was made in
+                parameter.data.copy_(data)
+            else:
+                parameter.data = data
+        release(self.model)
         torch.clear_autocast_cache()  # autocast keeps 16-bit copies of parameters, and does not see that their data are others

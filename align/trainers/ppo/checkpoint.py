@@ -26,6 +26,7 @@ from align import processes
 from align.progress import say
 from align.runner.checkpoints import last_good, prune, seal, step_of
 from align.runner.files import flush, write_atomically
+from align.shards import dealt, gathered
 
 
 @dataclass(frozen=True)
@@ -120,17 +121,18 @@ class Checkpoints:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by ``PARAMETER.NAME``."""
+    """The optimizer's state by ``PARAMETER.NAME``, whole; all processes ask for it."""
     states = optimizer.state_dict()["state"]
-    return {f"{number}.{name}": torch.as_tensor(value) for number, state in states.items() for name, value in state.items()}
+    return {f"{n}.{name}": gathered(torch.as_tensor(value)) for n, state in states.items() for name, value in state.items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
     """The inverse, with the settings of its groups."""
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         number, _, name = key.partition(".")
-        states.setdefault(int(number), {})[name] = value
+        states.setdefault(int(number), {})[name] = dealt(value, trained[int(number)]) if value.dim() else value
     optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 

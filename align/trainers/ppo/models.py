@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from align.budget import Budget, Packed
 from align.forest import Forest, Tree
 from align.heads import TokenScores
+from align.shards import even, is_sharded
 from align.trainers.ppo.critics import Critic, device_of, trainable
 from align.tuning.tune import Reference
 
@@ -42,6 +43,8 @@ class Models:
         self.policy, self.critic, self.temperature, self.bf16 = policy, critic, temperature, bf16
         self.device = device_of(policy)
         self.reference = Reference(policy)
+        self.sharded = is_sharded(policy)
+        """Whether the processes hold shards of the weights, and wait for each other in each pass."""
 
     def parameters(self) -> dict[str, dict[str, Tensor]]:
         """What trains, by role and name."""
@@ -80,16 +83,19 @@ class Models:
         def work(packed: Packed) -> dict[str, Tensor]:
             first_pass.clear()
             columns: dict[str, Tensor] = {}
-            for indices, forest in packed:
-                place = torch.cat([torch.arange(firsts[i], firsts[i + 1], device=self.device) for i in indices])
-                answers, said = self._said(forest.to(self.device), learning and len(packed) == 1)
+            passes = even([forest for _, forest in packed], trees[0], sharded=self.sharded)
+            for number, (forest, counts) in enumerate(passes):
+                answers, said = self._said(forest.to(self.device), learning and len(passes) == 1)
+                if not counts:
+                    continue
+                place = torch.cat([torch.arange(firsts[i], firsts[i + 1], device=self.device) for i in packed[number][0]])
                 if answers.logps.requires_grad:
                     first_pass.append(answers)
                 for name, values in said.items():
                     columns.setdefault(name, torch.zeros(firsts[-1], device=self.device))[place] = values.float()
             return columns
 
-        columns = budget.fit(trees, work)
+        columns = budget.fit(trees, work, alone=not self.sharded)
         matrices = {
             name: torch.zeros(mask.shape, device=self.device).masked_scatter_(mask, column) for name, column in columns.items()
         }

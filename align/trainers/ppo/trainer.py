@@ -25,6 +25,7 @@ from align.rollout import Completion, Engine, Sampling
 from align.rollout.together import complete_together
 from align.runner.files import flush
 from align.runner.stop import Stopped, stop_requested
+from align.shards import dealt, gathered, release, whole
 from align.trainers.ppo.advantages import Rewarded, estimators, parameters
 from align.trainers.ppo.checkpoint import (
     Checkpoints,
@@ -167,7 +168,8 @@ class PPOTrainer:
 
     def sample(self, prompts: Sequence[list[int]]) -> list[Completion]:
         """`num_generations` completions for each of this process' share of `prompts`, next to each other."""
-        return complete_together(self.sampler, self._repeated(prompts), self.sampling, self.stop_ids, self.generator)
+        with whole(self.models.policy):
+            return complete_together(self.sampler, self._repeated(prompts), self.sampling, self.stop_ids, self.generator)
 
     def _repeated(self, items: Sequence[Any]) -> list[Any]:
         return [item for item in items for _ in range(self.settings.num_generations)]
@@ -277,7 +279,7 @@ class PPOTrainer:
     def state(self) -> State:
         """Everything that the rest of the run depends on."""
         learner = self.learner
-        tensors = self._weights()
+        tensors = {name: gathered(weight) for name, weight in self._weights().items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer_tensors(learner.optimizer).items()}
         plain = {
             "groups": learner.optimizer.state_dict()["param_groups"],
@@ -301,7 +303,8 @@ class PPOTrainer:
             raise AlignError(f"the checkpoint {place} does not fit the model ({wrong}); remove it to start before it")
         with torch.no_grad():
             for name, parameter in self._weights().items():
-                parameter.copy_(state.tensors[name])
+                parameter.copy_(dealt(state.tensors[name], parameter))
+        release(self.models.policy)
         prefix = "optimizer/"
         moments = {name.removeprefix(prefix): tensor for name, tensor in state.tensors.items() if name.startswith(prefix)}
         restore_optimizer(learner.optimizer, moments, state.plain["groups"])

@@ -16,6 +16,7 @@ from align.errors import AlignError, NonFiniteLoss
 from align.forest import Forest, Tree, pack, plant
 from align.heads import TokenScores
 from align.losses import ppo_policy_loss, ppo_value_loss
+from align.shards import even, gathered
 from align.trainers.ppo.data import Episodes, Shuffled
 from align.trainers.ppo.kl import KL_ESTIMATORS
 from align.trainers.ppo.models import Models
@@ -74,8 +75,11 @@ class Learner:
         """What the policy said already of the forest that comes next."""
 
     def takes_at_once(self, trees: Sequence[Tree]) -> bool:
-        """Whether the first mini-batch is all of this process' `trees`, in one forest."""
-        return self.settings.num_mini_batches == 1 and sum(tree.tokens for tree in trees) <= self.budget.tokens
+        """Whether the first mini-batch is all of this process' `trees`, in one forest, and a pass over it may be kept: weights in
+        shards are released in between.
+        """
+        fits = self.settings.num_mini_batches == 1 and sum(tree.tokens for tree in trees) <= self.budget.tokens
+        return fits and not self.models.sharded
 
     def update(self, episodes: Episodes, kl_coef: float, *, policy: bool = True) -> dict[str, float]:
         """Epochs of mini-batches; means of what was seen.
@@ -123,8 +127,9 @@ class Learner:
         ptx = self._ptx_batch(completions) if policy and self.settings.ptx_coef else []
         tokens, ptx_tokens = (float(sum(tree.targets for tree in every)) for every in (trees, ptx))
         batch = Batch(tokens, completions, self.longest, ptx_tokens)
-        work = partial(self._accumulate, batch, processes.share(ptx), kl_coef, policy)
-        seen = self.budget.fit(processes.share(trees), work, telling=not self.first_pass)
+        mine = processes.share(trees)
+        work = partial(self._accumulate, batch, mine[0], processes.share(ptx), kl_coef, policy)
+        seen = self.budget.fit(mine, work, alone=not self.models.sharded, telling=not self.first_pass)
         if not policy:
             for parameter in self.roles["policy"]:
                 parameter.grad = None
@@ -136,22 +141,24 @@ class Learner:
             raise NonFiniteLoss(f"PPO's loss is {loss.item()}; no update was made. Lower learning_rate or look at the rewards")
         return sums
 
-    def _accumulate(self, batch: Batch, ptx: Sequence[Tree], kl_coef: float, policy: bool, packed: Packed) -> dict[str, Tensor]:
+    def _accumulate(
+        self, batch: Batch, spare: Tree, ptx: Sequence[Tree], kl_coef: float, policy: bool, packed: Packed
+    ) -> dict[str, Tensor]:
         """The gradient from nothing: one loss after the other, so that no two hold their activations at a time."""
         self.optimizer.zero_grad()
         zero = torch.zeros((), device=self.models.device)
         sums = {"loss": zero, **({"loss/ptx_avg": zero} if batch.ptx_tokens else {})}
 
-        def learn(loss: Tensor, seen: dict[str, Tensor]) -> None:
-            loss.backward()
+        def learn(loss: Tensor, seen: dict[str, Tensor], counts: bool) -> None:
+            (loss if counts else 0 * loss).backward()
             for name, values in {"loss": loss, **seen}.items():
-                sums[name] = sums.get(name, zero) + values.detach().sum()
+                sums[name] = sums.get(name, zero) + counts * values.detach().sum()
 
-        for _, forest in packed:
+        for forest, counts in even([forest for _, forest in packed], spare, sharded=self.models.sharded):
             for loss, seen in self._losses(forest.to(self.models.device), batch, kl_coef, policy):
-                learn(loss, seen)
-        for loss, seen in self._ptx_losses(ptx, batch):
-            learn(loss, seen)
+                learn(loss, seen, counts)
+        for loss, seen, counts in self._ptx_losses(ptx, batch):
+            learn(loss, seen, counts)
         return {**sums, "tokens": torch.tensor(float(sum(f.targets.numel() for _, f in packed)), device=self.models.device)}
 
     def _losses(self, forest: Forest, batch: Batch, kl_coef: float, policy: bool) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
@@ -212,16 +219,17 @@ class Learner:
         wanted = self.settings.ptx_batch_size or completions
         return [self.ptx[i] for i in self.ptx_order.take(wanted)]
 
-    def _ptx_losses(self, ptx: Sequence[Tree], batch: Batch) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Mean negative log-likelihood of the mixed-in rows' tokens, weighted."""
-        for indices in pack(ptx, self.budget.tokens):
+    def _ptx_losses(self, ptx: Sequence[Tree], batch: Batch) -> Iterator[tuple[Tensor, dict[str, Tensor], bool]]:
+        """Mean negative log-likelihood of the mixed-in rows' tokens, weighted; and whether it counts."""
+        forests = [plant([ptx[i] for i in indices]) for indices in pack(ptx, self.budget.tokens)]
+        for forest, counts in even(forests, self.ptx[0], sharded=self.models.sharded) if batch.ptx_tokens else ():
             with self.models.precision():
-                logps = self.models.policy(forest=plant([ptx[i] for i in indices]).to(self.models.device)).logps
+                logps = self.models.policy(forest=forest.to(self.models.device)).logps
             nll = -logps.sum() / batch.ptx_tokens
-            yield self.settings.ptx_coef * nll, {"loss/ptx_avg": nll * batch.tokens}
+            yield self.settings.ptx_coef * nll, {"loss/ptx_avg": nll * batch.tokens}, counts
 
     def _step(self) -> None:
-        norms = {role: clip_grad_norm_(parameters, self.max_grad_norm) for role, parameters in self.roles.items()}
+        norms = {role: gathered(clip_grad_norm_(parameters, self.max_grad_norm)) for role, parameters in self.roles.items()}
         for role, norm in norms.items():
             if not torch.isfinite(norm):
                 raise NonFiniteLoss(f"the norm of the {role}'s gradient is {norm.item()}; no update was made. Lower learning_rate")

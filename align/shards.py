@@ -1,0 +1,104 @@
+"""A model whose weights, gradients and optimizer states lie in shards over the processes (FSDP2): a policy and its critic, which no
+Trainer divides.
+
+Each pass gathers the weights, a layer at a time, from all processes: so all of them make the same number of passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from align import processes
+from align.engine import base_model
+from align.forest import Forest, Tree, plant
+
+
+def shard(model: nn.Module) -> None:
+    """Leave each process a part of every weight of `model`, an enabled one. Gradients become sums over processes."""
+    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (processes.count(),))
+    layers = base_model(model)._no_split_modules or ()
+    for module in [*(m for m in model.modules() if type(m).__name__ in layers), model]:
+        fully_shard(module, mesh=mesh)  # what is in no layer stays whole from the forward to the backward pass
+    for part in _parts(model):
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+    with torch.no_grad():  # the first pass must be the whole model's: it finds out what belongs together
+        model(forest=plant([Tree([0], ([0],))]).to(next(model.parameters()).device))
+    release(model)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the weights of `model` lie in shards."""
+    return isinstance(model, FSDPModule)
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Within, every process has all weights of `model`, and passes wait for nobody; all processes enter and leave."""
+    for part in _parts(model):
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for layer in _parts(model)[1:]:
+            layer.set_reshard_after_forward(True, recurse=False)
+        release(model)
+
+
+def release(model: nn.Module) -> None:
+    """Give back what passes gathered: so where shards have changed, and no backward pass is to come."""
+    for part in _parts(model):
+        part.reshard()
+
+
+def _parts(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def even(forests: Sequence[Forest], spare: Tree, *, sharded: bool) -> list[tuple[Forest, bool]]:
+    """`forests`, each to be counted, and behind them the one of `spare`, not to be counted, until every process has as many."""
+    counted = [(forest, True) for forest in forests]
+    if not sharded:
+        return counted
+    most = max(processes.gathered([len(forests)]))
+    return counted + [(plant([spare]), False)] * (most - len(forests))
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of `tensor`; all processes ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def dealt(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process' shard of `tensor`, which all of them have, where `like` is one: the inverse of `gathered`."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def whole_weights(model: nn.Module, weights: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """The weights of `model`, gathered from all processes; all of them must ask. Beside an adapter those that train: its base is on
+    disk.
+
+    Args:
+        weights: what somebody else gathered already.
+    """
+    if weights is None:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=isinstance(model, PeftModel))
+        weights = get_model_state_dict(model, options=options)
+    # A head that is the embedding's weight stays one tensor, which is saved once.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found: dict[Any, Tensor] = {}
+    # On a CPU torch leaves shards as they are, though asked for the whole.
+    return {name: found.setdefault(parameters.get(name, name), gathered(torch.as_tensor(t))) for name, t in weights.items()}
