@@ -17,10 +17,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import SUPPORTED_NODES, register_dataclass
 
 from align import processes
 from align.engine import base_model
 from align.forest import Forest, Tree, plant
+from align.heads import TokenScores
 
 
 def shard(model: nn.Module) -> None:
@@ -28,13 +30,15 @@ def shard(model: nn.Module) -> None:
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (processes.count(),))
     layers = base_model(model)._no_split_modules or ()
     for module in [*(m for m in model.modules() if type(m).__name__ in layers), model]:
-        fully_shard(module, mesh=mesh)  # what is in no layer stays whole from the forward to the backward pass
+        # Also what is in no layer: between two passes all that the model holds are shards.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
     for part in _parts(model):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
+    if TokenScores not in SUPPORTED_NODES:  # what a pass returns is gone through for tensors that a backward pass begins with
+        register_dataclass(TokenScores)
     with torch.no_grad():  # the first pass must be the whole model's: it finds out what belongs together
         model(forest=plant([Tree([0], ([0],))]).to(next(model.parameters()).device))
-    release(model)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -51,15 +55,9 @@ def whole(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer in _parts(model)[1:]:
-            layer.set_reshard_after_forward(True, recurse=False)
-        release(model)
-
-
-def release(model: nn.Module) -> None:
-    """Give back what passes gathered: so where shards have changed, and no backward pass is to come."""
-    for part in _parts(model):
-        part.reshard()
+        for part in _parts(model):
+            part.set_reshard_after_forward(True, recurse=False)
+            part.reshard()
 
 
 def _parts(model: nn.Module) -> list[FSDPModule]:

@@ -66,8 +66,9 @@ def assert_same(one, two):
     assert [record.keys() for record in ours] == [record.keys() for record in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         assert mine == pytest.approx(other, rel=1e-4, abs=1e-6)
-    weights = load_file(two / "model.safetensors")
-    for name, weight in load_file(one / "model.safetensors").items():
+    (file,) = (path.name for path in one.glob("*model.safetensors"))
+    weights = load_file(two / file)
+    for name, weight in load_file(one / file).items():
         assert_close(weights[name], weight, rel=1e-4, what=name)
 
 
@@ -93,8 +94,34 @@ def test_two_processes_do_as_one(strategy):
     assert_same(two, run(ppo(launch=two_processes(strategy)), "one"))
 
 
+LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}
+VARIANTS = {
+    "a head on the trunk, and forests of one tree": {"critic": "shared", "max_tokens_per_micro_batch": 40},
+    "lora, whose reference is its base": LORA,
+    "the best weights of an evaluation": {"eval_steps": 1, "load_best_model_at_end": True},
+}
+
+
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+def test_shards_do_as_one(fields):
+    assert_same(run(ppo(**fields), "one"), run(ppo(**fields, launch=two_processes("fsdp2")), "two"))
+
+
 @pytest.mark.parametrize("cls", [PPO, GRPO, RLOO])
-def test_a_policy_that_samples_is_not_sharded(cls):
-    fields = {"model": "owner/name", "data": "x", "reward_funcs": ["repetition"]}
-    with pytest.raises(ValidationError, match="strategy must be ddp, not fsdp2"):
-        cls(**fields, launch={"num_processes": 2, "strategy": "fsdp2"})
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"strategy": "deepspeed-zero3"}, "strategy must be ddp or fsdp2, not deepspeed-zero3"),
+        ({"strategy": "fsdp2", "rollout_server": "http://127.0.0.1:8000"}, "these would lie in shards: strategy must be ddp"),
+        ({"strategy": "fsdp2", "tuning": "adapter"}, "tuning 'adapter' trains whole in every process"),
+    ],
+)
+def test_what_shards_do_not_do_is_refused(cls, fields, said):
+    fields = {"model": "owner/name", "data": "x", "reward_funcs": ["repetition"], **fields}
+    with pytest.raises(ValidationError, match=said):
+        cls(launch={"num_processes": 2, "strategy": fields.pop("strategy")}, **fields)
+
+
+def test_a_critic_that_is_an_adapter_is_not_sharded():
+    with pytest.raises(ValidationError, match="take 'separate' or 'shared'"):
+        ppo(critic="adapter", **LORA, launch=two_processes("fsdp2"))

@@ -4,6 +4,7 @@ import copy
 import json
 import random
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -624,7 +625,7 @@ def test_processes_of_a_launch_share_what_it_divides(llama_8b):
 
 def test_whole_weights_that_fit_no_card_are_what_is_told(llama_8b, folder):
     """8.03 billion numbers in float32 are 29.9 GiB, which each process loads before fsdp2 divides them, and 15.0 in bfloat16, to
-    which full training adds 44.9. PPO's processes are whole replicas.
+    which full training adds 44.9.
     """
     eight = {"launch": {"num_processes": 8, "strategy": "fsdp2"}}
     half = {"dtype": "bfloat16", "bf16": True}
@@ -638,7 +639,19 @@ def test_whole_weights_that_fit_no_card_are_what_is_told(llama_8b, folder):
     states = "weights, gradients and optimizer alone take "
     assert found["half"].message == states + "59.8 GB of 24.0 GB"
     assert found["ppo"].message.startswith(states)
-    assert ["fsdp2" in found[name].advice for name in ("half", "ppo")] == [True, False]
+    assert all("fsdp2" in found[name].advice for name in ("half", "ppo"))
+
+
+def test_a_policy_in_shards_is_whole_while_it_samples(llama_8b):
+    """Of 32 GB of weights, as much each for reference, gradients and critic, an eighth; the policy's are gathered to sample."""
+    ppo = partial(PPO, model="model", data="sft.jsonl", reward_funcs="length_band(low=1, high=9)", total_episodes=128)
+    stages = {name: ppo(launch={"num_processes": 8, "strategy": name}) for name in ("ddp", "fsdp2")}
+    ddp, fsdp2 = (each.estimate for each in inspect(Run(Recipe("r", stages), Path("runs")).plan(), machine=card("B200")))
+    weights, critic = 4 * 8.03e9, 4 * 7.5e9
+    assert ddp.states == pytest.approx(5 * weights + 4 * critic, rel=0.01)
+    assert fsdp2.states == pytest.approx(ddp.states / 8, rel=0.01)
+    gained = 7 / 8 * (2 * weights + critic + 2 * (weights + critic))  # policy, reference, critic, moments
+    assert ddp.parts["sampling"] - fsdp2.parts["sampling"] == pytest.approx(gained - 7 / 8 * weights, rel=0.01)
 
 
 def test_processes_on_a_cpu_share_its_memory_and_cores(folder):

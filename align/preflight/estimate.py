@@ -38,8 +38,6 @@ class Estimate:
     """Of training; None where its rows were not all looked at."""
     machine: Machine
     """What one process has of it."""
-    divisible: bool
-    """Whether processes may hold `states` in shares: a policy that samples is whole in each."""
 
     @property
     def peak(self) -> float:
@@ -75,8 +73,7 @@ class Estimate:
         if self.states > self.machine.memory:
             need = f"weights, gradients and optimizer alone take {self.states / GB:.1f} GB of {memory}"
             less = "Set use_peft, or dtype bfloat16, or take a smaller model"
-            more = ", or more GPUs (launch.strategy fsdp2)" if self.divisible else ""
-            return [Finding("error", "memory", need, less + more)]
+            return [Finding("error", "memory", need, f"{less}, or more GPUs (launch.strategy fsdp2)")]
         if self.peak > self.machine.memory:
             need = f"the estimated peak is {self.peak / GB:.1f} GB of {memory}"
             less = "Lower max_tokens_per_micro_batch or max_length, set gradient_checkpointing, bf16 or use_peft"
@@ -209,11 +206,12 @@ def _supervised(subject: Subject, config: Any, machine: Machine) -> Estimate:
     flops = passed * each * model.parameters * (4 if model.adapted else 6)
     seconds = None if subject.capped and stage.max_steps < 0 else flops / _rate(stage, machine)
     states = max(model.weights, held.weights + 3 * held.gradients)
-    return Estimate(parts, training, states, model.weights, forest.tokens, seconds, machine, divisible=True)
+    return Estimate(parts, training, states, model.weights, forest.tokens, seconds, machine)
 
 
 def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
-    """PPO, GRPO and RLOO: a policy, its reference, a critic where there is one of its own, a reward model where there is one.
+    """PPO, GRPO and RLOO: a policy, its reference, a critic where there is one of its own, a reward model where there is one, which
+    alone is whole under FSDP2; a policy is while it samples.
 
     Policy and critic go through their passes one after the other; the policy's gradients are held while the critic's are made.
     """
@@ -224,30 +222,33 @@ def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
     has_critic = settings.advantage_estimator == "gae" and stage.critic == "separate"
     critic = _skeleton(subject, config, machine, score_head=True) if has_critic else None
     learners = [policy, critic] if critic else [policy]
-    processes = _launch(stage).num_processes
-    episodes = math.ceil(settings.episodes_per_step / processes)
+    launch = _launch(stage)
+    held = [Held.of(model, launch) for model in learners]
+    episodes = math.ceil(settings.episodes_per_step / launch.num_processes)
     answered = [replace(tree, branches=(tree.prompt[:1] * stage.max_completion_length,)) for tree in trees]
     sizes = [tree.tokens for tree in answered]
     forest, several = _largest(answered, max(1, episodes // settings.num_mini_batches), _budget(stage))
 
     weights = {
-        "weights": float(policy.weights),
-        "critic": float(critic.weights if critic else 0),
-        "reference": float(0 if policy.adapted else policy.gradients),  # what trains, as it was
+        "weights": float(held[0].weights),
+        "critic": float(held[1].weights if critic else 0),
+        "reference": float(0 if policy.adapted else held[0].gradients),  # what trains, as it was
         "reward model": float(frozen.weights if stage.reward_model else 0),
     }
-    standing, gradients = sum(weights.values()), float(sum(model.gradients for model in learners))
-    made = peak(learners, forest, times=1 + several)
+    standing, gradients = sum(weights.values()), float(sum(each.gradients for each in held))
+    made = peak(learners, forest, times=1 + several) - (sum(model.gradients for model in learners) - gradients)
+    made += max(each.passing for each in held) if launch.shards_weights else 0.0
     training = {**weights, "optimizer": 2 * gradients, "gradients and activations": made}
     batch = min(stage.rollout_batch_size, episodes)
     read = peak([policy], plant([max(trees, key=lambda tree: tree.tokens)] * batch), backward=False)
-    sampling = policy.cache(batch * max(sizes)) + policy.packed + read
+    sampling = policy.cache(batch * max(sizes)) + policy.packed + read + policy.weights - held[0].weights
     parts = {
         "loading": standing + policy.weights,
         "sampling": standing + 2 * gradients + sampling,
         "training": sum(training.values()),
     }
-    flops = settings.total_episodes / processes * statistics.fmean(sizes) * sum(model.parameters for model in learners)
+    flops = settings.total_episodes / launch.num_processes * statistics.fmean(sizes) * sum(model.parameters for model in learners)
     known = settings is stage or not subject.capped or stage.max_steps > 0
     seconds = flops * (6 * settings.num_ppo_epochs + 4) / _rate(stage, machine) if known else None
-    return Estimate(parts, training, standing + 3 * gradients, policy.weights, forest.tokens, seconds, machine, divisible=False)
+    states = max(policy.weights, standing + 3 * gradients)
+    return Estimate(parts, training, states, policy.weights, forest.tokens, seconds, machine)

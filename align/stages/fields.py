@@ -266,5 +266,7 @@ class LaunchFields(Fields):
         """Raise `ValueError` for a launch that a policy which samples itself cannot have."""
         if self.launch is not None and self.launch.strategy not in ("ddp", "fsdp2"):
             raise ValueError(f"a policy that samples is not DeepSpeed's: strategy must be ddp or fsdp2, not {self.launch.strategy}")
+        if self.in_shards and getattr(self, "rollout_server", None) is not None:
+            raise ValueError("rollout_server is brought whole weights, and these would lie in shards: strategy must be ddp")
         if self.launch is not None and self.launch.mixed_precision == "fp16":
             raise ValueError("mixed_precision fp16 needs a loss scale, which is not kept here: take bf16")

@@ -83,7 +83,7 @@ class PPO(
         self.check_sampling_launch()
         if self.in_shards and self.critic == "adapter":
             raise ValueError("critic 'adapter' changes which weights train, and shards do not follow: take 'separate' or 'shared'")
-        if self.in_shards and self.strategy.name in UNSHARDED:
+        if self.in_shards and self.strategy.name in (*UNSHARDED, "qlora"):
             raise ValueError(f"tuning {self.strategy.name!r} trains whole in every process: strategy must be ddp, not fsdp2")
         return self
 

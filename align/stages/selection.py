@@ -14,7 +14,7 @@ from align.errors import AlignError
 from align.progress import say
 from align.runner.checkpoints import checkpoints, fault, seal, step_of
 from align.runner.files import flush
-from align.shards import dealt, gathered, release
+from align.shards import dealt, gathered
 from align.stages.base import Context
 from align.stages.fields import SelectionFields
 from align.stages.training import check_metric
@@ -81,7 +81,6 @@ class Best:
         kept = load_file(self._whole(best) / WEIGHTS)
         for name, parameter in self._trained().items():
             parameter.data.copy_(dealt(kept[name], parameter))
-        release(self.model)
         say(f"{self.context.name}: kept the weights of step {best}, of {max(values)}")
         return best
 

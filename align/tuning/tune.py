@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from align.errors import AlignError
-from align.shards import is_sharded, release
+from align.shards import is_sharded
 from align.tuning.strategies import ADAPTERS, Tuning, strategies
 
 
@@ -100,5 +100,4 @@ class Reference:
                 parameter.data.copy_(data)
             else:
                 parameter.data = data
-        release(self.model)
         torch.clear_autocast_cache()  # autocast keeps 16-bit copies of parameters, and does not see that their data are others

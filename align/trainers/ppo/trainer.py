@@ -25,7 +25,7 @@ from align.rollout import Completion, Engine, Sampling
 from align.rollout.together import complete_together
 from align.runner.files import flush
 from align.runner.stop import Stopped, stop_requested
-from align.shards import dealt, gathered, release, whole
+from align.shards import dealt, gathered, whole
 from align.trainers.ppo.advantages import Rewarded, estimators, parameters
 from align.trainers.ppo.checkpoint import (
     Checkpoints,
@@ -304,7 +304,6 @@ class PPOTrainer:
         with torch.no_grad():
             for name, parameter in self._weights().items():
                 parameter.copy_(dealt(state.tensors[name], parameter))
-        release(self.models.policy)
         prefix = "optimizer/"
         moments = {name.removeprefix(prefix): tensor for name, tensor in state.tensors.items() if name.startswith(prefix)}
         restore_optimizer(learner.optimizer, moments, state.plain["groups"])
