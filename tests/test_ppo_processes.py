@@ -99,6 +99,7 @@ VARIANTS = {
     "a head on the trunk, and forests of one tree": {"critic": "shared", "max_tokens_per_micro_batch": 40},
     "lora, whose reference is its base": LORA,
     "the best weights of an evaluation": {"eval_steps": 1, "load_best_model_at_end": True},
+    "probes, whose passes come before and after": {"probes": {"old": "demonstrations.jsonl"}, "gradient_checkpointing": True},
 }
 
 
