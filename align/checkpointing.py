@@ -210,7 +210,9 @@ def whole_weights(trainer: Any) -> dict[str, Tensor]:
     disk.
     """
     model = trainer.model_wrapped
-    return shards.whole_weights(model, trainer.accelerator.get_state_dict(model) if trainer.is_deepspeed_enabled else None)
+    if trainer.is_deepspeed_enabled:
+        return shards.each_once(model, trainer.accelerator.get_state_dict(model))
+    return shards.whole_weights(model)
 
 
 def _weights_in(folder: Path, model: Any) -> dict[str, Any]:

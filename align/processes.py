@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+Item = TypeVar("Item")
 
 
 def _state() -> PartialState:
@@ -89,6 +91,17 @@ def gathered(items: Sequence[Any]) -> list[Any]:
 def joined(columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
     """`gathered` for each column; every process has the same ones."""
     return {name: gathered(column) for name, column in columns.items()}
+
+
+def evened(items: Sequence[Item], spare: Callable[[], Item], *, waiting: bool) -> list[tuple[Item, bool]]:
+    """`items`, each to be counted, and behind them spare ones, not to be counted, until every process has as many.
+
+    Args:
+        waiting: the processes wait for each other in each; else there are no spare ones.
+    """
+    counted = [(item, True) for item in items]
+    lacking = max(gathered([len(items)])) - len(items) if waiting and not alone() else 0
+    return [*counted, *((spare(), False) for _ in range(lacking))]
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:

@@ -6,7 +6,7 @@ Each pass gathers the weights, a layer at a time, from all processes: so all of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils._pytree import SUPPORTED_NODES, register_dataclass
 
 from align import processes
 from align.engine import base_model
-from align.forest import Forest, Tree, plant
+from align.forest import Tree, plant
 from align.heads import TokenScores
 
 
@@ -64,18 +64,21 @@ def _parts(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def even(forests: Sequence[Forest], spare: Tree, *, sharded: bool) -> list[tuple[Forest, bool]]:
-    """`forests`, each to be counted, and behind them the one of `spare`, not to be counted, until every process has as many."""
-    counted = [(forest, True) for forest in forests]
-    if not sharded:
-        return counted
-    most = max(processes.gathered([len(forests)]))
-    return counted + [(plant([spare]), False)] * (most - len(forests))
-
-
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of `tensor`; all processes ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def kept(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole of each of `tensors` in the main memory of the first process, and nothing in the others; no device holds more than
+    one at a time. All processes ask for them.
+    """
+    first, found = processes.number() == 0, {}
+    for name, tensor in tensors.items():
+        tensor = gathered(tensor.detach())
+        if first:
+            found[name] = tensor.cpu()
+    return found
 
 
 def dealt(tensor: Tensor, like: Tensor) -> Tensor:
@@ -85,18 +88,18 @@ def dealt(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def whole_weights(model: nn.Module, weights: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights of `model`, gathered from all processes; all of them must ask. Beside an adapter those that train: its base is on
     disk.
-
-    Args:
-        weights: what somebody else gathered already.
     """
-    if weights is None:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=isinstance(model, PeftModel))
-        weights = get_model_state_dict(model, options=options)
-    # A head that is the embedding's weight stays one tensor, which is saved once.
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=isinstance(model, PeftModel))
+    # On a CPU torch leaves shards as they are, though asked for the whole.
+    whole = {name: gathered(torch.as_tensor(value)) for name, value in get_model_state_dict(model, options=options).items()}
+    return each_once(model, whole)
+
+
+def each_once(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` of `model`, where a head that is the embedding's weight stays one tensor, which is saved once."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found: dict[Any, Tensor] = {}
-    # On a CPU torch leaves shards as they are, though asked for the whole.
-    return {name: found.setdefault(parameters.get(name, name), gathered(torch.as_tensor(t))) for name, t in weights.items()}
+    return {name: found.setdefault(parameters.get(name, name), tensor) for name, tensor in weights.items()}

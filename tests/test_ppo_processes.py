@@ -115,6 +115,7 @@ def test_shards_do_as_one(fields):
         ({"strategy": "deepspeed-zero3"}, "strategy must be ddp or fsdp2, not deepspeed-zero3"),
         ({"strategy": "fsdp2", "rollout_server": "http://127.0.0.1:8000"}, "these would lie in shards: strategy must be ddp"),
         ({"strategy": "fsdp2", "tuning": "adapter"}, "tuning 'adapter' trains whole in every process"),
+        ({"strategy": "fsdp2", "tuning": "qlora"}, "blocks of 4 bits, which are not dealt here"),
     ],
 )
 def test_what_shards_do_not_do_is_refused(cls, fields, said):

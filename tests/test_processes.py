@@ -57,11 +57,27 @@ for passes in (6 * processes.number(), 6 - 4 * processes.number()):
 """
 
 
-@pytest.mark.parametrize("program", [UNEVEN, REFERENCE, SHARDED], ids=["uneven", "reference", "sharded"])
+KEPT = """
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from align import shards
+
+processes.meet()
+whole = torch.arange(6.0).reshape(3, 2)
+shard = distribute_tensor(whole, init_device_mesh("cpu", (2,)), [Shard(0)])
+kept = shards.kept({"shard": shard, "whole": whole})
+assert kept.keys() == ({"shard", "whole"} if processes.number() == 0 else set()), kept
+assert all(torch.equal(tensor, whole) for tensor in kept.values())
+assert torch.equal(shards.dealt(whole, shard).to_local(), shard.to_local())
+"""
+
+
+@pytest.mark.parametrize("program", [UNEVEN, REFERENCE, SHARDED, KEPT], ids=["uneven", "reference", "sharded", "kept"])
 def test_on_two_processes(program, tmp_path, monkeypatch):
     """UNEVEN: a gradient that one process alone has is summed, as of an expert that tokens of one alone came to; what nobody
     has a gradient of gets none. REFERENCE: each computes a share of the log-probs, and both have all. SHARDED: who has fewer passes
-    than the other takes part in those of the other.
+    than the other takes part in those of the other. KEPT: what is saved of shards is whole in the first process, and nothing in the
+    other.
     """
     (tmp_path / "script.py").write_text("\n".join(["import os, torch", "from align import processes", program, "processes.wait()"]))
     monkeypatch.setenv("ALIGN_HOME", str(tmp_path / "home"))

@@ -25,7 +25,6 @@ from align.stages.fields import (
     RunFields,
     SelectionFields,
 )
-from align.tuning.strategies import UNSHARDED
 
 
 @dataclass(frozen=True)
@@ -156,10 +155,7 @@ class TrainingStage(Stage, DataFields, ModelFields, AdapterFields, OptimizerFiel
     def _shards_train_the_strategy(self) -> Self:
         if self.launch is not None and self.launch.shards_weights and self.torch_compile:
             raise ValueError(f"torch_compile is for weights that are whole in every process, not for {self.launch.strategy}")
-        if self.launch is not None and self.launch.shards_weights and self.strategy.name in UNSHARDED:
-            raise ValueError(
-                f"tuning {self.strategy.name!r} trains whole in every process: strategy must be ddp, not {self.launch.strategy}"
-            )
+        self.check_shards(self.strategy.name)
         return self
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from align.errors import AlignError
 from align.stages.config import Bookkeeping, DataRefs, Fields, MaxTokens, ModelRef, Seed, TemplateRef
-from align.tuning.strategies import Tuning
+from align.tuning.strategies import UNSHARDED, Tuning
 
 
 class DataFields(Fields):
@@ -262,11 +262,7 @@ class LaunchFields(Fields):
         """Whether the weights lie in shards that FSDP2 makes."""
         return self.launch is not None and self.launch.num_processes > 1 and self.launch.strategy == "fsdp2"
 
-    def check_sampling_launch(self) -> None:
-        """Raise `ValueError` for a launch that a policy which samples itself cannot have."""
-        if self.launch is not None and self.launch.strategy not in ("ddp", "fsdp2"):
-            raise ValueError(f"a policy that samples is not DeepSpeed's: strategy must be ddp or fsdp2, not {self.launch.strategy}")
-        if self.in_shards and getattr(self, "rollout_server", None) is not None:
-            raise ValueError("rollout_server is brought whole weights, and these would lie in shards: strategy must be ddp")
-        if self.launch is not None and self.launch.mixed_precision == "fp16":
-            raise ValueError("mixed_precision fp16 needs a loss scale, which is not kept here: take bf16")
+    def check_shards(self, tuning: str) -> None:
+        """Raise `ValueError` where the launch deals weights that `tuning` needs whole."""
+        if self.launch is not None and self.launch.shards_weights and tuning in UNSHARDED:
+            raise ValueError(f"tuning {tuning!r} trains whole in every process: strategy must be ddp, not {self.launch.strategy}")

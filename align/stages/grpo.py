@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from align.stages.base import Context, TrainingStage, stage
 from align.stages.forgetting import ProbeFields
-from align.stages.sampling import RewardFields, SamplingFields
+from align.stages.sampling import RewardFields, SamplingFields, check_launch
 from align.trainers.settings import PPOSettings
 
 
@@ -73,7 +73,7 @@ class GroupStage(TrainingStage, ProbeFields, SamplingFields, RewardFields):
         if self.engine == "forest" and (self.top_p != 1 or self.top_k):
             raise ValueError("the distribution that is sampled is the one that is optimized: top_p must be 1 and top_k 0")
         if self.engine == "forest":
-            self.check_sampling_launch()
+            check_launch(self)
             if self.on_non_finite != "stop":
                 raise ValueError("a run that samples its policy stops at a loss that is not finite: leave on_non_finite at 'stop'")
         if self.engine == "trl":

@@ -19,9 +19,8 @@ from align.stages.fields import (
     SelectionFields,
 )
 from align.stages.forgetting import ProbeFields
-from align.stages.sampling import RewardFields, SamplingFields
+from align.stages.sampling import RewardFields, SamplingFields, check_launch
 from align.trainers.settings import PPOSettings
-from align.tuning.strategies import UNSHARDED
 
 
 @stage("ppo")
@@ -80,11 +79,9 @@ class PPO(
 
     @model_validator(mode="after")
     def _processes_sample(self) -> PPO:
-        self.check_sampling_launch()
+        check_launch(self)
         if self.in_shards and self.critic == "adapter":
             raise ValueError("critic 'adapter' changes which weights train, and shards do not follow: take 'separate' or 'shared'")
-        if self.in_shards and self.strategy.name in (*UNSHARDED, "qlora"):
-            raise ValueError(f"tuning {self.strategy.name!r} trains whole in every process: strategy must be ddp, not fsdp2")
         return self
 
     def check(self) -> None:

@@ -59,6 +59,22 @@ class SamplingFields(DecodingFields):
         return Sampling(self.max_completion_length, batch_size=self.rollout_batch_size, **stops, **settings)
 
 
+def check_launch(stage: Any) -> None:
+    """Raise `ValueError` for a launch that a stage which samples its own policy cannot have."""
+    launch = stage.launch
+    if launch is None:
+        return
+    if launch.strategy not in ("ddp", "fsdp2"):
+        raise ValueError(f"a policy that samples is not DeepSpeed's: strategy must be ddp or fsdp2, not {launch.strategy}")
+    if launch.mixed_precision == "fp16":
+        raise ValueError("mixed_precision fp16 needs a loss scale, which is not kept here: take bf16")
+    stage.check_shards(stage.strategy.name)
+    if stage.in_shards and stage.strategy.name == "qlora":
+        raise ValueError("tuning 'qlora' has a base in blocks of 4 bits, which are not dealt here: strategy must be ddp")
+    if stage.in_shards and stage.rollout_server is not None:
+        raise ValueError("rollout_server is brought whole weights, and these would lie in shards: strategy must be ddp")
+
+
 class RewardFields(Fields):
     """What judges an answer: functions, a reward model, or both."""
 

@@ -14,7 +14,7 @@ from align.errors import AlignError
 from align.progress import say
 from align.runner.checkpoints import checkpoints, fault, seal, step_of
 from align.runner.files import flush
-from align.shards import dealt, gathered
+from align.shards import dealt, kept
 from align.stages.base import Context
 from align.stages.fields import SelectionFields
 from align.stages.training import check_metric
@@ -48,7 +48,7 @@ class Best:
         values = self._values()
         best = self._best(values)
         if best == step:
-            weights = {name: gathered(p.detach()) for name, p in self._trained().items()}
+            weights = kept(self._trained())
             if processes.number() == 0:
                 self._keep(step, weights)
                 self._prune(values)
@@ -58,7 +58,7 @@ class Best:
     def _keep(self, step: int, weights: dict[str, Tensor]) -> None:
         place = self._place(step)
         place.mkdir(parents=True, exist_ok=True)
-        save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, place / WEIGHTS)
+        save_file({name: weight.contiguous() for name, weight in weights.items()}, place / WEIGHTS)
         seal(place)
         flush(self.folder)  # a checkpoint that is on the disk goes by them
 
@@ -78,9 +78,9 @@ class Best:
         """
         values = self._values()
         best = self._best(values)
-        kept = load_file(self._whole(best) / WEIGHTS)
+        weights = load_file(self._whole(best) / WEIGHTS)
         for name, parameter in self._trained().items():
-            parameter.data.copy_(dealt(kept[name], parameter))
+            parameter.data.copy_(dealt(weights[name], parameter))
         say(f"{self.context.name}: kept the weights of step {best}, of {max(values)}")
         return best
 

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+from align import processes
 from align.budget import Budget, MaxTokens, Packed, measuring
 from align.checkpointing import SafeTrainer
 from align.engine import base_model
@@ -183,11 +184,7 @@ class ForestTrainer(SafeTrainer):
 
         Processes pack their trees into different numbers of forests, and the replicas or shards of a model wait for each other.
         """
-        if self.accelerator.num_processes == 1:
-            return [(forest, True) for forest in forests]
-        most = int(self.accelerator.gather(torch.tensor([len(forests)], device=self.args.device)).max())
-        spare = repeat(self._spare(), most - len(forests)) if most > len(forests) else ()
-        return [*((forest, True) for forest in forests), *((forest, False) for forest in spare)]
+        return processes.evened(forests, self._spare, waiting=True)
 
     def _spare(self) -> Forest:
         return plant(self.train_dataset[:1])

@@ -26,7 +26,7 @@ from align import processes
 from align.progress import say
 from align.runner.checkpoints import last_good, prune, seal, step_of
 from align.runner.files import flush, write_atomically
-from align.shards import dealt, gathered
+from align.shards import dealt
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class State:
     """What a run is made of at the end of a step."""
 
     tensors: dict[str, Tensor]
+    """Where it is saved, those that the first process writes."""
     plain: dict[str, Any]
     own: dict[str, Any]
     """What each process has of its own."""
@@ -121,9 +122,9 @@ class Checkpoints:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by ``PARAMETER.NAME``, whole; all processes ask for it."""
+    """The optimizer's state by ``PARAMETER.NAME``."""
     states = optimizer.state_dict()["state"]
-    return {f"{n}.{name}": gathered(torch.as_tensor(value)) for n, state in states.items() for name, value in state.items()}
+    return {f"{number}.{name}": torch.as_tensor(value) for number, state in states.items() for name, value in state.items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from align import processes
 from align.budget import Budget, Packed
-from align.forest import Forest, Tree
+from align.forest import Forest, Tree, plant
 from align.heads import TokenScores
-from align.shards import even, is_sharded
+from align.shards import is_sharded
 from align.trainers.ppo.critics import Critic, device_of, trainable
 from align.tuning.tune import Reference
 
@@ -83,7 +84,7 @@ class Models:
         def work(packed: Packed) -> dict[str, Tensor]:
             first_pass.clear()
             columns: dict[str, Tensor] = {}
-            passes = even([forest for _, forest in packed], trees[0], sharded=self.sharded)
+            passes = processes.evened([forest for _, forest in packed], lambda: plant(trees[:1]), waiting=self.sharded)
             for number, (forest, counts) in enumerate(passes):
                 answers, said = self._said(forest.to(self.device), learning and len(passes) == 1)
                 if not counts:

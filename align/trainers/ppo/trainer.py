@@ -25,7 +25,7 @@ from align.rollout import Completion, Engine, Sampling
 from align.rollout.together import complete_together
 from align.runner.files import flush
 from align.runner.stop import Stopped, stop_requested
-from align.shards import dealt, gathered, whole
+from align.shards import dealt, kept, whole
 from align.trainers.ppo.advantages import Rewarded, estimators, parameters
 from align.trainers.ppo.checkpoint import (
     Checkpoints,
@@ -279,8 +279,7 @@ class PPOTrainer:
     def state(self) -> State:
         """Everything that the rest of the run depends on."""
         learner = self.learner
-        tensors = {name: gathered(weight) for name, weight in self._weights().items()}
-        tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer_tensors(learner.optimizer).items()}
+        tensors = self._weights() | {f"optimizer/{name}": tensor for name, tensor in optimizer_tensors(learner.optimizer).items()}
         plain = {
             "groups": learner.optimizer.state_dict()["param_groups"],
             "scheduler": learner.scheduler.state_dict(),
@@ -290,7 +289,7 @@ class PPOTrainer:
             "pending": self._pending,
         }
         own = {"random": random_state(self.generator, self.shuffle), "budgets": [self.budget.tokens, learner.budget.tokens]}
-        return State(tensors, plain, own)
+        return State(kept(tensors), plain, own)
 
     def resume(self) -> bool:
         """Go on from the last checkpoint. False where there is none."""

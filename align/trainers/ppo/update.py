@@ -16,7 +16,7 @@ from align.errors import AlignError, NonFiniteLoss
 from align.forest import Forest, Tree, pack, plant
 from align.heads import TokenScores
 from align.losses import ppo_policy_loss, ppo_value_loss
-from align.shards import even, gathered
+from align.shards import gathered
 from align.trainers.ppo.data import Episodes, Shuffled
 from align.trainers.ppo.kl import KL_ESTIMATORS
 from align.trainers.ppo.models import Models
@@ -154,12 +154,15 @@ class Learner:
             for name, values in {"loss": loss, **seen}.items():
                 sums[name] = sums.get(name, zero) + counts * values.detach().sum()
 
-        for forest, counts in even([forest for _, forest in packed], spare, sharded=self.models.sharded):
+        for forest, counts in self._passes([forest for _, forest in packed], spare):
             for loss, seen in self._losses(forest.to(self.models.device), batch, kl_coef, policy):
                 learn(loss, seen, counts)
         for loss, seen, counts in self._ptx_losses(ptx, batch):
             learn(loss, seen, counts)
         return {**sums, "tokens": torch.tensor(float(sum(f.targets.numel() for _, f in packed)), device=self.models.device)}
+
+    def _passes(self, forests: list[Forest], spare: Tree) -> list[tuple[Forest, bool]]:
+        return processes.evened(forests, lambda: plant([spare]), waiting=self.models.sharded)
 
     def _losses(self, forest: Forest, batch: Batch, kl_coef: float, policy: bool) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """The losses of a forest, each with the sums it is logged by; policy and critic apart where their passes are."""
@@ -222,7 +225,7 @@ class Learner:
     def _ptx_losses(self, ptx: Sequence[Tree], batch: Batch) -> Iterator[tuple[Tensor, dict[str, Tensor], bool]]:
         """Mean negative log-likelihood of the mixed-in rows' tokens, weighted; and whether it counts."""
         forests = [plant([ptx[i] for i in indices]) for indices in pack(ptx, self.budget.tokens)]
-        for forest, counts in even(forests, self.ptx[0], sharded=self.models.sharded) if batch.ptx_tokens else ():
+        for forest, counts in self._passes(forests, self.ptx[0]) if batch.ptx_tokens else ():
             with self.models.precision():
                 logps = self.models.policy(forest=forest.to(self.models.device)).logps
             nll = -logps.sum() / batch.ptx_tokens
