@@ -230,7 +230,12 @@ def tools(raw: Raw) -> Fields:
     return {"tools": [tool if "function" in tool else {"type": "function", "function": tool} for tool in found]} if found else {}
 
 
+TRUTHS = {
+    True: ("true", "1", "1.0", "yes", "good", "desirable"),
+    False: ("false", "0", "0.0", "-1", "no", "bad", "undesirable"),
+}
+
+
 def truth(value: Any) -> Any:
-    """A label as a bool, also where it was written as a number or, in a table, as a word; anything else as it is."""
-    words: dict[Any, bool] = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-    return words.get(str(value).strip().lower(), value)
+    """A label as a bool, also where it was written as a number or a word, as tables and classes have it; anything else as it is."""
+    return next((meant for meant, words in TRUTHS.items() if str(value).strip().lower() in words), value)

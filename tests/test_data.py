@@ -80,12 +80,22 @@ def test_zst(tmp_path: Path) -> None:
     assert len(load_rows(write(cut, first + documents.compress(b"three\n") + documents.flush()), "text").rows) == 3
 
 
+@pytest.mark.parametrize("encoding", ["UTF-16", "UTF-32"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.txt"])
-def test_utf16_is_named(tmp_path: Path, name: str) -> None:
+def test_other_encodings_are_named(tmp_path: Path, name: str, encoding: str) -> None:
     """It was a row of bytes that are not UTF-8, and behind it rows of letters with zero bytes between them."""
-    content = "text\r\nOnce upon a time\r\n".encode("utf-16")
+    content = "text\r\nOnce upon a time\r\n".encode(encoding)
     path = write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
-    assert refusal(path, "text", on_bad_row="quarantine").startswith(f"{path}: is UTF-16, expected UTF-8; convert it: iconv")
+    told = refusal(path, "text", on_bad_row="quarantine")
+    assert told.startswith(f"{path}: is {encoding}, expected UTF-8; convert it: iconv -f {encoding} ")
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"), [(1, 0), (1, -1), ("True", "False"), ("yes", "no"), ("Good", "Bad"), ("desirable", "undesirable")]
+)
+def test_a_verdict_may_be_a_word(tmp_path: Path, good: Any, bad: Any) -> None:
+    rows = [{"prompt": "Name a fruit.", "completion": "Bread.", "label": label} for label in (good, bad)]
+    assert [row.label for row in load_rows(write(tmp_path / "a.jsonl", lines(rows)), "unpaired").rows] == [True, False]
 
 
 def test_a_key_that_stands_twice(tmp_path: Path) -> None:

@@ -45,12 +45,12 @@ def test_nothing_is_found_in_fine_rows(rule):
 
 
 def test_empty():
-    rows = [sft("a", " \n"), sft("a", "..."), pair("a", "", "b"), TextRow(text="\u200b"), *FINE]
+    rows = [sft("a", " \n"), sft("a", "..."), pair("a", "", "b"), TextRow(text="\u200b"), sft("a", "👍"), sft("a", ">"), *FINE]
     assert removed(rows, "empty") == [
         (1, "completion is empty"),
-        (2, "completion has no letter and no digit"),
+        (2, "completion has no letter, digit, sign or emoji"),
         (3, "chosen is empty"),
-        (4, "text has no letter and no digit"),
+        (4, "text has no letter, digit, sign or emoji"),
     ]
 
 
@@ -103,9 +103,18 @@ def test_identical_and_contradictory_pairs():
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("It is -5.", "It is 5."), ("3 * 4", "3 + 4"), ("x > 3", "x < 3"), ("Pay $5", "Pay 5%"), ("1/2", "1-2")]
+    ("one", "other"),
+    [
+        ("It is -5.", "It is 5."),
+        ("3 * 4", "3 + 4"),
+        ("x > 3", "x < 3"),
+        ("Pay $5", "Pay 5%"),
+        ("1/2", "1-2"),
+        ("Done 👍", "Done 👎"),
+        ("Hello!", "Hello! 😊"),
+    ],
 )
-def test_signs_of_arithmetic_are_no_punctuation(one, other):
+def test_signs_and_emoji_are_no_punctuation(one, other):
     """Right and wrong answers that differ in a sign were taken for the same, and went."""
     rows = [PreferenceRow(prompt="Which?", chosen=one, rejected=other), PreferenceRow(prompt=one, chosen="a", rejected="b")]
     rows.append(PreferenceRow(prompt=other, chosen="a", rejected="b"))

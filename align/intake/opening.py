@@ -29,26 +29,30 @@ def open_bytes(path: Path) -> IO[bytes]:
     """The bytes of a file of text, without its compression.
 
     Raises:
-        AlignError: they are no UTF-8, but UTF-16, as some programs on Windows write it, or no text at all.
+        AlignError: they are no UTF-8, but UTF-16 or UTF-32, as some programs on Windows write it, or no text at all.
     """
     stream: Any = decompressed(path)
     start = stream.peek(LOOKED_AT)[:LOOKED_AT]
-    wrong = next((told for magic, told in OTHERS.items() if start.startswith(magic)), None) or _utf16(start, path.name)
+    wrong = next((told for magic, told in OTHERS.items() if start.startswith(magic)), None) or _wide(start, path.name)
     if wrong:
         stream.close()
         raise AlignError(f"{path}: {wrong}")
     return stream
 
 
-def _utf16(start: bytes, name: str) -> str | None:
-    """What to say of a file that is UTF-16. Without a mark in front it is known by its zero bytes, one half of many letters;
+WIDE = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+"""Encodings by the mark that a file begins with; that of UTF-32 begins with one of UTF-16."""
+
+
+def _wide(start: bytes, name: str) -> str | None:
+    """What to say of a file that is UTF-16 or UTF-32. Without a mark UTF-16 is known by its zero bytes, one half of many letters;
     those that a crash leaves in a file stand side by side.
     """
-    marked = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    marked = next((encoding for mark, encoding in WIDE.items() if start.startswith(mark)), None)
     first, second = start[::2].count(0), start[1::2].count(0)
-    if not marked and not (max(first, second) > max(len(start) / 10, 1) and 10 * min(first, second) < max(first, second)):
+    if marked is None and not (max(first, second) > max(len(start) / 10, 1) and 10 * min(first, second) < max(first, second)):
         return None
-    encoding = "UTF-16" if marked else "UTF-16LE" if second > first else "UTF-16BE"
+    encoding = marked or ("UTF-16LE" if second > first else "UTF-16BE")
     found = f"is {encoding}" if marked else f"looks like {encoding}, as many of its bytes are zero"
     return f"{found}, expected UTF-8; convert it: iconv -f {encoding} -t UTF-8 {name}"
 

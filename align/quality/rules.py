@@ -17,7 +17,7 @@ from align.errors import AlignError
 from align.quality.duplicates import THRESHOLD, leaders, pieces, similarity
 from align.quality.overlap import N, Overlap
 from align.quality.reading import read
-from align.quality.texts import key, mojibake, replies, texts, whole, words
+from align.quality.texts import key, mojibake, replies, speaks, texts, whole, words
 from align.schema import LabelledRow, LabelledText, PreferenceRow, QARow, Row, short
 
 Found = Iterator[tuple[int, str]]
@@ -43,13 +43,13 @@ DEFAULT = (
 
 @rules.add
 def empty(rows: Sequence[Row]) -> Found:
-    """A text without a letter or a digit: there is nothing to ask, or nothing to learn. An empty prompt is allowed, and so is a
-    question without a context or an answer.
+    """A text without a letter, a digit, a sign or an emoji: there is nothing to ask, or nothing to learn. An empty prompt is
+    allowed, and so is a question without a context or an answer.
     """
     for number, row in enumerate(rows):
         for name, text in ({"question": row.question} if isinstance(row, QARow) else replies(row)).items():
-            if not any(letter.isalnum() for letter in text):
-                yield number, f"{name} {'has no letter and no digit' if text.strip() else 'is empty'}"
+            if not speaks(text):
+                yield number, f"{name} {'has no letter, digit, sign or emoji' if text.strip() else 'is empty'}"
                 break
 
 

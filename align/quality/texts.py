@@ -30,8 +30,10 @@ def _word() -> re.Pattern[str]:
     return re.compile(rf"[{CJK}]|{letters}+(?:[{marks()}]+{letters}*)*")
 
 
-SIGNS = r"[+<>=≤≥≠±×÷%^$€£]|(?<!\*)[-−*/](?=\s?\d)"
-"""What is no word and yet makes another question or answer of one: -5 is not 5, and 3 * 4 not 3 + 4. A hyphen is not among them."""
+SIGNS = r"[+<>=≤≥≠±×÷%^$€£\u2600-\u27bf\U0001f000-\U0001faff]|(?<!\*)[-−*/](?=\s?\d)"
+"""What is no word and yet makes another question or answer of one: -5 is not 5, 3 * 4 not 3 + 4, and 👍 not 👎. A hyphen is not
+among them.
+"""
 
 
 @cache
@@ -88,6 +90,11 @@ def key(text: str) -> str:
     punctuation.
     """
     return " ".join(_word_or_sign().findall(unicodedata.normalize("NFKC", text).lower())) or text.strip()
+
+
+def speaks(text: str) -> bool:
+    """Whether `text` has a word or one of `SIGNS`."""
+    return _word_or_sign().search(text) is not None
 
 
 def ngrams(items: Sequence[str], n: int) -> Iterator[str]:
