@@ -31,7 +31,7 @@ from align.commands import (
     ui,
 )
 from align.commands.parser import Parser
-from align.errors import AlignError, StageFailed
+from align.errors import AlignError, StageFailed, first_line
 from align.runner.files import disk_is_full, no_room
 from align.runner.stop import Stopped
 
@@ -79,6 +79,14 @@ def main(arguments: list[str] | None = None) -> int:
             told = "; the same command continues with the stage that was cut" if isinstance(stop, Stopped) else ""
             print(f"align: interrupted{told}", file=sys.stderr)
         return 130
+    except (MemoryError, RuntimeError) as error:
+        from align.budget import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        told = "out of memory; take a smaller model, shorter texts or fewer at a time, or end other programs"
+        print(f"align: error: {told} ({first_line(error)})", file=sys.stderr)
+        return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

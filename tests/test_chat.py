@@ -339,6 +339,15 @@ def test_an_answer_without_memory_is_told_and_the_conversation_goes_on(monkeypat
     assert capsys.readouterr().err == "out of memory\n"
 
 
+def test_a_command_without_memory_is_told_in_a_line(folders, monkeypatch, capsys):
+    """It was a traceback."""
+    monkeypatch.setattr(Speaker, "answer", lambda *_: torch.empty(1 << 55))
+    assert main(["chat", str(folders / "one"), "--prompt", "Hello"]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("align: error: out of memory; take a smaller model")
+    assert "can't allocate memory" in told
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_ctrl_c_cuts_an_answer_at_a_terminal_and_ends_what_reads_a_pipe(terminal, monkeypatch, capsys):
     class Cut(Parrot):

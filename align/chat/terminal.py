@@ -124,7 +124,7 @@ def _converse(talk: Talk, read: Callable[[str], str], write: Callable[[str], obj
             except AlignError as error:
                 talk.undo()
                 say(str(error))
-            except RuntimeError as error:
+            except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
                 talk.undo()
