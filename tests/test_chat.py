@@ -19,7 +19,7 @@ import torch
 from helpers import llama
 from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from align.chat.speaker import Decoding, Speaker
+from align.chat.speaker import Decoding, Speaker, context_of
 from align.chat.terminal import Talk, talk_at_terminal
 from align.chat.votes import add_vote
 from align.cli import main
@@ -100,12 +100,15 @@ def test_a_failure_while_answering_is_not_swallowed(folders):
 def test_who_stops_listening_stops_the_model(folders):
     speaker = Speaker(str(folders / "one"))
     speaker.stops = [speaker.tokenizer.pad_token_id]
+    passes: list[int] = []
+    speaker.model.register_forward_hook(lambda *_: passes.append(1))
     pieces = speaker.answer([Message(role="user", content="Hi")], Decoding(max_completion_length=10_000, temperature=0.0))
     before = set(threading.enumerate())  # a server of another test may still be ending
     next(pieces)
     (thread,) = set(threading.enumerate()) - before
     pieces.close()
     assert not thread.is_alive()
+    assert len(passes) < context_of(speaker.model) / 2  # nor did it end by itself
 
 
 def test_an_answer_ends_with_the_context_and_a_longer_question_is_refused(folders, tokenizer):

@@ -74,10 +74,15 @@ def folder(tmp_path, monkeypatch, tokenizer):
     return tokenizer
 
 
+def found(**stages):
+    """Everything found in the stages."""
+    plan = Run(Recipe("r", stages), Path("runs")).plan()
+    return [finding for each in inspect(plan) for finding in each.findings]
+
+
 def findings(**stages):
     """Level and name of everything found in the stages."""
-    plan = Run(Recipe("r", stages), Path("runs")).plan()
-    return sorted({(finding.level, finding.check) for each in inspect(plan) for finding in each.findings})
+    return sorted({(finding.level, finding.check) for finding in found(**stages)})
 
 
 def sft(**fields):
@@ -231,7 +236,9 @@ def test_length_bias(folder, side):
     for row in rows[: int(0.85 * len(rows))]:
         row[side] += " " + " ".join(NOUNS)
     write_rows("pairs.jsonl", rows)
-    assert findings(dpo=dpo()) == [("warning", "length_bias")]
+    (finding,) = found(dpo=dpo())
+    assert (finding.level, finding.check) == ("warning", "length_bias")
+    assert finding.message.startswith(f"the {side} answer is the longer one in 9")
 
 
 def test_swapped_labels(folder):
@@ -245,6 +252,13 @@ def test_swapped_labels(folder):
     found = suspicious([PreferenceRow(**row) for row in rows])
     assert len(set(found) & set(swapped)) >= 0.9 * len(swapped)
     assert len(set(found) - set(swapped)) <= 0.02 * len(rows)
+
+
+def test_pairs_that_say_the_opposite_of_others(folder):
+    rows = pairs()
+    write_rows("pairs.jsonl", [*rows, *({**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows[:10])])
+    told = [finding.message for finding in found(dpo=dpo()) if finding.check == "swapped_labels"]
+    assert "18 of 198 pairs (9.1%) say the opposite of another pair" in told  # of ten couples one is held out
 
 
 def test_words_that_say_nothing_raise_no_suspicion(folder):
