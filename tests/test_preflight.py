@@ -230,6 +230,17 @@ def test_truncated_rows(folder):
     assert findings(sft=sft()) == [("warning", "truncated")]
 
 
+def test_the_split_that_trains_is_looked_at(folder):
+    Path("splits").mkdir()
+    write_rows("splits/train.jsonl", sft_rows())
+    bad = sft_rows()
+    for row in bad:
+        row["messages"][1]["content"] = "..."
+    write_rows("splits/validation.jsonl", bad)
+    assert findings(sft=sft(data="splits")) == []
+    assert ("warning", "empty_texts") in findings(sft=sft(data="splits", data_split="validation"))
+
+
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_length_bias(folder, side):
     rows = pairs()
@@ -486,12 +497,14 @@ def test_time_is_that_of_the_tokens_in_the_rows(folder):
     stages = {
         "small": sft(per_device_train_batch_size=1, held_out=0.0),
         "large": sft(per_device_train_batch_size=512, held_out=0.0),
+        "steps": sft(per_device_train_batch_size=8, max_steps=10, held_out=0.0),
         "short": Pretrain(data="short.jsonl", **text),
         "long": Pretrain(data="long.jsonl", **text),
     }
     plan = Run(Recipe("r", stages), Path("runs")).plan()
     seconds = {each.name: each.estimate.seconds for each in inspect(plan, machine=card("H100"))}
     assert seconds["large"] == seconds["small"]
+    assert seconds["steps"] == pytest.approx(seconds["small"] * 10 * 8 / len(sft_rows()))
     assert seconds["long"] / seconds["short"] == pytest.approx(10, rel=0.15)
 
 
@@ -510,6 +523,7 @@ def test_what_samples_is_estimated_by_its_own_batches(folder):
     assert estimates["grpo"].parts == estimates["ppo"].parts
     assert estimates["grpo"].seconds == estimates["ppo"].seconds
     assert estimates["ppo"].seconds / estimates["ppo16"].seconds == pytest.approx(989 / 66.9)
+    assert estimates["ppo"].made_of["optimizer"] == 2 * estimates["ppo"].made_of["weights"]  # two moments of each weight
 
 
 @pytest.fixture
