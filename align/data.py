@@ -233,6 +233,11 @@ def load_rows(
     return Rows(rows, stream.source, stream.format, stream.account, stream.set_aside)
 
 
+def all_held_out(sources: Sequence[str], share: float) -> AlignError:
+    """The error for `sources` of which nothing is left to train on."""
+    return AlignError(f"{', '.join(sources)}: no row is left to train on after holding out {share:.0%} of the prompts")
+
+
 def refuse_empty(stream: RowStream) -> None:
     """Raise `AlignError` if `stream`, read to its end, gave no row."""
     account = stream.account

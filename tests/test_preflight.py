@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import add_begin, llama
+from transformers import AutoConfig
 
 from align import onednn
 from align.cli import main
@@ -228,6 +229,15 @@ def test_truncated_rows(folder):
         row["messages"][1]["content"] = " ".join(NOUNS * 8)
     write_rows("sft.jsonl", rows)
     assert findings(sft=sft()) == [("warning", "truncated")]
+
+
+def test_rows_that_are_all_held_out(folder):
+    write_rows("sft.jsonl", sft_rows()[:1] * 40)
+    (finding,) = found(sft=sft(eval_data=None, held_out=0.999))
+    assert (finding.check, finding.message) == (
+        "input",
+        "sft.jsonl: no row is left to train on after holding out 100% of the prompts",
+    )
 
 
 def test_the_split_that_trains_is_looked_at(folder):
@@ -526,11 +536,40 @@ def test_what_samples_is_estimated_by_its_own_batches(folder):
     assert estimates["ppo"].made_of["optimizer"] == 2 * estimates["ppo"].made_of["weights"]  # two moments of each weight
 
 
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "d_model": 32,
+    "d_ff": 32,
+    "d_kv": 16,
+    "num_hidden_layers": 1,
+    "n_layer": 1,
+    "n_head": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("bloom", "bloom models have none: a pass without weights fails ("),
+        ("gptj", "gptj models have none: a pass without weights fails ("),
+        ("t5", "encoders, encoder-decoders and tasks have none"),
+        ("distilbert", "encoders, encoder-decoders and tasks have none"),
+    ],
+)
+def test_what_cannot_be_estimated_is_told(folder, kind, told):
+    """`align check` ended in a traceback."""
+    AutoConfig.for_model(kind, **SIZES).save_pretrained("model")
+    write_rows("text.jsonl", [{"text": f"{i} {' '.join(NOUNS)}"} for i in range(40)])
+    stages = {"text": Pretrain(model="model", data="text.jsonl", max_length=16, learning_rate=1e-3, held_out=0.1)}
+    (looked,) = inspect(Run(Recipe("r", stages), Path("runs")).plan(), machine=card("H100"))
+    assert looked.estimate is None
+    assert looked.outlook.startswith(f"no estimate: {told}")
+
+
 @pytest.fixture
 def llama_8b(folder):
     """Its config as the model; weights there are none."""
-    from transformers import AutoConfig
-
     sizes = {
         "hidden_size": 4096,
         "intermediate_size": 14336,

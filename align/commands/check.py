@@ -59,7 +59,7 @@ def check(options: argparse.Namespace) -> int:
     else:
         for each in looked:
             print(f"{each.name}: {each.about}")
-            for line in [finding.line() for finding in each.findings] + ([each.estimate.line()] if each.estimate else []):
+            for line in [finding.line() for finding in each.findings] + ([each.outlook] if each.outlook else []):
                 print(f"  {line}")
             for pieces in each.samples:
                 print("    " + terminal(pieces, colour=sys.stdout.isatty()).replace("\n", "\n    "))

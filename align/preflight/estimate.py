@@ -11,8 +11,10 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from align.budget import START
+from align.engine import PROBE_ERRORS
+from align.errors import AlignError, first_line
 from align.forest import Forest, Tree, plant
-from align.models import architecture_config, load_config
+from align.models import architecture_config, family_of, load_config
 from align.preflight.cards import GB, Machine
 from align.preflight.checks import Finding
 from align.preflight.memory import LIBRARIES, Skeleton, peak
@@ -85,17 +87,28 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def estimate(subject: Subject, machine: Machine) -> Estimate | None:
-    """What the stage will take on `machine`, of several processes each; None where its model or its tokens are not known yet, on
-    TRL's engine, and for virtual tokens in front of the rows.
+def estimate(subject: Subject, machine: Machine) -> Estimate:
+    """What the stage will take on `machine`, of several processes each.
+
+    Raises:
+        AlignError: there is no telling, and why.
     """
-    trees = subject.encoded.trees
     config = _config(subject)
-    forest = getattr(subject.stage, "engine", "forest") == "forest"
-    if config is None or not trees or not forest or subject.stage.strategy.name in SOFT:
-        return None
+    if config is None:
+        raise AlignError("the model, or its tokenizer, is not there yet")
+    if hasattr(subject.stage, "task") or family_of(config) != "causal":
+        raise AlignError("encoders, encoder-decoders and tasks have none")
+    if getattr(subject.stage, "engine", "forest") != "forest":
+        raise AlignError("TRL's engine has none")
+    if subject.stage.strategy.name in SOFT:
+        raise AlignError("virtual tokens in front of the rows have none")
+    if not subject.encoded.trees:
+        raise AlignError("there are no tokens to train on")
     machine = _part(machine, _launch(subject.stage))
-    return _sampled(subject, config, machine) if subject.kind == "prompts" else _supervised(subject, config, machine)
+    try:
+        return _sampled(subject, config, machine) if subject.kind == "prompts" else _supervised(subject, config, machine)
+    except (*PROBE_ERRORS, KeyError) as error:
+        raise AlignError(f"{config.model_type} models have none: a pass without weights fails ({first_line(error)})") from error
 
 
 ALONE = SimpleNamespace(num_processes=1, num_machines=1, strategy="ddp", shards_weights=False)

@@ -31,9 +31,16 @@ class Looked:
     """What will be trained, on which rows; or why it cannot be said yet."""
     findings: list[Finding] = field(default_factory=list)
     estimate: Estimate | None = None
+    unknown: str | None = None
+    """Why there is no estimate, where one was asked for."""
     samples: list[list[Piece]] = field(default_factory=list)
     subject: Subject | None = None
     """None where the stage trains nothing, or cannot be looked at yet."""
+
+    @property
+    def outlook(self) -> str | None:
+        """The estimate for people, or why there is none; None where none was asked for."""
+        return self.estimate.line() if self.estimate else self.unknown and f"no estimate: {self.unknown}"
 
     def plain(self) -> dict[str, Any]:
         """For programs."""
@@ -42,6 +49,7 @@ class Looked:
             "about": self.about,
             "findings": [finding.plain() for finding in self.findings],
             "estimate": self.estimate.plain() if self.estimate else None,
+            "no_estimate": self.unknown,
             "samples": [html(pieces) for pieces in self.samples],
         }
 
@@ -85,8 +93,11 @@ def _inspect(step: Planned, plan: Sequence[Planned], machine: Machine | None, sa
         return Looked(step.name, "trains nothing")
     result = Looked(step.name, _about(seen), look(seen), subject=seen)
     if machine is not None:
-        result.estimate = estimate(seen, machine)
-        result.findings += result.estimate.findings() if result.estimate else []
+        try:
+            result.estimate = estimate(seen, machine)
+            result.findings += result.estimate.findings()
+        except AlignError as reason:
+            result.unknown = str(reason)
     if samples and seen.encoder is not None:
         trees = seen.encoded.trees
         chosen = trees[:: max(1, len(trees) // samples)][:samples]

@@ -56,7 +56,7 @@ def page(name: str, looked: Sequence[Any]) -> str:
     for each in looked:
         parts.append(f"<h2>{escape(each.name)}</h2><p>{escape(each.about)}</p>")
         parts += [f"<p class='{finding.level}'>{escape(finding.line())}</p>" for finding in each.findings]
-        if each.estimate:
-            parts.append(f"<p>{escape(each.estimate.line())}</p>")
+        if each.outlook:
+            parts.append(f"<p>{escape(each.outlook)}</p>")
         parts += [f"<pre>{html(pieces)}</pre>" for pieces in each.samples]
     return "\n".join(parts) + "\n"

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from align.data import load_rows, split_by_prompt
+from align.data import all_held_out, load_rows, split_by_prompt
 from align.encode import Encoded, Encoder, set_chat_template
 from align.errors import AlignError
 from align.models import load_tokenizer
@@ -96,6 +96,8 @@ def subject(step: Planned, plan: Sequence[Planned]) -> Subject | None:
         capped |= more
     else:
         rows, held_out = split_by_prompt(rows, stage.held_out)
+        if not rows and not capped:
+            raise all_held_out(stage.data, stage.held_out)
     model, templates, architecture = _origin(stage, waiting)
     found = Subject(step.name, stage, stage.reads, rows, held_out, stage.eval_data is not None, capped, None, model, architecture)
     source = model or getattr(stage, "tokenizer", None)

@@ -8,7 +8,7 @@ from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
-from align.data import Quarantine, RowStream, is_held_out, refuse_empty
+from align.data import Quarantine, RowStream, all_held_out, is_held_out, refuse_empty
 from align.encode import Encoded
 from align.errors import AlignError
 from align.forest import Tree
@@ -48,7 +48,7 @@ def rows_of(stage: DataFields, kind: str, context: Context) -> tuple[Any, Any]:
         for row in _read(stage, source, None, kind, f"{context.name} (held out)", quarantine):
             held.append(row)
     if not len(train):
-        raise AlignError(f"{', '.join(stage.data)}: no row is left to train on after holding out {share:.0%} of the prompts")
+        raise all_held_out(stage.data, share)
     return train, held
 
 
