@@ -132,6 +132,8 @@ class Evaluation:
         if asked and self._needs_references():
             asked, self.references = self._with_references(asked)
         self.prompts = [row for row, _, _ in asked[: stage.max_prompts]]
+        if self.prompts:
+            self._keep_what_fits([path for name, path in stage.models.items() if name not in tasked])
         if self.prompts and (stage.reward_funcs or stage.reward_model):
             stage.reward_set(row_columns(self.prompts))  # before any answer: what it does not fit is an error
         for spec in answered if self.prompts else []:
@@ -228,14 +230,33 @@ class Evaluation:
             say(f"{self.context.name}: left out {without} prompts without a reference answer ({why})")
         return kept, references
 
+    def _keep_what_fits(self, paths: Sequence[str]) -> None:
+        """Leave out the prompts that one of the models at `paths` has no room for: all of them answer the same ones."""
+        count, room = len(self.prompts), self.stage.max_length - self.stage.max_completion_length
+        fitting = [{id(row) for row in self._encoder(path, room).prompts(self.prompts).rows} for path in paths]
+        kept = [number for number, row in enumerate(self.prompts) if all(id(row) in rows for rows in fitting)]
+        more = "raise max_length, or lower max_completion_length"
+        if not kept:
+            raise AlignError(f"no prompt has {room} tokens or fewer, so none leaves room for an answer; {more}")
+        if len(kept) < count:
+            left = f"left out {count - len(kept)} of {count} prompts, which have more than {room} tokens"
+            say(f"{self.context.name}: {left}; to have them answered {more}")
+        self.prompts = [self.prompts[number] for number in kept]
+        if self.references is not None:
+            self.references = [self.references[number] for number in kept]
+
+    def _encoder(self, path: str, max_length: int) -> Encoder:
+        tokenizer = load_tokenizer(path, trust_remote_code=self.stage.trust_remote_code)
+        set_chat_template(tokenizer, self.stage.chat_template)
+        return Encoder(tokenizer, max_length)
+
     def policy(self, name: str, path: str) -> dict[str, Any]:
         """Everything that is measured of a language model, or of a model that was trained for a task."""
         if is_task_model(path):
             return self._task_model(name, path)
         stage = self.stage
-        tokenizer = load_tokenizer(path, trust_remote_code=stage.trust_remote_code)
-        set_chat_template(tokenizer, stage.chat_template)
-        encoder = Encoder(tokenizer, stage.max_length)
+        encoder = self._encoder(path, stage.max_length)
+        tokenizer = encoder.tokenizer
         model = load_causal_lm(path, dtype=stage.dtype, trust_remote_code=stage.trust_remote_code)
         model.to(best_device())
         enable_forest(model)
@@ -290,8 +311,6 @@ class Evaluation:
     def _answer(self, name: str, model: nn.Module, encoder: Encoder) -> dict[str, Any]:
         stage, tokenizer = self.stage, encoder.tokenizer
         encoded = encoder.prompts(self.prompts)
-        if len(encoded.trees) < len(self.prompts):
-            raise AlignError(f"{name}: {encoded.summary()}; raise max_length so that every model answers the same prompts")
         prompts = [tree.prompt for tree in encoded.trees]
         stops = {*stop_token_ids(model, tokenizer), encoder.end_of_answer(self.prompts[0])}
         judge = None

@@ -283,6 +283,20 @@ def test_a_prompt_meets_the_answer_of_its_own_row(capsys, folder, rows, pairs, w
     assert found == pairs
 
 
+def test_a_prompt_without_room_for_an_answer_is_left_out(capsys, folder):
+    """It stopped the evaluation, which comes after all training. All models answer the same prompts, with their own references."""
+    asked = [("say one", "one"), ("say " * 400, "two"), ("say three", "three")]
+    write_rows(folder / "long.jsonl", [{"prompt": prompt, "answer": answer} for prompt, answer in asked])
+    flags = " --data long.jsonl --metrics exact_match --max_completion_length 8 --max_length"
+    assert main(f"eval one two{flags} 100".split()) == 0
+    assert (
+        "left out 1 of 3 prompts, which have more than 92 tokens; to have them answered raise max_length" in capsys.readouterr().err
+    )
+    assert [sample["prompt"] for sample in samples()] == ["say one", "say three"]
+    assert main(f"eval one two{flags} 9".split()) == 2
+    assert "no prompt has 1 tokens or fewer, so none leaves room for an answer; raise max_length" in capsys.readouterr().err
+
+
 def test_a_null_in_the_first_row_does_not_hide_a_column(capsys, folder):
     """The columns of the first row decided for all: a reference was not found, an instruction not passed on."""
     write_rows(folder / "null.jsonl", [{"prompt": "say one", "answer": None}, {"prompt": "say two", "answer": "two"}])
