@@ -310,6 +310,7 @@ def test_what_cannot_work_is_refused(flags, message, capsys):
 def test_records_go_to_trackers(tmp_path, monkeypatch):
     from typing import ClassVar
 
+    import torch.distributed as dist
     from accelerate import tracking
 
     from align.progress import History
@@ -318,19 +319,29 @@ def test_records_go_to_trackers(tmp_path, monkeypatch):
     class Diary(tracking.GeneralTracker):
         name, requires_logging_directory, tracker = "diary", False, None
         written: ClassVar[list] = []
+        finished = 0
 
         def __init__(self, run_name, **kwargs):
             super().__init__()
+
+        def finish(self):
+            Diary.finished += 1
 
         def log(self, values, step, **kwargs):
             self.written.append((step, values["objective/kl"]))
 
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "diary", Diary)
     history = History(tmp_path / "metrics.jsonl")
-    with tracked(history, ["diary"], tmp_path):
-        history.add(1, {"objective/kl": 0.5})
-    history.add(2, {"objective/kl": 0.7})
-    assert Diary.written == [(1, 0.5)]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with tracked(history, ["diary"], tmp_path):
+            history.add(1, {"objective/kl": 0.5})
+        history.add(2, {"objective/kl": 0.7})
+        assert (Diary.written, Diary.finished) == ([(1, 0.5)], 1)
+        assert dist.is_initialized()  # a stage gathers its weights afterwards
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     for words in (["none"], ["all"]):  # as transformers' Trainer reads them; "all" are those that are installed
         with tracked(history, words, tmp_path):
             history.add(3, {"objective/kl": 0.9})

@@ -46,4 +46,5 @@ def tracked(history: History, names: Sequence[str], folder: Path) -> Iterator[No
         yield
     finally:
         history.watchers.remove(forward)
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # accelerate's own end also ends what connects the processes, which are not done
+            tracker.finish()
