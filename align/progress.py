@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from tqdm.auto import tqdm
 
@@ -38,6 +39,17 @@ def say(line: str) -> None:
         if error.errno != errno.EIO:
             raise
         leave_terminal()  # it was closed, and the run goes on (`nohup`)
+
+
+def say_once(about: Any, line: str) -> None:
+    """`say`, unless that was said of `about` before."""
+    said = _SAID.setdefault(about, set())
+    if line not in said:
+        said.add(line)
+        say(line)
+
+
+_SAID: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
 def leave_terminal() -> None:

@@ -238,7 +238,7 @@ def main(folder: Path, name: str) -> None:
         score,
         PPOSettings(total_episodes=job["batch"] * job["rounds"], episodes_per_step=job["batch"], num_mini_batches=1, **settings),
         sampling=Sampling(job["new_tokens"], temperature=job["temperature"], batch_size=job["batch"]),
-        stop_ids=[-1],  # no token: both sides sample as many as they may
+        stop_ids=[],  # both sides sample as many as they may
         optimizer=optimizer,
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
         history=History(folder / "metrics.jsonl"),

@@ -258,15 +258,17 @@ def test_what_is_said_of_episodes_by_hand(make):  # noqa: F811
 
 
 def test_the_critic_warms_up_for_as_many_rounds_as_asked(make):  # noqa: F811
-    trainer, moved = make(critic_warmup_steps=2, total_episodes=32), []
-    policy = trainer.models.policy
+    trainer = make(critic_warmup_steps=2, total_episodes=32, kl_target=1.0, kl_horizon=40, kl_coef=0.5)
+    policy, moved, prices = trainer.models.policy, [], []
     start = copy.deepcopy(policy.state_dict())
 
     def note(step):
         moved.append(any(not torch.equal(start[name], weight) for name, weight in policy.state_dict().items()))
+        prices.append(trainer.kl.coef)
 
     trainer.train(after_step=note)
     assert moved == [False, False, True, True]
+    assert [price < 0.5 for price in prices] == moved  # what cannot diverge does not steer it
 
 
 def test_the_critic_warms_up_alone(make):  # noqa: F811

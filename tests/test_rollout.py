@@ -19,7 +19,7 @@ from align.rollout import CacheEngine, Completion, GenerateEngine, Sampling, com
 from align.rollout.engine import Batch, closed_up, serving, spans_of
 from align.rollout.graphs import Graphs, sizes
 from align.rollout.packed import WORTH_PASSES, Packed, packed_linears
-from align.rollout.sampling import chances, draw
+from align.rollout.sampling import StopTable, chances, draw
 from align.tuning.strategies import Tuning
 from align.tuning.tune import tune
 
@@ -188,6 +188,14 @@ def test_the_others_are_served_by_generate_and_it_says_why(kind, fields, reason,
     assert [completion.tokens for completion in found] == wanted
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("answers of")]
     assert f"are sampled by transformers' generate, as {reason}" in line
+    complete(model, prompts[:1], GREEDY, [2])
+    assert capsys.readouterr().err == ""  # said once: PPO samples hundreds of times
+
+
+def test_what_is_no_token_ends_nothing():
+    """-1 was taken for the last token of the vocabulary."""
+    stops = StopTable([-1, 2, 99], torch.device("cpu")).of(torch.tensor([0, 2, 4]), vocabulary=5)
+    assert stops.tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from align.progress import say
+from align.progress import say_once
 from align.rollout.check import refused
 from align.rollout.engine import CacheEngine
 from align.rollout.generate import GenerateEngine
@@ -76,5 +76,5 @@ def engine_for(model: nn.Module, longest: int) -> Engine:
     reason = refused(model, longest)
     if reason is None:
         return CacheEngine(model)
-    say(f"answers of {type(model).__name__} are sampled by transformers' generate, as {reason}")
+    say_once(model, f"answers of {type(model).__name__} are sampled by transformers' generate, as {reason}")
     return GenerateEngine(model)

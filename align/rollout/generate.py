@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from align.compiling import uncompiled
 from align.engine import PROBE_BOUNDS, PROBE_TOLERANCE, base_model, frequency_border, rounding_twice
-from align.progress import say
+from align.progress import say_once
 from align.rollout.sampling import Completion, Sampling, StopTable, StopText, chances, draw
 
 PROBE_PROMPTS = (6, 3, 1)
@@ -49,7 +49,8 @@ class GenerateEngine:
         try:
             size = min(sampling.batch_size, len(prompts))
             if size > 1 and not self._keeps_rows_apart(max(map(len, prompts)) + sampling.max_new_tokens):
-                say(f"one at a time, as a row of {type(self.model).__name__} is told otherwise in a batch, beside others")
+                kind = type(self.model).__name__
+                say_once(self.model, f"one at a time, as a row of {kind} is told otherwise in a batch, beside others")
                 size = 1
             for start in range(0, len(order), size):
                 batch = order[start : start + size]

@@ -138,7 +138,7 @@ class StopTable:
         """Whether each of `tokens` is one: bool of the same shape."""
         if self._table is None:
             self._table = torch.zeros(vocabulary, dtype=torch.bool, device=tokens.device)
-            self._table[self.stop_ids[self.stop_ids < vocabulary]] = True
+            self._table[self.stop_ids[(self.stop_ids >= 0) & (self.stop_ids < vocabulary)]] = True  # -1 is no token, not the last
         return self._table[tokens]
 
 

@@ -162,7 +162,8 @@ class PPOTrainer:
             update = self.learner.update(episodes, self.kl.coef, policy=self._policy_learns())
         # 5. Say what happened, and set the price for the next round.
         said = {**self.describe(episodes), **sampled.components}
-        self.kl.update(said["objective/kl"], self.settings.episodes_per_step)
+        if self._policy_learns():  # one that stands still says nothing of the price
+            self.kl.update(said["objective/kl"], self.settings.episodes_per_step)
         self._show_samples(prompts, sampled)
         return {**said, **update, **self._seconds}
 

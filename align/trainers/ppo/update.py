@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from align import processes
 from align.budget import Budget, Packed
@@ -232,9 +233,13 @@ class Learner:
             yield self.settings.ptx_coef * nll, {"loss/ptx_avg": nll * batch.tokens}, counts
 
     def _step(self) -> None:
-        norms = {role: gathered(clip_grad_norm_(parameters, self.max_grad_norm)) for role, parameters in self.roles.items()}
+        totals = {role: get_total_norm([p.grad for p in own if p.grad is not None]) for role, own in self.roles.items()}
+        norms = {role: gathered(total).item() for role, total in totals.items()}
         for role, norm in norms.items():
-            if not torch.isfinite(norm):
-                raise NonFiniteLoss(f"the norm of the {role}'s gradient is {norm.item()}; no update was made. Lower learning_rate")
+            if not math.isfinite(norm):
+                raise NonFiniteLoss(f"the norm of the {role}'s gradient is {norm}; no update was made. Lower learning_rate")
+        for role, norm in norms.items():
+            if norm > self.max_grad_norm:  # torch would also multiply all of them by 1
+                clip_grads_with_norm_(self.roles[role], self.max_grad_norm, totals[role])
         self.optimizer.step()
         self.scheduler.step()
