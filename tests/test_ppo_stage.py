@@ -101,6 +101,16 @@ def test_dropout_is_off_in_policy_and_critic(critic, capsys):
     assert plain == dropping
 
 
+def test_a_separate_critic_beside_an_adapter_that_goes_on_says_what_of_it_trains(capsys):
+    flags = "--held_out 0 --reward_funcs mine.py:low --critic separate"
+    first = run(f"{flags} --use_peft --lora_r 2", capsys)["path"]
+    command = f"{COMMAND} --model {first} --data prompts.jsonl --total_episodes {STEP} {flags} --on_adapter continue"
+    assert main(command.split()) == 0
+    said = capsys.readouterr().err
+    assert "ppo: the adapter goes on: " in said
+    assert "ppo (critic): tuning full: " in said
+
+
 def test_the_distribution_that_is_measured_is_the_one_that_is_sampled(capsys):
     """As hot as this, every token of the 320 is as likely as any other."""
     artifact = run("--temperature 1000 --held_out 0 --reward_funcs mine.py:low", capsys)

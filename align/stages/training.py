@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -126,13 +127,14 @@ def make_ready(
     ensure_pad_token(tokenizer, model)
     if unset := settle_generation(base_model(model)):
         say(f"{label}: its generation_config sets {', '.join(unset)}, which does nothing there, and could not be saved: left out")
-    if stage.on_adapter == "merge":
+    continued = stage.on_adapter == "continue" and isinstance(model, PeftModel)  # a critic beside it has no adapter yet
+    if not continued:
         model = tune(model, stage.strategy, folder)
     elif stage.launch is not None and stage.launch.shards_weights and model.active_peft_config.is_prompt_learning:  # type: ignore[union-attr]
         raise AlignError(f"virtual tokens train whole in every process: strategy must be ddp, not {stage.launch.strategy}")
     if stage.launch is not None and stage.launch.strategy == "fsdp2":
         _make_shardable(base_model(model))
-    what = "the adapter goes on" if stage.on_adapter == "continue" else f"tuning {stage.strategy.name}"
+    what = "the adapter goes on" if continued else f"tuning {stage.strategy.name}"
     count, share = trainable(model).values()
     say(f"{label}: {what}: {count:,} of {round(count / share):,} parameters train ({share:.2%})")
     if stage.strategy.name != "qlora":  # 4-bit weights are on the GPU already
