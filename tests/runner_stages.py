@@ -13,6 +13,7 @@ from pydantic import Field
 
 from align.errors import AlignError, StageFailed
 from align.progress import bar
+from align.runner.stop import saving_first, stop_requested
 from align.stages.base import Context, DataRefs, ModelRef, Stage, stage
 from align.stages.fields import Launch
 
@@ -21,7 +22,7 @@ from align.stages.fields import Launch
 class Act(Stage):
     """Does one thing."""
 
-    does: Literal["write", "mistake", "crash", "die", "die_once", "flaky", "meet", "fill", "hang", "ended"] = "write"
+    does: Literal["write", "mistake", "crash", "die", "die_once", "flaky", "meet", "fill", "hang", "ended", "save"] = "write"
     """What."""
     text: str = ""
     """What to write."""
@@ -67,7 +68,14 @@ class Act(Stage):
                 while len(list(Path(self.where).iterdir())) < 2 or self.does == "hang":
                     time.sleep(0.02)
                     assert time.monotonic() < deadline, "nobody came"
+        if self.does == "save":
+            with saving_first():
+                (Path(self.where) / "begun").touch()
+                while not stop_requested():
+                    time.sleep(0.02)
+                (Path(self.where) / "saved").touch()
         threads = len(list(Path("/proc/self/task").iterdir())) if Path("/proc/self/task").exists() else 1
         torch = sys.modules.get("torch")
         met = torch is not None and torch.distributed.is_initialized()
-        return {"pid": os.getpid(), "parent": os.getppid(), "torch": torch is not None, "threads": threads, "met": met}
+        seen = {"pid": os.getpid(), "parent": os.getppid(), "torch": torch is not None, "threads": threads, "met": met}
+        return {**seen, "patience": int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 0))}

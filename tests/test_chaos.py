@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "chaos"))
@@ -150,6 +150,20 @@ def test_a_full_disk_in_a_launched_stage_is_told_as_one(monkeypatch, tmp_path):
     with pytest.raises(OSError, match="No space left") as raised:
         runner_launch.run_launched(task_of(tmp_path), stage)
     assert disk_is_full(raised.value)
+
+
+PATIENT = """
+import json, sys
+from pathlib import Path
+from torch.distributed.launcher.api import LaunchConfig
+Path(sys.argv[1]).write_text(json.dumps({"seconds": LaunchConfig(1, 1, 1).shutdown_timeout}))
+"""
+
+
+def test_torchrun_gives_the_processes_longer_to_save_than_the_runner(monkeypatch, tmp_path):
+    monkeypatch.setattr(runner_launch, "command", lambda launch, words, folder: [sys.executable, "-c", PATIENT, words[-1]])
+    stage = SFT(model="owner/name", data="x", learning_rate=1e-3, launch={"num_processes": 2})
+    assert runner_launch.run_launched(replace(task_of(tmp_path), grace=300.5), stage)["seconds"] > 300.5
 
 
 KILLS_ITS_PARENT = "import os, sys, signal; open(sys.argv[1] + '/mistake-1', 'x').close(); os.kill(os.getppid(), signal.SIGKILL)"

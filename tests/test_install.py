@@ -34,3 +34,4 @@ def test_a_wheel_brings_the_recipes_and_the_world_of_the_demo(tmp_path):
     recipe = Path(subprocess.run(found, cwd=tmp_path, env=others, capture_output=True, text=True, check=True).stdout.strip())
     assert recipe.is_relative_to(environment.resolve())
     assert (recipe.parent.parent / "data" / "world.py").is_file()
+    assert list(environment.glob("lib/*/site-packages/align/runner/accelerate.yaml")), "every launch reads it"

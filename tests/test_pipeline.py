@@ -533,7 +533,8 @@ def test_a_folder_that_holds_another_result_is_not_overwritten():
 RANKS = {"trainers": 1, "evaluation": 2, "stages": 2, "recipe": 3, "diagnostics": 3, "pipeline": 4, "report": 4, "chat": 4}
 RANKS |= {"commands": 5, "cli": 6, "__main__": 7}
 RANKS |= {
-    f"runner.{name}": 4 for name in ("plan", "launch", "view", "sweep", "worker", "zygote", "rank", "execute", "devices", "share")
+    f"runner.{name}": 4
+    for name in ("plan", "launch", "view", "sweep", "worker", "zygote", "rank", "execute", "devices", "share", "launcher")
 }
 """From the bottom up; what is not named stands below all of these. A module imports from its own rank and from lower ones, and no
 two import each other, however long the way round. `recipe.main` alone reaches up, for scripts that hand their arguments to the

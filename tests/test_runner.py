@@ -93,9 +93,10 @@ def test_a_mistake_ends_in_one_line_and_takes_nothing_else_with_it(processes, ca
 
 
 def test_processes_of_a_launch_meet_before_their_stage_begins(processes):
-    """So that each has a GPU of its own when the first model is loaded."""
-    artifacts = run({"a": Act(launch={"num_processes": 2, "cpu": True}), "b": Act()})
+    """So that each has a GPU of its own when the first model is loaded. They may save for as long as the run lets them."""
+    artifacts = run({"a": Act(launch={"num_processes": 2, "cpu": True}), "b": Act()}, grace=90.5)
     assert [artifacts[name].metrics["met"] for name in "ab"] == [True, False]
+    assert artifacts["a"].metrics["patience"] > 90.5
 
 
 def test_a_crash_shows_the_end_of_its_log(processes, capsys):
@@ -263,21 +264,21 @@ def test_a_stage_goes_on_in_the_folder_of_one_that_was_killed(processes):
 
 
 SCRIPT = """
-import sys
+import json, sys
 from pathlib import Path
 from runner_stages import Act
 from align.pipeline import Options, Run
 from align.recipe import Recipe
-recipe = Recipe("r", {"a": Act(does=sys.argv[1], where=sys.argv[2])})
-Run(recipe, Path("out"), options=Options(grace=20)).execute()
+recipe = Recipe("r", {"a": Act(does=sys.argv[1], where=sys.argv[2], launch=json.loads(sys.argv[3]))})
+Run(recipe, Path("out").resolve(), options=Options(grace=20, backoff=0.0)).execute()
 """
 
 
-def begin(met, **how):
-    """A runner in a process of its own, whose stage has begun and hangs."""
-    met.mkdir()
+def begin(met, does="hang", launch=None, **how):
+    """A runner in a process of its own, whose stage has begun and hangs, or does something else that takes time."""
+    met.mkdir(exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, "hang", str(met)], env=environment, **how)
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, does, str(met), json.dumps(launch)], env=environment, **how)
     pause = threading.Event()
     while not list(met.iterdir()):
         assert process.poll() is None
@@ -404,6 +405,53 @@ def test_a_killed_runner_leaves_no_process_behind_and_status_says_interrupted(ha
     assert until(lambda: not Path(f"/proc/{status['pid']}").exists())
     (folder,) = Path("out").glob("a-*")
     assert Artifact.read(folder) is None
+
+
+def launched():
+    """The processes of a launch below this folder, the launcher among them, and the parent of each."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if os.fsencode(Path.cwd() / "out" / "logs") in (folder / "cmdline").read_bytes():
+                found[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends a process with its parent")
+def test_a_launch_ends_with_its_stage_and_with_its_runner(processes, tmp_path):
+    """Else its processes would go on in the folder beside those of the next attempt. The same command ends as ever."""
+    (met := tmp_path / "met").mkdir()
+    process, _ = begin(met, "meet", {"num_processes": 2, "cpu": True})
+    first = launched()
+    assert len(first) == 3, "a launcher and two processes"
+    (stage,) = set(first.values()) - set(first)
+    os.kill(stage, signal.SIGKILL)
+    assert until(lambda: not set(first) & set(launched()))
+    assert until(lambda: len(launched()) == 3), "another attempt"
+    process.kill()
+    process.wait()
+    assert until(lambda: not launched())
+    (met / "b").touch()
+    assert run({"a": Act(does="meet", where=str(met), launch={"num_processes": 2, "cpu": True})})["a"].version == 1
+    assert not launched()
+
+
+def test_a_process_whose_parent_ended_before_it_could_ask_for_that_ends_too():
+    script = "from align.runner.launch import end_with_parent; end_with_parent(); print('lives')"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    environment = {**os.environ, "ALIGN_PARENT": str(gone.pid), "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGKILL, "")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_launch_of_one_process_saves_before_it_stops(strategy, processes, tmp_path):
+    process, _ = begin(tmp_path / "met", "save", {"num_processes": 1, "cpu": True, "strategy": strategy})
+    process.terminate()
+    process.wait(30)
+    assert states() == {"a": "stopped"}
+    assert sorted(path.name for path in (tmp_path / "met").iterdir()) == ["begun", "saved"]
 
 
 # -- two runs on one folder ----------------------------------------------------------------------------------------------------

@@ -773,7 +773,7 @@ def test_who_cannot_be_told_changes_nothing_about_the_run(target, said, tmp_path
 
 def test_the_command_of_accelerate_says_everything(monkeypatch):
     words = command(Launch(num_processes=8, strategy="fsdp2", mixed_precision="bf16"), ["-m", "x"], "gone")
-    assert words[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+    assert words[:3] == [sys.executable, "-m", "align.runner.launcher"]
     pairs = dict(pairwise(words))
     assert (pairs["--num_processes"], pairs["--mixed_precision"], pairs["--fsdp_version"]) == ("8", "bf16", "2")
     assert pairs["--log_dir"] == "gone", "torchrun leaves its own folder in /tmp"
@@ -783,6 +783,31 @@ def test_the_command_of_accelerate_says_everything(monkeypatch):
         command(Launch(num_processes=4, num_machines=2), [])
     several = command(Launch(num_processes=4, num_machines=2, main_process_ip="10.0.0.1"), [])
     assert dict(pairwise(several))["--machine_rank"] == "1"
+
+
+TOLD = """
+import json, os, sys
+names = ("ACCELERATE_", "FSDP_", "CUDA_", "WORLD_SIZE")
+print(json.dumps({name: value for name, value in os.environ.items() if name.startswith(names) and "RDZV" not in name}))
+"""
+
+
+def test_the_users_configuration_of_accelerate_changes_nothing(tmp_path):
+    (tmp_path / "told.py").write_text(TOLD)
+    other = {"distributed_type": "FSDP", "debug": True, "gpu_ids": "5", "num_processes": 3, "mixed_precision": "fp16"}
+    other["fsdp_config"] = {"fsdp_offload_params": True, "fsdp_state_dict_type": "SHARDED_STATE_DICT"}
+    started = []
+    for name, content in (("theirs", yaml.safe_dump(other)), ("none", None)):
+        (tmp_path / name / "accelerate").mkdir(parents=True)
+        if content is not None:
+            (tmp_path / name / "accelerate" / "default_config.yaml").write_text(content)
+        words = command(Launch(strategy="fsdp2"), [str(tmp_path / "told.py")], str(tmp_path / name))
+        environment = {**os.environ, "HF_HOME": str(tmp_path / name), "PYTHONPATH": str(Path(__file__).parent.parent)}
+        started.append(subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True))
+    theirs, none = (json.loads(process.communicate(timeout=120)[0]) for process in started)
+    assert theirs == none
+    assert none["FSDP_OFFLOAD_PARAMS"] == "false"
+    assert none["WORLD_SIZE"] == "1"
 
 
 def test_processes_that_do_not_spread_over_the_machines_are_refused_by_a_plan(tmp_path, capsys):

@@ -246,7 +246,7 @@ class Graph:
             self._show(job, jobs.view)
 
     def _task(self, step: Step) -> Task:
-        return Task.of(step, self.registry, wait=self.options.wait)
+        return Task.of(step, self.registry, wait=self.options.wait, grace=self.options.grace)
 
     def _submit(self, job: _Running, jobs: _Jobs) -> None:
         environment = dict(os.environ)

@@ -20,16 +20,19 @@ from typing import Any
 
 from align.errors import AlignError, StageFailed
 from align.runner.stop import Stopped, saving_first, stop_requested
+from align.runner.zygote import die_with_parent
 from align.stages.base import Stage
 from align.stages.fields import Launch
 
-RANK, MACHINE = "RANK", "ALIGN_MACHINE_RANK"
+RANK, MACHINE, PARENT = "RANK", "ALIGN_MACHINE_RANK", "ALIGN_PARENT"
 MISTAKE = "mistake-"
 """Beside the outcome, with its number behind: what a process of the stage found wrong; empty where the disk is full, and has no
 room to tell.
 """
 PATIENCE = 5.0
 """Seconds that the others have to meet a mistake that one process met. They may wait for that one for ever, and are ended then."""
+MARGIN = 10
+"""Seconds that the launcher gives its processes beyond those that the runner gives the stage."""
 
 
 def launched(stage: Stage) -> bool:
@@ -65,13 +68,23 @@ def is_first_machine() -> bool:
     return machine_rank() == 0
 
 
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it is gone; those that it starts itself are told its number."""
+    # The parent is named by itself: it may have ended before this line, and this process be somebody else's by now.
+    die_with_parent(signal.SIGKILL, int(os.environ.get(PARENT, os.getppid())))
+    os.environ[PARENT] = str(os.getpid())
+
+
 def command(launch: Launch, script: Sequence[str], folder: str | None = None) -> list[str]:
-    """``accelerate launch`` with every choice spelled out: a configuration file of accelerate's changes nothing.
+    """``accelerate launch`` with every choice spelled out: the user's configuration file of accelerate's changes nothing. A whole
+    replica that is alone needs no launcher.
 
     Args:
         folder: for torchrun's logs, of which we ask for none; without it torchrun makes one in /tmp, and leaves it there.
     """
-    words: list[str] = [sys.executable, "-m", "accelerate.commands.launch"]
+    if launch.num_processes == 1 and launch.strategy == "ddp":
+        return [sys.executable, *script]
+    words = [sys.executable, "-m", "align.runner.launcher", "--config_file", str(Path(__file__).with_name("accelerate.yaml"))]
     words += ["--num_processes", str(launch.num_processes), "--num_machines", str(launch.num_machines)]
     words += ["--mixed_precision", launch.mixed_precision, "--dynamo_backend", "no"]
     words += ["--num_cpu_threads_per_process", os.environ.get("OMP_NUM_THREADS", "1")]
@@ -91,7 +104,7 @@ def command(launch: Launch, script: Sequence[str], folder: str | None = None) ->
         words += ["--fsdp_cpu_ram_efficient_loading", "false"]
     elif launch.strategy.startswith("deepspeed"):
         words += ["--use_deepspeed", "--zero_stage", launch.strategy[-1], "--gradient_accumulation_steps", "1"]
-    elif launch.num_processes > 1:
+    else:
         words += ["--multi_gpu"]  # accelerate's name for torchrun; without a GPU the processes meet over gloo
     return [*words, *script]
 
@@ -108,6 +121,8 @@ def run_launched(task: Any, stage: Stage) -> dict[str, Any]:
         task_file.write_text(json.dumps(asdict(task)), encoding="utf-8")
         words = command(launch, ["-m", "align.runner.rank", str(task_file), str(outcome)], str(folder))
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment |= {PARENT: str(os.getpid()), "ACCELERATE_MIXED_PRECISION": launch.mixed_precision}
+        environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(math.ceil(min(task.grace, 1e6)) + MARGIN)
         if launch.cpu:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         process, deadline = subprocess.Popen(words, env=environment), math.inf

@@ -1,11 +1,12 @@
-"""One of a stage's processes, as ``accelerate launch`` starts it: ``python -m align.runner.rank TASK.json OUTCOME.json``."""
+"""One of a stage's processes, as ``accelerate launch`` starts it: ``python -m align.runner.rank TASK.json OUTCOME.json``. Where it
+is the only one, the stage itself starts it.
+"""
 
 from __future__ import annotations
 
 import atexit
 import json
 import os
-import signal
 import sys
 import traceback
 from contextlib import suppress
@@ -16,17 +17,16 @@ from align import processes
 from align.errors import AlignError
 from align.progress import Status, report_progress
 from align.runner.files import disk_is_full
-from align.runner.launch import MISTAKE, RANK, is_main_process
+from align.runner.launch import MISTAKE, RANK, end_with_parent, is_main_process
 from align.runner.stop import Stopped, listen
 from align.runner.worker import attempt, read_task
-from align.runner.zygote import die_with_parent
 
 
 def main(task_file: str, outcome_file: str) -> int:
     """Do this process' part of the stage; returns the exit code. The metrics are in `outcome_file`, and a mistake in a file beside
     it, which is empty where the disk is full: with an exit code of its own torchrun would tell of it in thirty lines.
     """
-    die_with_parent(signal.SIGKILL, os.getppid())
+    end_with_parent()
     listen()
     task, mistake = read_task(task_file), Path(outcome_file).with_name(f"{MISTAKE}{os.environ.get(RANK, 0)}")
     if is_main_process():

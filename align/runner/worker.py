@@ -64,9 +64,11 @@ class Task:
     """Run it although it is done."""
     wait: bool = True
     """Wait for another process that works in the folder, or refuse."""
+    grace: float = 60.0
+    """Seconds that it has to save in when it is stopped."""
 
     @classmethod
-    def of(cls, step: Step, registry: Registry, *, wait: bool = True) -> Task:
+    def of(cls, step: Step, registry: Registry, *, wait: bool = True, grace: float = 60.0) -> Task:
         """The task that runs `step`; `wait` for another process that works in its folder, or refuse."""
         module = type(step.stage).__module__
         return cls(
@@ -81,6 +83,7 @@ class Task:
             getattr(sys.modules.get(module), "__file__", None),
             again=step.done is not None,
             wait=wait,
+            grace=grace,
         )
 
     def stage(self) -> Stage:
