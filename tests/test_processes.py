@@ -72,13 +72,50 @@ assert torch.equal(shards.dealt(whole, shard).to_local(), shard.to_local())
 """
 
 
-@pytest.mark.parametrize("program", [UNEVEN, REFERENCE, SHARDED, KEPT], ids=["uneven", "reference", "sharded", "kept"])
+STOPPED = """
+import signal, threading
+from pathlib import Path
+from types import SimpleNamespace
+from transformers import TrainerControl, TrainerState
+from align.progress import History
+from align.runner.stop import Stopped, listen, saving_first
+from align.trainers import callbacks
+
+def late(checkpoint, seal=callbacks.seal):
+    threading.Event().wait(0.3)  # in which the other might leave
+    seal(checkpoint)
+
+callbacks.seal = late
+processes.meet()
+folder = Path("checkpoints").resolve()
+(folder / "checkpoint-3").mkdir(parents=True, exist_ok=True)
+args = SimpleNamespace(world_size=2, output_dir=folder, device="cpu", eval_strategy="no")
+state = TrainerState(global_step=3, max_steps=9, epoch=0.5, is_world_process_zero=processes.number() == 0)
+watch = callbacks.Checkpoints(History(Path("metrics.jsonl"), writes=state.is_world_process_zero), keep=1, minutes=None)
+listen()
+try:
+    with saving_first():
+        if processes.number() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        watch.on_step_end(args, state, control := TrainerControl())
+        assert control.should_save
+        watch.on_save(args, state, control)
+    raise AssertionError("it went on")
+except Stopped:
+    assert [path.name for path in (folder / "checkpoint-3").iterdir()] == ["checksums.json"]
+"""
+
+PROGRAMS = {"uneven": UNEVEN, "reference": REFERENCE, "sharded": SHARDED, "kept": KEPT, "stopped": STOPPED}
+
+
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 def test_on_two_processes(program, tmp_path, monkeypatch):
     """UNEVEN: a gradient that one process alone has is summed, as of an expert that tokens of one alone came to; what nobody
     has a gradient of gets none. REFERENCE: each computes a share of the log-probs, and both have all. SHARDED: who has fewer passes
     than the other takes part in those of the other. KEPT: what is saved of shards is whole in the first process, and nothing in the
-    other.
+    other. STOPPED: where one is told to stop, both leave behind a checkpoint that is sealed.
     """
     (tmp_path / "script.py").write_text("\n".join(["import os, torch", "from align import processes", program, "processes.wait()"]))
     monkeypatch.setenv("ALIGN_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
     launch_two([str(tmp_path / "script.py")], tmp_path)

@@ -98,6 +98,8 @@ class Checkpoints(TrainerCallback):
             (checkpoint / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
             seal(checkpoint)
             prune(folder, self.keep, state.best_model_checkpoint)
+        if args.world_size > 1:
+            torch.distributed.barrier()  # who leaves before it is sealed may have the first ended over it
         if self._stopping:
             raise Stopped
 
