@@ -10,7 +10,7 @@ from align.artifact import Artifact
 from align.errors import AlignError, near_miss
 from align.recipe import Recipe
 from align.registry import Registry, home
-from align.runner.devices import refuse_crowd
+from align.runner.devices import refuse_absent, refuse_crowd
 from align.runner.execute import Graph, Options, look
 from align.runner.files import refuse_unwritable
 from align.runner.notes import note_recipe
@@ -48,8 +48,8 @@ class Run:
 
         Raises:
             AlignError: from `check`; `only` needs a stage that has not run; a stage is to run in more processes than this machine
-                takes; a stage's folder or the registry cannot be made, or the
-                folder holds what is no stage's; or stages failed, after the others have run.
+                takes, or by DeepSpeed where there is none; a stage's folder or the registry cannot be made, or the folder holds
+                what is no stage's; or stages failed, after the others have run.
         """
         self.check(only)
         planner = self._planner()
@@ -57,6 +57,7 @@ class Run:
         notes = self.out / "preflight.json" if len(self.recipe.stages) > 1 else None  # single stages share their folder
         due = [step for step in plan if step.runs and only in (None, step.name)]
         for step in due:
+            refuse_absent(step.stage)
             refuse_crowd(step.stage)
             refuse_unwritable(step.folder)
             refuse_unwritable(step.folder.parent)  # where its lock lies

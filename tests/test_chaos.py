@@ -121,7 +121,7 @@ else:
 
 
 def task_of(folder):
-    return Task("a", "", {}, {}, "", str(folder / "logs" / "a.log"), "", "", None)
+    return Task("a", "", {}, {"identity": "1f"}, "", str(folder / "logs" / "a.log"), "", "", None)
 
 
 FULL_DISK = """
@@ -134,7 +134,7 @@ Path(sys.argv[1]).with_name("mistake-0").touch()
 @pytest.mark.parametrize("other", ["ends", "waits"])
 def test_a_mistake_that_one_process_meets_is_the_stages(other, monkeypatch, capfd, tmp_path):
     """Whether the other comes to its end, or waits for the one that left. The launcher adds nothing of its own."""
-    script = lambda launch, words, folder: [sys.executable, "-c", ONE_OF_TWO, words[-1], other]  # noqa: E731
+    script = lambda launch, words, folder, identity: [sys.executable, "-c", ONE_OF_TWO, words[-1], other]  # noqa: E731
     monkeypatch.setattr(runner_launch, "command", script)
     monkeypatch.setattr(runner_launch, "PATIENCE", 0.1, raising=False)
     stage = SFT(model="owner/name", data="x", launch={"num_processes": 2})
@@ -144,7 +144,7 @@ def test_a_mistake_that_one_process_meets_is_the_stages(other, monkeypatch, capf
 
 
 def test_a_full_disk_in_a_launched_stage_is_told_as_one(monkeypatch, tmp_path):
-    script = lambda launch, words, folder: [sys.executable, "-c", FULL_DISK, words[-1]]  # noqa: E731
+    script = lambda launch, words, folder, identity: [sys.executable, "-c", FULL_DISK, words[-1]]  # noqa: E731
     monkeypatch.setattr(runner_launch, "command", script)
     stage = SFT(model="owner/name", data="x", launch={"num_processes": 2})
     with pytest.raises(OSError, match="No space left") as raised:
@@ -161,7 +161,9 @@ Path(sys.argv[1]).write_text(json.dumps({"seconds": LaunchConfig(1, 1, 1).shutdo
 
 
 def test_torchrun_gives_the_processes_longer_to_save_than_the_runner(monkeypatch, tmp_path):
-    monkeypatch.setattr(runner_launch, "command", lambda launch, words, folder: [sys.executable, "-c", PATIENT, words[-1]])
+    monkeypatch.setattr(
+        runner_launch, "command", lambda launch, words, folder, identity: [sys.executable, "-c", PATIENT, words[-1]]
+    )
     stage = SFT(model="owner/name", data="x", learning_rate=1e-3, launch={"num_processes": 2})
     assert runner_launch.run_launched(replace(task_of(tmp_path), grace=300.5), stage)["seconds"] > 300.5
 
@@ -177,7 +179,7 @@ import sys
 from align.runner import launch
 from align.runner.worker import Task
 from align.stages import SFT
-launch.command = lambda launch, words, folder: [sys.executable, "-c", {KILLS_ITS_PARENT!r}, folder]
+launch.command = lambda launch, words, folder, identity: [sys.executable, "-c", {KILLS_ITS_PARENT!r}, folder]
 launch.run_launched(Task(**{asdict(task_of(tmp_path))!r}), SFT(model="owner/name", data="x", learning_rate=1e-3))
 """
     killed = subprocess.run([sys.executable, "-c", script], env={**os.environ, "TMPDIR": str(tmp_path / "tmp")})
@@ -185,7 +187,7 @@ launch.run_launched(Task(**{asdict(task_of(tmp_path))!r}), SFT(model="owner/name
     assert list((tmp_path / "tmp").iterdir()) == []
     assert [path.name for path in (tmp_path / "logs").iterdir()] == ["a.launch"]
     ends = "import sys; open(sys.argv[1], 'x').write('{\"loss\": 1.0}')"
-    monkeypatch.setattr(runner_launch, "command", lambda launch, words, folder: [sys.executable, "-c", ends, words[-1]])
+    monkeypatch.setattr(runner_launch, "command", lambda launch, words, folder, identity: [sys.executable, "-c", ends, words[-1]])
     stage = SFT(model="owner/name", data="x", learning_rate=1e-3, launch={"num_processes": 2})
     assert runner_launch.run_launched(task_of(tmp_path), stage) == {"loss": 1.0}
     assert list((tmp_path / "logs").iterdir()) == []

@@ -393,6 +393,7 @@ MISTAKES = {
     "bad config": ("sft --config bad.yaml", r"bad\.yaml is not YAML"),
     "typo in the config": ("sft --config modle.yaml", r"--config modle\.yaml: unknown key 'modle' \(did you mean 'model'\?\)"),
     "more epochs than a life has": (SFT + "sft.jsonl --num_train_epochs 1e300", "should be less than or equal to 1000000"),
+    "no DeepSpeed": (SFT + "sft.jsonl --launch.strategy deepspeed-zero2", r"launch\.strategy deepspeed-zero2 needs deepspeed: pip"),
     "a crowd": (SFT + "sft.jsonl --launch.num_processes 9999", "launch.num_processes: 9999 are too many for this machine"),
     "a flag with one dash": (SFT + "sft.jsonl -lr 1", "'-lr' is not a flag; write --KEY VALUE, or --data=-lr"),
     "entries before their whole": (SFT + "sft.jsonl --launch.num_processes 1 --launch {}", "--launch undoes what was said"),

@@ -785,29 +785,23 @@ def test_the_command_of_accelerate_says_everything(monkeypatch):
     assert dict(pairwise(several))["--machine_rank"] == "1"
 
 
-TOLD = """
-import json, os, sys
-names = ("ACCELERATE_", "FSDP_", "CUDA_", "WORLD_SIZE")
-print(json.dumps({name: value for name, value in os.environ.items() if name.startswith(names) and "RDZV" not in name}))
-"""
+def test_stages_of_several_machines_meet_at_ports_of_their_own():
+    """On every machine the same, as the identity is; the user's own port goes before."""
+
+    def port(identity, **more):
+        launch = Launch(num_processes=4, num_machines=2, main_process_ip="10.0.0.1", **more)
+        return int(dict(pairwise(command(launch, [], "x", identity)))["--main_process_port"])
+
+    assert port("5" * 64) == port("5" * 64) != port("6" * 64)
+    assert all(20000 <= port(letter * 64) < 30000 for letter in "0123456789abcdef")
+    assert port("5" * 64, main_process_port=1234) == 1234
 
 
-def test_the_users_configuration_of_accelerate_changes_nothing(tmp_path):
-    (tmp_path / "told.py").write_text(TOLD)
-    other = {"distributed_type": "FSDP", "debug": True, "gpu_ids": "5", "num_processes": 3, "mixed_precision": "fp16"}
-    other["fsdp_config"] = {"fsdp_offload_params": True, "fsdp_state_dict_type": "SHARDED_STATE_DICT"}
-    started = []
-    for name, content in (("theirs", yaml.safe_dump(other)), ("none", None)):
-        (tmp_path / name / "accelerate").mkdir(parents=True)
-        if content is not None:
-            (tmp_path / name / "accelerate" / "default_config.yaml").write_text(content)
-        words = command(Launch(strategy="fsdp2"), [str(tmp_path / "told.py")], str(tmp_path / name))
-        environment = {**os.environ, "HF_HOME": str(tmp_path / name), "PYTHONPATH": str(Path(__file__).parent.parent)}
-        started.append(subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True))
-    theirs, none = (json.loads(process.communicate(timeout=120)[0]) for process in started)
-    assert theirs == none
-    assert none["FSDP_OFFLOAD_PARAMS"] == "false"
-    assert none["WORLD_SIZE"] == "1"
+def test_deepspeed_is_told_all_that_it_does_not_do_by_itself():
+    launch = Launch(num_processes=4, num_machines=2, main_process_ip="10.0.0.1", strategy="deepspeed-zero3")
+    pairs = dict(pairwise(command(launch, [])))
+    assert (pairs["--zero_stage"], pairs["--zero3_save_16bit_model"]) == ("3", "true"), "else there are no weights to save"
+    assert pairs["--deepspeed_multinode_launcher"] == "standard", "pdsh would start everything from machine 0"
 
 
 def test_processes_that_do_not_spread_over_the_machines_are_refused_by_a_plan(tmp_path, capsys):

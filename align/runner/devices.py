@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 from align.errors import AlignError
@@ -50,6 +51,13 @@ def take(free: list[str], step: Step, slots: int) -> list[str] | None:
 
 MOST_A_CORE = 4
 """Processes, for whoever tries out what several do; more is a slip of the pen."""
+
+
+def refuse_absent(stage: Stage) -> None:
+    """Raise `AlignError` where the launch is DeepSpeed's, and that is not installed."""
+    strategy = getattr(getattr(stage, "launch", None), "strategy", "")
+    if strategy.startswith("deepspeed") and find_spec("deepspeed") is None:
+        raise AlignError(f"launch.strategy {strategy} needs deepspeed: pip install deepspeed, or take fsdp2")
 
 
 def refuse_crowd(stage: Stage) -> None:

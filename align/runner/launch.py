@@ -75,12 +75,18 @@ def end_with_parent() -> None:
     os.environ[PARENT] = str(os.getpid())
 
 
-def command(launch: Launch, script: Sequence[str], folder: str | None = None) -> list[str]:
+def port_of(identity: str) -> int:
+    """The same on every machine, and for each of the stages that run at a time most likely another."""
+    return 20000 + int(identity, 16) % 10000
+
+
+def command(launch: Launch, script: Sequence[str], folder: str | None = None, identity: str = "0") -> list[str]:
     """``accelerate launch`` with every choice spelled out: the user's configuration file of accelerate's changes nothing. A whole
     replica that is alone needs no launcher.
 
     Args:
         folder: for torchrun's logs, of which we ask for none; without it torchrun makes one in /tmp, and leaves it there.
+        identity: the stage's, in hexadecimal. It gives the port that several machines meet at, where the launch names none.
     """
     if launch.num_processes == 1 and launch.strategy == "ddp":
         return [sys.executable, *script]
@@ -94,7 +100,7 @@ def command(launch: Launch, script: Sequence[str], folder: str | None = None) ->
         if ip is None:
             raise AlignError("launch: several machines need main_process_ip (or ALIGN_MAIN_IP): the address of machine 0")
         words += ["--machine_rank", str(machine_rank()), "--main_process_ip", ip]
-        words += ["--main_process_port", str(launch.main_process_port or 29500), "--rdzv_backend", "static"]
+        words += ["--main_process_port", str(launch.main_process_port or port_of(identity)), "--rdzv_backend", "static"]
     else:
         words += ["--main_process_port", str(launch.main_process_port or 0)]
     if launch.strategy == "fsdp2":
@@ -104,6 +110,7 @@ def command(launch: Launch, script: Sequence[str], folder: str | None = None) ->
         words += ["--fsdp_cpu_ram_efficient_loading", "false"]
     elif launch.strategy.startswith("deepspeed"):
         words += ["--use_deepspeed", "--zero_stage", launch.strategy[-1], "--gradient_accumulation_steps", "1"]
+        words += ["--zero3_save_16bit_model", "true", "--deepspeed_multinode_launcher", "standard"]
     else:
         words += ["--multi_gpu"]  # accelerate's name for torchrun; without a GPU the processes meet over gloo
     return [*words, *script]
@@ -119,7 +126,7 @@ def run_launched(task: Any, stage: Stage) -> dict[str, Any]:
     with _fresh(Path(task.log).with_suffix(".launch")) as folder:
         task_file, outcome = folder / "task.json", folder / "outcome.json"
         task_file.write_text(json.dumps(asdict(task)), encoding="utf-8")
-        words = command(launch, ["-m", "align.runner.rank", str(task_file), str(outcome)], str(folder))
+        words = command(launch, ["-m", "align.runner.rank", str(task_file), str(outcome)], str(folder), task.draft["identity"])
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         environment |= {PARENT: str(os.getpid()), "ACCELERATE_MIXED_PRECISION": launch.mixed_precision}
         environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(math.ceil(min(task.grace, 1e6)) + MARGIN)
