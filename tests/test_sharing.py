@@ -871,6 +871,7 @@ def test_the_slurm_script_queues_up_again_when_it_is_told_to_end(tmp_path):
     script = Path("job.sh").read_text()
     assert "#SBATCH --time=1:30:00" in script
     assert "#SBATCH --gpus-per-node=8" in script
+    assert "#SBATCH --cpus-per-task=32\n" in script, "else Slurm gives all processes of a node one core"
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[1-2]"}
     job = subprocess.Popen(["bash", "job.sh"], env=environment)
     while not Path("begun").exists():
@@ -878,7 +879,7 @@ def test_the_slurm_script_queues_up_again_when_it_is_told_to_end(tmp_path):
     job.terminate()
     assert job.wait(20) == 0
     assert Path("log").read_text().splitlines() == [
-        "--kill-on-bad-exit=1 align run 'my recipe'".replace("'", ""),
+        "--kill-on-bad-exit=1 --cpus-per-task=32 align run my recipe",
         "saved",
         "requeue 42",
     ]
@@ -886,15 +887,18 @@ def test_the_slurm_script_queues_up_again_when_it_is_told_to_end(tmp_path):
 
 @pytest.mark.parametrize(("hours", "time"), [(24, "24:00"), (1.995, "2:00"), (1.99, "1:59"), (0.001, "0:01")])
 def test_the_time_limit_is_in_whole_minutes(hours, time):
-    assert f"--time={time}:00\n" in slurm_script(["x"], nodes=1, gpus=1, hours=hours, partition=None, name="n")
+    assert f"--time={time}:00\n" in slurm_script(["x"], nodes=1, gpus=1, cpus=4, hours=hours, partition=None, name="n")
 
 
-def test_without_preemption_the_script_ends_with_the_command_s_code(tmp_path):
-    shutil.copy("/bin/true", tmp_path / "srun")
-    script = slurm_script(["x"], nodes=1, gpus=1, hours=24, partition="gpu", name="n")
+@pytest.mark.parametrize(("code", "ends", "queued"), [(3, 3, False), (130, 0, True)])
+def test_without_preemption_the_script_ends_with_the_command_s_code(code, ends, queued, tmp_path):
+    """A command that Slurm itself has told to end has saved, and is to go on."""
+    script = slurm_script(["x"], nodes=1, gpus=1, cpus=4, hours=24, partition="gpu", name="n")
     assert "#SBATCH --partition=gpu" in script
-    (tmp_path / "srun").write_text("#!/bin/sh\nexit 3\n")
-    (tmp_path / "scontrol").write_text("#!/bin/sh\necho node\n")
-    (tmp_path / "scontrol").chmod(0o755)
+    (tmp_path / "srun").write_text(f"#!/bin/sh\nexit {code}\n")
+    (tmp_path / "scontrol").write_text('#!/bin/sh\n[ "$1" = requeue ] && touch queued || echo node\n')
+    for tool in ("srun", "scontrol"):
+        (tmp_path / tool).chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n"}
-    assert subprocess.run(["bash", "-c", script], env=environment, check=False).returncode == 3
+    assert subprocess.run(["bash", "-c", script], env=environment, check=False, cwd=tmp_path).returncode == ends
+    assert (tmp_path / "queued").exists() == queued

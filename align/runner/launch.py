@@ -169,7 +169,9 @@ def _fresh(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def slurm_script(command: Sequence[str], *, nodes: int, gpus: int, hours: float, partition: str | None, name: str) -> str:
+def slurm_script(
+    command: Sequence[str], *, nodes: int, gpus: int, cpus: int, hours: float, partition: str | None, name: str
+) -> str:
     """A batch script that runs `command` on each of `nodes`, is requeued when it is preempted or out of time, and then goes on."""
     minutes = max(1, round(hours * 60))  # to Slurm, none is no limit
     options = {
@@ -177,6 +179,7 @@ def slurm_script(command: Sequence[str], *, nodes: int, gpus: int, hours: float,
         "nodes": nodes,
         "ntasks-per-node": 1,
         "gpus-per-node": gpus,
+        "cpus-per-task": cpus * gpus,
         "time": f"{minutes // 60}:{minutes % 60:02d}:00",
         "output": f"{name}-%j.log",
         "open-mode": "append",
@@ -192,14 +195,21 @@ set -u
 export ALIGN_MAIN_IP=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # Two minutes before the time is up, or when the job is preempted: let the stages save, and queue up again.
-again() {{
+stop() {{
     kill -TERM "$work"
     wait "$work"
+    again
+}}
+again() {{
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 }}
-trap again TERM
-srun --kill-on-bad-exit=1 {shlex.join(command)} &
+trap stop TERM
+srun --kill-on-bad-exit=1 --cpus-per-task={cpus * gpus} {shlex.join(command)} &
 work=$!
 wait "$work"
+code=$?
+# Slurm may have told the command alone, which ends with 130 when it has saved.
+[ "$code" -eq 130 ] && again
+exit "$code"
 """
