@@ -31,7 +31,7 @@ from align.cli import main
 from align.data import write_rows
 from align.errors import AlignError
 from align.rollout import Sampling, complete, server
-from align.rollout.server import TOLERANCE, ServerEngine, own_logps, write_weights
+from align.rollout.server import TOLERANCE, Server, ServerEngine, own_logps, write_weights
 from align.stages import GRPO, PPO
 
 ROOT = Path(__file__).parent.parent
@@ -155,6 +155,7 @@ def test_the_server_gets_the_weights_before_it_answers_and_none_twice(engine, st
 ASKING = """
 import sys
 from pathlib import Path
+import torch
 from helpers import llama
 from align import processes
 from align.rollout import Sampling, complete
@@ -164,6 +165,9 @@ processes.meet()
 engine, greedy = ServerEngine(sys.argv[1], llama(), Path(sys.argv[2])), Sampling(8, temperature=0)
 prompt = [5, 6, 7 + processes.number()]
 assert complete(engine, [prompt], greedy, [2]) == complete(engine.model, [prompt], greedy, [2])
+torch.nn.init.ones_(engine.model.lm_head.weight)
+alone = [prompt] * processes.number()  # the first has none to ask, and brings the weights that the other needs
+assert complete(engine, alone, greedy, [2]) == complete(engine.model, alone, greedy, [2])
 processes.wait()
 """
 
@@ -173,8 +177,18 @@ def test_of_several_processes_one_brings_the_weights(stub, tmp_path):
     (tmp_path / "folder").mkdir()
     with listening(stub) as url:
         launch_two([str(tmp_path / "script.py"), url, str(tmp_path / "folder")], tmp_path)
-    assert stub.paths.count("collective_rpc") == 1
+    assert stub.paths.count("collective_rpc") == 2
     assert list((tmp_path / "folder").iterdir()) == []
+
+
+def test_a_proxy_is_for_servers_elsewhere(engine, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert complete(engine, [[5]], GREEDY, [2]) == complete(engine.model, [[5]], GREEDY, [2])
+    with pytest.raises(AlignError, match=r"no vLLM server answers at http://10\.0\.0\.2:8000 .*refused"):
+        Server("http://10.0.0.2:8000").get("weight_info")
 
 
 def test_a_server_that_was_started_anew_gets_the_weights_again(engine, stub):

@@ -36,7 +36,7 @@ class Engine(Protocol):
         generator: torch.Generator | None = None,
         progress: Callable[[int], Any] | None = None,
     ) -> list[Completion]:
-        """As the function `complete`."""
+        """As the function `complete`. A process whose share of the prompts is empty asks, too: others may wait for it."""
 
 
 @torch.inference_mode()
@@ -57,10 +57,10 @@ def complete(
         generator: source of randomness; one of the CPU.
         progress: called with the number of completions that have just ended.
     """
-    if not prompts:
-        return []
     if not isinstance(model, nn.Module):
         return model.complete(prompts, sampling, stop_ids, generator, progress)
+    if not prompts:
+        return []
     engine = engine_for(model, max(map(len, prompts)) + sampling.max_new_tokens)
     passes = sampling.max_new_tokens * -(-len(prompts) // sampling.batch_size)
     with packed_linears(model, passes):

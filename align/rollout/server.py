@@ -16,8 +16,10 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from copy import deepcopy
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from peft import PeftModel
@@ -54,6 +56,8 @@ class Server:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
+        # To a proxy that the environment names, 127.0.0.1 would be the proxy's own machine.
+        self._opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if _is_here(url) else []))
 
     def get(self, path: str) -> dict[str, Any]:
         """Its answer."""
@@ -66,7 +70,7 @@ class Server:
 
     def _ask(self, request: urllib.request.Request) -> dict[str, Any]:
         try:
-            with urllib.request.urlopen(request, timeout=SECONDS) as response:
+            with self._opener.open(request, timeout=SECONDS) as response:
                 found = json.loads(response.read())
         except urllib.error.HTTPError as error:
             raise AlignError(self._refusal(request, error)) from error
@@ -95,6 +99,15 @@ class Server:
     def strange(self, path: str, what: str) -> AlignError:
         """The error for an answer that is not vLLM's."""
         return AlignError(f"the server at {self.url} answered {path} with {what}; expected is vLLM 0.32 or newer")
+
+
+def _is_here(url: str) -> bool:
+    """Whether it is an address by which a machine calls itself."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class ServerEngine:
@@ -215,7 +228,7 @@ class ServerEngine:
         stop_ids: Sequence[int],
         progress: Callable[[int], Any] | None,
     ) -> list[Completion]:
-        pool = ThreadPoolExecutor(min(sampling.batch_size, len(prompts)))
+        pool = ThreadPoolExecutor(max(1, min(sampling.batch_size, len(prompts))))
         try:
             asked = [pool.submit(self._answer, *one, sampling, list(stop_ids)) for one in zip(prompts, seeds, strict=True)]
             for answer in as_completed(asked):
