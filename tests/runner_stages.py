@@ -73,6 +73,7 @@ class Act(Stage):
                 (Path(self.where) / "begun").touch()
                 while not stop_requested():
                     time.sleep(0.02)
+                time.sleep(0.3)  # a checkpoint takes its time
                 (Path(self.where) / "saved").touch()
         threads = len(list(Path("/proc/self/task").iterdir())) if Path("/proc/self/task").exists() else 1
         torch = sys.modules.get("torch")

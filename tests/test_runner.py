@@ -454,6 +454,17 @@ def test_a_launch_of_one_process_saves_before_it_stops(strategy, processes, tmp_
     assert sorted(path.name for path in (tmp_path / "met").iterdir()) == ["begun", "saved"]
 
 
+def test_a_signal_to_all_processes_lets_the_stage_save(processes, tmp_path):
+    """A machine that shuts down, or systemd, tells every process to end, and in what order is chance."""
+    process, status = begin(tmp_path / "met", "save")
+    zygote = int(Path(f"/proc/{status['pid']}/stat").read_text().rpartition(")")[2].split()[1])
+    for pid in (zygote, status["pid"], process.pid):
+        os.kill(pid, signal.SIGTERM)
+    process.wait(30)
+    assert states() == {"a": "stopped"}
+    assert sorted(path.name for path in (tmp_path / "met").iterdir()) == ["begun", "saved"]
+
+
 # -- two runs on one folder ----------------------------------------------------------------------------------------------------
 
 

@@ -105,6 +105,7 @@ def serve() -> None:
     os.set_blocking(awake, False)
     signal.set_wakeup_fd(wake)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as of a shutdown, to all processes at once: the stages save first
     # Garbage is not looked for while modules are imported, which makes little, nor in them: stages do so at the end of each run.
     gc.disable()
     for module in PRELOAD:
@@ -149,6 +150,7 @@ def _become(request: dict[str, Any], zygote: int) -> None:
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setpgid(0, 0)
         die_with_parent(signal.SIGKILL, zygote)
         log = Path(request["task"]["log"])
