@@ -79,4 +79,5 @@ class Act(Stage):
         torch = sys.modules.get("torch")
         met = torch is not None and torch.distributed.is_initialized()
         seen = {"pid": os.getpid(), "parent": os.getppid(), "torch": torch is not None, "threads": threads, "met": met}
+        seen["share"] = torch.get_num_threads() if torch is not None else 0
         return {**seen, "patience": int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 0))}

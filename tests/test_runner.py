@@ -99,6 +99,13 @@ def test_processes_of_a_launch_meet_before_their_stage_begins(processes):
     assert artifacts["a"].metrics["patience"] > 90.5
 
 
+def test_stages_side_by_side_share_the_cores_also_with_a_launch(processes, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    artifacts = run({"a": Act(launch={"num_processes": 1, "cpu": True}), "b": Act()}, jobs=2)
+    assert [artifacts[name].metrics["share"] for name in "ab"] == [1, 1]
+
+
 def test_a_crash_shows_the_end_of_its_log(processes, capsys):
     with pytest.raises(StageFailed, match=r"a: RuntimeError: a bug; .*/out/logs/a-\w{8}\.log tells more"):
         run({"a": Act(does="crash"), "b": Act()})

@@ -168,6 +168,7 @@ def _become(request: dict[str, Any], zygote: int) -> None:
             import torch
 
             torch.set_num_threads(request["threads"])
+            os.environ.setdefault("OMP_NUM_THREADS", str(request["threads"]))  # of the processes of a launch
         from align.runner.worker import Task, main
 
         code = main(Task(**request["task"]))
