@@ -11,7 +11,7 @@ import pytest
 from helpers import llama
 
 from align.artifact import MANIFEST
-from align.data import load_rows
+from align.data import load_rows, write_rows
 from align.encode import Encoder
 from align.errors import AlignError
 from align.forest import Tree
@@ -22,7 +22,7 @@ from align.schema import PreferenceRow, PromptRow, SFTRow
 from align.stages import SFT, Preference, Pretrain, RewardModel
 from align.stages.base import Context
 from align.stages.kto import KTO
-from align.stages.rows import encoded, rewritten, rows_of
+from align.stages.rows import encoded, rewritten, rows_of, streams
 
 SAMPLES = Path(__file__).parents[1] / "data" / "samples"
 
@@ -176,6 +176,18 @@ def test_a_stage_that_needs_its_rows_in_memory_says_so(tmp_path):
     path = pairs(tmp_path / "pairs.jsonl", 4)
     with pytest.raises(AlignError, match="streaming: the stages pretrain, sft, reward, preference can"):
         rows_of(KTO(model="m", beta=0.1, data=[str(path)], streaming=True), "unpaired", context(tmp_path / "run"))
+
+
+def test_rows_that_old_ones_are_mixed_into_stay_in_memory(tmp_path, monkeypatch):
+    """With large files this was refused after all rows had been read, tokenized and written."""
+    monkeypatch.setattr("align.stages.rows.LARGE", 1)
+    write_rows(tmp_path / "a.jsonl", [{"prompt": f"say {i}", "completion": "one"} for i in range(8)])
+    stage = SFT(model="m", data=str(tmp_path / "a.jsonl"), learning_rate=1e-3, held_out=0.0)
+    assert streams(stage)
+    mixed = stage.model_copy(update={"replay_data": stage.data})
+    assert not streams(mixed)
+    with pytest.raises(AlignError, match="streaming: replay_data is mixed into rows in memory"):
+        streams(mixed.model_copy(update={"streaming": True}))
 
 
 # -- mixtures ------------------------------------------------------------------------------------------------------------------

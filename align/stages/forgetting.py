@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from align.errors import AlignError
 from align.stages.base import Context
 from align.stages.config import DataRefs, Fields, Reference
 
@@ -89,8 +88,6 @@ def with_replay(stage: Any, context: Context, kind: str, encode: Callable[[Any],
     """`trees` and so many of the stage's `replay_data`, drawn at random, that these hold `replay` of all tokens."""
     if stage.replay_data is None or not stage.replay:
         return trees
-    if not isinstance(trees, list):
-        raise AlignError("replay_data is mixed into rows in memory, and these are on disk: set streaming to false")
     from align.progress import say
     from align.stages.training import encoded, quarantine_in, read_rows
 

@@ -116,6 +116,10 @@ def streams(stage: DataFields) -> bool:
     able = getattr(stage, "stage", None) in STREAMING_STAGES and getattr(stage, "engine", None) == "forest"
     if stage.streaming is True and not able:
         raise AlignError(f"streaming: the stages {', '.join(STREAMING_STAGES)} can, on engine 'forest'; leave it at auto")
+    if getattr(stage, "replay_data", None):  # mixed into rows in memory
+        if stage.streaming is True:
+            raise AlignError("streaming: replay_data is mixed into rows in memory; leave it at auto, or set it to false")
+        return False
     return able and (stage.streaming is True or (stage.streaming == "auto" and _size(stage.data) >= LARGE))
 
 
