@@ -5,6 +5,7 @@ import random
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,30 @@ def test_a_rule_speaks(name):
     json.dumps(first.as_dict(), allow_nan=False)
 
 
+SAMPLED = [name for name, fault in FAULTS.items() if fault.kind == "ppo" and name != "value_blind"]
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+@pytest.mark.parametrize("name", SAMPLED)
+def test_what_needs_no_critic_is_asked_of_grpo_and_rloo_too(kind, name):
+    """The forest engine logs for them what it logs for PPO; the changes are of fields that they have."""
+    fault = FAULTS[name]
+    first, *_ = ask(replace(fault, kind=kind, config={**fault.config, "num_iterations": 4}))
+    assert first.rule == name
+    assert "kl_coef" not in first.diagnosis.advice
+    changes = first.diagnosis.changes
+    stages[kind].model_validate({"model": "m", "data": ["a.jsonl"], "reward_funcs": ["a.py:proxy"], **changes})
+    assert ("num_iterations" in changes) == (name == "clip_share")
+
+
+def test_a_penalty_that_an_engine_has_not_is_not_suggested():
+    fault = FAULTS["length_drift"]
+    config = {**fault.config, "engine": "trl"}
+    (finding,) = ask(replace(fault, kind="grpo", config=config))
+    assert finding.diagnosis.changes.keys() == {"beta", "learning_rate"}
+    assert "missing_eos_penalty" not in finding.diagnosis.advice
+
+
 def rules_of(patient):
     return [finding.rule for finding in ask(patient)]
 
@@ -339,7 +364,7 @@ def test_every_rule_has_such_a_history():
     assert set(rules) - FAULTS.keys() == {"rank_too_low"}, "that one needs an adapter's file: it is planted below"
 
 
-@pytest.mark.parametrize("kind", [*HEALTHY, "ppo"])
+@pytest.mark.parametrize("kind", [*HEALTHY, "ppo", "grpo", "rloo"])
 def test_no_rule_speaks_of_a_healthy_run(kind):
     assert ask(case(kind, HEALTHY[kind] if kind in HEALTHY else ppo())) == []
 
@@ -354,7 +379,7 @@ def test_no_history_makes_a_rule_stumble():
             for name in draw.sample(sorted(record.keys() - {"step"}), len(record) // 3):
                 record[name] = draw.choice([float("nan"), float("inf"), 0.0, -1.0, None, "text"])
         kept.sort(key=lambda record: record["step"])
-        for kind in ("sft", "preference", "reward", "ppo", "kto", "pretrain"):
+        for kind in ("sft", "preference", "reward", "ppo", "grpo", "kto", "pretrain"):
             for finding in ask(case(kind, kept, running=draw.random() < 0.5)):
                 assert finding.rule in rules
 
@@ -575,6 +600,22 @@ def test_a_run_that_was_cut_before_it_logged_anything_is_told_of(tmp_path, capsy
     stage_folder(tmp_path, "dpo", "preference", {"learning_rate": 1e-3}, HEALTHY["preference"], "1")
     assert main(["doctor", str(tmp_path)]) == 0
     assert capsys.readouterr().err.startswith("sft: too few steps are logged for the rules to see anything")
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "word"),
+    [
+        ("task", {}, "unexamined"),
+        ("grpo", {"engine": "trl"}, "unexamined"),
+        ("grpo", {"engine": "forest"}, "good"),
+    ],
+)
+def test_what_no_rule_is_about_is_not_called_good(tmp_path, capsys, kind, config, word):
+    records = history(reward=lambda t: t) if config.get("engine") == "trl" else ppo() if kind == "grpo" else HEALTHY["sft"]
+    stage_folder(tmp_path, "it", kind, {"learning_rate": 1e-3, **config}, records)
+    assert verdict(tmp_path, capsys) == word
+    assert main(["doctor", str(tmp_path)]) == 0
+    assert ("it: there are no rules for what is logged there" in capsys.readouterr().err) == (word == "unexamined")
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ def doctor(options: argparse.Namespace) -> int:
         print(as_text(findings, words))
         if unclear := [name for name, word in words.items() if word == "unclear"]:
             say(f"{', '.join(unclear)}: too few steps are logged for the rules to see anything; a lower logging_steps shows more")
+        if unknown := [name for name, word in words.items() if word == "unexamined"]:
+            say(f"{', '.join(unknown)}: there are no rules for what is logged there, so nothing was examined")
     else:
         say(f"{options.run}: none of its stages trains, so there is nothing to say")
     if options.apply is not None:

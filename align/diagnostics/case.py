@@ -19,6 +19,8 @@ LANGUAGE = ("pretrain", "sft")
 PAIRS = ("preference", "reward")
 SUPERVISED = (*LANGUAGE, *PAIRS, "kto")
 """Stages that train on a data set with transformers' Trainer."""
+POLICIES = ("ppo", "grpo", "rloo")
+"""Stages that sample the policy they train. TRL's engine logs under other names, of which the rules know nothing."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,14 @@ class Case:
         old = {name: None for name in ("rpo_alpha", "label_smoothing") if self.config.get(name) is not None}
         return {"loss": loss, **old, **parameters}
 
+    @property
+    def price(self) -> str:
+        """The field that says what a policy pays for leaving its reference."""
+        return "kl_coef" if self.kind == "ppo" else "beta"
+
     def closer(self, factor: float) -> dict[str, Any]:
         """The change that makes a policy pay `factor` times as much for leaving its reference."""
-        return {"kl_coef": rounded(max(float(self.config.get("kl_coef", 0.05)), 0.02) * factor)}
+        return {self.price: rounded(max(float(self.config.get(self.price, 0.05)), 0.02) * factor)}
 
 
 @dataclass(frozen=True)
@@ -187,6 +194,12 @@ def rule(
         return rules.add(marked)
 
     return register
+
+
+def examined(kind: str, config: Mapping[str, Any]) -> bool:
+    """Whether the rules know what a stage of that kind logs."""
+    foreign = kind in POLICIES and config.get("engine") == "trl"
+    return not foreign and any(kind in rules[name].kinds for name in rules)
 
 
 def ask(case: Case) -> list[Finding]:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from align.artifact import Artifact, read_artifact
-from align.diagnostics.case import Case, Finding, ask
+from align.diagnostics.case import Case, Finding, ask, examined
 from align.errors import AlignError
 from align.progress import say
 from align.recipe import reference_fields
@@ -138,11 +138,15 @@ def logged(patient: Patient) -> int:
 
 
 def verdicts(found: Iterable[Patient], findings: Mapping[str, Sequence[Finding]]) -> dict[str, str]:
-    """The word for each stage in `findings`: that of its first one, else ``good``, or ``unclear`` where too little is logged."""
+    """The word for each stage in `findings`: that of its first one, else ``good``, ``unclear`` where too little is logged, or
+    ``unexamined`` where no rule knows what it logs.
+    """
 
     def word(patient: Patient) -> str:
         if findings[patient.name]:
             return findings[patient.name][0].verdict
+        if not examined(patient.kind, patient.config):
+            return "unexamined"
         return "good" if logged(patient) >= ENOUGH else "unclear"
 
     return {patient.name: word(patient) for patient in found if patient.name in findings}

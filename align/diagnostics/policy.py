@@ -1,4 +1,4 @@
-"""Rules about PPO: what a policy does when it is paid for a score."""
+"""Rules about PPO, GRPO and RLOO: what a policy does when it is paid for a score."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from align.diagnostics.case import Case, Diagnosis, rounded, rule
+from align.diagnostics.case import POLICIES, Case, Diagnosis, rounded, rule
 from align.diagnostics.series import Series
 from align.rewards.spec import RewardSpec, name_beside, name_within
 
@@ -28,7 +28,7 @@ STILL = 0.02
 """Divergence (nats an answer) of a policy that has not moved."""
 
 
-@rule("ppo", verdict="failed", live=True, explains=("policy_stands_still", "score_falls", "value_blind", "entropy_collapse"))
+@rule(*POLICIES, verdict="failed", live=True, explains=("policy_stands_still", "score_falls", "value_blind", "entropy_collapse"))
 def score_flat(case: Case) -> Diagnosis | None:
     """Every answer gets the same score."""
     score = case.series("objective/scores")
@@ -43,7 +43,7 @@ def score_flat(case: Case) -> Diagnosis | None:
     )
 
 
-@rule("ppo", verdict="failed", live=True)
+@rule(*POLICIES, verdict="failed", live=True)
 def kl_negative(case: Case) -> Diagnosis | None:
     """The divergence from the reference is below zero."""
     kl = case.series("objective/kl")
@@ -57,7 +57,7 @@ def kl_negative(case: Case) -> Diagnosis | None:
     )
 
 
-@rule("ppo", verdict="degenerate", explains=("entropy_collapse", "kl_blow_up", "length_drift", "forgetting"))
+@rule(*POLICIES, verdict="degenerate", explains=("entropy_collapse", "kl_blow_up", "length_drift", "forgetting"))
 def reward_hacking(case: Case) -> Diagnosis | None:
     """The score that is paid rises, and one that is only watched falls from where it was best (over-optimization,
     arXiv:2210.10760).
@@ -77,7 +77,7 @@ def reward_hacking(case: Case) -> Diagnosis | None:
                 {**levels, "watched_before": watched.before, "watched_after": watched.after},
                 f"the paid score went from {before:.3g} to {paid.tail():.3g} while {watched.name}, which nobody pays for, fell "
                 f"from {watched.before:.3g}{since} to {watched.after:.3g}: the policy found what the score does not see",
-                "pull harder to the reference (kl_coef), train for fewer episodes, and mend the reward: pay for what fell",
+                f"pull harder to the reference ({case.price}), train for fewer episodes, and mend the reward: pay for what fell",
                 case.closer(10.0) | _pay(case, watched.name),
             )
     return None
@@ -148,7 +148,7 @@ def _pay(case: Case, name: str) -> dict[str, Any]:
 
 
 @rule(
-    "ppo",
+    *POLICIES,
     verdict="unstable",
     live=True,
     explains=("value_blind", "score_falls", "entropy_collapse", "kl_blow_up", "length_drift", "forgetting"),
@@ -159,18 +159,19 @@ def clip_share(case: Case) -> Diagnosis | None:
     if len(clipped) < 4 or max(clipped.smoothed(3).values) < CLIPPED:
         return None
     changes = case.slower(5.0)
-    if int(case.config.get("num_ppo_epochs", 1)) > 2:
-        changes["num_ppo_epochs"] = 2
+    passes = "num_ppo_epochs" if case.kind == "ppo" else "num_iterations"
+    if int(case.config.get(passes, 1)) > 2:
+        changes[passes] = 2
     return Diagnosis(
         {"clipped": max(clipped.smoothed(3).values), "learning_rate": case.learning_rate},
         f"up to {max(clipped.smoothed(3).values):.0%} of the tokens were clipped in an update: one batch of answers moves the "
         "policy further than it can tell",
-        "lower learning_rate, or num_ppo_epochs",
+        f"lower learning_rate, or {passes}",
         changes,
     )
 
 
-@rule("ppo", verdict="degenerate", live=True, explains=("value_blind", "kl_blow_up", "entropy_collapse", "forgetting"))
+@rule(*POLICIES, verdict="degenerate", live=True, explains=("value_blind", "kl_blow_up", "entropy_collapse", "forgetting"))
 def length_drift(case: Case) -> Diagnosis | None:
     """Answers become much longer or much shorter, or no longer end."""
     length, cut = case.series("completions/mean_length"), case.series("completions/cut_share")
@@ -181,21 +182,22 @@ def length_drift(case: Case) -> Diagnosis | None:
     if SHORTER <= ratio <= LONGER and not endless:
         return None
     changes = case.closer(5.0) | case.slower(2.0)
-    if ratio > 1 or endless:
+    penalized = (ratio > 1 or endless) and case.config.get("engine") != "trl"  # which has no such penalty
+    if penalized:
         changes["missing_eos_penalty"] = max(1.0, float(case.config.get("missing_eos_penalty") or 0.0) * 2)
     return Diagnosis(
         {"length_before": length.head(), "length_after": length.tail(), "cut_share": cut.tail() if len(cut) else 0.0},
         f"answers went from {length.head():.0f} to {length.tail():.0f} tokens"
         + (f", and {cut.tail():.0%} of them are cut" if endless else "")
         + ": the score pays for length, not for what is said",
-        "raise kl_coef, set missing_eos_penalty, and take length out of the reward"
-        if ratio > 1 or endless
-        else "raise kl_coef, and take length out of the reward",
+        f"raise {case.price}, set missing_eos_penalty, and take length out of the reward"
+        if penalized
+        else f"raise {case.price}, and take length out of the reward",
         changes,
     )
 
 
-@rule("ppo", verdict="degenerate", live=True, explains=("score_falls", "kl_blow_up", "value_blind", "forgetting"))
+@rule(*POLICIES, verdict="degenerate", live=True, explains=("score_falls", "kl_blow_up", "value_blind", "forgetting"))
 def entropy_collapse(case: Case) -> Diagnosis | None:
     """The policy says one thing only."""
     entropy = case.series("policy/entropy_avg")
@@ -206,12 +208,12 @@ def entropy_collapse(case: Case) -> Diagnosis | None:
         {"entropy_before": entropy.head(), "entropy_after": entropy.tail()},
         f"entropy fell from {entropy.head():.3g} to {entropy.tail():.3g} nats a token: every prompt gets the answer that scored "
         "once, and nothing new is tried",
-        f"raise kl_coef to {changes['kl_coef']}, lower learning_rate, sample more prompts in a step",
+        f"raise {case.price} to {changes[case.price]}, lower learning_rate, sample more prompts in a step",
         changes,
     )
 
 
-@rule("ppo", verdict="unstable", live=True, explains=("value_blind", "score_falls", "forgetting"))
+@rule(*POLICIES, verdict="unstable", live=True, explains=("value_blind", "score_falls", "forgetting"))
 def kl_blow_up(case: Case) -> Diagnosis | None:
     """The policy runs away from the reference."""
     kl, length = case.series("objective/kl"), case.series("completions/mean_length")
@@ -222,10 +224,10 @@ def kl_blow_up(case: Case) -> Diagnosis | None:
         return None
     changes = case.closer(5.0) | case.slower(5.0)
     return Diagnosis(
-        {"kl": kl.tail(), "kl_a_token": a_token, "kl_coef": float(case.config.get("kl_coef", 0.05))},
+        {"kl": kl.tail(), "kl_a_token": a_token, case.price: float(case.config.get(case.price, 0.05))},
         f"{kl.tail():.1f} nats an answer, {a_token:.2f} a token, from the reference: the price of diverging is too low for the "
         "size of the steps",
-        f"raise kl_coef to {changes['kl_coef']} and lower learning_rate to {changes['learning_rate']:.1e}",
+        f"raise {case.price} to {changes[case.price]} and lower learning_rate to {changes['learning_rate']:.1e}",
         changes,
     )
 
@@ -261,7 +263,7 @@ def value_blind(case: Case) -> Diagnosis | None:
     )
 
 
-@rule("ppo", verdict="failed")
+@rule(*POLICIES, verdict="failed")
 def policy_stands_still(case: Case) -> Diagnosis | None:
     """The policy is where it started."""
     kl, score = case.series("objective/kl"), case.series("objective/scores")
@@ -276,7 +278,7 @@ def policy_stands_still(case: Case) -> Diagnosis | None:
     )
 
 
-@rule("ppo", verdict="failed")
+@rule(*POLICIES, verdict="failed")
 def score_falls(case: Case) -> Diagnosis | None:
     """The score ends below its start."""
     score = case.series("objective/scores")

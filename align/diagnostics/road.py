@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeGuard
 
-from align.diagnostics.case import Case, Diagnosis, figure, rule
+from align.diagnostics.case import POLICIES, Case, Diagnosis, figure, rule
 
 FORGOTTEN = 1.5
 """Perplexity on the same held-out text, against that of the model it was trained from."""
@@ -12,13 +12,13 @@ WORDIER = 1.6
 """Tokens in an answer, against those of the model it was trained from."""
 
 
-@rule("pretrain", "sft", "preference", "kto", "ppo", "grpo", "rloo", verdict="forgetful")
+@rule("pretrain", "sft", "preference", "kto", *POLICIES, verdict="forgetful")
 def forgetting(case: Case) -> Diagnosis | None:
     """What the model knew before has become much less likely."""
     what, then, now = max(_before_and_after(case), key=lambda found: found[2] / found[1], default=("", 1.0, 0.0))
     if now < FORGOTTEN * then:
         return None
-    changes = case.slower(5) | (case.closer(4) if case.kind == "ppo" else {})
+    changes = case.slower(5) | (case.closer(4) if case.kind in POLICIES else {})
     return Diagnosis(
         {"perplexity_before": then, "perplexity_after": now, "learning_rate": case.learning_rate},
         f"perplexity on {what} went from {figure(then)} to {figure(now)}: what the model learned overwrote what it knew",
