@@ -140,7 +140,7 @@ def test_another_runs_checkpoints_are_not_gone_on_from(data, undisturbed, tmp_pa
         with pytest.raises(Stopped):
             execute()
     with pytest.raises(
-        AlignError, match=r"mine holds what was begun of another run \(changed: learning_rate, seed\); choose another"
+        AlignError, match=r"mine holds what was begun of another run \(changed: learning_rate 0.01 -> 1e-06, seed 3 -> 7\); choose"
     ):
         execute(stage.model_copy(update={"learning_rate": 1e-6, "seed": 7}))
     assert execute().metrics == run(stage, undisturbed).metrics

@@ -718,7 +718,7 @@ def test_the_same_command_again_does_nothing(capsys, tmp_path):
     expected = {"stage": "sft", "runs": False, "reason": "up to date", "folder": f"{tmp_path}/out", "seconds_last_time": None}
     assert plan == expected
     assert main(f"{SFT}sft.jsonl --seed 1 --output_dir {tmp_path}/out".split()) == 2
-    assert "holds another result (sft@1; changed: seed)" in capsys.readouterr().err
+    assert "holds another result (sft@1; changed: seed 0 -> 1)" in capsys.readouterr().err
 
 
 def test_a_plan_of_a_stage_runs_nothing(capsys, tmp_path):
@@ -787,7 +787,7 @@ def test_the_config_that_a_stage_left_runs_it_again_with_one_change(capsys):
     assert main([*again.split(), "--plan"]) == 0
     assert capsys.readouterr().out.split() == ["skip", "small", "up", "to", "date"]
     assert main([*again.split(), "--seed", "7", "--plan"]) == 0
-    assert "changed: seed" in capsys.readouterr().out
+    assert "changed: seed 0 -> 7" in capsys.readouterr().out
     assert main(["dpo", "--config", f"{left['path']}/config.yaml", "--beta", "0.1", "--plan"]) == 2
     assert "it is of the stage 'sft', and this verb runs Preference" in capsys.readouterr().err
 
@@ -893,7 +893,7 @@ def test_a_recipe_runs_to_its_report(capsys, tmp_path):
     (plan,) = run_json(f"run recipe.py --out {tmp_path}/out --set sft.seed=2 --plan --json", capsys)
     assert plan["reason"] == "up to date"
     (plan,) = run_json(f"run recipe.py --out {tmp_path}/out --set rate=2e-3 --plan --json", capsys)
-    assert plan["reason"] == "changed: learning_rate, seed"
+    assert plan["reason"] == "changed: learning_rate 0.001 -> 0.002, seed 2 -> 0"
 
 
 def test_a_report_can_be_written_again(capsys, tmp_path):

@@ -290,7 +290,8 @@ def test_a_plan_says_why():
     run(chain())
     assert set(reasons(chain()).values()) == {"up to date"}
     changed = chain(b=Note(model="a", text="new", options={"x": 1}))
-    assert reasons(changed) == {"a": "up to date", "b": "changed: text, options", "c": "its inputs changed: b/note.txt"}
+    why = 'changed: text "" -> "new", options {} -> {"x": 1}'
+    assert reasons(changed) == {"a": "up to date", "b": why, "c": "its inputs changed: b/note.txt"}
     assert RAN == ["a", "b", "c"], "planning runs nothing"
 
 
@@ -329,6 +330,23 @@ def test_a_field_that_changed_runs_the_stage_and_those_behind_it():
     run(chain())
     assert run(chain(b=Note(model="a", text="new")))[0] == ["b", "c"]
     assert Registry().get("chain-c").reference == "chain-c@2"
+
+
+def test_a_plan_tells_of_all_that_changed_and_of_nothing_that_decides_nothing():
+    """Data that changed beside fields: `save_steps` is none of the identity, of two ways to the same batch neither is."""
+    data = "a.jsonl"
+    Path(data).write_text('{"prompt": "p", "completion": "c"}\n')
+    stage = SFT(model="m", data=[data], learning_rate=1e-3, per_device_train_batch_size=8)
+    before = Artifact("r-a", "sft", "1" * 64, "out/a-11111111", stage.model_dump(mode="json"), inputs={data: "1"})
+    before.write()
+    more = {"save_steps": 5, "report_to": ["wandb"], "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    again = Recipe("r", {"a": stage.model_copy(update=more)})
+    Path("m").mkdir()
+    assert reasons(again)["a"].startswith(f"its inputs changed: {data}; code changed: ")
+    other = Recipe("r", {"a": stage.model_copy(update={**more, "learning_rate": 2e-3, "chat_template": "x" * 50})})
+    told = f"changed: learning_rate 0.001 -> 0.002, chat_template; its inputs changed: {data}; code"
+    Path("x" * 50).write_text("")
+    assert reasons(other)["a"].startswith(told)
 
 
 def test_a_data_file_that_changed(tmp_path):
@@ -523,7 +541,7 @@ def test_the_manifest_is_written_last(monkeypatch):
 def test_a_folder_that_holds_another_result_is_not_overwritten():
     target = Path("mine")
     Run(Recipe("a", {"a": Note(text="1")}), Path(), target).execute()
-    with pytest.raises(AlignError, match=r"holds another result \(a@1; changed: text\)"):
+    with pytest.raises(AlignError, match=r'holds another result \(a@1; changed: text "1" -> "2"\)'):
         Run(Recipe("a", {"a": Note(text="2")}), Path(), target).execute()
     assert (target / "note.txt").read_text() == "1"
 

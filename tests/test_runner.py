@@ -673,7 +673,7 @@ def test_the_plan_as_json_says_what_it_took(capsys, tmp_path):
     capsys.readouterr()
     assert main(["run", str(recipe), "--set", "text=two", "--plan", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert (row["runs"], row["reason"]) == (True, "changed: text")
+    assert (row["runs"], row["reason"]) == (True, 'changed: text "1" -> "two"')
     assert row["seconds_last_time"] >= 0
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from align.artifact import BEGUN, Artifact, read_artifact
 from align.data import fingerprint
 from align.errors import AlignError, near_miss, told_of
@@ -25,6 +27,7 @@ from align.runner.notes import status_of
 from align.sources import digest_of
 from align.stages import Stage
 from align.stages.config import MADE
+from align.stages.written import given_fields
 
 FORCED = "forced"
 """How the reason begins of what runs though it is done."""
@@ -143,12 +146,12 @@ class Planner:
             code=code,
         )
         if done is not None and done.identity != identity:
-            why = _changed(draft, done) if done.stage == draft.stage else f"of the stage {done.stage}"
+            why = _changed(stage, draft, done) if done.stage == draft.stage else f"of the stage {done.stage}"
             raise AlignError(f"{folder} holds another result ({done.reference}; {why}); choose another output_dir, or remove it")
         if done is None and name not in self.forced:
-            _refuse_anothers(draft)
+            _refuse_anothers(stage, draft)
         resolved = stage.model_copy(update={key: _map(value, found.places) for key, value in fields})
-        return Step(name, resolved, draft, done, *self._reason(name, draft, done, earlier))
+        return Step(name, resolved, draft, done, *self._reason(name, stage, draft, done, earlier))
 
     def _look_up(self, name: str, earlier: Mapping[str, Step]) -> _Found:
         """What the references of the stage `name` mean now."""
@@ -180,21 +183,23 @@ class Planner:
             self._fingerprints[key] = FINGERPRINTS[kind](reference)
         return self._fingerprints[key]
 
-    def _reason(self, name: str, draft: Artifact, done: Artifact | None, earlier: Mapping[str, Step]) -> tuple[str, float | None]:
+    def _reason(
+        self, name: str, stage: Stage, draft: Artifact, done: Artifact | None, earlier: Mapping[str, Step]
+    ) -> tuple[str, float | None]:
         """Why the stage would run, or that it is up to date; and where it would run, how many seconds it took the last time."""
-        news, seconds = ("up to date", None) if done else self._news(draft)
+        news, seconds = ("up to date", None) if done else self._news(stage, draft)
         above = [owner for owner in self.recipe.needs(name) if earlier[owner].reason.startswith(FORCED)]
         if name not in self.forced and not above:
             return news, seconds
         why = FORCED if name in self.forced else f"{FORCED}: follows {', '.join(above)}"
         return (why, done.seconds) if done else (f"{why}; {news}", seconds)
 
-    def _news(self, draft: Artifact) -> tuple[str, float | None]:
+    def _news(self, stage: Stage, draft: Artifact) -> tuple[str, float | None]:
         """What is new in `draft` beside the latest result of a stage of that name, and how long that took."""
         stem = Path(draft.path).name.removesuffix(f"-{draft.identity[:8]}")
         before = [a for folder in self.out.glob(f"{stem}-????????") if (a := read_artifact(folder))]
         latest = max(before, key=lambda artifact: artifact.created, default=None)
-        told = _unfinished(draft) or ("never ran" if latest is None else _changed(draft, latest))
+        told = _unfinished(draft) or ("never ran" if latest is None else _changed(stage, draft, latest))
         return told, None if latest is None else latest.seconds
 
 
@@ -210,16 +215,15 @@ def _perhaps_a_stage(reference: str, others: Sequence[str]) -> Iterator[None]:
         raise AlignError(f"{error}, and no stage is called {owner!r}{guess}") from error
 
 
-def _refuse_anothers(draft: Artifact) -> None:
+def _refuse_anothers(stage: Stage, draft: Artifact) -> None:
     """Raise `AlignError` where the checkpoints in the folder of `draft` are those of something else that was begun there."""
     begun, folder = Path(draft.path) / BEGUN, Path(draft.path)
     if not begun.is_file() or not (folder / "checkpoints").is_dir():
         return
     other = Artifact.load(begun)
     if other.identity != draft.identity:
-        raise AlignError(
-            f"{folder} holds what was begun of another run ({_changed(draft, other)}); choose another output_dir, or remove it"
-        )
+        why = _changed(stage, draft, other)
+        raise AlignError(f"{folder} holds what was begun of another run ({why}); choose another output_dir, or remove it")
 
 
 def _unfinished(draft: Artifact) -> str | None:
@@ -235,15 +239,37 @@ def _unfinished(draft: Artifact) -> str | None:
     return f"{ended}, {f'goes on from {sealed[-1]}' if sealed else 'starts again'}"
 
 
-def _changed(now: Artifact, before: Artifact) -> str:
+LONGEST = 40
+"""Characters of a value that is told."""
+
+
+def _changed(stage: Stage, now: Artifact, before: Artifact) -> str:
+    """What of the identity of `now`, a result of `stage`, is another than that of `before`."""
     parts = []
-    if fields := _differ(now.config, before.config):
-        parts.append(f"changed: {', '.join(fields)}")
-    if not fields and (inputs := _differ(now.inputs, before.inputs)):
+    new, old = stage.essence(), _essence(type(stage), before)
+    if fields := _differ(new, old):
+        parts.append(f"changed: {', '.join(_told(key, old, new) for key in fields)}")
+    if inputs := [key for key in _differ(now.inputs, before.inputs) if key in now.inputs.keys() & before.inputs.keys()]:
         parts.append(f"its inputs changed: {', '.join(inputs)}")
     if code := _differ(now.code, before.code):
         parts.append(f"code changed: {', '.join(code)}")
     return "; ".join(parts) or "its inputs changed"
+
+
+def _essence(cls: type[Stage], before: Artifact) -> dict[str, Any]:
+    """What decided `before`, by its config: as that is, where another version wrote it."""
+    try:
+        return cls.model_validate(given_fields(cls, before.config)).essence()
+    except ValidationError:
+        return before.config
+
+
+def _told(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The name of a field, and, where both are short, its values before and now."""
+    if key not in old or key not in new:
+        return key
+    values = [json.dumps(each[key], ensure_ascii=False) for each in (old, new)]
+    return key if max(map(len, values)) > LONGEST else f"{key} {' -> '.join(values)}"
 
 
 def _differ(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
