@@ -6,12 +6,13 @@ import os
 import signal
 import sys
 import time
+import urllib.error
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from align.errors import AlignError, StageFailed
+from align.errors import AlignError, StageFailed, told_of
 from align.progress import bar
 from align.runner.stop import saving_first, stop_requested
 from align.stages.base import Context, DataRefs, ModelRef, Stage, stage
@@ -22,7 +23,9 @@ from align.stages.fields import Launch
 class Act(Stage):
     """Does one thing."""
 
-    does: Literal["write", "mistake", "crash", "die", "die_once", "flaky", "meet", "fill", "hang", "ended", "save"] = "write"
+    does: Literal["write", "mistake", "crash", "die", "die_once", "flaky", "unreached", "meet", "fill", "hang", "ended", "save"] = (
+        "write"
+    )
     """What."""
     text: str = ""
     """What to write."""
@@ -53,6 +56,10 @@ class Act(Stage):
             raise RuntimeError("a bug")
         if self.does == "flaky" and first:
             raise ConnectionError("the server is busy")
+        if self.does == "unreached" and (first or self.text == "down"):
+            (Path(self.where) / "tried").touch()
+            with told_of("judge"):
+                raise AlignError("no server answers") from urllib.error.URLError(ConnectionRefusedError("refused"))
         if self.does == "die" or (self.does == "die_once" and first):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.does == "fill":

@@ -10,12 +10,16 @@ import subprocess
 import sys
 import termios
 import threading
+import urllib.error
 from contextlib import suppress
 from dataclasses import replace
+from email.message import Message
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 from runner_stages import Act
 
 from align.artifact import MANIFEST, Artifact
@@ -28,6 +32,7 @@ from align.registry import Registry
 from align.runner import execute
 from align.runner.locks import is_locked, lock, lock_file
 from align.runner.view import statuses
+from align.runner.worker import is_transient
 from align.stages import SFT, Evaluate
 
 ROOT = Path(__file__).parent.parent
@@ -130,6 +135,35 @@ def test_a_passing_fault_is_tried_again(does, processes, capsys):
     Path("met").mkdir()
     assert run({"a": Act(does=does, where=str(Path("met").resolve()))})["a"].version == 1
     assert "trying again in 0 s (1 of 2)" in capsys.readouterr().err
+
+
+def test_a_network_that_fails_within_an_error_of_ours_is_a_passing_fault_too(processes, capsys):
+    """After the last attempt it is the one line that it was."""
+    Path("met").mkdir()
+    where = str(Path("met").resolve())
+    assert run({"a": Act(does="unreached", where=where)})["a"].version == 1
+    assert "a: judge: no server answers; trying again in 0 s (1 of 2)" in capsys.readouterr().err
+    with pytest.raises(AlignError, match=r"^a: judge: no server answers$") as met:
+        run({"a": Act(does="unreached", where=where, text="down")}, retries=1)
+    assert type(met.value) is AlignError
+    assert capsys.readouterr().err.count("trying again") == 1
+
+
+def test_what_another_attempt_does_not_mend_is_no_passing_fault():
+    def http(code):
+        return urllib.error.HTTPError("http://x", code, "no", Message(), None)
+
+    def within(cause):
+        error = AlignError("no model")
+        error.__cause__ = cause
+        return error
+
+    assert [is_transient(within(http(code))) for code in (401, 404, 408, 429, 503)] == [False, False, True, True, True]
+    missing = RepositoryNotFoundError("no", response=httpx.Response(404, request=httpx.Request("GET", "http://x")))
+    assert not is_transient(within(missing))
+    assert not is_transient(within(OfflineModeIsEnabled("offline")))
+    assert not is_transient(within(ValueError("7")))
+    assert is_transient(within(httpx.ConnectTimeout("slow")))
 
 
 def test_but_not_for_ever(processes):

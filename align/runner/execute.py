@@ -292,7 +292,7 @@ class Graph:
         else:
             told = status.get("error") or f"{step.name}: its process ended with code {os.waitstatus_to_exitcode(code)}"
             error = AlignError(told) if status.get("kind") == "mistake" else StageFailed(f"{told}; {step.log} tells more")
-        if (killed or status.get("kind") == "transient") and job.attempts <= self.options.retries:
+        if (killed or status.get("transient")) and job.attempts <= self.options.retries:
             pause = self.options.backoff * 2 ** (job.attempts - 1)
             say(f"{error}; trying again in {pause:g} s ({job.attempts} of {self.options.retries})")
             later.append((time.monotonic() + pause, job))

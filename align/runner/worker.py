@@ -307,14 +307,14 @@ def _told(task: Task) -> int:
         return 1
     except AlignError as error:
         print(f"align: error: {error}", file=sys.stderr)
-        status.update(state="failed", kind="mistake", error=str(error))
+        status.update(state="failed", kind="mistake", transient=is_transient(error), error=str(error))
         return 2
     except Exception as error:
         if disk_is_full(error):
             raise
         traceback.print_exc()
-        kind = "transient" if is_transient(error) else "crash"
-        status.update(state="failed", kind=kind, error=f"{task.name}: {type(error).__name__}: {error}")
+        told = f"{task.name}: {type(error).__name__}: {error}"
+        status.update(state="failed", kind="crash", transient=is_transient(error), error=told)
         return 1
 
 
@@ -330,10 +330,25 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         raise
 
 
+PASSING = {"ConnectionError", "TimeoutError", "HTTPError", "URLError", "OutOfMemoryError", "MemoryError"}
+"""Names of the errors of libraries that need not be installed, and their like."""
+BUSY = (408, 429)
+"""Status codes of a server that would answer later; others of 400 to 499 say that the question was wrong."""
+
+
 def is_transient(error: BaseException) -> bool:
-    """Whether another attempt may well succeed: the network, a busy server, a momentary lack of memory."""
-    names = {cls.__name__ for cls in type(error).__mro__}
-    return bool(names & {"ConnectionError", "TimeoutError", "HTTPError", "HfHubHTTPError", "OutOfMemoryError", "MemoryError"})
+    """Whether another attempt may well succeed: the network, a busy server, a momentary lack of memory; also where that is the
+    cause of an error of our own.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        names = {cls.__name__ for cls in type(cause).__mro__}
+        if names & PASSING:
+            status = getattr(getattr(cause, "response", cause), "status_code", getattr(cause, "code", None))
+            refused = isinstance(status, int) and 400 <= status < 500 and status not in BUSY
+            return not refused and "OfflineModeIsEnabled" not in names
+        cause = cause.__cause__
+    return False
 
 
 def read_task(path: str) -> Task:
