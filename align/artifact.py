@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from align.progress import say
 from align.runner.files import write_atomically
 
 MANIFEST = "artifact.json"
+PLAIN: dict[str, Any] = {"str": str, "int": int, "float": (int, float)}
+"""Types of a manifest's fields, by what their annotations call them; all others are mappings."""
 BEGUN = "begun.json"
 """In place of the manifest while the stage is not finished: whose checkpoints there are."""
 
@@ -82,7 +84,11 @@ class Artifact:
             AlignError: the file is damaged.
         """
         try:
-            return cls(**json.loads(file.read_text(encoding="utf-8")))
+            found = cls(**json.loads(file.read_text(encoding="utf-8")))
+            for each in fields(cls):
+                if not isinstance(getattr(found, each.name), PLAIN.get(str(each.type), dict)):
+                    raise TypeError(f"its {each.name!r} is no {each.type}")
+            return found
         except (ValueError, TypeError) as error:
             raise AlignError(
                 f"{file} cannot be read ({error}); remove it, or restore it: an artifact's {MANIFEST} and its entry in the "

@@ -112,6 +112,28 @@ def test_what_others_descend_from_is_not_deleted(capsys):
     assert Registry().all() == []
 
 
+def test_what_a_running_stage_works_with_is_not_deleted():
+    parent = run({"a": Act()})["a"]
+    child = Path(parent.path).with_name("b-12345678")
+    child.mkdir()
+    Artifact("r-b", "act", "1" * 64, str(child), {}, parents={"a": parent.reference}).begin()
+    with lock(child), pytest.raises(AlignError, match=rf"r-a@1 is what the run in {child} works with; wait until it is done"):
+        delete(Registry(), "r-a@1")
+    assert Path(parent.path).exists()
+    delete(Registry(), "r-a@1")  # one that was cut looks for its parent when it goes on
+
+
+@pytest.mark.parametrize(("field", "value"), [("parents", ["a"]), ("config", None), ("version", "1"), ("path", 3)])
+def test_an_entry_of_the_registry_with_values_of_another_type_is_named(field, value, capsys):
+    run({"a": Act()})
+    run({"b": Act(text="b")})
+    (damaged,) = Registry().root.glob("r-b/*.json")
+    damaged.write_text(json.dumps({**json.loads(damaged.read_text()), field: value}))
+    assert main(["models", "delete", "r-a@1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith(f"align: error: {damaged} cannot be read (its {field!r} is no ")
+
+
 @pytest.mark.parametrize("removed", [False, True])
 def test_a_deletion_that_was_cut_leaves_nothing_that_looks_finished(removed, monkeypatch):
     """Killed as it tells the registry, or right after."""
@@ -181,6 +203,20 @@ def test_gc_lists_and_then_removes_what_nothing_refers_to(capsys):
     assert [path.name for path in unfinished.iterdir()] == ["checkpoint-5"]
 
 
+def test_gc_lists_checkpoints_of_settings_that_the_recipe_has_left(capsys):
+    """Where the stage was cut. Those of the recipe's own stage are where it goes on."""
+    now = Path(run({"a": Act()})["a"].path)
+    (now / MANIFEST).unlink()
+    left = now.with_name("a-12345678")
+    for folder in (now, left):
+        (folder / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+        Artifact("r-a", "act", "1" * 64, str(folder), {}).begin()
+    capsys.readouterr()
+    assert main(["models", "gc", "out", "--yes", "--json"]) == 0
+    assert [row["path"] for row in json.loads(capsys.readouterr().out)] == [str(Path("out", left.name, "checkpoints"))]
+    assert [(folder / "checkpoints").exists() for folder in (now, left)] == [True, False]
+
+
 def test_gc_spares_what_a_run_has_begun_to_use_since_it_was_listed(capsys, monkeypatch):
     busy, again, free = (Path(run({"a": Act(text=text)})["a"].path) for text in "123")
     for folder in (busy, again, free):
@@ -243,6 +279,23 @@ def test_what_cannot_be_pushed(tmp_path, capsys):
     assert f"r-a@1 was at {artifact.path}, and that folder is gone" in shown.err
     assert main(["models", "push", "r-a", ""]) == 2
     assert "needs a FOLDER" in capsys.readouterr().err
+
+
+def test_what_was_pulled_survives_a_power_cut(tmp_path, monkeypatch):
+    """Its files are on the disk before the manifest that says that they are whole."""
+    run({"a": Act(text="precious")})
+    push(Registry(), "r-a", str(tmp_path / "shelf"))
+    monkeypatch.setenv("ALIGN_HOME", str(tmp_path / "other"))
+    flushed, fsync = [], os.fsync
+
+    def noted(descriptor):
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    pull(Registry(), str(tmp_path / "shelf"), "r-a", home())
+    (manifest,) = [name for name in flushed if name.startswith(f".{MANIFEST}")]
+    assert flushed.index("text.txt") < flushed.index(manifest)
 
 
 def test_pushed_and_pulled_by_another_registry(tmp_path, monkeypatch):

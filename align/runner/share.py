@@ -6,18 +6,19 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from align.artifact import MANIFEST, Artifact, read_artifact
+from align.artifact import BEGUN, MANIFEST, Artifact, read_artifact
 from align.errors import AlignError, near_miss
 from align.progress import say
-from align.registry import Registry, check_name
+from align.registry import Registry, check_name, home
 from align.runner.checkpoints import SEAL, fault, seal
-from align.runner.files import json_record, named_when_full, refuse_unwritable
+from align.runner.files import flush_tree, json_record, named_when_full, refuse_unwritable
 from align.runner.hub import download, is_hub, upload
 from align.runner.locks import is_locked, lock, lock_if_free
+from align.runner.notes import left_over
 
 
 def push(registry: Registry, reference: str, target: str, *, public: bool = False) -> str:
@@ -125,6 +126,7 @@ def _take(registry: Registry, place: Path, name: str, into: Path, where: str) ->
         if Artifact.read(folder) is None:
             with _whole(folder):
                 shutil.copytree(place, folder, ignore=shutil.ignore_patterns(SEAL, MANIFEST))
+                flush_tree(folder)  # before the manifest says that it is whole
         artifact = registry.add(replace(artifact, path=str(folder)))
         artifact.write()
     return artifact
@@ -134,7 +136,7 @@ def delete(registry: Registry, reference: str) -> Artifact:
     """Take ``NAME@VERSION`` out of the registry, and its folder away.
 
     Raises:
-        AlignError: something descends from it, an alias stands for it, or somebody works on it.
+        AlignError: something descends from it or is being made of it, an alias stands for it, or somebody works on it.
     """
     if "@" not in reference:
         raise AlignError(f"say which version: {registry.get(reference).reference}")
@@ -143,6 +145,8 @@ def delete(registry: Registry, reference: str) -> Artifact:
     if children:
         they, those = ("descend", "those") if len(children) > 1 else ("descends", "that")
         raise AlignError(f"{reference} is what {', '.join(children)} {they} from; delete {those} first")
+    if running := _running_children(registry, artifact):
+        raise AlignError(f"{reference} is what the run in {running[0]} works with; wait until it is done")
     aliases = [alias for alias, path in registry.aliases().items() if path == artifact.path]
     if aliases:
         raise AlignError(f"the alias {aliases[0]!r} stands for {reference}; delete it, or give it another target, first")
@@ -160,9 +164,19 @@ def delete(registry: Registry, reference: str) -> Artifact:
     return artifact
 
 
+def _running_children(registry: Registry, artifact: Artifact) -> list[Path]:
+    """Folders in which something is made of `artifact` now, of the runs that the registry or the home folder has."""
+    runs = {Path(other.path).parent for other in registry.all()} | {path.resolve() for path in home().glob("*")}
+    found = []
+    for begun in (file for run in runs for file in run.glob(f"*/{BEGUN}") if is_locked(file.parent)):
+        with suppress(FileNotFoundError):  # it was finished meanwhile
+            found += [begun.parent] if artifact.reference in Artifact.load(begun).parents.values() else []
+    return sorted(found)
+
+
 def unreferenced(root: Path) -> list[Path]:
-    """What under `root` nothing refers to any more: checkpoints of stages that are done, and damaged ones. Checkpoints of a stage
-    that is not done are where it goes on.
+    """What under `root` nothing refers to any more: checkpoints of stages that are done or of settings that the recipe has
+    left, and damaged ones. Checkpoints of any other stage that is not done are where it goes on.
     """
     return [path for folder in sorted(root.rglob("checkpoints")) if not is_locked(folder.parent) for path in _unused(folder)]
 
@@ -170,7 +184,9 @@ def unreferenced(root: Path) -> list[Path]:
 def _unused(checkpoints: Path) -> list[Path]:
     if checkpoints.is_symlink() or not checkpoints.is_dir():
         return []
-    return [checkpoints] if (checkpoints.parent / MANIFEST).is_file() else sorted(checkpoints.glob("corrupt-*"))
+    stage = checkpoints.parent
+    over = (stage / MANIFEST).is_file() or ((stage / BEGUN).is_file() and left_over(stage))
+    return [checkpoints] if over else sorted(checkpoints.glob("corrupt-*"))
 
 
 def remove_unreferenced(path: Path) -> bool:
