@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 from align import shards
 from align.errors import AlignError
 from align.guarded import WarmTrainer
-from align.runner.checkpoints import fault, learning_rate_scale
+from align.runner.checkpoints import fault, learning_rate_scale, resuming
 from align.tuning.adapters import names_in_model
 
 OPTIMIZER, PROGRESS, RANDOM = "optimizer.safetensors", "progress.json", "random-{}.json"
@@ -91,7 +91,7 @@ class SafeTrainer(WarmTrainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         folder = Path(checkpoint)
-        try:
+        with resuming(folder):
             content = json.loads((folder / PROGRESS).read_text())
             state: dict[str, dict[str, Tensor]] = {}
             for key, tensor in load_file(folder / OPTIMIZER).items():
@@ -102,9 +102,7 @@ class SafeTrainer(WarmTrainer):
             self._check_shapes(state)
             set_optimizer_state_dict(self.model_wrapped, self._optimizer(), saved, options=options)
             self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **content["scheduler"]})
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise AlignError(f"the checkpoint {folder} cannot be resumed ({_line(error)}); remove it to start before it") from error
-        self._scale_learning_rate(learning_rate_scale(folder.parent) / content["scale"])
+            self._scale_learning_rate(learning_rate_scale(folder.parent) / content["scale"])
 
     def _check_shapes(self, state: dict[str, dict[str, Tensor]]) -> None:
         shapes = {name.replace("module.", "", 1): tuple(p.shape) for name, p in self.model_wrapped.named_parameters()}
@@ -153,14 +151,15 @@ class SafeTrainer(WarmTrainer):
             return
         folder = Path(checkpoint)
         file = folder / RANDOM.format(self.args.process_index)
-        state = json.loads((file if file.is_file() else folder / RANDOM.format(0)).read_text())
-        version, internal, gauss = state["python"]
-        random.setstate((version, tuple(internal), gauss))
-        np.random.set_state(state["numpy"])
-        torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-        if torch.cuda.is_available() and "cuda" in state:
-            torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
-        self.restore_progress(json.loads((folder / PROGRESS).read_text())["progress"])
+        with resuming(folder):
+            state = json.loads((file if file.is_file() else folder / RANDOM.format(0)).read_text())
+            version, internal, gauss = state["python"]
+            random.setstate((version, tuple(internal), gauss))
+            np.random.set_state(state["numpy"])
+            torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+            if torch.cuda.is_available() and "cuda" in state:
+                torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
+            self.restore_progress(json.loads((folder / PROGRESS).read_text())["progress"])
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()

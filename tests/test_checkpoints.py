@@ -25,6 +25,7 @@ from align.runner import checkpoints as c
 from align.runner.share import size
 from align.runner.stop import Stopped
 from align.stages import KTO, SFT, Preference, Pretrain, RewardModel, TaskTraining
+from align.stages.training import final_weights
 
 THINGS = ("cat", "mat", "hat", "dog", "sun", "car", "cup", "pen", "key", "box", "bed", "map")
 ROWS = 24
@@ -349,6 +350,30 @@ def test_a_checkpoint_of_another_shape_is_refused_in_one_line(file, data, tmp_pa
     ) as caught:
         run(stages(data)["dpo"], tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("random-0.json", "[]"), ("random-0.json", '{"python": 3'), ("progress.json", '{"scale": 1}')]
+)
+def test_a_checkpoint_of_other_content_is_refused_in_one_line(file, content, data, tmp_path, monkeypatch):
+    """Sealed again, so that its checksums say nothing."""
+    with monkeypatch.context() as patched:
+        stop_at(patched, 2)
+        with pytest.raises(Stopped):
+            run(stages(data)["dpo"], tmp_path)
+    (checkpoint,) = tmp_path.glob("x-*/checkpoints/checkpoint-2")
+    (checkpoint / file).write_text(content)
+    c.seal(checkpoint)
+    with pytest.raises(AlignError, match=r"^x: the checkpoint .*checkpoint-2 cannot be resumed \(.*\); remove it to start"):
+        run(stages(data)["dpo"], tmp_path)
+
+
+def test_a_state_of_other_content_is_refused_in_one_line(tmp_path):
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 2}')
+    with pytest.raises(AlignError, match=r"checkpoint-2 cannot be resumed \('max_steps'\)"):
+        final_weights(checkpoint)
 
 
 # -- losses that are no numbers ------------------------------------------------------------------------------------------------

@@ -120,6 +120,20 @@ def test_a_checkpoint_of_another_shape_is_refused_in_one_line(role, folder, caps
     assert re.match(rf"align: error: .*the checkpoint .*{checkpoint.name} does not fit the model \({role}\S+ has the shape", told)
 
 
+@pytest.mark.parametrize(("file", "content"), [("state.json", '{"step": 1}'), ("process-0.json", "[]"), ("state.json", "{")])
+def test_a_checkpoint_of_other_content_is_refused_in_one_line(file, content, folder, capsys, monkeypatch):
+    """Sealed again, so that its checksums say nothing."""
+    out = f"content-{file}-{len(content)}"
+    monkeypatch.setenv("STOP_AT", str(calls_so_far() + 4))
+    run(out, "", capsys, code=2)
+    monkeypatch.delenv("STOP_AT")
+    checkpoint = checkpoints(folder / out / "checkpoints")[-1]
+    (checkpoint / file).write_text(content)
+    seal(checkpoint)
+    told = run(out, "", capsys, code=2).splitlines()[-1]
+    assert re.match(rf"align: error: .*the checkpoint .*{checkpoint.name} cannot be resumed \(.*\); remove it to start", told)
+
+
 def test_what_was_logged_is_on_the_disk_before_its_checkpoint(folder, capsys, monkeypatch):
     """After a power cut a run goes on from the checkpoint, and what was measured until then is there to choose the best by."""
     flushed, fsync = [], os.fsync

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -251,19 +252,41 @@ def test_the_best_weights_survive_a_power_cut(tmp_path, monkeypatch):
 
 
 def test_damaged_best_weights_are_not_used(tmp_path):
-    """Neither to go on with nor to end with."""
+    """Neither to go on with nor to end with; a checkpoint before them is."""
     best, history, model = best_in(tmp_path)
     history.add(0, {"eval_score": 0.0})
     history.add(1, {"eval_score": 1.0})
     best.see(1)
-    best.check()
+    earlier, later = (tmp_path / "checkpoints" / f"checkpoint-{step}" for step in (0, 1))
+    assert best.fault_until(later) is None
     file = tmp_path / "checkpoints" / "best-1" / "weights.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     before = model.weight.clone()
-    for use in (best.check, best.restore):
-        with pytest.raises(AlignError, match=r"of step 1, .*weights.safetensors does not match its checksum; remove"):
-            use()
+    damaged = "weights.safetensors does not match its checksum"
+    assert best.fault_until(later) == f"best-1 has the best weights until then, and {damaged}"
+    assert best.fault_until(earlier) is None
+    with pytest.raises(AlignError, match=rf"those of .*best-1, and {damaged}; the same command goes on from"):
+        best.restore()
     assert torch.equal(model.weight, before)
+    shutil.rmtree(file.parent)
+    assert best.fault_until(later) == "best-1 has the best weights until then, and it is gone"
+
+
+def test_a_run_that_samples_goes_on_before_best_weights_that_are_damaged(ground, cut_behind_training, capsys):
+    """The scores rise with every evaluation, so that those of the last step are the best."""
+    stage = sampled(ground, "ppo", save_steps=1, save_total_limit=2, load_best_model_at_end=True, greater_is_better=False)
+    with pytest.raises(RuntimeError, match="cut"):
+        Run(Recipe("p", {"p": stage}), ground / "out").execute()
+    cut_behind_training.undo()
+    (damaged,) = (ground / "out").glob("p-*/checkpoints/best-12/weights.safetensors")
+    *whole, last = damaged.read_bytes()
+    damaged.write_bytes(bytes([*whole, last ^ 1]))
+    capsys.readouterr()
+    artifact = Run(Recipe("p", {"p": stage}), ground / "out").execute()["p"]
+    told = capsys.readouterr().err
+    assert "checkpoint-12: best-12 has the best weights until then, and weights.safetensors does not match its checksum" in told
+    assert "going on from step 11 of 12" in told
+    assert artifact.metrics["best_step"] == 12
 
 
 def test_the_best_weights_are_those_of_the_run_that_went_on(tmp_path):

@@ -11,7 +11,11 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from align.errors import AlignError
 from align.progress import say
@@ -98,13 +102,16 @@ def _fault_of_best(checkpoint: Path) -> str | None:
     return reason and f"{best.name} has the best weights until then, and {reason}"
 
 
-def last_good(folder: Path) -> Path | None:
+def last_good(folder: Path, fault_of_best: Callable[[Path], str | None] | None = None) -> Path | None:
     """The newest checkpoint in `folder` that is whole, and so are the best weights until then. What a cut save left is removed; a
     damaged one is set aside, with a line.
+
+    Args:
+        fault_of_best: what is wrong with the best weights until a checkpoint; by default those of a transformers' training.
     """
     remove_unsealed(folder)
     for checkpoint in reversed(checkpoints(folder)):
-        reason = fault(checkpoint) or _fault_of_best(checkpoint)
+        reason = fault(checkpoint) or (fault_of_best or _fault_of_best)(checkpoint)
         if reason is None:
             return checkpoint
         aside = folder / f"corrupt-{step_of(checkpoint)}"
@@ -112,6 +119,20 @@ def last_good(folder: Path) -> Path | None:
         checkpoint.rename(aside)
         say(f"{checkpoint}: {reason}; set aside as {aside.name}, and the one before it is used")
     return None
+
+
+@contextmanager
+def resuming(checkpoint: Path) -> Iterator[None]:
+    """Within, what is wrong with the content of `checkpoint`, whose seal is whole, is told in one line.
+
+    Raises:
+        AlignError: it is not what was expected.
+    """
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise AlignError(f"the checkpoint {checkpoint} cannot be resumed ({told}); remove it to start before it") from error
 
 
 def remove_unsealed(folder: Path) -> None:

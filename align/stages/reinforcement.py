@@ -106,6 +106,7 @@ def train_on_samples(
         totals, components = judge([train.rows[i] for i in indices], [prompts[i] for i in indices], completions)
         return totals, {f"rewards/{name}": mean for name, mean in component_means(processes.joined(components)).items()}
 
+    best = Best(stage, context, policy) if stage.keeps_best else None
     trainer = PPOTrainer(
         models,
         prompts,
@@ -120,11 +121,16 @@ def train_on_samples(
         max_tokens=stage.max_tokens_per_micro_batch,
         max_grad_norm=stage.max_grad_norm,
         seed=stage.seed,
-        checkpoints=Checkpoints(context.folder / "checkpoints", stage.save_steps, stage.save_minutes, stage.save_total_limit),
+        checkpoints=Checkpoints(
+            context.folder / "checkpoints",
+            stage.save_steps,
+            stage.save_minutes,
+            stage.save_total_limit,
+            None if best is None else best.fault_until,
+        ),
         ptx=ptx,
         text=tokenizer.decode,
     )
-    best = Best(stage, context, policy) if stage.keeps_best else None
     _train(stage, context, trainer, HeldOut(test, policy, sampler, judge, sampling, stop_ids, stage.seed), best)
     kept = None if best is None else best.restore()
     weights = whole_weights(policy) if stage.in_shards else None

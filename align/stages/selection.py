@@ -35,13 +35,20 @@ class Best:
         self.folder = context.folder / "checkpoints"
 
     def check(self) -> None:
-        """Raise `AlignError` unless the evaluation before training measured the metric, and what a run goes on with is whole."""
+        """Raise `AlignError` unless the evaluation before training measured the metric."""
         measured = [name for name in next(iter(self.context.history.records), {}) if name.startswith("eval_")]
         if not measured:
             raise AlignError("keeping the best weights needs held-out prompts: set eval_data or held_out, and eval_prompts")
         check_metric(self.stage, measured)
-        if values := self._values():
-            self._whole(self._best(values))
+
+    def fault_until(self, checkpoint: Path) -> str | None:
+        """What is wrong with the best weights until `checkpoint`; None where they are whole, or there are none yet."""
+        values = {step: value for step, value in self._values().items() if step <= step_of(checkpoint)}
+        if not values:
+            return None
+        place = self._place(self._best(values))
+        reason = fault(place) if place.is_dir() else "it is gone"
+        return reason and f"{place.name} has the best weights until then, and {reason}"
 
     def see(self, step: int) -> bool:
         """After the evaluation at `step`: keep its weights if none was better. Returns whether it is time to stop."""
@@ -78,7 +85,11 @@ class Best:
         """
         values = self._values()
         best = self._best(values)
-        weights = load_file(self._whole(best) / WEIGHTS)
+        place = self._place(best)
+        if reason := fault(place):
+            told = f"the best weights are those of {place}, and {reason}"
+            raise AlignError(f"{told}; the same command goes on from a checkpoint before")
+        weights = load_file(place / WEIGHTS)
         for name, parameter in self._trained().items():
             parameter.data.copy_(dealt(weights[name], parameter))
         say(f"{self.context.name}: kept the weights of step {best}, of {max(values)}")
@@ -86,12 +97,6 @@ class Best:
 
     def _place(self, step: int) -> Path:
         return self.folder / f"best-{step}"
-
-    def _whole(self, step: int) -> Path:
-        place = self._place(step)
-        if reason := fault(place):
-            raise AlignError(f"the best weights, of step {step}, are in {place}, and {reason}; remove {self.folder} to train anew")
-        return place
 
     def _prune(self, values: dict[int, float]) -> None:
         """Leave the best of all, and the best until each checkpoint, from which a run that was cut goes on."""

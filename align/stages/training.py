@@ -37,7 +37,7 @@ from align.models import (
     settle_generation,
 )
 from align.progress import say
-from align.runner.checkpoints import best_until, last_good, step_of
+from align.runner.checkpoints import best_until, last_good, resuming, step_of
 from align.runner.stop import saving_first
 from align.scoring import SCORE_SCALE, branch_scores, dealt
 from align.stages.base import Context, TrainingStage
@@ -318,11 +318,12 @@ def _last_good(folder: Path) -> Path | None:
 
 def final_weights(checkpoint: Path) -> Path | None:
     """Where a training that had ended with `checkpoint` has its result, or None if steps are left."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
-    if state["global_step"] < state["max_steps"] and not control.get("should_training_stop"):
-        return None
-    return best_until(checkpoint) or checkpoint
+    with resuming(checkpoint):
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
+        if state["global_step"] < state["max_steps"] and not control.get("should_training_stop"):
+            return None
+        return best_until(checkpoint) or checkpoint
 
 
 def save_trained(trainer: Any, folder: Path) -> None:

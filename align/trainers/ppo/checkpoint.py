@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,16 +48,25 @@ class Checkpoints:
         steps: between two; None makes none for that.
         minutes: between two, besides; None makes none for that.
         keep: how many stay.
+        fault_of_best: what is wrong with the best weights until one, which is then set aside.
     """
 
-    def __init__(self, folder: Path, steps: int | None, minutes: float | None, keep: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        steps: int | None,
+        minutes: float | None,
+        keep: int,
+        fault_of_best: Callable[[Path], str | None] | None = None,
+    ) -> None:
         self.folder, self.steps, self.minutes, self.keep = folder, steps, minutes, keep
+        self.fault_of_best = fault_of_best
         self.rollouts = folder / "rollouts"
         self._last = time.monotonic()
 
     def latest(self) -> int | None:
         """The step of the last one that is whole; the first process sets damaged ones aside."""
-        found = last_good(self.folder) if processes.number() == 0 else None
+        found = last_good(self.folder, self.fault_of_best) if processes.number() == 0 else None
         return processes.first(None if found is None else step_of(found))
 
     def due(self, step: int) -> bool:
@@ -72,7 +82,7 @@ class Checkpoints:
 
     def save(self, step: int, state: State) -> None:
         """Write one for `step`; the oldest beyond `keep` go, and so do kept completions."""
-        aside, place = self.folder / f".checkpoint-{step}", self._place(step)
+        aside, place = self.folder / f".checkpoint-{step}", self.place(step)
         if processes.number() == 0:
             for leftover in self.folder.glob(".checkpoint-*"):
                 shutil.rmtree(leftover)
@@ -93,9 +103,13 @@ class Checkpoints:
         processes.wait()
         self._last = time.monotonic()
 
+    def place(self, step: int) -> Path:
+        """Where the one for `step` is."""
+        return self.folder / f"checkpoint-{step}"
+
     def load(self, step: int) -> State:
         """The one for `step`."""
-        place = self._place(step)
+        place = self.place(step)
         mine, first = (place / f"process-{number}.json" for number in (processes.number(), 0))
         own = json.loads((mine if mine.is_file() else first).read_text())
         return State(load_file(place / "state.safetensors"), json.loads((place / "state.json").read_text()), own)
@@ -113,9 +127,6 @@ class Checkpoints:
         if line and not whole:
             say(f"{path} is damaged: what it held is sampled again")
         return json.loads(text) if processes.all_of(whole) else None
-
-    def _place(self, step: int) -> Path:
-        return self.folder / f"checkpoint-{step}"
 
     def _rollout(self, step: int) -> Path:
         return self.rollouts / f"{step}-{processes.number()}-of-{processes.count()}.jsonl"

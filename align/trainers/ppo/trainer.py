@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from align.ops import kl_k1, masked_moments, masked_whiten
 from align.progress import History, bar, say, shown
 from align.rollout import Completion, Engine, Sampling
 from align.rollout.together import complete_together
+from align.runner.checkpoints import resuming
 from align.runner.files import flush
 from align.runner.stop import Stopped, stop_requested
 from align.shards import dealt, kept, whole
@@ -297,9 +299,16 @@ class PPOTrainer:
         step = None if self.checkpoints is None else self.checkpoints.latest()
         if self.checkpoints is None or step is None:
             return False
-        state, learner = self.checkpoints.load(step), self.learner
+        place = self.checkpoints.place(step)
+        with resuming(place):
+            self._restore(self.checkpoints.load(step), place)
+        self.done = step
+        say(f"going on from step {step} of {self.settings.steps}")
+        return True
+
+    def _restore(self, state: State, place: Path) -> None:
+        learner = self.learner
         if wrong := self._misfit(state.tensors):
-            place = self.checkpoints.folder / f"checkpoint-{step}"
             raise AlignError(f"the checkpoint {place} does not fit the model ({wrong}); remove it to start before it")
         with torch.no_grad():
             for name, parameter in self._weights().items():
@@ -313,9 +322,6 @@ class PPOTrainer:
         self._pending = defaultdict(list, state.plain["pending"])
         self.budget.tokens, learner.budget.tokens = state.own["budgets"]
         restore_random_state(state.own["random"], self.generator, self.shuffle)
-        self.done = step
-        say(f"going on from step {step} of {self.settings.steps}")
-        return True
 
     def _misfit(self, tensors: dict[str, Tensor]) -> str | None:
         """What of a checkpoint is not there or of another shape. (One number would be taken for all of a row.)"""
