@@ -30,6 +30,7 @@ from align.rollout import Completion, complete
 from align.schema import TextRow, problem
 from align.scoring import Judge, RewardScorer, branch_logps, branch_scores, component_means, mean_nll, plain, row_columns
 from align.stages.base import Context
+from align.stages.rows import quarantine_in
 from align.stages.sampling import SamplingFields
 from align.tasks.base import is_task_model
 from align.tasks.measure import TaskModel
@@ -110,7 +111,7 @@ class Evaluation:
     """The measurements of an `Evaluate` stage. Rows are read when the first model is measured."""
 
     def __init__(self, stage: Any, context: Context) -> None:
-        self.stage, self.context = stage, context
+        self.stage, self.context, self._quarantine = stage, context, quarantine_in(context)
         answered = [spec for spec in stage.metrics if check(spec)[0] != "perplexity"]
         alone = bool(stage.metrics) and not (answered or stage.reward_funcs or stage.reward_model or stage.baseline)
         tasked = [name for name, path in stage.models.items() if is_task_model(path)]
@@ -163,12 +164,13 @@ class Evaluation:
                 split=self.stage.data_split,
                 limit=self.stage.max_rows,
                 on_bad_row=self.stage.on_bad_row,
+                quarantine=self._quarantine,
             )
             for row in stream:
                 assert stream.item is not None
                 rows.append((row, stream.item, stream.read_as))
             refuse_empty(stream)
-            say(f"{self.context.name}: {source}: {stream.account.summary()}")
+            say(f"{self.context.name}: {source}: {stream.account.summary()}{self._quarantine.note(stream.account)}")
         if self.stage.held_out and sources:
             rows = [each for each in rows if is_held_out(each[0], self.stage.held_out)]
             if not rows:

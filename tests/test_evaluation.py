@@ -297,6 +297,14 @@ def test_a_prompt_without_room_for_an_answer_is_left_out(capsys, folder):
     assert "no prompt has 1 tokens or fewer, so none leaves room for an answer; raise max_length" in capsys.readouterr().err
 
 
+def test_rows_that_are_set_aside_lie_in_the_folder(capsys, folder):
+    write_rows(folder / "bad.jsonl", [{"prompt": "say one"}, {"prompt": 7}])
+    assert main(f"eval one --data bad.jsonl --on_bad_row quarantine --output_dir aside{SHORT}".split()) == 0
+    assert "they are in " in capsys.readouterr().err
+    (row,) = map(json.loads, (folder / "aside" / "quarantine.jsonl").read_text().splitlines())
+    assert (row["row"], row["content"]) == (2, {"prompt": 7})
+
+
 def test_a_null_in_the_first_row_does_not_hide_a_column(capsys, folder):
     """The columns of the first row decided for all: a reference was not found, an instruction not passed on."""
     write_rows(folder / "null.jsonl", [{"prompt": "say one", "answer": None}, {"prompt": "say two", "answer": "two"}])
