@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.errors import AlignError
 from align.forest import Tree
-from align.schema import LabelledRow, Message, PreferenceRow, PromptRow, SFTRow, Text, TextRow, short
+from align.schema import LabelledRow, Message, PreferenceRow, PromptRow, SFTRow, Text, TextRow
 
 Tools = list[dict[str, Any]] | None
 """Descriptions of functions that the chat template shows to the model."""
@@ -27,7 +27,7 @@ MARK = "\ue000"
 
 
 class Refused(AlignError):
-    """The chat template cannot render one row; others it may."""
+    """One row cannot be encoded; others may."""
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> None:
@@ -362,24 +362,20 @@ class Encoder:
         return Tree(self.prompt_ids(row.prompt, row.tools), (answer,), values={"desirable": [float(row.label)]})
 
     def prompts(self, rows: Iterable[PromptRow]) -> Encoded:
-        """Prompts alone; one that leaves no room within `max_length` is set aside.
+        """Prompts alone; one that leaves no room within `max_length`, or has no token for an answer to follow, is set aside.
 
         Raises:
-            AlignError: there is no room for any: all of it is for answers; or a prompt has no token for an answer to follow.
+            AlignError: there is no room for any: all of it is for answers.
         """
         if self.max_length is not None and self.max_length < 1:
             raise AlignError("max_completion_length takes all of max_length, and leaves no token for a prompt; raise max_length")
-        rows = list(rows)
-        encoded = self._collect(rows, lambda row: Tree(self.prompt_ids(row.prompt, row.tools)))
-        empty = next((row for row, tree in zip(encoded.rows, encoded.trees, strict=True) if not tree.prompt), None)
-        if empty is not None:
-            number = next(i for i, row in enumerate(rows, start=1) if row is empty)
-            beside = f", beside {short(empty.columns)}" if empty.columns else ""
-            raise AlignError(
-                f"prompt {number} of {len(rows)}: got {short(empty.prompt)}{beside}, expected text for an answer to follow; "
-                "mend the row or leave it out"
-            )
-        return encoded
+        return self._collect(rows, self._prompt_tree)
+
+    def _prompt_tree(self, row: PromptRow) -> Tree:
+        ids = self.prompt_ids(row.prompt, row.tools)
+        if not ids:
+            raise Refused("have an empty prompt, which no answer can follow")
+        return Tree(ids)
 
     # -- many texts at once ----------------------------------------------------------------------------------------------------
 

@@ -233,16 +233,17 @@ class Evaluation:
         return kept, references
 
     def _keep_what_fits(self, paths: Sequence[str]) -> None:
-        """Leave out the prompts that one of the models at `paths` has no room for: all of them answer the same ones."""
+        """Leave out the prompts that one of the models at `paths` cannot answer: all of them answer the same ones."""
         count, room = len(self.prompts), self.stage.max_length - self.stage.max_completion_length
-        fitting = [{id(row) for row in self._encoder(path, room).prompts(self.prompts).rows} for path in paths]
+        encoded = [self._encoder(path, room).prompts(self.prompts) for path in paths]
+        fitting = [{id(row) for row in each.rows} for each in encoded]
         kept = [number for number, row in enumerate(self.prompts) if all(id(row) in rows for rows in fitting)]
-        more = "raise max_length, or lower max_completion_length"
+        reasons = " or ".join(dict.fromkeys(reason for each in encoded for reason in each.set_aside))
+        more = "max_length less max_completion_length is what a prompt may take"
         if not kept:
-            raise AlignError(f"no prompt has {room} tokens or fewer, so none leaves room for an answer; {more}")
+            raise AlignError(f"none of {count} prompts can be answered, as they {reasons} ({more})")
         if len(kept) < count:
-            left = f"left out {count - len(kept)} of {count} prompts, which have more than {room} tokens"
-            say(f"{self.context.name}: {left}; to have them answered {more}")
+            say(f"{self.context.name}: left out {count - len(kept)} of {count} prompts, as they {reasons} ({more})")
         self.prompts = [self.prompts[number] for number in kept]
         if self.references is not None:
             self.references = [self.references[number] for number in kept]
