@@ -470,6 +470,19 @@ def test_the_command(recipe, capsys):
     assert {path.name for path in Path("home").glob("*")} <= {"cache"}  # fingerprints of code, where no test before left them
 
 
+def test_a_plan_with_estimates(recipe, capsys):
+    """Those of `align check`, of what would run."""
+    assert main(["run", recipe, "--estimate", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert main(["check", recipe, "--json"]) == 0
+    (stage,) = json.loads(capsys.readouterr().out)["stages"]
+    assert row["runs"]
+    assert row["estimate"]["phases"] == stage["estimate"]["phases"]
+    assert not Path("runs").exists()
+    assert main(["sft", "--model", "model", "--data", "sft.jsonl", "--max_length", "128", "--tuning", "prompt", "--estimate"]) == 0
+    assert "\n      no estimate: virtual tokens in front of the rows have none" in capsys.readouterr().out
+
+
 def test_the_command_says_what_to_do(recipe, capsys):
     assert main(["check", recipe, "--set", "sft.max_length=24"]) == 1
     page = capsys.readouterr().out

@@ -26,6 +26,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("recipe", metavar="RECIPE")
     parser.add_argument("--out", type=Path, metavar="DIR", help="output folder (default: runs/NAME)")
     parser.add_argument("--plan", action="store_true", help="show what would run and why, and stop")
+    parser.add_argument("--estimate", action="store_true", help="the plan, and what memory and time it would take here")
     parser.add_argument("--only", metavar="STAGE", help="run just this stage")
     parser.add_argument(
         "--force", metavar="STAGE", action="append", default=[], help="run this stage again, and what follows from it"
@@ -71,8 +72,8 @@ def run(options: argparse.Namespace) -> int:
     out = options.out or default_out(recipe)
     how = Options(jobs=options.jobs, wait=not options.no_wait, retries=options.retries, grace=options.grace)
     work = Run(recipe, out, force=options.force, options=how)
-    if options.plan:
-        return show_plan(work, options.only, as_json=options.json)
+    if options.plan or options.estimate:
+        return show_plan(work, options.only, estimated=options.estimate, as_json=options.json)
     with _notified(options.notify, recipe.name, out):
         artifacts = work.execute(options.only)
         if options.only is None:
@@ -116,8 +117,11 @@ def _notified(target: str | None, name: str, out: Path) -> Iterator[None]:
             notify(target, {**event, "seconds": round(time.monotonic() - start, 1)})
 
 
-def show_plan(run: Run, only: str | None = None, *, as_json: bool) -> int:
+def show_plan(run: Run, only: str | None = None, *, estimated: bool, as_json: bool) -> int:
     """Print which stages of `run` would run, and why; returns the exit code.
+
+    Args:
+        estimated: and what memory and time they would take, for which their rows are read.
 
     Raises:
         AlignError: see `Run.plan`; or the rewards of a stage that would run do not fit.
@@ -130,7 +134,7 @@ def show_plan(run: Run, only: str | None = None, *, as_json: bool) -> int:
                 step.stage.check_rewards(hub=False)
             except AlignError as error:
                 raise AlignError(f"{step.name}: {error}") from error
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "stage": step.name,
             "runs": step.runs,
@@ -140,13 +144,22 @@ def show_plan(run: Run, only: str | None = None, *, as_json: bool) -> int:
         }
         for step in plan
     ]
+    if estimated:
+        from align.preflight.cards import at_hand
+        from align.preflight.inspect import foreseen
+
+        of = {each.name: each for each in foreseen(run.plan(), [step.name for step in plan if step.runs], at_hand())}
+        for row in rows:
+            if (each := of.get(row["stage"])) is not None:
+                row |= {"estimate": each.estimate.plain() if each.estimate else None, "outlook": each.outlook}
 
     width = max([14, *(len(step.name) for step in plan)])  # branches of a sweep have long names
 
     def line(row: dict[str, Any]) -> str:
         before = row["seconds_last_time"] if row["runs"] else None
         took = "" if before is None else f"  (took {duration(before)} the last time)"
-        return f"{'run ' if row['runs'] else 'skip'}  {row['stage']:<{width}} {row['reason']}{took}"
+        ahead = f"\n      {row['outlook']}" if row.get("outlook") else ""
+        return f"{'run ' if row['runs'] else 'skip'}  {row['stage']:<{width}} {row['reason']}{took}{ahead}"
 
     print_rows(rows, as_json, line)
     return 0

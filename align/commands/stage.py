@@ -48,7 +48,7 @@ PREFERENCE_VERBS = {
 ROAD = ("pretrain", "sft", "pairs", "reward", "ppo", "grpo", "rloo", *PREFERENCE_VERBS, "preference", "kto", "task", "evaluate")
 """The order in which help lists the stages; those of others follow."""
 
-SWITCHES = ("plan", "json")
+SWITCHES = ("plan", "estimate", "json")
 OWN_FLAGS = ("config", "output_dir", "name", *SWITCHES)
 """What a stage verb takes besides the stage's fields."""
 
@@ -93,8 +93,8 @@ def run_stage(options: argparse.Namespace, rest: list[str]) -> int:
     recipe = Recipe(name, {name: make_stage(cls, fields, where)})
     folder = None if own["output_dir"] is None else place(str(own["output_dir"]))  # `--output_dir` promises exactly this folder
     run = Run(recipe, home() / "stages" if folder is None else folder.parent, folder, shared=True)
-    if own["plan"]:
-        return show_plan(run, as_json=bool(own["json"]))
+    if own["plan"] or own["estimate"]:
+        return show_plan(run, estimated=bool(own["estimate"]), as_json=bool(own["json"]))
     _show_result(run.execute()[name], as_json=bool(own["json"]))
     return 0
 
@@ -211,6 +211,7 @@ def _stage_help(verb: str, cls: type[Stage]) -> str:
     lines += [
         "  --name NAME           name in the registry",
         "  --plan                show what would run, and stop",
+        "  --estimate            the plan, and what memory and time it would take here",
         "  --json                print JSON",
         "",
     ]

@@ -93,16 +93,36 @@ def _inspect(step: Planned, plan: Sequence[Planned], machine: Machine | None, sa
         return Looked(step.name, "trains nothing")
     result = Looked(step.name, _about(seen), look(seen), subject=seen)
     if machine is not None:
-        try:
-            result.estimate = estimate(seen, machine)
-            result.findings += result.estimate.findings()
-        except AlignError as reason:
-            result.unknown = str(reason)
+        _foresee(result, machine)
+        result.findings += result.estimate.findings() if result.estimate else []
     if samples and seen.encoder is not None:
         trees = seen.encoded.trees
         chosen = trees[:: max(1, len(trees) // samples)][:samples]
         result.samples = [pieces for tree in chosen for pieces in paths(seen.encoder, tree)]
     return result
+
+
+def foreseen(plan: Sequence[Planned], names: Collection[str], machine: Machine) -> list[Looked]:
+    """The estimates alone of the stages `names` of `plan`."""
+    found = []
+    for step in plan:
+        if step.name not in names:
+            continue
+        looked = Looked(step.name, "")
+        try:
+            looked.subject = subject(step, plan)
+            _foresee(looked, machine)
+        except (NotYet, AlignError) as reason:
+            looked.unknown = str(reason)
+        found.append(looked)
+    return found
+
+
+def _foresee(looked: Looked, machine: Machine) -> None:
+    try:
+        looked.estimate = estimate(looked.subject, machine) if looked.subject else None
+    except AlignError as reason:
+        looked.unknown = str(reason)
 
 
 def _about(seen: Subject) -> str:
