@@ -70,9 +70,11 @@ class Status:
         self.update()
 
     def update(self, **fields: Any) -> None:
-        """Change `fields`, and with them the time and the memory that was used (GB, the most so far)."""
-        memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-        self.fields.update(fields, updated=time.time(), memory_gb=memory)
+        """Change `fields`, and with them the time and the memory that was used (GB, the most so far of this process, or of one that
+        it waited for, as of those of a launch).
+        """
+        most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        self.fields.update(fields, updated=time.time(), memory_gb=round(most / 2**20, 2))
         write_atomically(self.path, json.dumps(self.fields), durable=False)
 
 
