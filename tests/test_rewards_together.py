@@ -72,6 +72,9 @@ def no_numbers(completions, **columns):
 async def hangs_async(completions, **columns):
     import asyncio
     await asyncio.sleep(60)
+async def blocks_async(completions, **columns):
+    import time
+    time.sleep(60)
 def backtracks(completions, **columns):
     import re
     return [float(bool(re.match(r"(a+)+$", "a" * 40 + "b"))) for _ in completions]
@@ -200,6 +203,7 @@ BROKEN = {
     "unreadables": r"reward 'unreadables', row 0 \(prompt 'first'\): got <.*Unreadable object",
     "no_numbers": r"reward 'no_numbers', row 0 \(prompt 'first'\): got <.*no_numbers.<locals>",
     "hangs_async": "reward 'hangs_async' took more than its timeout of 0.1 s",
+    "blocks_async": "reward 'blocks_async' took more than its timeout of 0.1 s",
     "backtracks": "reward 'backtracks' took more than its timeout of 0.1 s",
     "nothing": "reward 'nothing' returned None; expected a list of 4 numbers",
     "not_a_number": r"reward 'not_a_number', row 1 \(prompt 'second'\): got nan",
@@ -308,7 +312,9 @@ def test_an_interruption_ends_what_is_awaited():
             score(hangs)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert _event_loop()[0].submit(lambda: "free").result(timeout=60) == "free"
+    loop = _event_loop()
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(timeout=60)
+    assert not [task for task in asyncio.all_tasks(loop) if not task.done()]
 
 
 def test_async_functions_have_their_own_limits():

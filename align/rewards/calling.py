@@ -10,7 +10,6 @@ import signal
 import threading
 import traceback
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
@@ -172,39 +171,50 @@ def _alarm(seconds: float) -> Iterator[list[int]]:
         signal.signal(signal.SIGALRM, before)
 
 
+BLOCKED = 1.0
+"""Seconds behind the last timeout after which what is awaited is taken to block the loop, which then knows no timeouts."""
+
+
 @functools.cache
-def _event_loop() -> tuple[ThreadPoolExecutor, asyncio.Runner]:
+def _event_loop() -> asyncio.AbstractEventLoop:
     """One loop on one thread for the whole process: works inside a notebook's running loop, and lets clients outlive a call."""
-    return ThreadPoolExecutor(1, thread_name_prefix="align-rewards"), asyncio.Runner()
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True, name="align-rewards").start()
+    return loop
 
 
 def await_all(pending: Mapping[str, tuple[Awaitable[Any], float | None]]) -> dict[str, Any]:
-    """Their results, awaited together, each for as long as its timeout says; an `AlignError` in place of a result that is none."""
+    """Their results, awaited together, each for as long as its timeout says; an `AlignError` in place of a result that is none.
+    Where one blocks the loop (`time.sleep`, say), all that have not ended took too long, and the loop is left behind.
+    """
     if not pending:
         return {}
+    ended: dict[str, Any] = {}
 
-    async def limited(name: str, awaitable: Awaitable[Any], timeout: float | None) -> Any:
+    async def limited(name: str, awaitable: Awaitable[Any], timeout: float | None) -> None:
         try:
             async with asyncio.timeout(timeout) as limit:
-                return await awaitable
+                ended[name] = await awaitable
         except AlignError as error:
-            return error
+            ended[name] = error
         except RAISED as error:
             failure = Failure(_too_long(name, timeout)) if timeout is not None and limit.expired() else raised(name, error)
             failure.__cause__ = error
-            return failure
+            ended[name] = failure
 
-    async def gather() -> list[Any]:
-        return await asyncio.gather(*(limited(name, *entry) for name, entry in pending.items()))
+    async def gather() -> None:
+        await asyncio.gather(*(limited(name, *entry) for name, entry in pending.items()))
 
-    thread, runner = _event_loop()
+    limits = [timeout for _, timeout in pending.values() if timeout is not None]
+    work = asyncio.run_coroutine_threadsafe(gather(), _event_loop())
     try:
-        results = thread.submit(lambda: runner.run(gather())).result()
-    except BaseException:  # Ctrl-C: the process would not end before what is awaited does
-        loop = runner.get_loop()
-        loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
+        work.result(max(limits) + BLOCKED if len(limits) == len(pending) else None)
+    except TimeoutError:
+        _event_loop.cache_clear()
+    except BaseException:  # Ctrl-C
+        work.cancel()
         raise
-    return dict(zip(pending, results, strict=True))
+    return {name: ended[name] if name in ended else Failure(_too_long(name, limit)) for name, (_, limit) in pending.items()}
 
 
 def close(results: Mapping[str, Any]) -> None:
