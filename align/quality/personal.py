@@ -33,9 +33,18 @@ def email(match: re.Match[str]) -> bool:
     return True
 
 
-@personal(r"(?<![\w.])(?:\+\d{1,3}[ .-]?)?(?:\(\d{1,4}\)[ .-]?)?\d{2,4}(?:[ .-]\d{2,4}){2,4}(?![\w-]|\.\w)")
+@personal(
+    r"(?<![\w.])(?:"
+    r"(?:\+?1[ .-]?)?\([2-9]\d{2}\)[ .-]?[2-9]\d{2}[ .-]?\d{4}"  # (415) 555-2671, +1 (415) 555-2671
+    r"|\+(?:1[2-9]\d{2}[2-9]\d{6}|[2-9]\d{9,14})"  # +14155552671
+    r"|\+[2-9]\d{0,2}[ -]\d{1,4}[ -]\d{5,8}"  # +49 170 1234567
+    r"|(?:\+\d{1,3}[ .-]?)?(?:\(\d{1,4}\)[ .-]?)?\d{2,4}(?:[ .-]\d{2,4}){2,4}"
+    r")(?![\w-]|\.\w)"
+)
 def phone(match: re.Match[str]) -> bool:
-    """Groups of digits, 9 to 15 in all, that are no date: with a country code, an area in brackets, or three groups or more."""
+    """9 to 15 digits that are no date: behind an area in brackets or a country code, or in three groups or more.
+    Ten digits in one piece are not told from other numbers.
+    """
     digits = re.sub(r"\D", "", match[0])
     return 9 <= len(digits) <= 15 and not re.fullmatch(r"\d{4}[.-]\d{2}[.-]\d{2}.*", match[0])
 
@@ -75,8 +84,9 @@ def ssn(match: re.Match[str]) -> bool:
 
 
 @personal(
-    r"AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,}|sk-[A-Za-z0-9_-]{20,}|hf_[A-Za-z0-9]{30,}|xox[abprs]-[\w-]{10,}"
-    r"|AIza[\w-]{35}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"
+    r"(?<![A-Za-z0-9])(?:AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,}|hf_[A-Za-z0-9]{30,}|xox[abprs]-[\w-]{10,}"
+    r"|sk-(?=[A-Za-z_-]{0,60}\d)[A-Za-z0-9_-]{20,}"  # without a digit it is words: sk-fading-circle-container
+    r"|AIza[\w-]{35}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,})"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:.|\n)*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
 )
 def secret(match: re.Match[str]) -> bool:
