@@ -384,6 +384,11 @@ def test_what_a_stage_makes_is_looked_at_before_the_next_one_uses_it(folder, cap
         (made, looked) = inspect(Run(recipe, Path("runs/r")).plan())
         assert made.about == "trains nothing"
         assert looked.about == "not looked at yet: its rows are made by the stage 'made'"
+        beside = f"{Run(recipe, Path('runs/r')).plan()[0].folder}x"  # no part of that folder, for all that its name begins so
+        Path(beside).mkdir(parents=True)
+        write_rows(f"{beside}/rows.jsonl", sft_rows(5) * 8)
+        other = Recipe("r", {**recipe.stages, "sft": sft(data=f"{beside}/rows.jsonl", eval_data=None, max_steps=1)})
+        assert not inspect(Run(other, Path("runs/r")).plan())[1].about.startswith("not looked at yet")
         Run(recipe, Path("runs/r")).execute()
     finally:
         del stages._entries["repeats_rows"]

@@ -145,7 +145,7 @@ def _rows(
     capped = False
     for source, cap in zip(sources, caps or [None] * len(sources), strict=True):
         limit = min(number for number in (ROWS, cap, stage.max_rows) if number is not None)
-        if maker := next((other for folder, other in waiting.items() if source.startswith(folder)), None):
+        if maker := next((other for folder, other in waiting.items() if Path(source).is_relative_to(folder)), None):
             raise NotYet(f"its rows are made by the stage {maker.name!r}")
         loaded = load_rows(
             source, stage.reads, format=stage.data_format, split=stage.data_split, limit=limit, on_bad_row=stage.on_bad_row
