@@ -389,6 +389,27 @@ def test_columns_and_roles_of_other_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("keys", "tags"),
+    [
+        (("speaker", "said"), {"role_tag": "speaker", "content_tag": "said", "user_tag": "Human", "assistant_tag": "AI"}),
+        (("role", "content"), {"user_tag": "Human", "assistant_tag": "AI"}),
+    ],
+)
+def test_tags_of_openai_messages_are_followed(tmp_path, keys, tags):
+    """They were read for `sharegpt` alone; each row was refused."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns = [dict(zip(keys, turn, strict=True)) for turn in (("Human", "One?"), ("AI", None), ("tool", "1"), ("AI", "Two."))]
+    turns[1]["tool_calls"] = [call]
+    write_rows(tmp_path / "talks.jsonl", [{"talk": turns}])
+    entry = {"file_name": "talks.jsonl", "formatting": "openai", "columns": {"messages": "talk"}, "tags": tags}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"talks": entry}))
+    (row,) = load_rows(f"{tmp_path}/dataset_info.json:talks", "sft").rows
+    found = [(message.role, message.content) for message in row.messages]
+    assert found == [("user", "One?"), ("assistant", ""), ("tool", "1"), ("assistant", "Two.")]
+    assert row.messages[1].tool_calls == [call]
+
+
+@pytest.mark.parametrize(
     ("kind", "known"),
     [("classification", "labelled (text, label)"), ("tagging", "tagged (tokens, tags)"), ("qa", "squad (question, answers)")],
 )

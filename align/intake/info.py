@@ -41,6 +41,9 @@ TAGS = {
 }
 """What LLaMA-Factory calls the keys and roles of a message, and their defaults."""
 
+OPENAI_KEYS = {"role_tag": "role", "content_tag": "content"}
+"""The keys of a message in OpenAI's form, where its roles alone have other names."""
+
 ROLES = ("user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")
 
 
@@ -61,8 +64,8 @@ class Entry:
         """
         given = set(self.columns.values())
         row = {self.columns.get(name, name): value for name, value in raw.items() if name in self.columns or name not in given}
-        if self.tags != TAGS and "conversations" in row:
-            names = ("conversations", "chosen", "rejected")
+        if self.tags != TAGS and not row.keys().isdisjoint(("conversations", "messages")):
+            names = ("conversations", "messages", "chosen", "rejected")
             row = {name: self._messages(value) if name in names else value for name, value in row.items()}
         return row
 
@@ -121,6 +124,8 @@ def _entry(given: dict[str, Any], folder: Path, where: str) -> Entry:
         standard = {columns["prompt"]: "text"}  # documents for pretraining
     if formatting == "openai":
         standard[columns.get("messages", "messages")] = "messages"
+        if renamed:
+            tags = {**tags, **OPENAI_KEYS, **renamed}
     samples = given.get("num_samples")
     if samples is not None and (not isinstance(samples, int) or samples < 1):
         raise AlignError(f"{where}, {problem('num_samples', samples, 'a whole number of at least 1')}")
