@@ -186,6 +186,8 @@ def test_check_prints_a_line_for_each_file(tmp_path, capsys):
     assert second["reasons"] == {"field chosen: expected a string": 1}
     assert (second["rows"], second["used"], second["set_aside"]) == (4, 3, 1)
     assert raw_rows(aside)[0]["row"] == 4
+    assert main(["data", "check", str(good), "--quarantine", str(aside)]) == 0
+    assert not aside.exists(), "that of an earlier run"
     for options in ([], ["--format", "native"]):
         capsys.readouterr()
         assert main(["data", "check", str(gone), *options]) == 2
@@ -355,6 +357,19 @@ def test_a_pair_of_two_rows_is_shown_where_it_was_completed(tmp_path, capsys):
     write_rows(tmp_path / "a.jsonl", rows)
     assert main(["data", "show", str(tmp_path / "a.jsonl"), "--kind", "preference"]) == 0
     assert "--- a.jsonl row 2 (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ['{"prompt": "p", "completion": "c"}\n', "[1]\n", "notes\n"])
+def test_a_quarantine_does_not_take_the_place_of_another_file(tmp_path, capsys, text):
+    """It was deleted, even where nothing was set aside."""
+    write_rows(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "c"}])
+    other = tmp_path / "other.jsonl"
+    other.write_text(text)
+    assert main(["data", "check", str(tmp_path / "a.jsonl"), "--quarantine", str(other)]) == 2
+    assert other.read_text() == text
+    assert f"{other} holds something else than rows that were set aside" in capsys.readouterr().err
+    other.write_text("")
+    assert main(["data", "check", str(tmp_path / "a.jsonl"), "--quarantine", str(other)]) == 0
 
 
 # -- derivations ---------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.errors import DiskFull
+from align.errors import AlignError, DiskFull
 from align.runner.files import named_when_full
 
 MOST_REASONS = 1000
@@ -85,6 +85,24 @@ def family(reason: str) -> str:
     for pattern, instead in _PARTICULARS:
         reason = pattern.sub(instead, reason)
     return reason if len(reason) <= 200 else f"{reason[:200]}..."
+
+
+def refuse_other_file(path: Path) -> None:
+    """Look whether `path`, which a `Quarantine` would take the place of, is one of an earlier run, or empty, or not there.
+
+    Raises:
+        AlignError: it holds something else.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as stream:
+        first = stream.readline()
+    try:
+        ours = not first or json.loads(first).keys() == {"file", "row", "reason", "content"}
+    except (ValueError, AttributeError):  # no JSON, or no object
+        ours = False
+    if not ours:
+        raise AlignError(f"{path} holds something else than rows that were set aside, and would be lost: name another file")
 
 
 class Quarantine:

@@ -22,10 +22,12 @@ def add(actions: Any) -> None:
 def check(options: argparse.Namespace) -> int:
     """0: every row is used; 1: some are set aside, or a file could not be read (to its end); 2: nothing could be read."""
     from align.data import Quarantine, RowStream
+    from align.intake.account import refuse_other_file
     from align.progress import say
 
     if options.quarantine is not None:
         check_outputs(options.files, options.quarantine)
+        refuse_other_file(options.quarantine)
     quarantine = Quarantine(options.quarantine)
     read = clean = 0
     for file in options.files:
