@@ -1,5 +1,6 @@
 """Augmentation: new rows out of rows, each saying what it was made of."""
 
+import copy
 import json
 
 import pytest
@@ -95,8 +96,9 @@ def test_wrong_values_are_refused_in_one_line(spec):
         augment(PAIRS, [spec])
 
 
-def test_back_translation_by_two_models(tmp_path, tokenizer):
-    """Two T5 models with random weights: what comes out is the second model's answer to the first's."""
+@pytest.fixture
+def translators(tmp_path, tokenizer):
+    """Two T5 models with random weights, in `there` and `back`. Nine tokens of ten end an answer, so that all are short."""
     import torch
     from transformers import AutoModelForSeq2SeqLM, T5Config
 
@@ -104,9 +106,18 @@ def test_back_translation_by_two_models(tmp_path, tokenizer):
     special = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2}
     for seed, name in enumerate(("there", "back")):
         torch.manual_seed(seed)
-        AutoModelForSeq2SeqLM.from_config(T5Config(**sizes, **special, initializer_factor=4.0)).save_pretrained(tmp_path / name)
+        model = AutoModelForSeq2SeqLM.from_config(T5Config(**sizes, **special, initializer_factor=4.0))
+        model.generation_config.eos_token_id = [i for i in range(2, len(tokenizer)) if i % 10]
+        model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    spec = f"back_translation(there={str(tmp_path / 'there')!r}, back={str(tmp_path / 'back')!r}, max_new_tokens=8, batch_size=2)"
+    return f"back_translation(there={str(tmp_path / 'there')!r}, back={str(tmp_path / 'back')!r}, max_new_tokens=%d, batch_size=2)"
+
+
+def test_back_translation_by_two_models(tmp_path, tokenizer, translators):
+    """What comes out is the second model's answer to the first's."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    spec = translators % 12
     texts = ["one two three", "Fine, thanks!", "the cat sat on a mat"]
     rows = augment([*ROWS, *(TextRow(text=text) for text in texts)], [spec])
     made = [row for row in rows if "origin" in row]
@@ -117,12 +128,29 @@ def test_back_translation_by_two_models(tmp_path, tokenizer):
     def translate(name, text):
         model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / name)
         ids = tokenizer(text, return_tensors="pt")
-        out = model.generate(input_ids=ids["input_ids"], num_beams=4, do_sample=False, max_new_tokens=8)
+        out = model.generate(input_ids=ids["input_ids"], num_beams=4, do_sample=False, max_new_tokens=12)
         return tokenizer.decode(out[0], skip_special_tokens=True).strip() or text
 
     assert [row["text"] for row in made[2:]] == [translate("back", translate("there", text)) for text in texts]
     with pytest.raises(AlignError, match="no model folder"):
         augment(ROWS, [f"back_translation(there={str(tmp_path / 'none')!r}, back='x')"])
+
+
+def test_back_translation_makes_nothing_of_a_prompt_that_it_would_cut(tmp_path, tokenizer, translators, capsys):
+    """The reply would be that of a request whose end is gone."""
+    rows = [PromptRow(prompt=prompt) for prompt in ("one two three", "one " * 200)]
+    both = augment(rows, [translators % 12])
+    assert [row["origin"]["row"] for row in both[2:]] == [1, 2]
+    assert "nothing is made" not in capsys.readouterr().err
+    assert len(augment(rows, [translators % 1])) == 2, "no answer ends before its last token"
+    assert "nothing is made of 2 of 2 prompts: " in capsys.readouterr().err
+    short = copy.deepcopy(tokenizer)
+    short.model_max_length = 50
+    short.save_pretrained(tmp_path / "there")
+    made = augment(rows, [translators % 12])
+    assert made[2]["prompt"] == both[2]["prompt"]
+    assert [row["origin"]["row"] for row in made[2:]] == [1]
+    assert "nothing is made of 1 of 2 prompts: longer than a model reads" in capsys.readouterr().err
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

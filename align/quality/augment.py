@@ -161,8 +161,11 @@ def back_translation(
     rows: Sequence[Row], rng: random.Random, *, there: str, back: str, batch_size: Count = 16, max_new_tokens: Count = 256
 ) -> Made:
     """Prompts through two translation models (Sennrich et al., arXiv:1511.06709): `there` into another language, `back` from it.
-    Both are seq2seq models, folders or hub ids; the best beam of four is taken.
+    Both are seq2seq models, folders or hub ids; the best beam of four is taken. A prompt that is longer than a model reads, or
+    whose translation does not end within `max_new_tokens`, would come back without its end: nothing is made of it, which is said.
     """
+    from align.progress import say
+
     requests: list[str] = []
 
     def noted(text: str) -> str:
@@ -171,16 +174,21 @@ def back_translation(
 
     for row in rows:
         reword(row, noted)
+    whole = dict(enumerate(requests))
     for model in (there, back):
-        translated = _translate(model, requests, batch_size, max_new_tokens)
-        requests = [new or old for new, old in zip(translated, requests, strict=True)]
-    answers = iter(requests)
+        translated = _translate(model, list(whole.values()), batch_size, max_new_tokens)
+        whole = {i: new or whole[i] for i, new in zip(whole, translated, strict=True) if new is not None}
+    if cut := len(requests) - len(whole):
+        why = f"longer than a model reads, or not translated to the end in max_new_tokens={max_new_tokens}"
+        say(f"back_translation: nothing is made of {cut:,} of {len(requests):,} prompts: {why}")
+    numbers = iter(range(len(requests)))
     for i, row in enumerate(rows):
-        if (made := reword(row, lambda text: next(answers))) is not None:
+        if (made := reword(row, lambda text: whole.get(next(numbers), text))) is not None:
             yield i, made
 
 
-def _translate(path: str, texts: Sequence[str], batch_size: int, max_new_tokens: int) -> list[str]:
+def _translate(path: str, texts: Sequence[str], batch_size: int, max_new_tokens: int) -> list[str | None]:
+    """The translation of each of `texts`; None for one that does not fit into the model, or whose translation does not end."""
     import torch
     from transformers import AutoModelForSeq2SeqLM
 
@@ -194,12 +202,20 @@ def _translate(path: str, texts: Sequence[str], batch_size: int, max_new_tokens:
     except (OSError, ValueError, KeyError) as error:
         raise AlignError(f"cannot load a translation model from {path!r}: {first_line(error)}") from error
     model.to(best_device())
-    done: list[str] = []
-    with bar("translating", len(texts), "text") as progress, torch.no_grad():
-        for start in range(0, len(texts), batch_size):
-            batch = tokenizer(list(texts[start : start + batch_size]), return_tensors="pt", padding=True, truncation=True)
+    end = model.generation_config.eos_token_id
+    ends = torch.tensor([] if end is None else end, dtype=torch.long, device=model.device)
+    room = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length)
+    fit = [i for i, text in enumerate(texts) if len(tokenizer(text, verbose=False)["input_ids"]) <= room]
+    done: list[str | None] = [None] * len(texts)
+    with bar("translating", len(fit), "text") as progress, torch.no_grad():
+        for start in range(0, len(fit), batch_size):
+            chosen = fit[start : start + batch_size]
+            batch = tokenizer([texts[i] for i in chosen], return_tensors="pt", padding=True)
             inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
             out = model.generate(**inputs, num_beams=4, do_sample=False, max_new_tokens=max_new_tokens)
-            done += [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+            # The first token begins every answer, and may be an end; one at the limit may be one that the model is made to write.
+            ended = torch.isin(out[:, 1:max_new_tokens], ends).any(-1).tolist()
+            for i, text, has_end in zip(chosen, tokenizer.batch_decode(out, skip_special_tokens=True), ended, strict=True):
+                done[i] = text.strip() if has_end else None
             progress.update(len(out))
     return done
