@@ -88,15 +88,16 @@ class RowStream:
 
     def __iter__(self) -> Iterator[Any]:
         self.account, self.set_aside, self._recognized, self._waiting = Account(), [], {}, {}
-        for _, items in groupby(read_source(self.source, self.split), key=itemgetter(0)):
-            for row in self._file(items):
-                self.account.gave += 1
-                yield row
-                if self.account.gave == self.limit:
-                    return
+        files = groupby(read_source(self.source, self.split), key=itemgetter(0))
+        for row in chain.from_iterable(self._file(items) for _, items in files):
+            self.account.gave += 1
+            yield row
+            if self.account.gave == self.limit:
+                break
+        reason = f"{UNMATCHED} before the limit" if self.account.gave == self.limit else UNMATCHED
         for waiting in self._waiting.values():
             for item, _ in waiting:
-                self._put_aside(item, UNMATCHED)
+                self._put_aside(item, reason)
 
     def _file(self, items: Iterator[Item]) -> Iterator[Row]:
         """The rows of one file. Its formats are those of its first rows, see `recognize`."""

@@ -382,6 +382,10 @@ def test_labels_make_pairs_across_rows(tmp_path):
     loaded = load_rows(path, "preference")
     assert [(row.chosen, row.rejected) for row in loaded.rows] == [("good", "bad"), ("fine", "worse")]
     assert loaded.summary() == ("5 rows = 4 used + 1 set aside (1 no answer with the other label to the same prompt); they gave 2")
+    limited = load_rows(path, "preference", limit=1)  # q2, which waited, was read and is in the account
+    assert limited.summary() == (
+        "3 rows = 2 used + 1 set aside (1 no answer with the other label to the same prompt before the limit); they gave 1"
+    )
     again = tmp_path / "pairs.jsonl"
     write_rows(again, loaded.rows)
     assert [(row.completion, row.label) for row in load_rows(again, "unpaired").rows][:2] == [("good", True), ("bad", False)]
