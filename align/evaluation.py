@@ -6,13 +6,14 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import nn
 
-from align.data import RowStream, is_held_out, refuse_empty
+from align.data import Quarantine, RowStream, is_held_out, refuse_empty
 from align.encode import Encoded, Encoder, set_chat_template
 from align.engine import check_reach, enable_forest
 from align.errors import AlignError
@@ -111,7 +112,7 @@ class Evaluation:
     """The measurements of an `Evaluate` stage. Rows are read when the first model is measured."""
 
     def __init__(self, stage: Any, context: Context) -> None:
-        self.stage, self.context, self._quarantine = stage, context, quarantine_in(context)
+        self.stage, self.context = stage, context
         answered = [spec for spec in stage.metrics if check(spec)[0] != "perplexity"]
         alone = bool(stage.metrics) and not (answered or stage.reward_funcs or stage.reward_model or stage.baseline)
         tasked = [name for name, path in stage.models.items() if is_task_model(path)]
@@ -150,6 +151,10 @@ class Evaluation:
         self._task_samples: dict[int, dict[str, Any]] = {}
         """By row, what `samples` says of it."""
         self._reference: Reference | None = None
+
+    @cached_property
+    def _quarantine(self) -> Quarantine:
+        return quarantine_in(self.context)
 
     def _rows(self, sources: list[str] | None, kind: str) -> list[Any]:
         return [row for row, _, _ in self._read(sources, kind)]
@@ -386,7 +391,14 @@ class Evaluation:
                 prompts = [text_of(plain(row.prompt)) for row in self.prompts]
                 scores = judge(prompts, [answer["text"] for answer in ours], [answer["text"] for answer in theirs])
                 others = [0.5] * len(scores)
-            lengths = {"lengths": [len(a["text"]) for a in ours], "baseline_lengths": [len(a["text"]) for a in theirs]}
+                if unasked := scores.count(None):
+                    told = (
+                        f"{name}: {unasked} of {len(scores)} questions to the judge do not fit into max_length, and are not asked"
+                    )
+                    say(f"{self.context.name}: {told}")
+            judged = [number for number, score in enumerate(scores) if score is not None]
+            scores, others, ours, beside = ([column[n] for n in judged] for column in (scores, others, ours, theirs))
+            lengths = {"lengths": [len(a["text"]) for a in ours], "baseline_lengths": [len(a["text"]) for a in beside]}
             found = measure("win_rate", scores=scores, baseline_scores=others, **lengths)
             for key in ("win_rate", "win_rate_length_controlled"):
                 interval = [found[f"{key}_low"], found[f"{key}_high"]]

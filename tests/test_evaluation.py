@@ -344,8 +344,15 @@ def test_a_local_judge_asks_in_both_orders(capsys, folder):
     assert judge(["say"], ["same"], ["same"]) == pytest.approx([0.5])
     with pytest.raises(AlignError, match=r"question to the judge takes .* raise max_length"):
         JudgeModel(str(folder / "judge"), dtype="float32", max_length=8, max_tokens=64)(["a"], ["b"], ["c"])
-    found = results(capsys, f"eval one two --baseline one --judge_model judge --data alpaca.jsonl{SHORT} --max_length 512")
-    assert 0 <= found["two"]["win_rate_vs_one"]["mean"] <= 1
+    long = judge(["say", "say " * 400], ours, theirs)
+    assert long == [pytest.approx(forward[0]), None], "one that does not fit stopped the evaluation, after all answers"
+    write_rows(folder / "mixed.jsonl", [{"prompt": "say one"}, {"prompt": "say " * 200}])
+    assert main(f"eval one two --baseline one --judge_model judge --data mixed.jsonl{SHORT} --max_length 512 --json".split()) == 0
+    told = capsys.readouterr()
+    assert "two: 1 of 2 questions to the judge do not fit into max_length, and are not asked" in told.err
+    found = json.loads(told.out)["metrics"]["models"]["two"]["win_rate_vs_one"]
+    assert found["n"] == 1
+    assert 0 <= found["mean"] <= 1
 
 
 def test_a_judge_without_the_letters_is_refused(folder, tmp_path):

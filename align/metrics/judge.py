@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import compress
 
 from transformers import PreTrainedTokenizerBase
 
@@ -60,22 +61,26 @@ class JudgeModel:
         enable_forest(self.model)
         self.max_tokens, self.chats, self.letters = max_tokens, bool(tokenizer.chat_template), letters(path, tokenizer)
 
-    def __call__(self, prompts: Sequence[str], ours: Sequence[str], theirs: Sequence[str]) -> list[float]:
-        """Probability (0 to 1) that each of `ours` is better than its counterpart of `theirs`.
+    def __call__(self, prompts: Sequence[str], ours: Sequence[str], theirs: Sequence[str]) -> list[float | None]:
+        """Probability (0 to 1) that each of `ours` is better than its counterpart of `theirs`; None where the question does not fit
+        into `max_length` tokens.
 
         Raises:
-            AlignError: a question does not fit into `max_length` tokens.
+            AlignError: none of them does.
         """
         rows = list(zip(prompts, ours, theirs, strict=True))
-        trees = [self._tree(prompt, *pair) for prompt, a, b in rows for pair in ((a, b), (b, a))]
-        logps = branch_logps(self.model, trees, self.max_tokens)
+        asked = [[self._tree(prompt, *pair) for pair in ((a, b), (b, a))] for prompt, a, b in rows]
+        most = self.encoder.max_length
+        fits = [most is None or max(tree.longest for tree in both) <= most for both in asked]
+        if not any(fits):
+            shortest = min(max(tree.longest for tree in both) for both in asked)
+            raise AlignError(f"each question to the judge takes {shortest} tokens or more; raise max_length ({most})")
+        logps = branch_logps(self.model, [tree for both in compress(asked, fits) for tree in both], self.max_tokens)
         first = [1 / (1 + math.exp(min(b - a, 700))) for a, b in logps]
-        return [(forward + 1 - backward) / 2 for forward, backward in zip(first[::2], first[1::2], strict=True)]
+        said = iter((forward + 1 - backward) / 2 for forward, backward in zip(first[::2], first[1::2], strict=True))
+        return [next(said) if fit else None for fit in fits]
 
     def _tree(self, prompt: str, first: str, second: str) -> Tree:
         text = QUESTION.format(prompt=prompt, first=first, second=second)
         asked = self.encoder.prompt_ids([Message(role="user", content=text)] if self.chats else f"{text}\nAnswer:")
-        tree = Tree(asked, self.letters)
-        if self.encoder.max_length is not None and tree.longest > self.encoder.max_length:
-            raise AlignError(f"a question to the judge takes {tree.longest} tokens; raise max_length ({self.encoder.max_length})")
-        return tree
+        return Tree(asked, self.letters)
