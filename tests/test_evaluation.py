@@ -346,7 +346,7 @@ def test_a_local_judge_asks_in_both_orders(capsys, folder):
         JudgeModel(str(folder / "judge"), dtype="float32", max_length=8, max_tokens=64)(["a"], ["b"], ["c"])
     long = judge(["say", "say " * 400], ours, theirs)
     assert long == [pytest.approx(forward[0]), None], "one that does not fit stopped the evaluation, after all answers"
-    write_rows(folder / "mixed.jsonl", [{"prompt": "say one"}, {"prompt": "say " * 200}])
+    write_rows(folder / "mixed.jsonl", [{"prompt": "say one"}, {"prompt": "say " * 165}])
     assert main(f"eval one two --baseline one --judge_model judge --data mixed.jsonl{SHORT} --max_length 512 --json".split()) == 0
     told = capsys.readouterr()
     assert "two: 1 of 2 questions to the judge do not fit into max_length, and are not asked" in told.err
