@@ -117,7 +117,7 @@ def _notified(target: str | None, name: str, out: Path) -> Iterator[None]:
             notify(target, {**event, "seconds": round(time.monotonic() - start, 1)})
 
 
-def show_plan(run: Run, only: str | None = None, *, estimated: bool, as_json: bool) -> int:
+def show_plan(run: Run, only: str | None = None, *, as_json: bool, estimated: bool = False) -> int:
     """Print which stages of `run` would run, and why; returns the exit code.
 
     Args:
