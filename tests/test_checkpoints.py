@@ -10,6 +10,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+import torch
 from chaos.outcome import differences
 from helpers import llama
 from transformers import BertConfig, BertForMaskedLM
@@ -374,6 +375,12 @@ def test_a_state_of_other_content_is_refused_in_one_line(tmp_path):
     (checkpoint / "trainer_state.json").write_text('{"global_step": 2}')
     with pytest.raises(AlignError, match=r"checkpoint-2 cannot be resumed \('max_steps'\)"):
         final_weights(checkpoint)
+
+
+def test_no_memory_is_no_fault_of_a_checkpoint(tmp_path):
+    """It was told as one, and the advice was to remove it."""
+    with pytest.raises(torch.OutOfMemoryError), c.resuming(tmp_path):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 # -- losses that are no numbers ------------------------------------------------------------------------------------------------

@@ -483,6 +483,7 @@ def test_a_plan_with_estimates(recipe, capsys):
     (stage,) = json.loads(capsys.readouterr().out)["stages"]
     assert row["runs"]
     assert row["estimate"]["phases"] == stage["estimate"]["phases"]
+    assert row["no_estimate"] is stage["no_estimate"] is None
     assert not Path("runs").exists()
     assert main(["sft", "--model", "model", "--data", "sft.jsonl", "--max_length", "128", "--tuning", "prompt", "--estimate"]) == 0
     assert "\n      no estimate: virtual tokens in front of the rows have none" in capsys.readouterr().out

@@ -317,6 +317,28 @@ def test_an_interruption_ends_what_is_awaited():
     assert not [task for task in asyncio.all_tasks(loop) if not task.done()]
 
 
+def test_an_interruption_leaves_a_blocked_loop_behind():
+    """What was awaited next waited for it."""
+    free = threading.Event()
+
+    async def blocks(completions, **columns):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        free.wait(timeout=60)
+        return [1.0] * len(completions)
+
+    async def quick(completions, **columns):
+        return [1.0] * len(completions)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            score(blocks)
+        assert score(of("hangs_async", timeout=0.05, on_error=5), quick).total == [6, 6, 6, 6]
+    finally:
+        free.set()
+        signal.signal(signal.SIGINT, before)
+
+
 def test_async_functions_have_their_own_limits():
     async def quick(completions, **columns):
         await asyncio.sleep(0)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.commands.output import print_rows
 from align.errors import AlignError
@@ -19,6 +19,9 @@ from align.recipe import load_recipe
 from align.runner.notify import notify
 from align.runner.sweep import expand, values_of
 from align.stages.sampling import RewardFields
+
+if TYPE_CHECKING:
+    from align.preflight.inspect import Looked
 
 
 def add(verbs: Any) -> None:
@@ -144,21 +147,23 @@ def show_plan(run: Run, only: str | None = None, *, as_json: bool, estimated: bo
         }
         for step in plan
     ]
+    looked: dict[str, Looked] = {}
     if estimated:
         from align.preflight.cards import at_hand
         from align.preflight.inspect import foreseen
 
-        of = {each.name: each for each in foreseen(run.plan(), [step.name for step in plan if step.runs], at_hand())}
+        looked = {each.name: each for each in foreseen(run.plan(), [step.name for step in plan if step.runs], at_hand())}
         for row in rows:
-            if (each := of.get(row["stage"])) is not None:
-                row |= {"estimate": each.estimate.plain() if each.estimate else None, "outlook": each.outlook}
+            if (each := looked.get(row["stage"])) is not None:
+                row |= {"estimate": each.estimate.plain() if each.estimate else None, "no_estimate": each.unknown}
 
     width = max([14, *(len(step.name) for step in plan)])  # branches of a sweep have long names
 
     def line(row: dict[str, Any]) -> str:
         before = row["seconds_last_time"] if row["runs"] else None
         took = "" if before is None else f"  (took {duration(before)} the last time)"
-        ahead = f"\n      {row['outlook']}" if row.get("outlook") else ""
+        each = looked.get(row["stage"])
+        ahead = f"\n      {each.outlook}" if each and each.outlook else ""
         return f"{'run ' if row['runs'] else 'skip'}  {row['stage']:<{width}} {row['reason']}{took}{ahead}"
 
     print_rows(rows, as_json, line)

@@ -206,15 +206,24 @@ def await_all(pending: Mapping[str, tuple[Awaitable[Any], float | None]]) -> dic
         await asyncio.gather(*(limited(name, *entry) for name, entry in pending.items()))
 
     limits = [timeout for _, timeout in pending.values() if timeout is not None]
-    work = asyncio.run_coroutine_threadsafe(gather(), _event_loop())
+    loop = _event_loop()
+    work = asyncio.run_coroutine_threadsafe(gather(), loop)
     try:
         work.result(max(limits) + BLOCKED if len(limits) == len(pending) else None)
     except TimeoutError:
         _event_loop.cache_clear()
     except BaseException:  # Ctrl-C
         work.cancel()
+        if _blocked(loop):
+            _event_loop.cache_clear()
         raise
     return {name: ended[name] if name in ended else Failure(_too_long(name, limit)) for name, (_, limit) in pending.items()}
+
+
+def _blocked(loop: asyncio.AbstractEventLoop) -> bool:
+    turn = threading.Event()
+    loop.call_soon_threadsafe(turn.set)
+    return not turn.wait(BLOCKED)
 
 
 def close(results: Mapping[str, Any]) -> None:

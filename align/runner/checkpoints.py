@@ -127,10 +127,15 @@ def resuming(checkpoint: Path) -> Iterator[None]:
 
     Raises:
         AlignError: it is not what was expected.
+        RuntimeError: there is no memory left, which is no fault of the checkpoint.
     """
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        from align.budget import out_of_memory  # here, for it imports torch
+
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            raise
         told = " ".join(str(error).split())[:300]
         raise AlignError(f"the checkpoint {checkpoint} cannot be resumed ({told}); remove it to start before it") from error
 
