@@ -187,8 +187,8 @@ class Judge:
         return result.total, result.components
 
     def texts(self, completions: Sequence[Completion]) -> list[str]:
-        """What a person reads: without special tokens."""
-        return [self.tokenizer.decode(completion.tokens, skip_special_tokens=True).strip() for completion in completions]
+        """Without special tokens; white space at both ends is part of what was said."""
+        return [self.tokenizer.decode(completion.tokens, skip_special_tokens=True) for completion in completions]
 
 
 def row_columns(rows: Sequence[PromptRow], also: Collection[str] = ()) -> dict[str, list[Any]]:

@@ -180,7 +180,7 @@ def _sampled(options: argparse.Namespace) -> tuple[list[Any], list[Any], list[li
     generator = torch.Generator().manual_seed(options.seed)
     with bar("sampling", len(encoded.trees), "answer") as progress:
         found = complete(model, [tree.prompt for tree in encoded.trees], sampling, sorted(stops), generator, progress.update)
-    texts = [text.strip() for text in tokenizer.batch_decode([one.tokens for one in found], skip_special_tokens=True)]
+    texts = tokenizer.batch_decode([one.tokens for one in found], skip_special_tokens=True)
     completions = [answer(row, text) for row, text in zip(encoded.rows, texts, strict=True)]
     return encoded.rows, completions, [one.tokens for one in found], 0
 

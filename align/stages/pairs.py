@@ -72,7 +72,9 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
                 answers = complete(sampler, prompts, self.sampling(tokenizer), stops, generator, progress.update)
             scores, _ = judge(repeated, prompts, answers)
             scores = [score + noise.gauss(0.0, deviation) if deviation else score for score in scores]
-            texts = judge.texts(answers)
+            # A template sets its own white space around a message; behind a raw prompt it is a part of the text.
+            said = zip(repeated, judge.texts(answers), strict=True)
+            texts = [text if isinstance(row.prompt, str) else text.strip() for row, text in said]
             best, every = [], []
             for start in range(0, len(prompts), self.num_generations):
                 group = range(start, start + self.num_generations)
@@ -95,7 +97,10 @@ class Pairs(Stage, DataFields, ModelFields, SamplingFields, RewardFields):
         return metrics
 
     def _comparisons(self, group: range, scores: Sequence[float], texts: Sequence[str]) -> list[tuple[int, int]]:
-        """The better and the worse of the answers to one prompt that differ enough, the widest gap first, equal texts once."""
+        """The better and the worse of the answers to one prompt that differ enough, the widest gap first, equal texts once. White
+        space around them makes no difference.
+        """
+        texts = [text.strip() for text in texts]
         found: dict[tuple[str, str], tuple[int, int]] = {}
         for a, b in permutations(group, 2):
             if scores[a] - scores[b] > self.min_gap and texts[a] != texts[b]:
