@@ -179,6 +179,40 @@ def test_tables_have_only_the_columns_that_exist():
     assert tables.parts_table({"base": {"perplexity": 9.0}}).header == []
 
 
+def test_seeds_of_a_setting_are_one_row(tmp_path, make, capsys, monkeypatch):
+    """Rewards 0.4, 0.5 and 0.9 have the mean 0.6 and the standard deviation sqrt((0.04 + 0.01 + 0.09) / 2) = 0.2646; of 0.25 and
+    0.75 both ends are told. What one of the seeds has no number for has no mean.
+    """
+    monkeypatch.setenv("COLUMNS", "500")
+    models = {"sft": measured(0.1), "dpo-beta-0.1-seed-0": measured(0.25), "dpo-beta-0.1-seed-1": measured(0.75, perplexity=8.5)}
+    models |= {f"dpo-beta-0.05-seed-{seed}-after": measured(mean) for seed, mean in ((7, 0.4), (8, 0.5), (9, 0.9))}
+    models["dpo-beta-0.05-seed-8-after"]["perplexity"] = float("nan")
+    models["dpo-beta-0.3-seed-0"] = measured(0.5)  # the only seed
+    write_report(tmp_path, "demo", {"evaluate": make("evaluate", "evaluate", {"models": models})})
+    settings = json.loads((tmp_path / "results.json").read_text())["settings"]
+    assert {setting: len(found["models"]) for setting, found in settings.items()} == {"dpo-beta-0.1": 2, "dpo-beta-0.05-after": 3}
+    assert settings["dpo-beta-0.1"]["models"] == ["dpo-beta-0.1-seed-0", "dpo-beta-0.1-seed-1"]
+    assert settings["dpo-beta-0.1"]["metrics"]["gold_reward"] == {"mean": 0.5, "range": [0.25, 0.75]}
+    assert settings["dpo-beta-0.1"]["metrics"]["perplexity"] == {"mean": 7.5, "range": [6.5, 8.5]}
+    assert settings["dpo-beta-0.05-after"]["metrics"]["gold_reward"] == pytest.approx({"mean": 0.6, "sd": 0.264575}, rel=1e-6)
+    assert "perplexity" not in settings["dpo-beta-0.05-after"]["metrics"]
+    html, markdown = written(tmp_path)
+    Page(html)
+    assert "| dpo-beta-0.1 | 2 | 0.500 [0.250, 0.750] | 0.600 [0.350, 0.850] | 7.50 [6.50, 8.50] | 22.4 [22.4, 22.4] |" in markdown
+    assert "| dpo-beta-0.05-after | 3 | 0.600 ± 0.265 | 0.700 ± 0.265 | – |" in markdown
+    assert "Over seeds" in html
+    assert "<td>0.600 <small>± 0.265</small></td>" in html
+    assert re.search(
+        r"^over seeds +seeds  gold reward .*\n.*\ndpo-beta-0.05-after +3  0.600 ± 0.265 ", capsys.readouterr().out, re.M
+    )
+
+
+def test_without_seeds_nothing_is_said_of_them(tmp_path, road):
+    write_report(tmp_path, "demo", road)
+    assert json.loads((tmp_path / "results.json").read_text())["settings"] == {}
+    assert all("seeds" not in page for page in written(tmp_path))
+
+
 def test_rewards_share_one_scale():
     """Sampled 0.5 [0.4, 0.6] and greedy 0.9 [0.8, 1.4] span 0.4 to 1.4, so the means lie at 10 % and 50 %."""
     greedy = {"mean": 0.9, "ci95": [0.8, 1.4], "n": 8}

@@ -9,14 +9,14 @@ from pathlib import Path
 from align.artifact import Artifact
 from align.report import pages
 from align.report.results import PAGES, RESULTS, results_of, up_to_date
-from align.report.tables import as_text
+from align.report.tables import as_text, in_terminal, settings_table
 from align.runner.files import write_atomically
 
 __all__ = ["PAGES", "RESULTS", "write_report"]
 
 
 def write_report(out: Path, name: str, artifacts: Mapping[str, Artifact], as_json: bool = False) -> None:
-    """Write the report of the finished stages of run `name` into `out`, and print the table of results.
+    """Write the report of the finished stages of run `name` into `out`, and print the tables of results.
 
     Nothing is written when `out` already holds the report of exactly these artifacts, beside the same unfinished stages.
 
@@ -34,4 +34,6 @@ def write_report(out: Path, name: str, artifacts: Mapping[str, Artifact], as_jso
         return
     if results["models"]:
         print(as_text(results["models"]), end="\n\n")
+    if results["settings"]:
+        print(in_terminal(settings_table(results["settings"]), "over seeds"), end="\n\n")
     print("\n".join(str(out / file) for file in (*PAGES, RESULTS)))

@@ -23,7 +23,7 @@ from align.report.answers import payload, samples
 from align.report.curves import journeys, panels
 from align.report.results import PAGES, evaluations
 from align.report.road import diagram, stops
-from align.report.tables import number, parts_table, results_table, rewards_of
+from align.report.tables import number, parts_table, results_table, rewards_of, settings_table
 from align.runner.files import json_record, write_atomically
 
 SAMPLES_SHOWN = 20
@@ -45,6 +45,7 @@ def gathered(out: Path, results: Mapping[str, Any], stages: Mapping[str, Artifac
         "road": road,
         "diagram": diagram(road),
         "table": results_table(models),
+        "seeds": settings_table(results["settings"]),
         "parts": parts_table(models),
         "prompts": sorted({m[key].get("n") for m in models.values() for key in rewards_of(m) if isinstance(m[key], dict)} - {None}),
         "curves": {stage: curves for stage, a in stages.items() if (curves := panels(Path(a.path)))},

@@ -12,6 +12,7 @@ from align import __version__
 from align.artifact import Artifact
 from align.diagnostics.doctor import CURVATURE
 from align.report.road import stops
+from align.report.seeds import settings
 
 RESULTS, PAGES = "results.json", ("report.md", "report.html")
 
@@ -32,6 +33,7 @@ def results_of(out: Path, name: str, stages: Mapping[str, Artifact]) -> dict[str
         "created": max((a.created for a in stages.values()), default=""),
         "seconds": round(sum(a.seconds for a in stages.values()), 1),
         "models": models,
+        "settings": settings(models),
         "stages": {
             stage: {"reference": a.reference, "path": a.path, "seconds": a.seconds, "metrics": _scalars(a.metrics)}
             for stage, a in stages.items()
