@@ -17,7 +17,7 @@ from align.data import write_rows
 from align.errors import AlignError
 from align.pipeline import Run
 from align.recipe import Recipe, load_recipe
-from align.rewards import Gate, RewardSet, RewardSpec
+from align.rewards import Gate, RewardSet, RewardSpec, text_of
 from align.rewards.calling import _event_loop
 from align.rewards.trial import histogram
 from align.rollout import Completion
@@ -312,9 +312,12 @@ def test_an_interruption_ends_what_is_awaited():
             score(hangs)
     finally:
         signal.signal(signal.SIGINT, before)
-    loop = _event_loop()
-    asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(timeout=60)
-    assert not [task for task in asyncio.all_tasks(loop) if not task.done()]
+
+    async def left():
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        return others and (await asyncio.wait(others, timeout=4))[1]
+
+    assert not asyncio.run_coroutine_threadsafe(left(), _event_loop()).result(timeout=60)
 
 
 def test_an_interruption_leaves_a_blocked_loop_behind():
@@ -439,6 +442,18 @@ def test_a_batch_without_a_column_that_other_rows_have_is_scored(tokenizer, tmp_
     assert judge(rows[1:], [[1], [1]], said)[0] == [0.5, 0.5]
     with pytest.raises(AlignError, match="needs a column 'answer'; the rows have: none"):
         stage.judge(tokenizer, rows[1:], dtype="float32", max_tokens=8)
+
+
+def test_a_completion_keeps_the_white_space_at_its_ends(tokenizer, tmp_path):
+    """TRL decodes and does not strip; only special tokens are left out. In a conversation it is the content of one message."""
+    path = tmp_path / "heard.py"
+    path.write_text("heard = []\n\ndef hear(completions): heard.extend(completions); return [0.0] * len(completions)\n")
+    rows = [PromptRow(prompt="one"), PromptRow(prompt=[{"role": "user", "content": "one"}])]
+    judge = PPO(model="m", data="d", reward_funcs=f"{path}:hear").judge(tokenizer, rows, dtype="float32", max_tokens=8)
+    said = Completion([*tokenizer("  two \n", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id], True)
+    judge(rows, [[1], [1]], [said, said])
+    heard = judge.rewards.components["hear"].function.__globals__["heard"]
+    assert heard == ["  two \n", [{"role": "assistant", "content": "  two \n"}]]
 
 
 class FakeTokenizer:
@@ -576,6 +591,19 @@ def test_completions_are_sampled_from_a_model(tmp_path, capsys, tokenizer):
     assert "completions sampled from model, by repetition" in capsys.readouterr().out
 
 
+def test_sampled_completions_keep_the_white_space_at_their_ends(tmp_path, capsys, tokenizer):
+    """As in training: what is scored is what the tokens say."""
+    from helpers import llama
+
+    llama().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "bare.py").write_text("def bare(completions): return [float(c == c.strip()) for c in completions]\n")
+    write_rows("prompts.jsonl", [{"prompt": f"say {i}"} for i in range(24)])
+    options = ["--data", "prompts.jsonl", "--model", "model", "--max_completion_length", "1"]
+    (bare,) = report_of(capsys, "bare.py:bare", *options)["components"]
+    assert bare["mean"] < 1
+
+
 def test_a_reward_model_is_tried_beside_functions(tmp_path, capsys, tokenizer):
     """Its score of a completion is what the scorer of the stages says of the same tokens."""
     from helpers import llama
@@ -699,3 +727,28 @@ def test_a_recipe_of_one_stage_runs_with_specs(prompts, tmp_path):
     artifacts = Run(Recipe("p", {"p": stage}), tmp_path / "out").execute()
     assert 0 <= artifacts["p"].metrics["preferences_mean_score"] <= 0.5
     assert "held_out_mean_score" not in artifacts["p"].metrics, "of no prompts there is none"
+
+
+@pytest.mark.parametrize("conversation", [False, True])
+def test_white_space_around_the_answers_of_a_pair(conversation, tmp_path, tokenizer):
+    """Behind a raw prompt a pair trains on what was said, the space between prompt and answer included; around a message the
+    template sets its own. Two answers that differ in nothing else are one.
+    """
+    from helpers import llama
+
+    llama().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    texts = [f"say {i}" for i in range(6)]
+    write_rows("prompts.jsonl", [{"prompt": [{"role": "user", "content": t}] if conversation else t} for t in texts])
+    (tmp_path / "spaced.py").write_text(
+        "from align.rewards import text_of\n"
+        "def spaced(completions): return [float(len(text_of(c))) + text_of(c).startswith(' ') for c in completions]\n"
+    )
+    fields = {"max_completion_length": 2, "num_generations": 8, "held_out": 0.0, "reward_funcs": "spaced.py:spaced"}
+    stage = Pairs(model="model", data="prompts.jsonl", **fields)
+    Run(Recipe("p", {"p": stage}), tmp_path / "out").execute()
+    (file,) = (tmp_path / "out").rglob("comparisons.jsonl")
+    pairs = [json.loads(line) for line in file.read_text().splitlines()]
+    written = [text_of(pair[side]) for pair in pairs for side in ("chosen", "rejected")]
+    assert any(text != text.strip() for text in written) is not conversation
+    assert all(text_of(pair["chosen"]).strip() != text_of(pair["rejected"]).strip() for pair in pairs)

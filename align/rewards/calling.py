@@ -190,6 +190,7 @@ def await_all(pending: Mapping[str, tuple[Awaitable[Any], float | None]]) -> dic
     if not pending:
         return {}
     ended: dict[str, Any] = {}
+    begin = asyncio.Event()
 
     async def limited(name: str, awaitable: Awaitable[Any], timeout: float | None) -> None:
         try:
@@ -203,12 +204,14 @@ def await_all(pending: Mapping[str, tuple[Awaitable[Any], float | None]]) -> dic
             ended[name] = failure
 
     async def gather() -> None:
+        await begin.wait()
         await asyncio.gather(*(limited(name, *entry) for name, entry in pending.items()))
 
     limits = [timeout for _, timeout in pending.values() if timeout is not None]
     loop = _event_loop()
     work = asyncio.run_coroutine_threadsafe(gather(), loop)
     try:
+        loop.call_soon_threadsafe(begin.set)  # not before: Ctrl-C in front of `try` would leave what has begun behind
         work.result(max(limits) + BLOCKED if len(limits) == len(pending) else None)
     except TimeoutError:
         _event_loop.cache_clear()
