@@ -21,6 +21,10 @@ BEGUN = "begun.json"
 """In place of the manifest while the stage is not finished: whose checkpoints there are."""
 
 
+TRACKING = "tracking"
+"""Folder of what trackers write, TensorBoard's files: no part of the result."""
+
+
 @dataclass(frozen=True)
 class Artifact:
     """The output of one stage, and everything needed to tell where it came from."""

@@ -29,6 +29,7 @@ from align.errors import AlignError
 from align.pipeline import Run
 from align.recipe import Recipe, load_recipe
 from align.registry import ALIASES, Registry, home
+from align.report.seeds import settings
 from align.runner.checkpoints import seal
 from align.runner.code import _module, _parsed, code_of
 from align.runner.devices import refuse_crowd, take
@@ -300,7 +301,8 @@ def test_what_was_pulled_survives_a_power_cut(tmp_path, monkeypatch):
 
 def test_pushed_and_pulled_by_another_registry(tmp_path, monkeypatch):
     artifact = run({"a": Act(text="precious")})["a"]
-    (Path(artifact.path) / "checkpoints").mkdir()
+    for name in ("checkpoints", "tracking"):
+        (Path(artifact.path) / name).mkdir()
     shelf = tmp_path / "shelf"
     assert main(["models", "push", "r-a", str(shelf)]) == 0
     assert push(Registry(), "r-a@1", str(shelf)) == str(shelf / "r-a" / "1"), "once more changes nothing"
@@ -683,6 +685,8 @@ def test_a_sweep_shares_all_that_does_not_depend_on_it():
     evaluate = recipe.stages["evaluate"]
     assert evaluate.reference == "sft"
     assert evaluate.models == {name: name for name in recipe.stages if name != "evaluate"}
+    alike = [f"{stage}-beta-{beta}" for stage in ("dpo", "after") for beta in ("0.05", "1e_1")]
+    assert list(settings({name: {} for name in evaluate.models})) == alike, "the report knows the seeds of a setting by these names"
 
 
 def test_sweeps_of_two_stages_do_not_multiply():

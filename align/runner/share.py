@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from align.artifact import BEGUN, MANIFEST, Artifact, read_artifact
+from align.artifact import BEGUN, MANIFEST, TRACKING, Artifact, read_artifact
 from align.errors import AlignError, near_miss
 from align.progress import say
 from align.registry import Registry, check_name, home
@@ -63,7 +63,7 @@ def _put(artifact: Artifact, shelf: Path) -> Path:
             raise AlignError(f"{place} holds something else than {artifact.reference}; remove it first")
         aside = place.with_name(f".{place.name}.part")
         with _whole(aside):
-            shutil.copytree(artifact.path, aside, ignore=shutil.ignore_patterns("checkpoints", ".*"))
+            shutil.copytree(artifact.path, aside, ignore=shutil.ignore_patterns("checkpoints", TRACKING, ".*"))
             seal(aside)
             os.replace(aside, place)
     return place

@@ -214,7 +214,7 @@ class RunFields(Fields):
     resume_from_checkpoint: Annotated[bool, Bookkeeping()] = True
     """Go on from the last checkpoint in the output folder."""
     report_to: Annotated[list[str], Bookkeeping()] = Field(default_factory=list)
-    """Trackers besides metrics.jsonl: tensorboard, wandb, trackio …"""
+    """Trackers besides metrics.jsonl: tensorboard (its files lie in the stage's folder, in ``tracking``), wandb, trackio …"""
 
 
 class Launch(Fields):

@@ -16,9 +16,11 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from align import processes
+from align.artifact import TRACKING
 from align.checkpointing import whole_weights
 from align.encode import Encoder, set_chat_template
 from align.engine import base_model, compile_forest, enable_forest
@@ -240,6 +242,8 @@ def training_arguments(stage: TrainingStage, context: Context, *, has_eval: bool
         "greater_is_better": stage.best_is_greatest,
         "seed": stage.seed,
         "report_to": stage.report_to,
+        "project": "align",
+        "run_name": context.folder.name,
         "remove_unused_columns": False,
         "dataloader_pin_memory": False,
         "use_cpu": not torch.cuda.is_available(),
@@ -267,6 +271,9 @@ def run_trainer(trainer: Any, stage: TrainingStage, context: Context, *, has_eva
     """Train, resuming from the last checkpoint if there is one, and save; returns the metrics before and after."""
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(context.folder / TRACKING)  # not among the checkpoints, which come and go
     last = _last_good(context.folder / "checkpoints") if stage.resume_from_checkpoint else None
     context.history.rewind(-1 if last is None else step_of(last))
     if last is None and has_eval:
