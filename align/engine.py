@@ -69,6 +69,10 @@ def enable_forest(model: nn.Module, longest: int | None = None) -> str | None:
         check_reach(model, longest)
     trunk = trunk_of(base)
     by_onednn(trunk)
+    if hasattr(model, "peft_config"):
+        from align.low_rank import by_one_product  # here, as peft takes its time to import
+
+        by_one_product(trunk)
     last_layer.answer_everywhere(trunk)
     model.forward = MethodType(_forward, model)
     with _evaluating(model), short_windows(base, longest), uncompiled():
