@@ -186,6 +186,10 @@ class Judge:
         )
         return result.total, result.components
 
+    def by_itself(self) -> Judge:
+        """A judge who says the same of a completion whatever else is scored with it."""
+        return Judge(self.tokenizer, self.rewards.by_itself(), self.reward_model, self.columns)
+
     def texts(self, completions: Sequence[Completion]) -> list[str]:
         """Without special tokens; white space at both ends is part of what was said."""
         return [self.tokenizer.decode(completion.tokens, skip_special_tokens=True) for completion in completions]

@@ -84,6 +84,17 @@ def test_held_out_prompts_are_answered_with_the_same_draws_each_time(capsys):
     assert asked()[0] != before
 
 
+def test_held_out_scores_are_not_normalized_by_their_batch(capsys):
+    """Their mean was 0 at every step, and which weights to keep a matter of rounding."""
+    reward = ["--reward_funcs", '{"reward": "mine.py:low", "normalize": "batch"}', "--eval_data", "prompts.jsonl"]
+    assert main([*COMMAND.split(), "--model", "model", "--data", "prompts.jsonl", "--total_episodes", "4", *reward]) == 0
+    path = Path(json.loads(capsys.readouterr().out)["path"], "metrics.jsonl")
+    before, after = (record for line in path.read_text().splitlines() if "eval_score" in (record := json.loads(line)))
+    for record in (before, after):
+        assert record["eval_score"] == pytest.approx(record["eval_low"], rel=1e-6)
+        assert record["eval_score"] > 0
+
+
 @pytest.mark.parametrize("critic", ["separate", "adapter"])
 def test_dropout_is_off_in_policy_and_critic(critic, capsys):
     """The model's own and that of the adapters change nothing."""

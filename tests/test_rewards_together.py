@@ -122,6 +122,14 @@ def test_the_steps_are_normalize_clip_weight():
     assert score(of("values", normalize=[1, 2])).total == [0, 0.5, 1, 1.5]
 
 
+def test_by_itself_nothing_depends_on_what_else_is_scored():
+    """What the batch normalizes counts as it is, unclipped; 1, 2, 3, 4 by [1, 2] are 0, 0.5, 1, 1.5, of which 1 is the most."""
+    batch, fixed = of("values", normalize="batch", clip=[-1, 0.25], weight=2), of("values", normalize=[1, 2], clip=[0, 1])
+    together = RewardSet([batch, fixed])
+    assert together.by_itself().score(PROMPTS, COMPLETIONS).total == [2, 4.5, 7, 9]
+    assert together.score(PROMPTS, COMPLETIONS).total == score(batch, fixed).total != [2, 4.5, 7, 9], "itself it stays"
+
+
 def test_a_component_that_does_not_vary_is_normalized_to_nothing():
     assert RewardSet([of("values", normalize="batch")]).score(PROMPTS[:2], ["7", "7"]).total == [0, 0]
 

@@ -6,7 +6,8 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from align.errors import AlignError, near_miss
@@ -99,6 +100,19 @@ class RewardSet:
                 function = load_reward(spec.reward, spec.protocol)
         name = spec.name or name_within(spec.reward)
         self.components[name_beside(name, self.components)] = Component(spec, function)
+
+    def by_itself(self) -> RewardSet:
+        """A set in which no number depends on what is scored with it: what is normalized by the batch counts as it is, without
+        its clip. What is scored at one time can then be compared with what is scored at another.
+        """
+        found = copy(self)
+        found.components = {
+            name: replace(component, spec=replace(component.spec, normalize=None, clip=None))
+            if component.spec.normalize == "batch"
+            else component
+            for name, component in self.components.items()
+        }
+        return found
 
     def refuse_missing(self, columns: Collection[str]) -> None:
         """Raise `AlignError` where a function needs a column that is not among `columns`, before there are answers to score."""

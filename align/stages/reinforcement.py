@@ -131,7 +131,7 @@ def train_on_samples(
         ptx=ptx,
         text=tokenizer.decode,
     )
-    _train(stage, context, trainer, HeldOut(test, policy, sampler, judge, sampling, stop_ids, stage.seed), best)
+    _train(stage, context, trainer, HeldOut(test, policy, sampler, judge.by_itself(), sampling, stop_ids, stage.seed), best)
     kept = None if best is None else best.restore()
     weights = whole_weights(policy) if stage.in_shards else None
     if processes.number() == 0:
