@@ -106,10 +106,15 @@ def bar(label: str, total: int | None, unit: str = "step") -> tqdm:
     return drawn(**options) if _watched is None else _ReportingBar(file=_Nowhere(), **options)
 
 
-def drawn(**options: Any) -> tqdm:
-    """A bar on stderr: drawn over itself on a terminal that can and knows its width, or in a notebook; elsewhere `_Lines`."""
+def drawable() -> bool:
+    """Whether stderr is a terminal that can draw over itself and knows its width, or a notebook."""
     terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-    if (terminal and os.get_terminal_size(sys.stderr.fileno()).columns) or "ipykernel" in sys.modules:
+    return bool(terminal and os.get_terminal_size(sys.stderr.fileno()).columns) or "ipykernel" in sys.modules
+
+
+def drawn(**options: Any) -> tqdm:
+    """A bar on stderr, where that is `drawable`; elsewhere `_Lines`."""
+    if drawable():
         return tqdm(file=sys.stderr, dynamic_ncols=True, **options)
     return _Lines(file=_Nowhere(), **{**options, "ncols": 0, "mininterval": SECONDS_A_LINE, "maxinterval": SECONDS_A_LINE})
 
@@ -122,7 +127,7 @@ class _Lines(tqdm):
     """A bar as plain lines, one now and then and one at its end."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        if self.n > self.initial:
+        if msg is None and self.n > self.initial:
             print(self, file=sys.stderr, flush=True)
 
 

@@ -5,7 +5,7 @@ import pty
 import re
 import resource
 import termios
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 import pytest
@@ -45,20 +45,73 @@ def test_a_stage_in_a_process_of_its_own_is_shown_in_the_same_way(capsys):
     assert re.fullmatch(r" +sft: 100% 4/4 \[.*, loss 0.5 0.4 GB\]\n", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize(("kind", "columns", "drawn"), [("xterm", 40, True), ("xterm", 0, False), ("dumb", 40, False)])
-def test_a_bar_on_a_terminal_is_drawn_over_itself(monkeypatch, kind, columns, drawn):
-    """Unless the terminal says that it cannot do that, or does not know its width: then nothing was shown."""
+@contextmanager
+def terminal(monkeypatch, kind, columns):
+    """A terminal as stderr; what it was told is in the list afterwards."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, columns))
     monkeypatch.setenv("TERM", kind)
-    with os.fdopen(theirs, "w") as stderr:
-        monkeypatch.setattr("sys.stderr", stderr)
-        work("sampling")
-    told = b""
+    told = []
+    with os.fdopen(theirs, "w") as stderr, monkeypatch.context() as patched:
+        patched.setattr("sys.stderr", stderr)
+        yield told
     with suppress(OSError):  # nobody writes there any more
         while piece := os.read(ours, 10_000):
-            told += piece.replace(b"\r\n", b"\n")
+            told.append(piece)
     os.close(ours)
+
+
+def screen(told):
+    """Lines that stand there at the end."""
+    rows, row, column = [""], 0, 0
+    for piece in re.split(r"(\r|\n|\x1b\[A)", b"".join(told).decode()):
+        if piece == "\r":
+            column = 0
+        elif piece == "\n":
+            row += 1
+            rows += [""] * (row == len(rows))
+        elif piece == "\x1b[A":
+            row -= 1
+        else:
+            rows[row] = rows[row][:column].ljust(column) + piece + rows[row][column + len(piece) :]
+            column += len(piece)
+    return [row.rstrip() for row in rows if row.strip()]
+
+
+def test_stages_side_by_side_leave_whole_lines(monkeypatch):
+    """What waits is told below them while it does; tqdm left pieces of the bars behind whose place others took."""
+    with terminal(monkeypatch, "xterm", 100) as told:
+        view = View()
+
+        def at(name, n):
+            view.show(name, {"bar": {"label": name, "n": n, "total": 4, "unit": "step", "shown": "loss 0.5"}, "memory_gb": 0.4})
+
+        view.wait(1, ["dpo", "last"], 5)
+        for n in range(4):
+            at("sft", n)
+            at("reward", n)
+        at("reward", 4)
+        view.close("reward")
+        progress.say("reward: done")
+        view.wait(2, ["last"], 5)
+        at("dpo", 1)
+        at("sft", 4)
+        view.close("sft")
+        progress.say("sft: done")
+        view.close_all()
+    lines = [re.sub(r"\|.*\| (\d/4) \[.*, ", r" \1 [", line) for line in screen(told)]
+    end = "4/4 [loss 0.5 0.4 GB]"
+    assert lines == [f"      reward: 100% {end}", "reward: done", f"         sft: 100% {end}", "sft: done"]
+    assert "stages: 1/5, wait: dpo, last" in b"".join(told).decode()
+    assert "stages: 2/5, wait: last" in b"".join(told).decode()
+
+
+@pytest.mark.parametrize(("kind", "columns", "drawn"), [("xterm", 40, True), ("xterm", 0, False), ("dumb", 40, False)])
+def test_a_bar_on_a_terminal_is_drawn_over_itself(monkeypatch, kind, columns, drawn):
+    """Unless the terminal says that it cannot do that, or does not know its width: then nothing was shown."""
+    with terminal(monkeypatch, kind, columns) as pieces:
+        work("sampling")
+    told = b"".join(pieces).replace(b"\r\n", b"\n")
     assert b"4/4" in told
     assert (b"\r" in told) is drawn
 

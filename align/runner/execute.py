@@ -199,6 +199,8 @@ class Graph:
                 while jobs.waiting or jobs.running or jobs.later:
                     self._begin_ready(jobs, only)
                     self._begin_again(jobs)
+                    left = [*jobs.waiting, *(job.step.name for _, job in jobs.later)]
+                    jobs.view.wait(len(order) - len(jobs.waiting) - len(jobs.at_work), left, len(order))
                     if jobs.running or jobs.later:
                         self._listen(jobs)
             except BaseException:

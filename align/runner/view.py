@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from align.progress import drawn, duration
+from align.progress import drawable, drawn, duration, say
 from align.runner.locks import is_locked
 from align.runner.notes import left_over, read_status
 
@@ -18,6 +19,7 @@ class View:
 
     def __init__(self) -> None:
         self._bars: dict[str, tqdm] = {}
+        self._stages: tqdm | None = None
 
     def show(self, name: str, status: dict[str, Any]) -> None:
         """Draw what the stage reports."""
@@ -28,19 +30,34 @@ class View:
         label = f"{seen['label']:>12}"
         if bar is None or (bar.desc, bar.total) != (label, seen["total"]) or bar.n > seen["n"]:
             self.close(name)
-            bar = self._bars[name] = drawn(total=seen["total"], initial=seen["n"], desc=label, unit=seen["unit"])
+            bar = self._bars[name] = drawn(total=seen["total"], initial=seen["n"], desc=label, unit=seen["unit"], leave=False)
         shown = f"{seen['shown']} {status['memory_gb']:.1f} GB".strip()
         if (bar.n, bar.postfix) != (seen["n"], shown):
             bar.set_postfix_str(shown, refresh=False)
             bar.update(seen["n"] - bar.n)
 
+    def wait(self, over: int, waiting: Sequence[str], total: int) -> None:
+        """Draw how many of `total` stages are over, and which wait; in a file or a pipe, and of one stage, nothing."""
+        if total == 1 or not drawable():
+            return
+        if self._stages is None:
+            form = "{desc}: {n_fmt}/{total_fmt}{postfix}"
+            self._stages = drawn(total=total, desc=f"{'stages':>12}", bar_format=form, leave=False)
+        self._stages.n = over
+        self._stages.set_postfix_str(f"wait: {', '.join(waiting)}" if waiting else "")
+
     def close(self, name: str) -> None:
+        """Take the stage's bar away, and say how it stood: what tqdm leaves of one among others has pieces of their lines in it."""
         if (bar := self._bars.pop(name, None)) is not None:
             bar.close()
+            if bar.n > bar.initial:
+                say(str(bar))
 
     def close_all(self) -> None:
         for name in list(self._bars):
             self.close(name)
+        if self._stages is not None:
+            self._stages.close()
 
 
 def statuses(run: Path) -> list[dict[str, Any]]:
