@@ -709,6 +709,27 @@ def test_processes_of_a_launch_share_what_it_divides(llama_8b):
     assert [each.machine.name for each in (ddp, fsdp2)] == ["B200, each of 8 processes"] * 2
 
 
+def test_the_models_of_ppo(llama_8b):
+    """By docs/scaling.md the policy takes 16 bytes a parameter, the reference 4 and a critic of its own 16 (it has a head of scores
+    in place of the one of words, of 0.53 billion numbers); with LoRA all of them are one base.
+    """
+    fields = {"model": "model", "data": "sft.jsonl", "reward_funcs": "length_band(low=1, high=9)", "total_episodes": 128}
+    launch = {"num_processes": 8, "strategy": "ddp"}
+    lora = {"critic": "adapter", "tuning": "lora", "dtype": "bfloat16", "bf16": True}
+    stages = {
+        "separate": PPO(**fields, critic="separate", launch=launch),
+        "shards": PPO(**fields, critic="separate", launch={**launch, "strategy": "fsdp2"}),
+        "shared": PPO(**fields, critic="shared", launch=launch),
+        "lora": PPO(**fields, **lora, launch=launch),
+    }
+    looked = inspect(Run(Recipe("r", stages), Path("runs")).plan(), machine=card("B200"))
+    separate, shards, shared, lora = (each.estimate.states / 8.03e9 for each in looked)
+    assert separate == pytest.approx(16 + 4 + 16 * (1 - 128256 * 4096 / 8.03e9), rel=0.01)
+    assert shards == pytest.approx(separate / 8, rel=0.01)
+    assert shared == pytest.approx(16 + 4, rel=0.01)
+    assert lora == pytest.approx(2, rel=0.05)
+
+
 def test_whole_weights_that_fit_no_card_are_what_is_told(llama_8b, folder):
     """8.03 billion numbers in float32 are 29.9 GiB, which each process loads before fsdp2 divides them, and 15.0 in bfloat16, to
     which full training adds 44.9.
