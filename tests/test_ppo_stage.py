@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import llama
 from safetensors.torch import load_file
 
@@ -82,6 +83,21 @@ def test_held_out_prompts_are_answered_with_the_same_draws_each_time(capsys):
     assert before[0] == WORDS[:2]
     run(f"{still} --seed 2", capsys, steps=2)
     assert asked()[0] != before
+
+
+def test_text_is_mixed_in_as_it_is(capsys, tokenizer):
+    """Its loss is that of the model, which does not move, on all its tokens but the first, which nothing predicts."""
+    texts = ["one two three", "four five six seven"]
+    write_rows("text.jsonl", [{"text": text} for text in texts])
+    still = "--learning_rate 1e-12 --reward_funcs mine.py:low"
+    found = run(f"{still} --ptx_coef 0.1 --ptx_data text.jsonl --ptx_rows text --ptx_batch_size 2", capsys)
+    model, losses = llama(), []
+    for text in texts:
+        ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+        logps = model(ids).logits[0, :-1].log_softmax(-1)
+        losses += (-logps.gather(1, ids[0, 1:, None])).flatten().tolist()
+    (step,) = steps_of(found)
+    assert step["loss/ptx_avg"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
 def test_held_out_scores_are_not_normalized_by_their_batch(capsys):
