@@ -141,7 +141,8 @@ class RewardSet:
         totals = []
         for row, (total, prompt) in enumerate(zip(self.totals(components), prompts, strict=True)):
             if total is None:
-                why = next((f"; {failed[-1]}" for failed in failures.values()), "")
+                instead = "; an on_error that is a number scores it where a function fails: "
+                why = next((f"{instead}{failed[-1]}" for failed in failures.values()), "")
                 raise AlignError(f"every reward function abstained on row {row} (prompt {short(prompt)}): one must score it{why}")
             totals.append(total)
         return RewardScores(totals, components, failures)
