@@ -41,7 +41,7 @@ HEAP = 1.06
 """On a CPU: what the C library's heap takes for a pass, for what its tensors take (measured)."""
 HALF = 0.6
 """What activations take with bf16: matrix products and what feeds them in 16 bits, norms and the residual stream in 32."""
-HOLES = 1.6
+HOLES = 0.7
 """On a CPU: of each adapted layer's output, what its adapter makes unusable by a small tensor in a freed place (measured)."""
 SCATTERED = 0.6
 """On a CPU: of the activations of a model that trains whole, what the next one finds taken by gradients in between (measured)."""
