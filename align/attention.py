@@ -12,7 +12,7 @@ is forked: ``model(input_ids, position_ids=…, forest=plan)``. What computes it
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -28,6 +28,7 @@ from transformers.masking_utils import sdpa_mask
 
 from align.forest import Forest, Segment
 from align.ops import at_least_fp32
+from align.segments import attend, pays
 
 FOREST = "align_forest"
 """The name of the attention function in transformers' registry."""
@@ -94,7 +95,7 @@ class AttentionPlan:
 
     # Not a dataclass: FSDP copies those, with everything in them, at the door of every layer.
     def __init__(self, forest: Forest | Layout) -> None:
-        self.segments = forest.segments
+        self.segments = tuple(sorted(forest.segments, key=lambda s: s.start))
         self.positions = forest.position_ids
         self.longest = forest.longest
         self.flash = has_flash(self.positions.device)
@@ -145,10 +146,9 @@ class AttentionPlan:
     @cached_property
     def runs(self) -> Runs:
         """Segments end to end."""
-        segments = sorted(self.segments, key=lambda s: s.start)
-        ranges = [run for s in segments for run in ((s.prefix_start, s.prefix_length), (s.start, s.length))]
+        ranges = [run for s in self.segments for run in ((s.prefix_start, s.prefix_length), (s.start, s.length))]
         key_index = torch.cat([torch.arange(start, start + length) for start, length in ranges])
-        lengths = torch.tensor([(s.length, s.prefix_length + s.length) for s in segments])
+        lengths = torch.tensor([(s.length, s.prefix_length + s.length) for s in self.segments])
         ends = torch.cat([torch.zeros(1, 2, dtype=torch.long), lengths.cumsum(0)]).to(self.positions.device, torch.int32)
         most_queries, most_keys = lengths.amax(0).tolist()
         query_ends, key_ends = ends.T.contiguous()
@@ -260,10 +260,13 @@ def forest_attention(
         window = kwargs.get("sliding_window")
         if window is not None and window >= forest.longest:
             window = None
-        if softcap is None and s_aux is None and flash_fits(forest, query, value, dropout):
+        plain = softcap is None and s_aux is None
+        if plain and flash_fits(forest, query, value, dropout):
             return _in_runs(query, key, value, forest.runs, window, scaling), None
-        attend = _fused if softcap is None and s_aux is None else partial(_softmax, softcap=softcap, sinks=s_aux)
-        return _on_forest(query, key, value, forest, window, partial(attend, scaling=scaling, dropout=dropout)), None
+        if plain and window is None and not dropout and query.is_cpu and pays(forest.segments, query.shape[1], forest.longest):
+            return _in_segments(query, key, value, forest.segments, scaling), None
+        each = _fused if plain else partial(_softmax, softcap=softcap, sinks=s_aux)
+        return _on_forest(query, key, value, forest, window, partial(each, scaling=scaling, dropout=dropout)), None
     key, value = _for_all_heads(query, key, value)
     out = _softmax(query, key, value, attention_mask, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux)
     return out.transpose(1, 2), None
@@ -325,6 +328,16 @@ def _in_runs(query: Tensor, key: Tensor, value: Tensor, runs: Runs, window: int 
     )
     assert isinstance(out, Tensor)  # a pair only where asked for
     return out[None]
+
+
+@torch.compiler.disable
+def _in_segments(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scaling: float | None) -> Tensor:
+    """Each segment by itself. In fp32 at least, as by `_fused`."""
+    key, value = _for_all_heads(query, key, value)
+    with torch.autocast("cpu", enabled=False):
+        q, k, v = (x.squeeze(0).to(at_least_fp32(x.dtype)) for x in (query, key, value))
+        out = attend(q, k, v, segments, q.shape[2] ** -0.5 if scaling is None else scaling)
+    return out.transpose(0, 1)[None].to(query.dtype)
 
 
 def _in_buckets(query: Tensor, key: Tensor, value: Tensor, gathered: Buckets, attend: Callable[..., Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from helpers import assert_close, tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
-from align import attention
+from align import attention, segments
 from align.attention import AttentionPlan, forest_attention
 from align.forest import Tree, plant
 
@@ -65,9 +65,18 @@ def trees(seed):
     ] + [Tree([], ([5, 6, 7], [8]))]
 
 
+@pytest.fixture(params=["segments", "in blocks", "made again", "buckets"])
+def way(request, monkeypatch):
+    """Each way that attention takes on a CPU: segments whole, in blocks of few rows, weights kept or made again, and in buckets."""
+    if request.param in ("in blocks", "made again"):
+        monkeypatch.setattr(segments, "ROWS", 8)
+        monkeypatch.setattr(segments, "KEPT", 512 if request.param == "in blocks" else 12)
+    monkeypatch.setattr(segments, "WORTH", 1e9 if request.param == "buckets" else 0)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("kv_heads", "value_dim", "scale"), [(4, 8, None), (2, 8, 0.3), (1, 5, None)])
-def test_equals_softmax_under_the_mask(seed, kv_heads, value_dim, scale):
+def test_equals_softmax_under_the_mask(way, seed, kv_heads, value_dim, scale):
     forest = plant(trees(seed))
     plan = AttentionPlan(forest)
     assert len(plan.buckets.buckets) > 2
@@ -76,6 +85,48 @@ def test_equals_softmax_under_the_mask(seed, kv_heads, value_dim, scale):
     ours, _ = forest_attention(EVAL, *inputs, None, scaling=scale, forest=plan)
     assert ours.shape == (1, forest.tokens, 4, value_dim)
     assert_same_as_slowly(inputs, ours, slowly(*inputs, mask_of(forest), scale or 8**-0.5))
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """The ways that attention has taken, by name."""
+    taken = []
+    for name in ("_in_segments", "_in_buckets"):
+        own = getattr(attention, name)
+        monkeypatch.setattr(attention, name, lambda *args, name=name, own=own: taken.append(name) or own(*args))
+    return taken
+
+
+@pytest.mark.parametrize("length", [segments.ROWS + 1, segments.KEPT + 40, segments.LONGEST, segments.LONGEST + 1])
+def test_long_rows(ways, length):
+    """Blocks of all their rows, weights of many keys, and rows that are too long for this way."""
+    forest = plant([Tree([3] * (length - 130), ([4] * 130, [5] * 70))])
+    inputs = qkv(forest.tokens, heads=2, kv_heads=1, dim=4, value_dim=4)
+    ours, _ = forest_attention(EVAL, *inputs, None, forest=AttentionPlan(forest))
+    assert ways == ["_in_segments" if length <= segments.LONGEST else "_in_buckets"]
+    assert_same_as_slowly(inputs, ours, slowly(*inputs, mask_of(forest), 0.5))
+
+
+def test_many_short_rows_share_calls(ways):
+    """What a call costs is not worth it there."""
+    for rows, length in ((20, 30), (1, 130)):
+        forest = plant([Tree([row + 3] * length) for row in range(rows)])
+        forest_attention(EVAL, *qkv(forest.tokens), None, forest=AttentionPlan(forest))
+    assert ways == ["_in_buckets", "_in_segments"]
+
+
+def test_it_has_second_derivatives(monkeypatch):
+    monkeypatch.setattr(segments, "ROWS", 3)
+    monkeypatch.setattr(segments, "WORTH", 0)
+    forest = plant([Tree([1, 2, 3, 4], ([5, 6, 7, 8, 9], [3])), Tree([4, 5])])
+    plan = AttentionPlan(forest)
+    inputs = [x.detach().double().requires_grad_() for x in qkv(forest.tokens, heads=2, kv_heads=1, dim=3, value_dim=2)]
+
+    def answers(*inputs):
+        return forest_attention(EVAL, *inputs, None, forest=plan)[0]
+
+    assert torch.autograd.gradcheck(answers, inputs)
+    assert torch.autograd.gradgradcheck(answers, inputs)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -109,7 +160,7 @@ def test_soft_caps_and_sinks(monkeypatch, seed, window, softcap, sinks):
     assert_same_as_slowly([*inputs, s_aux] if sinks else inputs, ours, theirs)
 
 
-def test_a_sibling_and_another_tree_are_never_seen():
+def test_a_sibling_and_another_tree_are_never_seen(way):
     """A huge value in every token that must not be seen changes nothing, not by one bit."""
     forest = plant([Tree([5, 6], ([7, 8], [9], [10])), Tree([11, 12, 13])])
     q, k, v = (x.detach() for x in qkv(forest.tokens))
