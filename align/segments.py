@@ -36,6 +36,12 @@ def pays(segments: Sequence[Segment], heads: int, longest: int) -> bool:
     return longest <= LONGEST and weights >= WORTH * len(segments)
 
 
+def kept_weights(segments: Sequence[Segment]) -> int:
+    """How many weights of a head wait for the backward pass."""
+    blocks = ((rows.stop - rows.start, count) for segment in segments for rows, count in _blocks(segment))
+    return sum(rows * count for rows, count in blocks if count <= KEPT)
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scaling: float) -> Tensor:
     """Attention where `segments` see, differentiable any number of times.
 
@@ -132,7 +138,7 @@ def _slopes(
 def _weights(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
     """Softmax of products (heads, queries, keys). The queries are those of the last keys, and see none behind their own."""
     count, before = query.shape[1], keys.shape[1] - query.shape[1]
-    bias = _bias(query.dtype)[:count, LONGEST - before : LONGEST + count]
+    bias = _bias(query.dtype, ROWS)[:count, LONGEST - before : LONGEST + count]
     return torch.baddbmm(bias, query, keys.transpose(1, 2), alpha=scaling).softmax(2)
 
 
@@ -164,6 +170,6 @@ def _like(x: Tensor, dim: int) -> Tensor:
 
 
 @cache
-def _bias(dtype: torch.dtype) -> Tensor:
-    """-inf where a key is behind a query, 0 elsewhere: of `ROWS` queries, for their own keys and `LONGEST` in front of them."""
-    return torch.full((ROWS, LONGEST + ROWS), -torch.inf, dtype=dtype).triu_(LONGEST + 1)
+def _bias(dtype: torch.dtype, rows: int) -> Tensor:
+    """-inf where a key is behind a query, 0 elsewhere: of so many queries, for their own keys and `LONGEST` in front of them."""
+    return torch.full((rows, LONGEST + rows), -torch.inf, dtype=dtype).triu_(LONGEST + 1)

@@ -14,7 +14,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ class Outcome:
     """Of all rounds but the first, which warms up."""
     peak_mb: float
     log: list[dict[str, float]]
+    prompts: list[list[int]] = field(default_factory=list)
+    """Lengths of each round's, as our side drew them."""
 
 
 def trl_112() -> str | None:
@@ -165,12 +168,8 @@ def _trees(rounds: int) -> list[Tree]:
 def _row(name: str, ours: list[Outcome], theirs: list[Outcome], rounds: int, rate: float, difference: float) -> Row:
     fast, slow = ([BATCH * rounds / outcome.seconds for outcome in side] for side in (ours, theirs))
     lean, large = (statistics.median(outcome.peak_mb for outcome in side) for side in (ours, theirs))
-    # The update alone: forward and backward of the policy, and of a critic that has a pass of its own, in each epoch.
-    passes = ["dpo"] if name == "ppo_shared" else ["dpo", "reward"]
-    needed = EPOCHS * sum(Arithmetic.of(Job(m, LLAMA_14M, [])).training(_trees(rounds + 1), reference=False) for m in passes)
     update = statistics.median(record["time/update"] for outcome in ours for record in outcome.log[1:])
     sample = statistics.median(record["time/sample"] for outcome in ours for record in outcome.log[1:])
-    full = name != "ppo_lora"
     return Row(
         name,
         "episodes/s",
@@ -180,7 +179,7 @@ def _row(name: str, ours: list[Outcome], theirs: list[Outcome], rounds: int, rat
         lean,
         large,
         lean / large,
-        gemm_fraction=needed / update / rate if full else None,
+        gemm_fraction=statistics.median(map(partial(_update_rate, name), ours)) / rate if name != "ppo_lora" else None,
         gemm_gflops=rate / 1e9,
         loss_difference=difference if name == NAMES[0] else None,
         runs_ours=tuple(fast),
@@ -217,6 +216,22 @@ def _models(folder: Path, name: str) -> tuple[Models, Any]:
     return Models(policy, critic, temperature=TEMPERATURE), reward
 
 
+def _update_rate(name: str, outcome: Outcome) -> float:
+    """Useful operations per second of the updates alone: forward and backward of the policy, and of a critic that has a pass of its
+    own, in each epoch; but for the policy's first forward, which the estimate before has made.
+    """
+    policy = Arithmetic.of(Job("dpo", LLAMA_14M, []))
+    critic = replace(Arithmetic.of(Job("reward", LLAMA_14M, [])), head_at_ends=False)  # it values every token
+    needed = seconds = 0.0
+    for lengths, record in zip(outcome.prompts[1:], outcome.log[1:], strict=True):
+        trees = [Tree([EOS] * length, ([EOS] * NEW_TOKENS,)) for length in lengths]
+        needed += EPOCHS * policy.training(trees, reference=False) - sum(map(policy.forward, trees))
+        if name == "ppo_separate":
+            needed += EPOCHS * critic.training(trees, reference=False)
+        seconds += record["time/update"]
+    return needed / seconds
+
+
 def main(folder: Path, name: str) -> None:
     """Run the job in `folder`, and write what came out."""
     keep_memory()  # as in a stage's process
@@ -226,9 +241,10 @@ def main(folder: Path, name: str) -> None:
     parameters = [p for named in models.parameters().values() for p in named.values()]
     optimizer = torch.optim.AdamW(parameters, lr=job["settings"]["learning_rate"], weight_decay=0.0, fused=True)
     max_tokens = MAX_TOKENS[name]
-    budget, ends = Budget(max_tokens), list[float]()
+    budget, ends, taken = Budget(max_tokens), list[float](), list[list[int]]()
 
     def score(indices: list[int], completions: list[Completion]) -> tuple[list[float], dict[str, float]]:
+        taken.append([len(job["prompts"][i]) for i in indices])
         trees = [Tree(job["prompts"][i], (c.tokens,)) for i, c in zip(indices, completions, strict=True)]
         return [value for (value,) in branch_scores(reward, trees, budget)], {}
 
@@ -256,7 +272,7 @@ def main(folder: Path, name: str) -> None:
 
     trainer.train(after_step=ended)
     log = [record for record in trainer.history.records if "episode" in record][-job["rounds"] :]
-    result = {"seconds": ends[-1] - ends[0], "peak_mb": peak_mb(), "log": log}
+    result = {"seconds": ends[-1] - ends[0], "peak_mb": peak_mb(), "log": log, "prompts": taken}
     (folder / "result.json").write_text(json.dumps(result))
 
 

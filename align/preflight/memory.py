@@ -30,6 +30,7 @@ from align.forest import Forest
 from align.heads import block_size, blocks_kept
 from align.models import DTYPES
 from align.rollout.packed import MOST_BYTES
+from align.segments import kept_weights, pays
 from align.tuning.strategies import ADAPTERS, Tuning
 from align.tuning.tune import tune
 
@@ -76,47 +77,52 @@ class Ledger(TorchDispatchMode):
 
 
 class _Attend(torch.autograd.Function):
-    """Keeps what an attention kernel keeps: queries, keys, values and its result."""
+    """Keeps what an attention keeps: queries, keys, values, and its result or so many weights of each head."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, weights: int | None) -> Tensor:
         out = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, out)
+        ctx.save_for_backward(query, key, value, out if weights is None else query.new_empty(query.shape[2], weights))
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        return *(torch.empty_like(x) for x in ctx.saved_tensors[:3]), None
 
 
 @dataclass(frozen=True)
-class _Gathered:
-    """Which tokens an attention sees as queries and keys, and the way back; no queries where they stay in their places."""
+class _Seen:
+    """Which tokens an attention gathers as queries and keys, and the way back; no queries where they stay in their places."""
 
+    plan: AttentionPlan
     queries: Tensor | None  # (padded queries,)
     keys: Tensor  # (padded keys,)
     restore: Tensor  # (tokens,)
 
     @classmethod
-    def of(cls, forest: Forest, *, gpu: bool) -> _Gathered:
+    def of(cls, forest: Forest, *, gpu: bool) -> _Seen:
         """FlashAttention shares keys between the heads of a group and takes queries as they lie; a CPU's attention does not."""
         plan = AttentionPlan(forest)
         if gpu:
-            return cls(None, plan.runs.key_index.to("meta"), forest.position_ids.to("meta"))
+            return cls(plan, None, plan.runs.key_index.to("meta"), forest.position_ids.to("meta"))
         buckets = plan.buckets
-        return cls(buckets.query_index.to("meta"), buckets.key_index.to("meta"), buckets.restore.to("meta"))
+        return cls(plan, buckets.query_index.to("meta"), buckets.key_index.to("meta"), buckets.restore.to("meta"))
 
 
 def _meter(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, forest: _Gathered, **kwargs: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, forest: _Seen, **kwargs: Any
 ) -> tuple[Tensor, None]:
+    heads, plan = query.shape[1], forest.plan
     if forest.queries is not None:
-        key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
+        key, value = (repeat_kv(x, heads // x.shape[1]) for x in (key, value))
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    key, value = (x.index_select(1, forest.keys) for x in (key, value))
     if forest.queries is None:
-        return _Attend.apply(query, key, value), None
-    return _Attend.apply(query.index_select(1, forest.queries), key, value).index_select(1, forest.restore), None
+        return _Attend.apply(query, *(x.index_select(1, forest.keys) for x in (key, value)), None), None
+    window = kwargs.get("sliding_window")
+    if (window is None or window >= plan.longest) and pays(plan.segments, heads, plan.longest):
+        return _Attend.apply(query, key, value, kept_weights(plan.segments)), None
+    query, key, value = (x.index_select(1, at) for x, at in ((query, forest.queries), (key, forest.keys), (value, forest.keys)))
+    return _Attend.apply(query, key, value, None).index_select(1, forest.restore), None
 
 
 AttentionInterface.register(METER, _meter)
@@ -224,7 +230,7 @@ class Skeleton:
 
     def passes(self, forest: Forest, *, backward: bool = True) -> None:
         """One forward and backward pass over `forest`; its gradients stay."""
-        base, forest, gathered = base_model(self.model), forest.to("meta"), _Gathered.of(forest, gpu=self.gpu)
+        base, forest, gathered = base_model(self.model), forest.to("meta"), _Seen.of(forest, gpu=self.gpu)
         trunk = trunk_of(base)
         trunk.train(backward)
         with torch.set_grad_enabled(backward):
