@@ -97,6 +97,18 @@ def _over_forests(
         answer(plant([Tree([0], ([0],))]).to(device))
 
 
+def score_scale(path: str) -> tuple[float, float]:
+    """Mean and deviation of the scores of the reward model in the folder `path`.
+
+    Raises:
+        AlignError: it stores none.
+    """
+    stored = json_record(Path(path) / SCORE_SCALE)
+    if not stored.keys() >= {"score_mean", "score_std"}:
+        raise AlignError(f"{path} stores no scale of its scores ({SCORE_SCALE}); set normalize_scores to false")
+    return stored["score_mean"], max(stored["score_std"], 1e-6)
+
+
 def refuse_language_model(path: str) -> None:
     """Raise `AlignError` where the model at `path`, a folder or an id of the hub, is no reward model."""
     if not is_classifier(path):
@@ -140,10 +152,7 @@ class RewardScorer:
         self.budget = measuring(max_tokens)
         self.mean, self.std = 0.0, 1.0
         if normalize:
-            stored = json_record(Path(path) / SCORE_SCALE)
-            if not stored.keys() >= {"score_mean", "score_std"}:
-                raise AlignError(f"{path} stores no scale of its scores ({SCORE_SCALE}); set normalize_scores to false")
-            self.mean, self.std = stored["score_mean"], max(stored["score_std"], 1e-6)
+            self.mean, self.std = score_scale(path)
 
     def __call__(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> list[float]:
         """Scores of completions, read at their last token."""

@@ -2,18 +2,24 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import llama
+from helpers import assert_close, llama
 from safetensors.torch import load_file
 
 from align.cli import main
 from align.data import write_rows
+from align.engine import enable_forest
+from align.forest import Tree, plant
+from align.models import load_reward_model
 from align.stages import PPO
-from align.stages.reinforcement import _optimizer
+from align.stages.reinforcement import CRITICS, _optimizer, _policy
 from align.trainers.ppo.critics import SeparateCritic
 from align.trainers.ppo.models import Models
+from align.tuning.strategies import Tuning
+from align.tuning.tune import tune
 
 REWARDS = """
 import json
@@ -142,6 +148,29 @@ def test_the_distribution_that_is_measured_is_the_one_that_is_sampled(capsys):
     """As hot as this, every token of the 320 is as likely as any other."""
     artifact = run("--temperature 1000 --held_out 0 --reward_funcs mine.py:low", capsys)
     assert steps_of(artifact)[0]["policy/entropy_avg"] == pytest.approx(5.768, abs=1e-3)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("kind", ["separate", "adapter"])
+def test_a_critic_from_a_reward_model_starts_on_the_scale_of_the_scores(kind, normalize, tmp_path, tokenizer):
+    reward = str(tmp_path / "reward")
+    judge = tune(load_reward_model("model"), Tuning("lora", {"r": 2}), tmp_path / "reward")
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in filter(lambda p: p.requires_grad, judge.parameters()):
+            parameter.normal_(std=0.2)
+    judge.save_pretrained(reward)
+    tokenizer.save_pretrained(reward)
+    (tmp_path / "reward/score_scale.json").write_text('{"score_mean": 1.0, "score_std": 4.0}')
+    stage = PPO(model="model", data="prompts.jsonl", reward_model=reward, use_peft=True, critic=kind, normalize_scores=normalize)
+    context = SimpleNamespace(name="ppo", folder=tmp_path)
+    policy, _ = _policy(stage, context, tokenizer, tokenizer.eos_token_id, 16)
+    critic = CRITICS[kind](stage, context, policy, tokenizer, 16)
+    forest = plant([Tree([5, 6, 7], ([8, 9], [4])), Tree([3], ([2, 2, 2],))])
+    alone = load_reward_model(reward)
+    enable_forest(alone)
+    with torch.no_grad(), critic.acting():
+        assert_close(critic(forest), alone(forest=forest, read="sources") / (4 if normalize else 1), rel=1e-5)
 
 
 def test_the_critic_has_a_learning_rate_of_its_own(capsys):

@@ -19,7 +19,7 @@ from align.models import disable_dropout, stop_token_ids
 from align.rollout import Engine, Sampling
 from align.rollout.together import complete_together
 from align.runner.stop import saving_first
-from align.scoring import Judge, component_means
+from align.scoring import Judge, component_means, score_scale
 from align.shards import shard, whole, whole_weights
 from align.stages import training as t
 from align.stages.base import Context
@@ -36,8 +36,16 @@ from align.trainers.trackers import tracked
 from align.tuning.tune import trainable
 
 
+def _deviation(stage: Any) -> float:
+    """What scores of the stage's reward model are divided by, so that a critic that starts from it begins on their scale."""
+    return score_scale(stage.reward_model)[1] if stage.reward_model and stage.normalize_scores else 1.0
+
+
 def _separate(stage: Any, context: Context, policy: Any, tokenizer: PreTrainedTokenizerBase, longest: int) -> Critic:
     critic: Any = t.reward_model(stage, stage.reward_model or stage.model)
+    with torch.no_grad():
+        for weight in critic.score.parameters():
+            weight /= _deviation(stage)
     if stage.gradient_checkpointing:
         critic.gradient_checkpointing_enable({"use_reentrant": False})
     critic = t.make_ready(stage, f"{context.name} (critic)", critic, tokenizer, longest, None)
@@ -53,7 +61,7 @@ def _adapter(stage: Any, context: Context, policy: Any, tokenizer: PreTrainedTok
         raise AlignError(
             f"critic 'adapter' is for LoRA, and the model's adapter is of the kind {kind}: take 'separate' or 'shared'"
         )
-    critic = critic_on_base(policy, stage.reward_model)
+    critic = critic_on_base(policy, stage.reward_model, _deviation(stage))
     disable_dropout(policy)
     return critic
 

@@ -41,10 +41,16 @@ def reward_on_base(policy: nn.Module, folder: str | None) -> AdapterReward | Non
     return AdapterReward(policy, head)
 
 
-def critic_on_base(policy: PeftModel, reward_folder: str | None) -> AdapterCritic:
-    """A critic's adapter on the base of `policy`, from the reward model's where that is one on the same base, else from nothing."""
+def critic_on_base(policy: PeftModel, reward_folder: str | None, deviation: float = 1.0) -> AdapterCritic:
+    """A critic's adapter on the base of `policy`, from the reward model's where that is one on the same base, else from nothing.
+
+    Args:
+        deviation: what the reward model's scores are divided by before the critic sees them.
+    """
     if reward_folder is not None and same_base(policy, reward_folder):
         head = _add_from(policy, reward_folder, CRITIC)
+        with torch.no_grad():
+            head.weight /= deviation
     else:
         policy.add_adapter(CRITIC, policy.peft_config[POLICY])
         head = ValueHead(policy)
