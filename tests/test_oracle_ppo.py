@@ -1,7 +1,7 @@
 """Our PPO beside TRL 1.12's on the same models, episodes and settings: what both log is the same to 1e-5, where defined alike.
 
-TRL 1.12 is not the one that is installed. Put it beside: ``pip install --no-deps --target FOLDER trl==1.12.*``, and name the folder
-in the environment variable ALIGN_TRL_112.
+TRL 1.12 is not the one that is installed. What it logged is in ``trl_112_ppo.json``. To have it logged anew, put it beside:
+``pip install --no-deps --target FOLDER trl==1.12.*``, and name the folder in the environment variable ALIGN_TRL_112.
 """
 
 import copy
@@ -29,6 +29,7 @@ from align.trainers.ppo.models import Models
 from align.trainers.ppo.trainer import PPOTrainer
 from align.trainers.settings import PPOSettings
 
+RECORD = Path(__file__).parent / "trl_112_ppo.json"
 TEMPERATURE = 0.7
 COMMON = {"num_ppo_epochs": 1, "kl_coef": 0.1, "kl_estimator": "k1", "gamma": 0.95, "lam": 0.9, "missing_eos_penalty": 1.0}
 CASES = {
@@ -37,6 +38,20 @@ CASES = {
     "k3": {"kl_estimator": "k3", "num_ppo_epochs": 2},
     "clipped": {"cliprange": 0.001, "cliprange_value": 0.001, "num_ppo_epochs": 3},
 }
+
+
+NAMES = (
+    "objective/kl",
+    "objective/scores",
+    "objective/non_score_reward",
+    "objective/rlhf_reward",
+    "loss/policy_avg",
+    "loss/value_avg",
+    "policy/approxkl_avg",
+    "policy/clipfrac_avg",
+    "val/clipfrac_avg",
+    "val/ratio",
+)
 
 
 @pytest.fixture(scope="module")
@@ -109,25 +124,33 @@ def ours(tmp_path, models, settings):
     return {**trainer.describe(found), **trainer.learner.update(found, settings["kl_coef"])}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_same_as_trl(case, trl_112, tmp_path):
-    """TRL whitens by the sample's variance and we by the population's: its policy loss is sqrt((n - 1) / n) of ours."""
-    settings = {**COMMON, **CASES[case]}
+def models_of():
     reference = llama()
-    models = {
+    return {
         "reference": reference,
         "policy": moved(reference),
         "critic": build("llama", seed=4, score_head=True, **SIZES),
         "reward": build("llama", seed=5, score_head=True, **SIZES),
     }
-    trl, align = theirs(tmp_path, trl_112, models, settings), ours(tmp_path, models, settings)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_as_trl(case, tmp_path):
+    """TRL whitens by the sample's variance and we by the population's: its policy loss is sqrt((n - 1) / n) of ours."""
+    settings = {**COMMON, **CASES[case]}
+    trl, align = json.loads(RECORD.read_text())[case], ours(tmp_path, models_of(), settings)
     n = 8 * 6
     align["loss/policy_avg"] *= math.sqrt((n - 1) / n)
-    names = ("objective/kl", "objective/scores", "objective/non_score_reward", "objective/rlhf_reward")
-    learned = ("loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "policy/clipfrac_avg", "val/clipfrac_avg", "val/ratio")
+    names = list(NAMES)
     if settings["kl_estimator"] == "k3":  # logged as priced by TRL, always as k1 by us
-        names = names[1:]
-    for name in (*names, *learned):
+        names.remove("objective/kl")
+    for name in names:
         assert align[name] == pytest.approx(trl[name], rel=1e-5, abs=2e-6), name
     if settings["num_ppo_epochs"] > 1:
         assert abs(trl["loss/policy_avg"]) > 1e-4, "nothing is compared"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_trl_says_what_is_on_record(case, trl_112, tmp_path):
+    logged = theirs(tmp_path, trl_112, models_of(), {**COMMON, **CASES[case]})
+    assert {name: logged[name] for name in NAMES} == pytest.approx(json.loads(RECORD.read_text())[case], rel=1e-5, abs=2e-6)
