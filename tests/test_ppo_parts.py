@@ -90,8 +90,10 @@ ROLES = {
 
 
 @pytest.mark.parametrize("critic", [*ROLES, "none"])
-def test_the_update_begins_with_the_pass_that_measured(make, tmp_path, critic):  # noqa: F811
-    """Where one forest holds the batch: a pass less, and the same gradients as where it is cut and the policy asked again."""
+def test_the_update_begins_with_the_passes_that_measured(make, tmp_path, monkeypatch, critic):  # noqa: F811
+    """Where one forest holds the batch: a pass less, and one of a critic of its own where the budget holds both; and the same
+    gradients as where it is cut and both are asked again.
+    """
     llama().save_pretrained(tmp_path / "base")
 
     def learned(max_tokens):
@@ -102,7 +104,11 @@ def test_the_update_begins_with_the_pass_that_measured(make, tmp_path, critic): 
         enable_forest(policy)
         settings = {"advantage_estimator": "reinforce"} if critic == "none" else {"critic": ROLES[critic](policy, tmp_path)}
         trainer = make(policy, max_tokens=max_tokens, num_mini_batches=1, num_ppo_epochs=2, **settings)
-        forests, gradients = [], []
+        forests, valued, gradients = [], [], []
+        if critic in ("separate", "adapter"):
+            kind = type(trainer.models.critic)
+            value = kind.__call__
+            monkeypatch.setattr(kind, "__call__", lambda self, forest: valued.append(forest.tokens) or value(self, forest))
         answer = trainer.models.answer
         trainer.models.answer = lambda forest, **more: forests.append(forest.tokens) or answer(forest, **more)
         parameters = [p for named in trainer.models.parameters().values() for p in named.values()]
@@ -112,11 +118,16 @@ def test_the_update_begins_with_the_pass_that_measured(make, tmp_path, critic): 
         found = trainer.estimate(*episodes())
         said = trainer.learner.update(found, KL)
         assert found.first_pass == [], "memory is held no longer than needed"
-        return forests, gradients, said, sum(tree.tokens for tree in found.trees)
+        monkeypatch.undo()
+        return forests, valued, gradients, said, sum(tree.tokens for tree in found.trees)
 
-    forests, gradients, said, total = learned(10_000)
+    forests, valued, gradients, said, total = learned(10_000)
     assert forests == [total] * 2, "measured, and asked again for the second epoch alone"
-    cut, others, other_said, _ = learned(total - 1)
+    assert valued == ([total] * 2 if critic in ("separate", "adapter") else [])
+    forests, valued, *_ = learned(2 * total - 1)
+    assert forests == [total] * 2
+    assert valued == ([total] * 3 if critic in ("separate", "adapter") else [])
+    cut, _, others, other_said, _ = learned(total - 1)
     assert sum(cut) == 3 * total
     assert said == pytest.approx(other_said, rel=1e-3, abs=1e-6)
     assert_close(gradients[0], others[0])

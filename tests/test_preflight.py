@@ -13,7 +13,7 @@ import torch
 from helpers import add_begin, llama
 from transformers import AutoConfig
 
-from align import onednn
+from align import onednn, segments
 from align.cli import main
 from align.data import write_rows
 from align.engine import enable_forest
@@ -643,14 +643,16 @@ def test_the_ledger_counts_what_is_alive():
         assert (ledger.held, ledger.peak) == (40, 120)
 
 
+@pytest.mark.parametrize("worth", [0, 1e9], ids=["segments", "buckets"])
 @pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", {"r": 2})], ids=["full", "lora"])
-def test_a_pass_without_data_takes_what_one_with_data_takes(tuning):
-    """The same ledger over the engine's own pass, with attention in buckets and the real head."""
+def test_a_pass_without_data_takes_what_one_with_data_takes(tuning, worth, monkeypatch):
+    """The same ledger over the engine's own pass, with attention both ways and the real head."""
+    monkeypatch.setattr(segments, "WORTH", worth)
     forest = forest_of(40)
     imagined = peak([Skeleton(llama().config, tuning=tuning, gpu=True)], forest)
     cpu = Skeleton(llama().config, tuning=tuning)
     with Ledger() as meant:
-        cpu.passes(forest)
+        cpu.forward(forest).backward()
     model = tune(llama(), tuning)
     assert enable_forest(model) is None
     model.train()

@@ -226,7 +226,8 @@ def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
     """PPO, GRPO and RLOO: a policy, its reference, a critic where there is one of its own, a reward model where there is one, which
     alone is whole under FSDP2; a policy is while it samples.
 
-    Policy and critic go through their passes one after the other; the policy's gradients are held while the critic's are made.
+    Policy and critic go through their passes one after the other, or through their first ones together where the budget of tokens
+    holds both; the policy's gradients are held while the critic's are made.
     """
     stage, trees = subject.stage, subject.encoded.trees
     settings = stage.settings(len(subject.rows)) if hasattr(stage, "settings") else stage  # PPO has its trainer's fields itself
@@ -249,7 +250,8 @@ def _sampled(subject: Subject, config: Any, machine: Machine) -> Estimate:
         "reward model": float(frozen.weights if stage.reward_model else 0),
     }
     standing, gradients = sum(weights.values()), float(sum(each.gradients for each in held))
-    made = peak(learners, forest, times=1 + several) - (sum(model.gradients for model in learners) - gradients)
+    together = settings.num_mini_batches == 1 and not launch.shards_weights and len(learners) * forest.tokens <= _budget(stage)
+    made = peak(learners, forest, times=1 + several, together=together) - (sum(model.gradients for model in learners) - gradients)
     made += max(each.passing for each in held) if launch.shards_weights else 0.0
     training = {**weights, "optimizer": 2 * gradients, "gradients and activations": made}
     batch = min(stage.rollout_batch_size, episodes)

@@ -228,12 +228,12 @@ class Skeleton:
         weights = {module.weight for module in self.model.modules() if isinstance(module, nn.Linear | Conv1D)}
         return float(min(MOST_BYTES, sum(weight.nbytes for weight in weights)))
 
-    def passes(self, forest: Forest, *, backward: bool = True) -> None:
-        """One forward and backward pass over `forest`; its gradients stay."""
+    def forward(self, forest: Forest, *, learning: bool = True) -> Tensor:
+        """One forward pass over `forest`: a number to go backward from, which leaves gradients."""
         base, forest, gathered = base_model(self.model), forest.to("meta"), _Seen.of(forest, gpu=self.gpu)
         trunk = trunk_of(base)
-        trunk.train(backward)
-        with torch.set_grad_enabled(backward):
+        trunk.train(learning)
+        with torch.set_grad_enabled(learning):
             hidden = trunk(
                 input_ids=forest.input_ids[None],
                 position_ids=forest.position_ids[None],
@@ -242,13 +242,9 @@ class Skeleton:
                 forest=gathered,
             ).last_hidden_state[0]
             if self.score_head:
-                total = base.score(hidden[forest.ends]).sum()
-            else:
-                keeps = blocks_kept(getattr(self.config, "final_logit_softcapping", None), gpu=self.gpu)
-                total = _Score.apply(hidden[forest.sources], base.get_output_embeddings().weight, keeps, self.gpu).sum()
-            del hidden  # as the engine, which hands on what the head says of it
-        if backward:
-            total.backward()
+                return base.score(hidden[forest.ends]).sum()
+            keeps = blocks_kept(getattr(self.config, "final_logit_softcapping", None), gpu=self.gpu)
+            return _Score.apply(hidden[forest.sources], base.get_output_embeddings().weight, keeps, self.gpu).sum()
 
     def cache(self, tokens: int) -> float:
         """Bytes of keys and values of so many tokens, and of the longer copy that they are moved to."""
@@ -258,12 +254,16 @@ class Skeleton:
         return 1.5 * tokens * 2 * heads * size * text.num_hidden_layers * (2 if self.dtype != "float32" else 4)
 
 
-def peak(models: Sequence[Skeleton], forest: Forest, *, times: int = 1, backward: bool = True) -> float:
-    """Bytes taken at the worst moment while each of `models` goes `times` over `forest`, one after the other, gradients kept."""
+def peak(models: Sequence[Skeleton], forest: Forest, *, times: int = 1, backward: bool = True, together: bool = False) -> float:
+    """Bytes taken at the worst moment while each of `models` goes `times` over `forest`, gradients kept: one after the other, or
+    forward `together` and then backward.
+    """
     with Ledger() as ledger:
-        for model in models:
+        for group in [models] if together else [[model] for model in models]:
             for _ in range(times):
-                model.passes(forest, backward=backward)
+                totals = [model.forward(forest, learning=backward) for model in group]
+                while backward and totals:
+                    totals.pop(0).backward()
     for model in models:
         model.model.zero_grad(set_to_none=True)
     made, gradients = float(ledger.peak), sum(model.gradients for model in models)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class Measured:
     reference_logps: Tensor
     values: Tensor | None
     first_pass: list[TokenScores]
-    """What the policy said, to begin its update with; empty unless asked for."""
+    """What the policy said, to begin the update with, and maybe the critic; empty unless asked for."""
 
 
 class Models:
@@ -70,11 +70,11 @@ class Models:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     @torch.no_grad()
-    def measure(self, trees: Sequence[Tree], budget: Budget, *, learning: bool = False) -> Measured:
+    def measure(self, trees: Sequence[Tree], budget: Budget, *, passes: int = 0) -> Measured:
         """Log-probs, entropy and values of every branch of `trees`, from forests without padding.
 
         Args:
-            learning: if one forest holds `trees`, the policy's pass is one that the update can begin with.
+            passes: if one forest holds `trees`, the update can begin with so many: the policy's, and that of a critic of its own.
         """
         first_pass: list[TokenScores] = []
         lengths = torch.tensor([len(branch) for tree in trees for branch in tree.branches], device=self.device)
@@ -84,9 +84,9 @@ class Models:
         def work(packed: Packed) -> dict[str, Tensor]:
             first_pass.clear()
             columns: dict[str, Tensor] = {}
-            passes = processes.evened([forest for _, forest in packed], lambda: plant(trees[:1]), waiting=self.sharded)
-            for number, (forest, counts) in enumerate(passes):
-                answers, said = self._said(forest.to(self.device), learning and len(passes) == 1)
+            forests = processes.evened([forest for _, forest in packed], lambda: plant(trees[:1]), waiting=self.sharded)
+            for number, (forest, counts) in enumerate(forests):
+                answers, said = self._said(forest.to(self.device), passes if len(forests) == 1 else 0)
                 if not counts:
                     continue
                 place = torch.cat([torch.arange(firsts[i], firsts[i + 1], device=self.device) for i in packed[number][0]])
@@ -102,16 +102,18 @@ class Models:
         }
         return Measured(mask, matrices["logps"], matrices["entropy"], matrices["reference"], matrices.get("values"), first_pass)
 
-    def _said(self, forest: Forest, learning: bool) -> tuple[TokenScores, dict[str, Tensor]]:
-        self.train(learning)
-        with self.precision(), torch.set_grad_enabled(learning):
+    def _said(self, forest: Forest, passes: int) -> tuple[TokenScores, dict[str, Tensor]]:
+        self.train(passes > 0)
+        with self.precision(), torch.set_grad_enabled(passes > 0):
             answers = self.answer(forest, with_entropy=True)
         self.train(False)
-        with self.precision():
-            with self.reference() as model:
-                reference = model(forest=forest, temperature=self.temperature)
-            said = {"logps": answers.logps, "entropy": answers.entropy, "reference": reference.logps, "values": answers.values}
-            if self.critic is not None and self.critic.on_policy_pass is None:
-                with self.critic.acting():
-                    said["values"] = self.critic(forest)
+        with self.precision(), self.reference() as model:
+            reference = model(forest=forest, temperature=self.temperature)
+        said = {"logps": answers.logps, "entropy": answers.entropy, "reference": reference.logps, "values": answers.values}
+        if self.critic is not None and self.critic.on_policy_pass is None:
+            self.critic.train(passes > 1)
+            with self.critic.acting(), self.precision(), torch.set_grad_enabled(passes > 1):
+                said["values"] = values = self.critic(forest)
+            self.critic.train(False)
+            answers = replace(answers, values=values if passes > 1 else None)
         return answers, {name: values for name, values in said.items() if values is not None}

@@ -191,7 +191,8 @@ class PPOTrainer:
         if settings.missing_eos_penalty is not None:
             score = score - settings.missing_eos_penalty * (~finished)
 
-        said = self.models.measure(trees, self.budget, learning=self.learner.takes_at_once(trees) and self._policy_learns())
+        passes = self.learner.passes_to_keep(trees) if self._policy_learns() else 0
+        said = self.models.measure(trees, self.budget, passes=passes)
         kl = KL_ESTIMATORS[settings.kl_estimator](said.logps, said.reference_logps)
         rewards = -self.kl.coef * kl if settings.kl_in == "reward" else torch.zeros_like(kl)
         last = said.mask.sum(1) - 1

@@ -73,14 +73,15 @@ class Learner:
         self.ptx, self.ptx_order = ptx, Shuffled(len(ptx), shuffle)
         self.roles = {role: list(named.values()) for role, named in models.parameters().items()}
         self.first_pass: list[TokenScores] = []
-        """What the policy said already of the forest that comes next."""
+        """What the policy, and maybe the critic, said already of the forest that comes next."""
 
-    def takes_at_once(self, trees: Sequence[Tree]) -> bool:
-        """Whether the first mini-batch is all of this process' `trees`, in one forest, and a pass over it may be kept: weights in
-        shards are released in between.
+    def passes_to_keep(self, trees: Sequence[Tree]) -> int:
+        """How many passes over this process' `trees`, of one forest each, may wait for the update to begin with: together they must
+        fit the budget. None may where a mini-batch is less than these trees, or where weights in shards are released in between.
         """
-        fits = self.settings.num_mini_batches == 1 and sum(tree.tokens for tree in trees) <= self.budget.tokens
-        return fits and not self.models.sharded
+        if self.settings.num_mini_batches > 1 or self.models.sharded:
+            return 0
+        return self.budget.tokens // sum(tree.tokens for tree in trees)
 
     def update(self, episodes: Episodes, kl_coef: float, *, policy: bool = True) -> dict[str, float]:
         """Epochs of mini-batches; means of what was seen.
@@ -167,22 +168,24 @@ class Learner:
 
     def _losses(self, forest: Forest, batch: Batch, kl_coef: float, policy: bool) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """The losses of a forest, each with the sums it is logged by; policy and critic apart where their passes are."""
-        critic, values = self.models.critic, None
-        if policy or (critic is not None and critic.on_policy_pass is not None):
-            answers = self.first_pass.pop() if self.first_pass else self._asked(forest)
-            values = answers.values
+        critic, kept = self.models.critic, self.first_pass.pop() if self.first_pass else None
+        apart = critic is not None and critic.on_policy_pass is None
+        if policy or (critic is not None and not apart):
+            answers = kept or self._asked(forest)
             loss = torch.zeros((), device=self.models.device)
             seen: dict[str, Tensor] = {}
             if policy:
                 loss, seen = self._policy_loss(answers, forest, batch, kl_coef)
-            if values is not None:
-                value_loss, more = self._value_loss(values, forest, batch)
+            if not apart and answers.values is not None:
+                value_loss, more = self._value_loss(answers.values, forest, batch)
                 loss, seen = loss + value_loss, {**seen, **more}
             yield loss, seen
-        if critic is not None and critic.on_policy_pass is None:
+        if critic is not None and apart:
             with critic.acting():
-                with self.models.precision():
-                    values = critic(forest)
+                values = None if kept is None else kept.values
+                if values is None:
+                    with self.models.precision():
+                        values = critic(forest)
                 yield self._value_loss(values, forest, batch)
 
     def _asked(self, forest: Forest) -> TokenScores:
