@@ -218,16 +218,15 @@ def _models(folder: Path, name: str) -> tuple[Models, Any]:
 
 def _update_rate(name: str, outcome: Outcome) -> float:
     """Useful operations per second of the updates alone: forward and backward of the policy, and of a critic that has a pass of its
-    own, in each epoch; but for the policy's first forward, which the estimate before has made.
+    own, in each epoch; but for their first forward passes, which the estimate before has made.
     """
     policy = Arithmetic.of(Job("dpo", LLAMA_14M, []))
     critic = replace(Arithmetic.of(Job("reward", LLAMA_14M, [])), head_at_ends=False)  # it values every token
+    learners = [policy, critic] if name == "ppo_separate" else [policy]
     needed = seconds = 0.0
     for lengths, record in zip(outcome.prompts[1:], outcome.log[1:], strict=True):
         trees = [Tree([EOS] * length, ([EOS] * NEW_TOKENS,)) for length in lengths]
-        needed += EPOCHS * policy.training(trees, reference=False) - sum(map(policy.forward, trees))
-        if name == "ppo_separate":
-            needed += EPOCHS * critic.training(trees, reference=False)
+        needed += sum(EPOCHS * each.training(trees, reference=False) - sum(map(each.forward, trees)) for each in learners)
         seconds += record["time/update"]
     return needed / seconds
 
