@@ -4,7 +4,9 @@ Transformers lets us register an attention function by name and hands it the ext
 is forked: ``model(input_ids, position_ids=…, forest=plan)``. What computes it is chosen by device and type:
 
 - 16-bit on CUDA: one call of FlashAttention for sequences of any length (``varlen_attn``), no padding at all;
-- everything else: the runs of the forest (`Segment`) in *buckets* of similar length, each one call of
+- a CPU, in fp32 or as such: each run of the forest (`Segment`) by itself in large matrix products (`align.segments`), where they
+  are long enough for it;
+- everything else: the runs of the forest in *buckets* of similar length, each one call of
   ``scaled_dot_product_attention``. Only attention sees the little padding inside a bucket;
 - soft caps and sinks, which neither of them has: the same buckets, as a softmax between two matrix products.
 """
