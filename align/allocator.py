@@ -1,4 +1,4 @@
-"""Memory of large tensors on a CPU is kept for the next ones.
+"""Memory of large tensors on a CPU lies in large pages, and is kept for the next ones.
 
 glibc maps every block above 32 MB anew, and gives back to the system what lies free at its end; so each step faults in, page by
 page, what the step before had: a fifth of the time of a forest of 8,192 tokens on some virtual machines.
@@ -7,10 +7,22 @@ page, what the step before had: a fifth of the time of a forest of 8,192 tokens 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """As glibc's malloc.h has them."""
+
+
+LARGE_PAGES = "glibc.malloc.hugetlb=1"
+"""glibc asks Linux for pages of 2 MB, where they are to be had for the asking: fewer faults and fewer misses in the table of pages.
+"""
+
+
+def large_pages() -> dict[str, str]:
+    """The environment that a process must be started with for its memory to lie in large pages."""
+    name = "GLIBC_TUNABLES"
+    return {name: ":".join(filter(None, [os.environ.get(name), LARGE_PAGES]))}
 
 
 def keep_memory() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from align.allocator import keep_memory
+from align.allocator import keep_memory, large_pages
 from align.budget import Budget
 from align.engine import enable_forest
 from align.errors import AlignError
@@ -113,7 +113,8 @@ def run(folder: Path, side: str, name: str) -> Outcome:
     command, path = [sys.executable, "-m", "benchmarks.ppo", str(folder), name], str(ROOT)
     if side == "theirs":
         command, path = [sys.executable, "-m", "benchmarks.trl_ppo", str(folder)], f"{trl_112()}:{ROOT}"
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": path, **(large_pages() if side == "ours" else {})}  # as the runner starts stages
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise AlignError(f"{name}, {side}: the process ended with code {done.returncode}:\n{done.stderr[-2000:]}")
     return Outcome(**json.loads((folder / "result.json").read_text()))

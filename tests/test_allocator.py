@@ -1,14 +1,20 @@
 """Memory that is kept: a large tensor takes the place of the one before it, without asking the system."""
 
+import os
 import platform
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from align.allocator import LARGE_PAGES, large_pages
+from align.runner.zygote import Zygote
+
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told")
 
+LINUX = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 PAGES = 2**26 // resource.getpagesize()
 
 MAKES = f"""
@@ -39,12 +45,36 @@ print(attempt(MakesTensors(), "makes", Path.cwd()))
 """
 
 
-def said(code, folder):
+def said(code, folder, environment=()):
     """The number that a fresh process prints; this one's memory has had a life."""
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder).stdout)
+    words, env = [sys.executable, "-c", code], {**os.environ, **dict(environment)}
+    return float(subprocess.run(words, capture_output=True, text=True, check=True, cwd=folder, env=env).stdout)
 
 
 def test_a_stage_keeps_the_memory_of_large_tensors(tmp_path):
     """Of ten tensors made one after the other, how many had to be faulted in."""
     assert said(MAKES + "print(faults(10))", tmp_path) > 9  # else there is nothing to keep
     assert said(STAGE, tmp_path) < 1
+
+
+def test_stages_are_started_with_large_pages(monkeypatch):
+    """A new tensor is faulted in by pages of 2 MB, not of 4 kB; what the user asks of glibc stays."""
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.perturb=0")
+    assert large_pages() == {"GLIBC_TUNABLES": f"glibc.malloc.perturb=0:{LARGE_PAGES}"}
+    started = []
+
+    def start(*args, env, **more):
+        started.append(env)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(FileNotFoundError):
+        Zygote()
+    assert started[0].items() >= large_pages().items()
+
+
+@pytest.mark.skipif(not LINUX.exists() or "[never]" in LINUX.read_text(), reason="the system has no large pages for the asking")
+def test_large_pages_are_fewer_faults(tmp_path):
+    code = MAKES.replace("faults(30)", "") + "torch.ones(1); print(faults(1))"
+    assert said(code, tmp_path) > 0.9
+    assert said(code, tmp_path, large_pages()) < 0.1

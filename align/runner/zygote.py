@@ -25,6 +25,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from align.allocator import large_pages
+
 PRELOAD = (
     "torch",
     "transformers",
@@ -44,6 +46,7 @@ class Zygote:
     def __init__(self) -> None:
         # Thread pools of numpy and pyarrow would be there before the first fork; the order of a set must not depend on the process.
         settings = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false", "PYTHONHASHSEED": "0"}
+        settings |= large_pages()
         package = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = subprocess.Popen(
