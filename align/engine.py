@@ -16,12 +16,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from align import last_layer
 from align.attention import FOREST, AttentionPlan
 from align.compiling import complaint, uncompiled
 from align.errors import AlignError, first_line
-from align.forest import Forest, Tree, pad, plant
+from align.forest import Forest, PaddedBatch, Tree, alike, pad, plant
 from align.heads import Head, TokenScores, head_of, token_scores
 from align.onednn import by_onednn
 from align.ops import at_least_fp32, rows_at
@@ -245,9 +246,7 @@ def _hidden_states(base: Any, forest: Forest, read: Tensor, *, padded: bool) -> 
     right; others need not be.
     """
     if padded:
-        batch = pad(forest)
-        output = trunk_of(base)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        return output.last_hidden_state.flatten(0, 1), batch.sources, batch.ends
+        return _on_padded_rows(trunk_of(base), pad(forest))
     # A four-dimensional mask is taken as ready-made by transformers, which would otherwise build one of (tokens, tokens).
     no_mask = torch.empty(1, 1, 0, 0, device=forest.input_ids.device)
     trunk, plan = trunk_of(base), _plan(forest)
@@ -260,6 +259,25 @@ def _hidden_states(base: Any, forest: Forest, read: Tensor, *, padded: bool) -> 
         forest=plan,
     )
     return output.last_hidden_state[0], forest.sources, forest.ends
+
+
+def _on_padded_rows(trunk: Any, batch: PaddedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """`_hidden_states` of rows of similar length together: one long row would else pad all others to its length, far beyond the
+    budget of tokens. Weights in shards come together for all processes at once, so there it is one pass whatever the lengths.
+    """
+    lengths, (rows, width) = batch.attention_mask.sum(1), batch.input_ids.shape
+    sharded = any(isinstance(module, FSDPModule) for module in trunk.modules())
+    groups = [range(rows)] if sharded else alike(lengths.tolist())
+    starts, hidden, end = torch.empty_like(lengths), list[Tensor](), 0
+    for group in groups:
+        own = torch.tensor(group, device=lengths.device)
+        longest = max(1, int(lengths[own].max()))
+        seen = {"input_ids": batch.input_ids[own, :longest], "attention_mask": batch.attention_mask[own, :longest]}
+        hidden.append(trunk(**seen, use_cache=False).last_hidden_state.flatten(0, 1))
+        starts[own] = end + longest * torch.arange(len(own), device=own.device)
+        end += longest * len(own)
+    sources, ends = (starts[flat // width] + flat % width for flat in (batch.sources, batch.ends))
+    return torch.cat(hidden), sources, ends
 
 
 # Out of compiled graphs, which could not make it for forests of any shape.

@@ -283,6 +283,18 @@ class PaddedBatch:
     ends: Tensor  # (sequences,) into the flattened rows
 
 
+def alike(lengths: Sequence[int]) -> list[list[int]]:
+    """The indices of `lengths` in groups that differ by at most a quarter (or 8, where a call costs more than padding)."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[groups[-1][0]] if groups else 0
+        if groups and longest - lengths[i] <= max(8, longest // 4):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
 def pad(forest: Forest, pad_token_id: int = 0) -> PaddedBatch:
     """Unfold `forest` into padded rows; prompts are repeated for each branch. Order of targets and sequences stays as it is."""
     device, longest = forest.input_ids.device, forest.longest

@@ -102,6 +102,24 @@ def test_shapes(shape):
         assert_same(run(LanguageModel(), model, trees), alone)
 
 
+def test_one_long_row_does_not_pad_the_others(monkeypatch):
+    """On padded rows a pass takes little more than the budget, its prompts repeated; and what it says is the same."""
+    draw = random.Random(0)
+    trees = [Tree(tokens(draw, n), (tokens(draw, 3), tokens(draw, 20))) for n in (4, 300, 7, 6, 40, 5, 44, 3)]
+    trees = [replace(tree, prompt_mask=[True] * len(tree.prompt)) for tree in trees]
+    model = llama(max_position_embeddings=512)
+    alone = run_alone(LanguageModel(), model, trees)
+    assert enable_forest(model) is None
+    rows = []
+    with padded(model):
+        model.model.register_forward_pre_hook(lambda _, args, seen: rows.append(seen["input_ids"].shape), with_kwargs=True)
+        assert_same(run(LanguageModel(), model, trees), alone)
+    unfolded = sum(len(tree.prompt) + len(branch) for tree in trees for branch in tree.branches)
+    assert sum(count for count, _ in rows) == 16
+    assert unfolded <= sum(count * longest for count, longest in rows) < 1.3 * unfolded
+    assert 2 < len(rows) < 8
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_random_forests(seed):
     """Any mixture of shapes, at a random budget."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import sequences, tokens
 
-from align.forest import WINDOW, Segment, Tree, cut, deal, pack, pad, plant
+from align.forest import WINDOW, Segment, Tree, alike, cut, deal, pack, pad, plant
 
 
 def random_trees(seed, count=12):
@@ -107,6 +107,11 @@ def test_padding_unfolds_the_same_sequences(seed):
     assert flat[batch.sources].tolist() == forest.input_ids[forest.sources].tolist()
     assert flat[batch.sources + 1].tolist() == forest.targets.tolist()
     assert flat[batch.ends].tolist() == [whole[-1] for whole in wholes]
+
+
+def test_rows_of_similar_length_go_together():
+    assert alike([]) == []
+    assert alike([5, 100, 13, 75, 74, 0]) == [[1, 3], [4], [2, 0], [5]]
 
 
 class TestCutting:
