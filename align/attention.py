@@ -28,7 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from align.forest import Forest, Segment
+from align.forest import Forest, Segment, similar
 from align.ops import at_least_fp32
 from align.segments import attend, pays
 
@@ -190,9 +190,7 @@ def _gather(segments: tuple[Segment, ...], tokens: int, device: torch.device) ->
 
 
 def _group(segments: tuple[Segment, ...]) -> list[list[Segment]]:
-    """Split `segments` into groups whose lengths differ by at most a quarter (or 8 tokens, where a call costs more than
-    padding).
-    """
+    """Split `segments` into groups of `similar` lengths."""
     groups: list[list[Segment]] = []
     for segment in sorted(segments, key=lambda s: (s.prefix_length > 0, s.length + s.prefix_length, s.length), reverse=True):
         if groups and _fits(groups[-1][0], segment):
@@ -205,8 +203,7 @@ def _group(segments: tuple[Segment, ...]) -> list[list[Segment]]:
 def _fits(first: Segment, segment: Segment) -> bool:
     if bool(first.prefix_length) != bool(segment.prefix_length):
         return False
-    pairs = ((first.length, segment.length), (first.prefix_length, segment.prefix_length))
-    return all(abs(a - b) <= max(8, a // 4) for a, b in pairs)
+    return similar(first.length, segment.length) and similar(first.prefix_length, segment.prefix_length)
 
 
 def _narrow(plan: Buckets, positions: Tensor, window: int) -> Buckets:

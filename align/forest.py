@@ -283,12 +283,16 @@ class PaddedBatch:
     ends: Tensor  # (sequences,) into the flattened rows
 
 
+def similar(longest: int, length: int) -> bool:
+    """Whether two lengths differ by at most a quarter (or 8 tokens, where a call costs more than padding)."""
+    return abs(longest - length) <= max(8, longest // 4)
+
+
 def alike(lengths: Sequence[int]) -> list[list[int]]:
-    """The indices of `lengths` in groups that differ by at most a quarter (or 8, where a call costs more than padding)."""
+    """The indices of `lengths` in groups that are `similar`, the longest first."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        longest = lengths[groups[-1][0]] if groups else 0
-        if groups and longest - lengths[i] <= max(8, longest // 4):
+        if groups and similar(lengths[groups[-1][0]], lengths[i]):
             groups[-1].append(i)
         else:
             groups.append([i])
