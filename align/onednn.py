@@ -91,9 +91,16 @@ class _Linear(torch.autograd.Function):
         rows = gradient.reshape(-1, gradient.shape[-1])
         return (
             linear(gradient, weight.T) if to_x else None,
-            rows.T @ x.reshape(-1, x.shape[-1]) if to_weight else None,  # MKL is as fast here
+            _of_weight(rows, x.reshape(-1, x.shape[-1])) if to_weight else None,
             rows.sum(0) if to_bias else None,
         )
+
+
+def _of_weight(gradient: Tensor, x: Tensor) -> Tensor:
+    """A weight's gradient (outputs, inputs) from rows (n, outputs) and (n, inputs). MKL is as fast as oneDNN here, and faster where
+    its product has the fewer columns.
+    """
+    return gradient.T @ x if gradient.shape[1] >= x.shape[1] else (x.T @ gradient).T
 
 
 # What torch's compiler calls for linear layers.

@@ -119,9 +119,9 @@ def _slopes(
             # Of the softmax: p (g - sum p g)
             slopes = torch.ops.aten._softmax_backward_data(
                 torch.bmm(g, values[:, :count].transpose(1, 2)), weights, 2, weights.dtype
-            ).mul_(scaling)
-            to_query[:, rows] = torch.bmm(slopes, keys[:, :count])
-            parts = torch.bmm(slopes.transpose(1, 2), q), torch.bmm(weights.transpose(1, 2), g)
+            )
+            to_query[:, rows] = _scaled(slopes, keys[:, :count], scaling)
+            parts = _scaled(slopes.transpose(1, 2), q, scaling), torch.bmm(weights.transpose(1, 2), g)
             if sums:
                 for whole, part in zip(sums, parts, strict=True):
                     whole[:, :count] += part
@@ -140,6 +140,11 @@ def _weights(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
     count, before = query.shape[1], keys.shape[1] - query.shape[1]
     bias = _bias(query.dtype, ROWS)[:count, LONGEST - before : LONGEST + count]
     return torch.baddbmm(bias, query, keys.transpose(1, 2), alpha=scaling).softmax(2)
+
+
+def _scaled(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Their products, times `scaling`."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
 
 
 def _blocks(segment: Segment) -> Iterator[tuple[slice, int]]:

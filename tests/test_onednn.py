@@ -34,10 +34,11 @@ def derivatives(product, *inputs):
 
 
 @pytest.mark.parametrize("shape", [(12,), (0, 12), (7, 12), (2, 5, 12), (1, 1, 12)])
+@pytest.mark.parametrize("outputs", [20, 5])
 @pytest.mark.parametrize("bias", [True, False])
-def test_every_derivative_is_that_of_torch(faster, shape, bias):
+def test_every_derivative_is_that_of_torch(faster, shape, outputs, bias):
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(size, generator=generator) for size in (shape, (20, 12), (20,))][: 2 + bias]
+    inputs = [torch.randn(size, generator=generator) for size in (shape, (outputs, 12), (outputs,))][: 2 + bias]
     for ours, theirs in zip(derivatives(onednn.linear, *inputs), derivatives(functional.linear, *inputs), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
