@@ -16,6 +16,7 @@ import pytest
 import soak
 import two_machines
 
+from align.allocator import large_pages
 from align.errors import AlignError
 from align.runner import launch as runner_launch
 from align.runner.files import disk_is_full
@@ -166,6 +167,16 @@ def test_torchrun_gives_the_processes_longer_to_save_than_the_runner(monkeypatch
     )
     stage = SFT(model="owner/name", data="x", learning_rate=1e-3, launch={"num_processes": 2})
     assert runner_launch.run_launched(replace(task_of(tmp_path), grace=300.5), stage)["seconds"] > 300.5
+
+
+TELLS_OF_PAGES = "import json, os, sys; open(sys.argv[1], 'w').write(json.dumps({'told': os.environ['GLIBC_TUNABLES']}))"
+
+
+def test_processes_of_a_launch_have_large_pages_too(monkeypatch, tmp_path):
+    script = lambda launch, words, folder, identity: [sys.executable, "-c", TELLS_OF_PAGES, words[-1]]  # noqa: E731
+    monkeypatch.setattr(runner_launch, "command", script)
+    stage = SFT(model="owner/name", data="x", learning_rate=1e-3, launch={"num_processes": 2})
+    assert runner_launch.run_launched(task_of(tmp_path), stage) == {"told": large_pages()["GLIBC_TUNABLES"]}
 
 
 KILLS_ITS_PARENT = "import os, sys, signal; open(sys.argv[1] + '/mistake-1', 'x').close(); os.kill(os.getppid(), signal.SIGKILL)"

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from align.allocator import large_pages
 from align.errors import AlignError, StageFailed
 from align.runner.stop import Stopped, saving_first, stop_requested
 from align.runner.zygote import die_with_parent
@@ -128,7 +129,7 @@ def run_launched(task: Any, stage: Stage) -> dict[str, Any]:
         task_file.write_text(json.dumps(asdict(task)), encoding="utf-8")
         words = command(launch, ["-m", "align.runner.rank", str(task_file), str(outcome)], str(folder), task.draft["identity"])
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        environment |= {PARENT: str(os.getpid()), "ACCELERATE_MIXED_PRECISION": launch.mixed_precision}
+        environment |= {PARENT: str(os.getpid()), "ACCELERATE_MIXED_PRECISION": launch.mixed_precision, **large_pages()}
         environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(math.ceil(min(task.grace, 1e6)) + MARGIN)
         if launch.cpu:
             environment["CUDA_VISIBLE_DEVICES"] = ""
