@@ -24,9 +24,9 @@ from align.compiling import complaint, uncompiled
 from align.errors import AlignError, first_line
 from align.forest import Forest, PaddedBatch, Tree, alike, pad, plant
 from align.heads import Head, TokenScores, head_of, token_scores
+from align.layers import in_fewer_passes
 from align.onednn import by_onednn
 from align.ops import at_least_fp32, rows_at
-from align.rotary import by_halves
 
 PROBE_TOLERANCE = 2.0
 """How many times the noise of a model's own rounding its answers may differ by (means over the targets of the probe)."""
@@ -71,7 +71,7 @@ def enable_forest(model: nn.Module, longest: int | None = None) -> str | None:
         check_reach(model, longest)
     trunk = trunk_of(base)
     by_onednn(trunk)
-    by_halves(trunk)
+    in_fewer_passes(trunk)
     if hasattr(model, "peft_config"):
         from align.low_rank import by_one_product  # here, as peft takes its time to import
 

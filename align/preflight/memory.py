@@ -28,6 +28,7 @@ from align.attention import AttentionPlan
 from align.engine import base_model, trunk_of
 from align.forest import Forest
 from align.heads import block_size, blocks_kept
+from align.layers import in_fewer_passes
 from align.models import DTYPES
 from align.rollout.packed import MOST_BYTES
 from align.segments import kept_weights, pays
@@ -181,6 +182,8 @@ class Skeleton:
         self.config.num_labels = 1
         with torch.device("meta"):
             model: Any = auto.from_config(self.config, dtype=DTYPES[self.dtype], attn_implementation=METER)
+            if not self.gpu:
+                in_fewer_passes(model)
             if self.tuning is None:
                 return model.requires_grad_(False)
             # What these do to the weights needs weights; what they add is what lora does.
