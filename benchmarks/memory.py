@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from align.allocator import large_pages
 from align.data import write_rows
 from align.errors import AlignError
 from benchmarks.probe import ROOT
@@ -136,7 +138,8 @@ def compare(size: str, method: str, lora: bool) -> tuple[float, float, Any]:
         folder = Path(name)
         prepare(folder, size)
         command = [sys.executable, "-m", "benchmarks.memory", "--measure", name, method, "lora" if lora else "full"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        environment = {**os.environ, **large_pages()}  # as the runner starts stages
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise AlignError(f"{method}: the process ended with code {done.returncode}:\n{done.stderr[-2000:]}")
         found = estimated(folder, method, lora)

@@ -1,4 +1,4 @@
-"""Our PPO beside TRL 1.12's on the same models, episodes and settings: what both log is the same to 1e-5, where defined alike.
+"""Our PPO beside TRL 1.12's on the same models, episodes and settings: what both log is the same to 1e-6, where defined alike.
 
 TRL 1.12 is not the one that is installed. What it logged is in ``trl_112_ppo.json``. To have it logged anew, put it beside:
 ``pip install --no-deps --target FOLDER trl==1.12.*``, and name the folder in the environment variable ALIGN_TRL_112.
@@ -125,13 +125,15 @@ def ours(tmp_path, models, settings):
 
 
 def models_of():
+    """In fp64: a divergence is a small difference of log-probs, which fp32 has to about 1e-5."""
     reference = llama()
-    return {
+    models = {
         "reference": reference,
         "policy": moved(reference),
         "critic": build("llama", seed=4, score_head=True, **SIZES),
         "reward": build("llama", seed=5, score_head=True, **SIZES),
     }
+    return {name: model.double() for name, model in models.items()}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -145,7 +147,7 @@ def test_the_same_as_trl(case, tmp_path):
     if settings["kl_estimator"] == "k3":  # logged as priced by TRL, always as k1 by us
         names.remove("objective/kl")
     for name in names:
-        assert align[name] == pytest.approx(trl[name], rel=1e-5, abs=2e-6), name
+        assert align[name] == pytest.approx(trl[name], rel=1e-6, abs=2e-7), name
     if settings["num_ppo_epochs"] > 1:
         assert abs(trl["loss/policy_avg"]) > 1e-4, "nothing is compared"
 
@@ -153,4 +155,4 @@ def test_the_same_as_trl(case, tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_trl_says_what_is_on_record(case, trl_112, tmp_path):
     logged = theirs(tmp_path, trl_112, models_of(), {**COMMON, **CASES[case]})
-    assert {name: logged[name] for name in NAMES} == pytest.approx(json.loads(RECORD.read_text())[case], rel=1e-5, abs=2e-6)
+    assert {name: logged[name] for name in NAMES} == pytest.approx(json.loads(RECORD.read_text())[case], rel=1e-6, abs=2e-7)
