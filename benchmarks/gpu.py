@@ -27,7 +27,7 @@ from benchmarks.compare import CHECKED_STEPS, OURS, TRL, TRL_BEST, Case, Row, co
 from benchmarks.gemm import Arithmetic, gemm_rate, seconds_of, typical_forest
 from benchmarks.probe import MB, train
 from benchmarks.training import Outcome
-from benchmarks.work import BATCH, Data, Job, Length, batches, heaviest_last
+from benchmarks.work import BATCH, Data, Job, Length, batches
 
 DEVICE = "cuda"
 LEARNING_RATE = 1e-6  # TRL's default: losses near log 2 compare better by ratio than losses near 0
@@ -119,9 +119,7 @@ def measure(case: Case, repeats: int, weights: str, limit: float) -> Row:
     difference = loss_difference(case, first[0], first[1])
     say(f"{case.name}: losses differ by {difference:.0e}; timing {repeats} x {case.steps} steps of each side")
 
-    # The steps that are not timed ask the device for all the memory that the others take; the optimizer's is there from the second.
-    warm_up = heaviest_last(plan, 1) * 2
-    job = replace(job, batches=warm_up + plan, warm_up=len(warm_up), weights=weights, logging_steps=len(plan))
+    job = replace(job.over(plan), weights=weights, logging_steps=len(plan))
     arithmetic, forest = Arithmetic.of(job), typical_forest(plan, ours.MAX_TOKENS)
     seconds: tuple[list[float], list[float]] = ([], [])
     memory = [0.0, 0.0]

@@ -54,13 +54,15 @@ def train(job: Job) -> Outcome:
         raise AlignError(f"{type(model).__name__} would train uncompiled, as {reason}; nothing was measured")
     trees, reference_seconds = job.trees, 0.0
     if needs_reference(job.method):
-        start = time.perf_counter()
         # Not `add_reference_logps`: from the second run on it would find them on disk.
         with precision:
-            logps = branch_logps(model, trees, MAX_TOKENS)
-        trees = [replace(tree, values={"reference_logps": values}) for tree, values in zip(trees, logps, strict=True)]
+            logps = branch_logps(model, trees[: job.warm_up_rows], MAX_TOKENS)
+            synchronize(job.device)
+            start = time.perf_counter()
+            logps += branch_logps(model, trees[job.warm_up_rows :], MAX_TOKENS)
         synchronize(job.device)
         reference_seconds = time.perf_counter() - start
+        trees = [replace(tree, values={"reference_logps": values}) for tree, values in zip(trees, logps, strict=True)]
     clock = Clock()
     with output_folder() as folder:
         args = TrainingArguments(**arguments(job, folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from align.allocator import keep_memory
+from align.allocator import keep_memory, large_pages
 from align.errors import AlignError
 from benchmarks.training import Outcome
 from benchmarks.work import Job
@@ -37,7 +38,8 @@ def probe(job: Job, side: str, folder: Path) -> Probe:
     work, result = folder / "job.json", folder / "result.json"
     job.write(work)
     command = [sys.executable, "-m", "benchmarks.probe", str(work), side, str(result)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **(large_pages() if side == "ours" else {})}  # as the runner starts stages
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise AlignError(f"{job.method}, {side}: the process ended with code {done.returncode}:\n{done.stderr[-2000:]}")
     found = json.loads(result.read_text())

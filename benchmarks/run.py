@@ -63,7 +63,7 @@ NAMES = (*(case.name for case in CASES), *ppo.NAMES, VOCABULARY_NAME, *(case.nam
 
 
 def measure(case: Case, steps: int, repeats: int, folder: Path) -> Row:
-    """Check, then time. The first step of each run warms up, on the lightest batch."""
+    """Check, then time."""
     plan = batches(DATA[case.data].trees(), steps, by_length=case.by_length)
     sides = (case.ours, case.theirs)
     job = Job(case.method, LLAMA_14M, heaviest_last(plan, CHECKED_STEPS))
@@ -73,7 +73,7 @@ def measure(case: Case, steps: int, repeats: int, folder: Path) -> Row:
     shown = ", ".join(f"{value:.5f}" for value in probes[0].outcome.metric(case.checked)[: case.checked_steps])
     say(f"{case.name}: {case.checked} {shown}: differs by {difference:.0e}; timing {repeats} x {steps} steps of each side")
 
-    job = replace(job, batches=[lightest(plan), *plan])
+    job = job.over(plan)
     arithmetic, forest = Arithmetic.of(job), typical_forest(plan, ours.MAX_TOKENS)
     seconds: tuple[list[float], list[float]] = ([], [])
     rates = []

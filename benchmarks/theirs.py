@@ -68,22 +68,32 @@ def rows_as_ids(trees: Sequence[Tree]) -> Dataset:
 
 
 class TimedDPOTrainer(DPOTrainer):
-    """`DPOTrainer` that knows how long its pass over the reference took, which is a part of its construction."""
+    """`DPOTrainer` that knows how long its pass over the reference took, which is a part of its construction. The first
+    `warm_up_rows` are done before, and not counted.
+    """
 
     reference_seconds = 0.0
 
-    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Dataset:
+    def __init__(self, *args: Any, warm_up_rows: int, **kwargs: Any) -> None:
+        self.warm_up_rows = warm_up_rows
+        super().__init__(*args, **kwargs)
+
+    def _precompute_ref_logps(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        first, others = (dataset.select(part) for part in (range(self.warm_up_rows), range(self.warm_up_rows, len(dataset))))
+        warm_up = super()._precompute_ref_logps(first, *args, **kwargs)
+        synchronize(str(self.args.device))
         start = time.perf_counter()
-        dataset = super()._precompute_ref_logps(*args, **kwargs)
+        timed = super()._precompute_ref_logps(others, *args, **kwargs)
         synchronize(str(self.args.device))
         self.reference_seconds = time.perf_counter() - start
-        return dataset
+        return datasets.concatenate_datasets([warm_up, timed])
 
 
 def _dpo(job: Job, model: nn.Module, shared: dict[str, Any], rest: dict[str, Any]) -> DPOTrainer:
     args = DPOConfig(**shared, beta=BETA["dpo"], max_length=None, precompute_ref_log_probs=job.precompute)
     reference = None if job.precompute else deepcopy(model)  # by itself it would load one from disk
-    return TimedDPOTrainer(model, reference, args, train_dataset=pairs_as_text(job.trees), **rest)
+    rows = pairs_as_text(job.trees)
+    return TimedDPOTrainer(model, reference, args, train_dataset=rows, warm_up_rows=job.warm_up_rows, **rest)
 
 
 def _orpo(job: Job, model: nn.Module, shared: dict[str, Any], rest: dict[str, Any]) -> ORPOTrainer:

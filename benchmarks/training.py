@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from benchmarks.work import BATCH, Job, tokens_of
+from benchmarks.work import BATCH, Job
 
 BETA, GAMMA, LAMBDA = {"dpo": 0.1, "simpo": 2.0}, 1.0, 0.1
 """The losses' parameters, named as in their papers."""
@@ -22,7 +22,7 @@ class Outcome:
     """A finished run."""
 
     seconds: float
-    """All steps but those that warm up, and their share of the pass over the reference."""
+    """All steps but those that warm up, and the pass over the reference for their rows."""
     log: list[dict[str, float]]
     """The metrics of each step."""
 
@@ -83,12 +83,11 @@ def synchronize(device: str) -> None:
 
 
 def finish(job: Job, trainer: Any, clock: Clock, reference_seconds: float = 0.0) -> Outcome:
-    """Run `trainer`; `reference_seconds` were spent on all rows, those of the steps that warm up included."""
+    """Run `trainer`; `reference_seconds` were spent on the rows of the timed steps."""
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     trainer.train()
-    share = 1 - sum(map(tokens_of, job.batches[: job.warm_up])) / tokens_of(job.trees)
-    return Outcome(clock.seconds(job.warm_up) + share * reference_seconds, trainer.state.log_history)
+    return Outcome(clock.seconds(job.warm_up) + reference_seconds, trainer.state.log_history)
 
 
 def output_folder() -> tempfile.TemporaryDirectory:

@@ -7,7 +7,7 @@ import math
 import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import NormalDist
@@ -156,7 +156,7 @@ def tokens_of(trees: Iterable[Tree]) -> int:
 
 
 def lightest(plan: Sequence[list[Tree]]) -> list[Tree]:
-    """The batch whose longest row is the shortest: what runs warm up with."""
+    """The batch whose longest row is the shortest."""
     return min(plan, key=_longest)
 
 
@@ -201,9 +201,21 @@ class Job:
         return [tree for batch in self.batches for tree in batch]
 
     @property
+    def warm_up_rows(self) -> int:
+        """Rows of the batches that are not timed."""
+        return sum(map(len, self.batches[: self.warm_up]))
+
+    @property
     def longest(self) -> int:
         """Tokens in the longest path."""
         return _longest(self.trees)
+
+    def over(self, plan: list[list[Tree]]) -> Job:
+        """The job on the batches of `plan`, behind two steps that warm up on the one with the longest row: they ask the machine for
+        all the memory that the others take; the optimizer's is there from the second.
+        """
+        warm_up = heaviest_last(plan, 1) * 2
+        return replace(self, batches=warm_up + plan, warm_up=len(warm_up))
 
     def write(self, path: Path) -> None:
         """As JSON, for another process."""

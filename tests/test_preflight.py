@@ -20,6 +20,7 @@ from align.engine import enable_forest
 from align.errors import AlignError
 from align.forest import Tree, plant
 from align.pipeline import Run
+from align.preflight import memory
 from align.preflight.cards import Machine, card, named_in
 from align.preflight.checks import checks
 from align.preflight.inspect import inspect, preflight
@@ -660,6 +661,13 @@ def test_a_pass_without_data_takes_what_one_with_data_takes(tuning, worth, monke
         (-model(forest=forest).logps.mean()).backward()
     assert meant.peak == pytest.approx(ledger.peak, rel=0.1)
     assert imagined < meant.peak  # FlashAttention shares keys between heads
+
+
+def test_16_bits_are_counted_as_they_run(monkeypatch):
+    """In the family's own passes, which keep more than those that stand for them in fp32."""
+    monkeypatch.setattr(memory, "HALF", 1.0)
+    cpu = Skeleton(llama().config)
+    assert peak([replace(cpu, bf16=True)], forest_of(40)) > peak([cpu], forest_of(40))
 
 
 def test_what_memory_grows_with(monkeypatch):
