@@ -113,6 +113,23 @@ def test_batches():
     assert max(t.longest for t in work.heaviest_last(plan, 3)[-1]) == max(t.longest for t in trees)
 
 
+def test_what_is_timed_comes_behind_the_heaviest_batch():
+    plan = few()
+    job = work.Job("dpo", TINY, []).over(plan)
+    heaviest = max(plan, key=lambda batch: max(tree.longest for tree in batch))
+    assert job.batches == [heaviest, heaviest, *plan]
+    assert job.warm_up == 2
+    assert job.trees[job.warm_up_rows :] == [tree for batch in plan for tree in batch]
+
+
+def test_the_pass_over_the_reference_is_the_same_in_two_parts():
+    """What TRL gives for the rows that warm up and for those that are timed, beside the policy's own, which are the reference's."""
+    job = work.Job("dpo", TINY, few() * 2, precompute=True)
+    losses = [probe.train(replace(job, warm_up=warm_up), "theirs").metric("loss") for warm_up in (1, 3)]
+    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(probe.train(job, "ours").metric("loss"), rel=1e-3)
+
+
 def test_a_job_survives_the_way_to_another_process(tmp_path):
     for kind in ("preference", "sft"):
         job = work.Job("dpo", TINY, few(kind), bf16=True)

@@ -18,6 +18,8 @@ from align.artifact import MANIFEST
 from align.cli import main
 from align.data import write_rows
 from align.registry import ALIASES, Registry, home
+from align.stages import stages
+from align.stages.elsewhere import NOTHING_TO_SET, RENAMED, advice
 
 REWARDS = """
 def short(completions, **columns): return [-float(len(c[0]["content"])) for c in completions]
@@ -391,6 +393,12 @@ MISTAKES = {
     ),
     "no such config": ("sft --config nothing.yaml", r"--config nothing\.yaml: there is no such file"),
     "bad config": ("sft --config bad.yaml", r"bad\.yaml is not YAML"),
+    "another toolkit's key": (SFT + "sft.jsonl --cutoff_len 128", r"unknown flag --cutoff_len: here it is 'max_length'; see"),
+    "another toolkit's key in a recipe": (RUN + "--set sft.cutoff_len=128", "unknown key 'cutoff_len': here it is 'max_length'"),
+    "a switch that is not needed": (
+        SFT + "sft.jsonl --assistant_only_loss",
+        "unknown flag --assistant_only_loss: leave it out, as the loss is on the assistant's words alone; see",
+    ),
     "typo in the config": ("sft --config modle.yaml", r"--config modle\.yaml: unknown key 'modle' \(did you mean 'model'\?\)"),
     "more epochs than a life has": (SFT + "sft.jsonl --num_train_epochs 1e300", "should be less than or equal to 1000000"),
     "no DeepSpeed": (SFT + "sft.jsonl --launch.strategy deepspeed-zero2", r"launch\.strategy deepspeed-zero2 needs deepspeed: pip"),
@@ -752,6 +760,15 @@ def test_the_plan_of_a_sweep_has_its_reasons_below_each_other(capsys):
 def test_names_from_hugging_face_mean_the_same(capsys):
     ours = run_json("sft --model model --data sft.jsonl --max_steps 1 --plan --json", capsys)
     assert run_json("sft --model_name_or_path model --dataset_name=sft.jsonl --max-steps 1 --plan --json", capsys) == ours
+
+
+def test_what_other_toolkits_call_a_field_is_one_here():
+    """And what is said to need no switch has none, in any stage."""
+    fields = {field for name in stages for field in stages[name].model_fields}
+    assert set(RENAMED.values()) <= fields
+    assert not {*RENAMED, *NOTHING_TO_SET} & fields
+    assert advice("simpo_gamma", stages["preference"].model_fields) == ": here it is 'gamma'"
+    assert advice("simpo_gamma", stages["sft"].model_fields) == "", "not where there is no such field"
 
 
 def test_two_names_of_one_field_are_refused_together(capsys, tmp_path):

@@ -20,11 +20,12 @@ from align.artifact import Artifact
 from align.commands import reward_test
 from align.commands.parser import place
 from align.commands.run import show_plan
-from align.errors import AlignError, near_miss
+from align.errors import AlignError
 from align.pipeline import Run
 from align.recipe import Recipe
 from align.registry import check_name, home
 from align.stages import Evaluate, Preference, Stage, stages
+from align.stages.elsewhere import advice
 from align.stages.written import (
     by_field,
     field_name,
@@ -137,7 +138,7 @@ def _flags(rest: list[str], cls: type[Stage], verb: str) -> dict[str, Any]:
         key, _, entry = key.partition(".")
         key = key.replace("-", "_")
         if key not in known:
-            raise AlignError(f"align {verb}: unknown flag --{key}{near_miss(key, known)}; see `align {verb} --help`")
+            raise AlignError(f"align {verb}: unknown flag --{key}{advice(key, known)}; see `align {verb} --help`")
         spelled[key] = None
         key = field_name(cls, key)
         values = [value] if equals else []

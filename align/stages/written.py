@@ -12,8 +12,9 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from align.errors import AlignError, near_miss, within
+from align.errors import AlignError, within
 from align.stages import Stage, stages
+from align.stages.elsewhere import advice
 
 
 def make_stage(cls: type[Stage], fields: Mapping[str, Any], where: str) -> Stage:
@@ -101,7 +102,7 @@ def explained(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         *above, last = problem["loc"]
         known = [name for stage in stages if stages[stage].__name__ == error.title for name in _keys(stages[stage], above)]
-        return f"unknown key {key!r}{near_miss(str(last), known)}"
+        return f"unknown key {key!r}{advice(str(last), known)}"
     if problem["type"] == "missing":
         return f"{key!r} is missing: it must be set"
     return _misfit(problem) if key else problem["msg"].removeprefix("Value error, ")
