@@ -31,7 +31,6 @@ RENAMED = {
     "prompt_data": "data",
     "reward_model_path": "reward_model",
     "reward_pretrain": "reward_model",
-    "rollout_batch_size": "episodes_per_step",
     "sequence_len": "max_length",
     "simpo_gamma": "gamma",
     "template": "chat_template",
