@@ -9,6 +9,10 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """As glibc's malloc.h has them."""
@@ -33,3 +37,18 @@ def keep_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def moments_first(optimizer: Optimizer) -> None:
+    """Give AdamW its moments on a CPU before the first step. Torch makes them in it, in places that the activations have just left;
+    those of the next step then lie elsewhere, and gradients as large as a vocabulary's find no place at all.
+    """
+    import torch  # not for those who only start processes
+
+    if type(optimizer) is not torch.optim.AdamW:
+        return
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if weight.is_cpu:
+                moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[weight] = {"step": torch.zeros((), dtype=torch.float32), **moments}

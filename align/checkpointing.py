@@ -21,15 +21,17 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.optim import Optimizer
 
 from align import shards
+from align.allocator import moments_first
 from align.errors import AlignError
 from align.guarded import WarmTrainer
 from align.runner.checkpoints import fault, learning_rate_scale, resuming
@@ -57,6 +59,12 @@ class SafeTrainer(WarmTrainer):
         self._globalstep_last_logged = progress["last_logged"]
 
     # -- what the Trainer calls --------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        optimizer: Optimizer = super().create_optimizer(model)
+        if self.accelerator.num_processes == 1:  # shards are made of the weights later
+            moments_first(optimizer)
+        return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.is_fsdp_enabled:

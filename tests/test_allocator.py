@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from align.allocator import LARGE_PAGES, large_pages
+from align.allocator import LARGE_PAGES, large_pages, moments_first
 from align.runner.zygote import Zygote
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told")
@@ -78,3 +79,31 @@ def test_large_pages_are_fewer_faults(tmp_path):
     code = MAKES.replace("faults(30)", "") + "torch.ones(1); print(faults(1))"
     assert said(code, tmp_path) > 0.9
     assert said(code, tmp_path, large_pages()) < 0.1
+
+
+def test_moments_made_first_are_those_that_the_first_step_would_make():
+    """The same weights after three steps, of which the second leaves one weight without a gradient, and the same state."""
+    weights, states = [], []
+    for first in (False, True):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(layer.parameters(), 1e-2, fused=True)
+        if first:
+            moments_first(optimizer)
+            assert all(optimizer.state[weight]["exp_avg"].shape == weight.shape for weight in layer.parameters())
+        for step in range(3):
+            layer(torch.ones(1, 3) * step).square().sum().backward()
+            if step == 1:
+                layer.bias.grad = None
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append([weight.detach() for weight in layer.parameters()])
+        states.append([optimizer.state[weight] for weight in layer.parameters()])
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def test_other_optimizers_keep_their_own_ways():
+    optimizer = torch.optim.SGD(torch.nn.Linear(3, 2).parameters(), 1e-2, momentum=0.9)
+    moments_first(optimizer)
+    assert not optimizer.state

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from align import processes
+from align.allocator import moments_first
 from align.encode import Encoded, Encoder
 from align.errors import AlignError
 from align.forest import Tree
@@ -236,6 +237,8 @@ def _optimizer(stage: Any, settings: PPOSettings, models: Models) -> tuple[Any, 
                 groups.append({"params": some, "lr": rates[role], "weight_decay": decay})
     # Some schedules read the peak (of `min_lr`) in the optimizer's own rate.
     optimizer = torch.optim.AdamW(groups, stage.learning_rate, (stage.adam_beta1, stage.adam_beta2), fused=True)
+    if processes.alone():
+        moments_first(optimizer)
     updates = settings.steps * settings.num_ppo_epochs * settings.num_mini_batches
     scheduler = get_scheduler(
         stage.lr_scheduler_type,
